@@ -1,0 +1,1239 @@
+"""Fine-tunes a causal language model on pairs of views with the LLM-JEPA objective (arXiv 2509.14252).
+
+    L = gamma * L_LM + lbd * d(h_text, h_code)
+
+    python finetune.py --train_file datasets/synth_train.jsonl --model_name models/tiny --pretrain \\
+        --predictors 1 --lbd 1 --learning_rate 2e-3 --num_epochs 3 --batch_size 16 --grad_accum 1
+
+The file is the method, top to bottom: flags, rendering, segments, layouts, losses, trainer, main.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from jinja2 import TemplateError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.utils import logging as transformers_logging
+
+from examples import Example, ExampleError, Problems, read_examples, split_examples
+from runs import Run, UsageError, flag, mark_checkpoint, parse_flags, provenance, whole_checkpoints
+
+# ---------------------------------------------------------------------------------------------------------- flags
+
+DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimisation", "Run"
+
+
+@dataclass
+class Settings:
+    """Every flag of finetune.py; its help texts make `--help` and the README's table."""
+
+    train_file: str | None = flag(None, "JSONL file to train on", DATA)
+    data_file: str | None = flag(None, "one JSONL file, split into train and held-out rows", DATA)
+    eval_split: float = flag(0.2, "share of --data_file held out", DATA)
+    split_seed: int = flag(42, "seed of the --data_file or --val_fraction split", DATA)
+    eval_file: str | None = flag(None, "JSONL file of held-out rows", DATA)
+    val_fraction: float = flag(0.0, "share of --train_file held out instead of an --eval_file", DATA)
+    max_length: int = flag(512, "longest chat or view in tokens; a longer example is an error, never cut", DATA)
+    skip_bad_examples: bool = flag(False, "leave bad examples out, count and report them", DATA)
+
+    model_name: str | None = flag(None, "model folder or hub name", MODEL)
+    revision: str | None = flag(None, "commit of a hub model", MODEL)
+    pretrain: bool = flag(False, "start from random weights of the model's shape", MODEL)
+    lora: bool = flag(False, "train a LoRA adapter; added tokens' embedding rows train too", MODEL)
+    lora_rank: int = flag(16, "rank of the adapter; alpha is twice the rank, dropout 0.1", MODEL)
+    merge: bool = flag(False, "also write the adapter merged into the model, to OUTPUT_DIR/merged", MODEL)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "precision of the computation, weights stay float32; auto: bfloat16 where the GPU has it", MODEL
+    )
+    attn_implementation: str | None = flag(None, "attention kernel of transformers (sdpa, flash_attention_2 …)", MODEL)
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass", MODEL)
+    torch_compile: bool = flag(False, "compile the model", MODEL)
+
+    regular: bool = flag(False, "regular fine-tuning: no JEPA term and no views", METHOD)
+    predictors: int = flag(0, "predictor tokens behind the Text view, 0 to 10", METHOD)
+    lbd: float = flag(0.1, "weight λ of the JEPA loss; 0 is regular fine-tuning", METHOD)
+    gamma: float = flag(1.0, "weight γ of the language-model loss", METHOD)
+    last_token: int | None = flag(
+        None, "view token as an index from the view's end (-1 the last); default: the last content token", METHOD
+    )
+    jepa_l2: bool = flag(False, "distance ‖a−b‖₂ instead of 1 − cosine", METHOD)
+    jepa_mse: bool = flag(False, "mean squared difference instead of 1 − cosine", METHOD)
+    infonce: bool = flag(False, "contrast a text with the micro-batch's codes, temperature 0.07", METHOD)
+    front_pred: bool = flag(False, "predictor tokens in front of the view's content", METHOD)
+    reverse_pred: bool = flag(False, "the assistant turn is the first view and takes the predictors", METHOD)
+    jepa_ratio: float = flag(1.0, "share of examples that get the JEPA term (1 − the paper's LD rate)", METHOD)
+    lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
+        None, "tokens under the language-model loss; default answer: the answer and its end-of-turn token", METHOD
+    )
+    plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
+    train_all: bool = flag(False, "every token is a label; with --plain the chat is the user text alone", METHOD, "--trainall")  # fmt: skip
+
+    batch_size: int = flag(4, "examples a micro-batch, per device", BATCH)
+    grad_accum: int = flag(4, "micro-batches an optimiser step", BATCH)
+    layout: Literal["packed", "separate", "additive"] | None = flag(
+        None, "how segments share rows; never changes the numbers; default packed", BATCH
+    )
+    additive_mask: bool = flag(False, "the same as --layout additive", BATCH)
+    tokens_per_row: int = flag(0, "packed: tokens a row; 0: 256 on a CPU, 4096 on a GPU", BATCH)
+    dataloader_num_workers: int = flag(0, "processes that lay out batches", BATCH)
+
+    learning_rate: float = flag(2e-5, "peak learning rate", OPTIM)
+    num_epochs: float = flag(4.0, "passes over the training rows", OPTIM)
+    max_steps: int = flag(-1, "optimiser steps, instead of --num_epochs", OPTIM)
+    weight_decay: float = flag(0.0, "AdamW's weight decay", OPTIM)
+    warmup_steps: float = flag(0.0, "linear warm-up in steps; below 1 a share of all steps", OPTIM)
+    lr_scheduler_type: str = flag("linear", "schedule of transformers (linear, cosine, constant …)", OPTIM)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: not at all", OPTIM)
+    optim: str = flag("adamw_torch", "optimiser of transformers", OPTIM)
+    adam_beta2: float = flag(0.999, "AdamW's second beta", OPTIM)
+    finetune_seed: int = flag(42, "seed of weights, data order and loss dropout", OPTIM)
+    same_flop: bool = flag(False, "as many steps as spend what regular fine-tuning spends in --num_epochs", OPTIM)
+
+    output_dir: str | None = flag(None, "run folder; default runs/<dataset>-<model>-<method>-…", RUN)
+    resume: bool = flag(False, "go on from the last whole checkpoint of the run folder", RUN)
+    overwrite: bool = flag(False, "replace an existing run folder", RUN)
+    dry_run: int = flag(0, "score the first N rows as one micro-batch, print one JSON object, write nothing", RUN)
+    eval_strategy: Literal["epoch", "steps", "no"] | None = flag(
+        None, "when held-out rows are scored; default epoch where there are any", RUN
+    )
+    eval_steps: int = flag(500, "steps between evaluations with --eval_strategy steps", RUN)
+    eval_generate: int = flag(0, "also generate for N held-out rows and log exact match", RUN)
+    save_strategy: Literal["epoch", "steps", "no"] = flag("epoch", "when checkpoints are saved", RUN)
+    save_steps: int = flag(500, "steps between checkpoints with --save_strategy steps", RUN)
+    save_total_limit: int = flag(1, "whole checkpoints kept", RUN)
+    logging_steps: int = flag(1, "steps a line of metrics.jsonl", RUN)
+    report_to: str = flag("none", "none, tensorboard, wandb, trackio, or several with commas", RUN)
+    track_flop: bool = flag(False, "count floating-point operations into metrics.jsonl (slower)", RUN)
+
+    @property
+    def jepa(self) -> bool:
+        """Whether any example gets the JEPA term."""
+        return not self.regular and self.lbd > 0 and self.jepa_ratio > 0
+
+    @property
+    def distance(self) -> str:
+        """Name of the distance between the views, a key of DISTANCES."""
+        return next((n for n in ("jepa_l2", "jepa_mse", "infonce") if getattr(self, n)), "cosine")
+
+
+# Settings that a resumed run may change: none of them has a part in the numbers.
+VOLATILE = {"resume", "overwrite", "report_to", "save_total_limit", "logging_steps", "dataloader_num_workers"}
+
+
+def check_settings(s: Settings, given: set[str]) -> Settings:
+    """Resolves defaults that depend on other flags. Raises UsageError naming every wrong or inapplicable flag at once."""
+    wrong: list[str] = []
+
+    def refuse(condition: bool, message: str) -> None:
+        if condition:
+            wrong.append(message)
+
+    def only_with(names: str, reason: str, applies: bool) -> None:
+        unused = [f"--{n}" for n in names.split() if n in given]
+        refuse(bool(unused) and not applies, f"{', '.join(unused)}: {reason}")
+
+    refuse(not s.model_name, "--model_name is missing")
+    refuse(bool(s.train_file) == bool(s.data_file), "give one of --train_file and --data_file")
+    held_out = bool(s.data_file or s.eval_file or s.val_fraction)
+    only_with("eval_split", "only with --data_file", bool(s.data_file))
+    only_with("split_seed", "only with --data_file or --val_fraction", bool(s.data_file or s.val_fraction))
+    refuse(sum(map(bool, (s.data_file, s.eval_file, s.val_fraction))) > 1,
+           "give at most one of --data_file, --eval_file and --val_fraction")  # fmt: skip
+    only_with("eval_strategy eval_steps eval_generate", "there are no held-out rows", held_out)
+    only_with("eval_steps", "only with --eval_strategy steps", s.eval_strategy == "steps")
+    only_with("save_steps", "only with --save_strategy steps", s.save_strategy == "steps")
+    only_with("max_steps", "not together with --num_epochs or --same_flop", not given & {"num_epochs", "same_flop"})
+
+    only_with("lbd predictors last_token jepa_l2 jepa_mse infonce front_pred reverse_pred jepa_ratio additive_mask "
+              "same_flop", "not with --regular, which has no views", not s.regular)  # fmt: skip
+    refuse(s.regular and s.layout == "additive", "--layout additive: not with --regular, which has no views")
+    only_with("front_pred reverse_pred", "only with --predictors", s.predictors > 0)
+    refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
+    refuse(s.jepa_l2 + s.jepa_mse + s.infonce > 1, "give one of --jepa_l2, --jepa_mse and --infonce")
+    refuse(not 0 <= s.predictors <= 10, f"--predictors {s.predictors} is not in 0 to 10")
+    refuse(s.last_token is not None and s.last_token >= 0, f"--last_token {s.last_token} is not negative")
+    refuse(s.train_all and s.lm_labels in ("answer", "answer_text"), f"--lm_labels {s.lm_labels}: not with --train_all")
+    refuse(not 0 <= s.jepa_ratio <= 1, f"--jepa_ratio {s.jepa_ratio} is not in 0 to 1")
+    refuse(not 0 <= s.val_fraction < 1, f"--val_fraction {s.val_fraction} is not in 0 to 1")
+
+    refuse(s.additive_mask and s.layout not in (None, "additive"), f"--additive_mask: not with --layout {s.layout}")
+    layout = s.layout or ("additive" if s.additive_mask else "packed")
+    only_with("tokens_per_row", "only with --layout packed", layout == "packed")
+    refuse(layout == "additive" and s.attn_implementation not in (None, "sdpa", "eager"),
+           f"--attn_implementation {s.attn_implementation}: not with --layout additive")  # fmt: skip
+    only_with("lora_rank merge", "only with --lora", s.lora)
+    refuse(s.lora and s.pretrain, "--lora: not with --pretrain, whose random base would not be saved")
+    refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
+    refuse(s.resume and s.overwrite, "give one of --resume and --overwrite")
+    only_with("resume overwrite output_dir", "not with --dry_run, which writes nothing", not s.dry_run)
+    for name in ("batch_size", "grad_accum", "lora_rank", "max_length", "save_steps", "eval_steps", "logging_steps",
+                 "save_total_limit", "learning_rate", "num_epochs"):  # fmt: skip
+        refuse(not getattr(s, name) > 0, f"--{name} {getattr(s, name)} is not positive")
+    for name in ("lbd", "gamma", "eval_generate", "dry_run", "tokens_per_row", "max_grad_norm", "warmup_steps",
+                 "weight_decay", "dataloader_num_workers"):  # fmt: skip
+        refuse(not getattr(s, name) >= 0, f"--{name} {getattr(s, name)} is negative")
+    for name in ("learning_rate", "num_epochs", "lbd", "gamma", "max_grad_norm", "weight_decay"):
+        refuse(math.isinf(getattr(s, name)), f"--{name} is not finite")
+    for tracker in s.report_to.split(","):
+        refuse(tracker not in ("none", "tensorboard", "wandb", "trackio"), f"--report_to {tracker} is not known")
+        package = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}.get(tracker)
+        refuse(package is not None and importlib.util.find_spec(package) is None,
+               f"--report_to {tracker}: install the package {package} first")  # fmt: skip
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    return dataclasses.replace(
+        s,
+        layout=layout,
+        lm_labels=s.lm_labels or ("all" if s.train_all else "answer"),
+        eval_strategy=s.eval_strategy or ("epoch" if held_out else "no"),
+        output_dir=s.output_dir or default_output_dir(s),
+    )
+
+
+def default_output_dir(s: Settings) -> str:
+    """runs/<dataset>-<model>-<method>-lr…-lbd…-k…-s…"""
+    dataset = Path(s.train_file or s.data_file).stem.removesuffix("_train")
+    method = "regular" if s.regular else f"jepa-lbd{s.lbd:g}-k{s.predictors}"
+    return f"runs/{dataset}-{Path(s.model_name).name}-{method}-lr{s.learning_rate:g}-s{s.finetune_seed}"
+
+
+# ------------------------------------------------------------------------------------------------------ rendering
+
+CONTENT = "\ue000content\ue001"  # stands in for a turn's content to find where the template puts it
+PERCEPTION, END_OF_TURN = "<|perception|>", "<|eot_id|>"
+PINNED_DATE = datetime(2024, 7, 26)  # the date that Llama-3.x's own template falls back to
+
+
+def predictor_token(i: int) -> str:
+    """The i-th predictor token, counted from 1."""
+    return f"<|predictor_{i}|>"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text as the model sees it; `start` and `end` are the character offsets of its content."""
+
+    text: str
+    start: int
+    end: int
+
+
+class Renderer:
+    """Renders chats and views with the tokenizer's own chat template, or with --plain without one.
+
+    The template is asked, not the model's name: one that refuses or drops the system turn gets the system text in front
+    of the user's, separated by a blank line; one that cannot begin with an assistant turn gets the Code view as a user
+    turn (as the reference implementation does for Gemma).
+    """
+
+    def __init__(self, tokenizer: Any, s: Settings):
+        """Raises UsageError where there is no chat template or it does not show a turn's content."""
+        self.tokenizer, self.s = tokenizer, s
+        # What the tokenizer puts in front of bare text; templates write it themselves.
+        bos = tokenizer.bos_token_id
+        self.prefix = tokenizer.bos_token if bos is not None and tokenizer("a").input_ids[:1] == [bos] else ""
+        if s.plain:
+            return
+        if not tokenizer.chat_template:
+            raise UsageError(f"--model_name {s.model_name}: its tokenizer has no chat template; give --plain or add one")
+        user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        self.system_turn = self._shows([{"role": "system", "content": CONTENT}, user, assistant])
+        self.assistant_first = self._shows([{"role": "assistant", "content": CONTENT}])
+        if not self._shows([{"role": "user", "content": CONTENT}, assistant]):
+            raise UsageError(f"--model_name {s.model_name}: the chat template does not show the user turn")
+
+    def _render(self, messages: list[dict]) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            enable_thinking=False,
+            date_string=PINNED_DATE.strftime("%d %b %Y"),
+            strftime_now=PINNED_DATE.strftime,
+        )
+
+    def _shows(self, messages: list[dict]) -> bool:
+        try:
+            return CONTENT in self._render(messages)
+        except TemplateError:
+            return False
+
+    def _place(self, messages: list[dict]) -> Rendered:
+        """Renders messages and finds the last one's content. Raises ValueError where it cannot be located."""
+        content = messages[-1]["content"]
+        text = self._render(messages)
+        before, _, after = self._render([*messages[:-1], messages[-1] | {"content": CONTENT}]).partition(CONTENT)
+        start, end = len(before), len(text) - len(after)
+        if not (text.startswith(before) and text.endswith(after) and text[start:end].strip() == content.strip()):
+            raise ValueError("the content cannot be located in the rendered chat template")
+        return Rendered(text, start, end)
+
+    def _plain(self, before: str, content: str, after: str) -> Rendered:
+        before = self.prefix + before
+        return Rendered(before + content + after, len(before), len(before) + len(content))
+
+    def chat(self, example: Example) -> Rendered:
+        """The whole chat; its content is the answer (with --plain --train_all the user text)."""
+        if self.s.plain and self.s.train_all:
+            return self._plain("", example.user, END_OF_TURN)
+        if self.s.plain:
+            return self._plain(example.user + PERCEPTION, example.assistant, END_OF_TURN)
+        system, user = [], example.user
+        if example.system is not None and self.system_turn:
+            system = [{"role": "system", "content": example.system}]
+        elif example.system is not None:
+            user = f"{example.system}\n\n{user}"
+        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": example.assistant}]
+        return self._place([*system, *turns])
+
+    def views(self, example: Example) -> tuple[Rendered, Rendered]:
+        """(first, second): the Text and the Code view, or with --reverse_pred the other way round."""
+        views = [("user", example.user), ("assistant", example.assistant)]
+        (role, content), (other_role, other_content) = views[::-1] if self.s.reverse_pred else views
+        k = self.s.predictors
+        if self.s.front_pred:
+            content = "".join(predictor_token(i) for i in range(1, k + 1)) + content
+        else:
+            content += "".join(predictor_token(i) for i in range(k, 0, -1))
+        return self._view(role, content), self._view(other_role, other_content)
+
+    def _view(self, role: str, content: str) -> Rendered:
+        if self.s.plain:
+            return self._plain("", content, "")
+        return self._place([{"role": role if self.assistant_first else "user", "content": content}])
+
+    def prompt(self, example: Example) -> str:
+        """What a model is asked with: the chat as it was trained, up to the answer."""
+        if self.s.plain:
+            return self.prefix + example.user + PERCEPTION
+        chat = self.chat(dataclasses.replace(example, assistant="a"))
+        return chat.text[: chat.start]
+
+    def end_of_turn(self) -> int:
+        """Id of the token that ends the assistant turn. Raises UsageError where the template has none."""
+        s = dataclasses.replace(self.s, train_all=False, lm_labels="answer")
+        segment = encode_chats(Renderer(self.tokenizer, s), [Example(None, "a", "b", "the chat template", 0)])[0]
+        if isinstance(segment, ValueError):
+            raise UsageError(f"--model_name {self.s.model_name}: {segment}")
+        return int(segment.ids[segment.labels][-1])
+
+
+# ------------------------------------------------------------------------------------------------------- segments
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A chat or a view as tokens. `ids` and `labels` are (T,); `view` is where the view is read, None for a chat."""
+
+    kind: Literal["chat", "text_view", "code_view"]
+    ids: np.ndarray
+    labels: np.ndarray
+    view: int | None = None
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Token ids (T,) and character offsets (T, 2) of texts that already hold their special tokens."""
+    out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    return [
+        (np.asarray(i, dtype=np.int64), np.asarray(o, dtype=np.int64).reshape(-1, 2))
+        for i, o in zip(out["input_ids"], out["offset_mapping"], strict=True)
+    ]
+
+
+def content_tokens(offsets: np.ndarray, r: Rendered) -> tuple[int, int]:
+    """[first, stop): the tokens of a rendered text's content, by offsets (T, 2).
+
+    Byte-level tokenizers trim white space off their offsets, so a token of spaces has no width; it belongs to what
+    stands before it. Raises ValueError where a token holds both content and the template's own text.
+    """
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    inside, behind = ends > r.start, (starts >= r.end) & (ends > starts)
+    first = int(inside.argmax()) if inside.any() else len(starts)
+    stop = int(behind.argmax()) if behind.any() else len(starts)
+    if first >= stop:
+        raise ValueError("no token of the content can be located")
+    if r.text[starts[first] : r.start].strip() or r.text[r.end : max(ends[first:stop])].strip():
+        raise ValueError("a token joins the content with the chat template's text, so it cannot be located")
+    return first, stop
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of all special tokens."""
+    return set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
+def label_tokens(tokenizer: Any, scope: str, ids: np.ndarray, first: int, stop: int) -> np.ndarray:
+    """Which tokens (T,) are labels: --lm_labels. Raises ValueError where no special token ends the answer."""
+    labels = np.zeros(len(ids), dtype=bool)
+    if scope == "all":
+        return ~labels
+    if scope == "reference":
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return ids != pad
+    if scope == "answer":
+        special = special_ids(tokenizer)
+        ends = [t for t in range(stop, len(ids)) if int(ids[t]) in special]
+        if not ends:
+            raise ValueError(
+                "the chat template ends the answer without a special token, so a model could not learn to stop; "
+                "mend the template or give --lm_labels answer_text"
+            )
+        stop = ends[0] + 1
+    labels[first:stop] = True
+    return labels
+
+
+def encode_chats(renderer: Renderer, examples: list[Example]) -> list[Segment | ValueError]:
+    """The chat segment of each example, or why there is none."""
+    return _encode(renderer, "chat", [_try(renderer.chat, e) for e in examples])
+
+
+def encode_views(renderer: Renderer, examples: list[Example]) -> list[tuple[Segment | ValueError, ...]]:
+    """The two view segments of each example, or why there are none."""
+    views = [_try(renderer.views, e) for e in examples]
+    first, second = ([v if isinstance(v, ValueError) else v[i] for v in views] for i in (0, 1))
+    return list(
+        zip(_encode(renderer, "text_view", first), _encode(renderer, "code_view", second), strict=True)
+    )
+
+
+def _try(function: Any, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except ValueError as error:
+        return error
+    except TemplateError as error:
+        return ValueError(f"the chat template refuses the example ({error})")
+
+
+def _encode(renderer: Renderer, kind: str, texts: list[Rendered | ValueError]) -> list[Segment | ValueError]:
+    s, tokenizer = renderer.s, renderer.tokenizer
+    tokens = iter(_tokenize(tokenizer, [r.text for r in texts if isinstance(r, Rendered)] or [""]))
+
+    def segment(rendered: Rendered, ids: np.ndarray, offsets: np.ndarray) -> Segment:
+        if len(ids) > s.max_length:
+            raise ValueError(f"the {kind.replace('_', ' ')} has {len(ids)} tokens, over --max_length {s.max_length}")
+        first, stop = content_tokens(offsets, rendered)
+        if kind == "chat":
+            return Segment("chat", ids, label_tokens(tokenizer, s.lm_labels, ids, first, stop))
+        view = stop - 1 if s.last_token is None else len(ids) + s.last_token
+        if view < 0:
+            raise ValueError(f"the {kind.replace('_', ' ')} has {len(ids)} tokens, no --last_token {s.last_token}")
+        return Segment(kind, ids, np.zeros(len(ids), dtype=bool), view)
+
+    return [r if isinstance(r, ValueError) else _try(segment, r, *next(tokens)) for r in texts]
+
+
+class SegmentDataset(torch.utils.data.Dataset):
+    """Examples as tuples of segments: (chat,) or (chat, text view, code view).
+
+    Items are asked for by (epoch, index); index −1 is an empty item that fills up the last batch.
+    """
+
+    def __init__(self, examples: list[Example], renderer: Renderer, problems: Problems, block: int = 1000):
+        """Raises ExampleError for an example that cannot be used, unless `problems` skips those."""
+        self.s, self.items, self.examples = renderer.s, [], []
+        for begin in range(0, len(examples), block):
+            part = examples[begin : begin + block]
+            chats = encode_chats(renderer, part)
+            views = encode_views(renderer, part) if self.s.jepa else [()] * len(part)
+            for example, chat, pair in zip(part, chats, views, strict=True):
+                bad = next((x for x in (chat, *pair) if isinstance(x, ValueError)), None)
+                if bad is not None:
+                    problems.add(example.source, str(bad))
+                    continue
+                self.items.append((chat, *pair))
+                self.examples.append(example)
+        if not self.items:
+            raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Segment, ...]:
+        epoch, index = key
+        if index < 0:
+            return ()
+        # Random JEPA-loss dropout (paper section 3.3): decided by seed, epoch and row, so that layouts, batch sizes
+        # and ranks agree on it and a dropped pair is never encoded.
+        s = self.s
+        dropped = s.jepa_ratio < 1 and np.random.default_rng([s.finetune_seed, epoch, index]).random() >= s.jepa_ratio
+        return self.items[index][:1] if dropped else self.items[index]
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """(epoch, index) pairs in an order decided by seed and epoch, filled up with index −1 to whole batches.
+
+    Filling up instead of repeating rows keeps every rank in step without counting an example twice.
+    """
+
+    def __init__(self, size: int, multiple: int, seed: int, shuffle: bool):
+        self.size, self.multiple, self.seed, self.shuffle, self.epoch = size, multiple, seed, shuffle, 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.size / self.multiple) * self.multiple
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size) if self.shuffle else range(self.size)
+        yield from ((self.epoch, int(i)) for i in order)
+        yield from [(self.epoch, -1)] * (len(self) - self.size)
+
+
+# -------------------------------------------------------------------------------------------------------- layouts
+# Letters: B examples, R rows, T tokens in a row, D hidden size, V vocabulary, N label tokens, P pairs.
+
+Row = list[Segment]
+
+
+def separate_rows(items: list[tuple[Segment, ...]], tokens_per_row: int) -> list[Row]:
+    """Every segment in a row of its own."""
+    return [[segment] for item in items for segment in item]
+
+
+def additive_rows(items: list[tuple[Segment, ...]], tokens_per_row: int) -> list[Row]:
+    """The chat in a row of its own, the two views of an example sharing another."""
+    return [list(row) for item in items for row in (item[:1], item[1:]) if row]
+
+
+def packed_rows(items: list[tuple[Segment, ...]], tokens_per_row: int) -> list[Row]:
+    """All segments in few rows of at most `tokens_per_row` tokens (first fit, longest first); longer ones stand alone."""
+    rows: list[Row] = []
+    room: list[int] = []
+    for segment in sorted((s for item in items for s in item), key=lambda s: -len(s.ids)):
+        r = next((r for r, free in enumerate(room) if free >= len(segment.ids)), len(rows))
+        if r == len(rows):
+            rows.append([])
+            room.append(tokens_per_row)
+        rows[r].append(segment)
+        room[r] -= len(segment.ids)
+    return rows
+
+
+LAYOUTS = {"separate": separate_rows, "additive": additive_rows, "packed": packed_rows}
+
+
+@dataclass
+class Collator:
+    """Lays out the segments of a micro-batch in rows.
+
+    Returns `input_ids`, `position_ids` (R, T) restarting at 0 for each segment; `attention_mask`: None when packed
+    (transformers then builds the block-diagonal mask from the positions), (R, T) when separate, (R, 1, T, T) additive;
+    `label_at` (2, N) row and column whose hidden state predicts `label_ids` (N,); `view_at` (2, 2, P) row and column of
+    the first and the second view; `tokens` (4,) counts of chat, text view, code view and padding.
+    """
+
+    layout: str
+    pad_id: int
+    tokens_per_row: int
+
+    def __call__(self, items: list[tuple[Segment, ...]]) -> dict[str, torch.Tensor | None]:
+        rows = LAYOUTS[self.layout](items, self.tokens_per_row) or [[]]
+        width = max(1, max(sum(len(s.ids) for s in row) for row in rows))
+        ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)  # (R, T)
+        positions = np.zeros((len(rows), width), dtype=np.int64)  # (R, T)
+        owner = np.full((len(rows), width), -1, dtype=np.int64)  # (R, T), number of the segment in its row
+        place = {}
+        for r, row in enumerate(rows):
+            begin = 0
+            for number, segment in enumerate(row):
+                end = begin + len(segment.ids)
+                ids[r, begin:end], owner[r, begin:end] = segment.ids, number
+                positions[r, begin:end] = np.arange(end - begin)
+                place[id(segment)] = (r, begin)
+                begin = end
+            positions[r, begin:] = np.arange(width - begin)  # padding is a segment of its own
+
+        label_at, label_ids, view_at = [], [], ([], [])
+        counts = dict.fromkeys(("chat", "text_view", "code_view"), 0)
+        for item in items:
+            for segment in item:
+                r, begin = place[id(segment)]
+                counts[segment.kind] += len(segment.ids)
+                if segment.view is not None:
+                    view_at[segment.kind == "code_view"].append((r, begin + segment.view))
+                targets = np.flatnonzero(segment.labels[1:]) + 1  # the first token has no predecessor to predict it
+                label_at += [(r, begin + t - 1) for t in targets]
+                label_ids += segment.ids[targets].tolist()
+        padding = ids.size - sum(counts.values())
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "position_ids": torch.from_numpy(positions),
+            "attention_mask": self._mask(torch.from_numpy(owner)),
+            "label_at": torch.tensor(label_at, dtype=torch.long).reshape(-1, 2).T,  # (2, N)
+            "label_ids": torch.tensor(label_ids, dtype=torch.long),  # (N,)
+            "view_at": torch.tensor(view_at, dtype=torch.long).reshape(2, -1, 2).movedim(2, 0),  # (2, 2, P)
+            "tokens": torch.tensor([*counts.values(), padding]),
+        }
+
+    def _mask(self, owner: torch.Tensor) -> torch.Tensor | None:
+        if self.layout == "packed":
+            return None
+        if self.layout == "separate":
+            return (owner >= 0).long()  # (R, T)
+        causal = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool).tril()
+        allowed = (owner[:, :, None] == owner[:, None, :]) & causal  # (R, T, T)
+        return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]  # (R, 1, T, T)
+
+
+# --------------------------------------------------------------------------------------------------------- losses
+
+
+def lm_loss(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(sum, count) of the next-token cross-entropy in nats: logits (N, V) at the labels, label_ids (N,)."""
+    return F.cross_entropy(logits.float(), label_ids, reduction="sum"), len(label_ids)
+
+
+def _infonce(text: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    logits = F.normalize(text, dim=-1) @ F.normalize(code, dim=-1).T / 0.07  # (P, P)
+    return F.cross_entropy(logits, torch.arange(len(text), device=text.device), reduction="none")
+
+
+# d(text, code) of each pair, (P, D) and (P, D) → (P,): the paper's section 3.1 and its ablations.
+DISTANCES = {
+    "cosine": lambda text, code: 1 - F.cosine_similarity(text, code, dim=-1),
+    "jepa_l2": lambda text, code: torch.linalg.vector_norm(text - code, dim=-1),
+    "jepa_mse": lambda text, code: (text - code).square().mean(dim=-1),
+    "infonce": _infonce,
+}
+
+
+def jepa_loss(text: torch.Tensor, code: torch.Tensor, distance: str = "cosine") -> tuple[torch.Tensor, int]:
+    """(sum, count) over pairs of the distance between the views' embeddings (P, D); gradients flow into both.
+
+    No pairs give a zero that still carries a gradient graph. `infonce` contrasts the pairs of one micro-batch, so it
+    alone depends on the micro-batch's size.
+    """
+    return DISTANCES[distance](text.float(), code.float()).sum(), len(text)
+
+
+@torch.no_grad()
+def view_statistics(text: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of the pairs' cosines, spread × P) of the views' embeddings (P, D).
+
+    Spread is 1 − the mean cosine between different examples' views of one kind, averaged over the two kinds: 0 where
+    all embeddings have collapsed into one direction, near 1 where they point everywhere. It needs P > 1.
+    """
+    text, code = F.normalize(text.float(), dim=-1), F.normalize(code.float(), dim=-1)
+    p = len(text)
+    between = [(u.sum(dim=0).square().sum() - p) / max(1, p * (p - 1)) for u in (text, code)]
+    return (text * code).sum(), (1 - (between[0] + between[1]) / 2) * p
+
+
+class HeadInput:
+    """Hands the output layer only what is needed, so that logits exist at labels alone.
+
+    A forward pre-hook on the model's output layer: everything before it runs as in any forward of the (wrapped) model.
+    Outside of `read` it does nothing, so generation works as ever.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.batch: dict[str, torch.Tensor] | None = None
+        self.views: torch.Tensor | None = None
+        self.accepts_positions = "position_ids" in inspect.signature(_forward_of(model)).parameters
+        model.get_output_embeddings().register_forward_pre_hook(self._pick)
+
+    def _pick(self, module: torch.nn.Module, args: tuple) -> tuple | None:
+        if self.batch is None:
+            return None
+        hidden, (label_at, view_at) = args[0], (self.batch["label_at"], self.batch["view_at"])  # (R, T, D)
+        self.views = hidden[view_at[0], view_at[1]]  # (2, P, D)
+        return (hidden[label_at[0], label_at[1]][None], *args[1:])  # (1, N, D)
+
+    def read(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits at the labels (N, V) and hidden states at the views (2, P, D), by one forward pass of `model`.
+
+        use_cache=False and, when packed, attention_mask=None: otherwise packed segments would see each other.
+        """
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        if self.accepts_positions:
+            inputs["position_ids"] = batch["position_ids"]
+        self.batch = batch
+        try:
+            logits = model(**inputs).logits[0]  # (N, V)
+            return logits, self.views
+        finally:
+            self.batch = self.views = None
+
+
+def _forward_of(model: torch.nn.Module) -> Any:
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).forward
+
+
+@torch.no_grad()
+def check_packing(model: torch.nn.Module, head: HeadInput, items: list[tuple[Segment, ...]], collator: Collator) -> None:
+    """Encodes a few examples packed and separate. Raises UsageError where they differ at a view or a label token.
+
+    Models whose layers carry state along the row (Mamba, linear attention, convolutions) differ.
+    """
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    seen = []
+    for layout in (collator.layout, "separate"):
+        batch = dataclasses.replace(collator, layout=layout)(items)
+        batch = {k: v if v is None else v.to(device) for k, v in batch.items()}
+        seen.append([x.float() for x in head.read(model, batch)])
+    model.train(training)
+    for packed, separate in zip(*seen, strict=True):
+        # A relative bound per vector, wide enough for bfloat16's rounding; contamination is of order one.
+        difference = (packed - separate).norm(dim=-1) / separate.norm(dim=-1).clamp(min=1e-6)
+        exact = torch.get_autocast_dtype(device.type) == torch.float32 or not torch.is_autocast_enabled(device.type)
+        if difference.numel() and not bool(difference.max() < (1e-3 if exact else 0.1)):
+            raise UsageError(
+                f"{type(model).__name__} cannot be packed: encoded in one row its segments differ by "
+                f"{difference.max():.2g} from encoded apart; give --layout separate"
+            )
+
+
+# -------------------------------------------------------------------------------------------------------- trainer
+
+STATISTICS = ("lm_sum", "labels", "jepa_sum", "pairs", "cosine_sum", "spread_sum", "spread_pairs",
+              "chat", "text_view", "code_view", "padding", "total", "flops")  # fmt: skip
+
+
+class JepaTrainer(Trainer):
+    """transformers' Trainer with the LLM-JEPA loss, normalised over the whole optimiser step and all ranks."""
+
+    def __init__(self, *args: Any, settings: Settings, head: HeadInput, generate: Any = None, **kwargs: Any):
+        """`generate`: a function of the model that returns metrics from generation, called at each evaluation."""
+        super().__init__(*args, **kwargs)
+        self.s, self.head, self.generate = settings, head, generate
+        # Tells the Trainer that the loss is already scaled for gradient accumulation.
+        self.model_accepts_loss_kwargs = True
+        self.sampler: EpochSampler | None = None
+        self.statistics = torch.zeros(len(STATISTICS), dtype=torch.float64, device=self.args.device)
+        self.seen_tokens, self.flops, self._since = 0, 0.0, time.time()
+        self._step_loss = torch.zeros((), device=self.args.device)
+
+    # -- data
+
+    def _sampler_of(self, dataset: SegmentDataset, batch_size: int, shuffle: bool) -> EpochSampler:
+        return EpochSampler(len(dataset), batch_size * self.args.world_size, self.s.finetune_seed, shuffle)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        self.sampler = self._sampler_of(self.train_dataset, self.args.train_batch_size, shuffle=True)
+        return self.sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> EpochSampler:
+        return self._sampler_of(eval_dataset, self.args.eval_batch_size, shuffle=False)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
+        """The step's micro-batches and the label tokens and pairs (2,) in all of them, over all ranks."""
+        batches = [b for b, _ in zip(epoch_iterator, range(num_batches), strict=False)]
+        counts = [[len(b["label_ids"]), b["view_at"].shape[-1]] for b in batches] or [[0, 0]]
+        counts = torch.tensor(counts, dtype=torch.float32, device=device).sum(dim=0)
+        return batches, self.accelerator.reduce(counts, "sum").clamp(min=1)
+
+    # -- loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """This micro-batch's share of gamma · L_LM + lbd · L_JEPA over the step; `num_items_in_batch` (2,) as above."""
+        logits, (text, code) = self.head.read(model, inputs)
+        lm_sum, labels = lm_loss(logits, inputs["label_ids"])
+        loss = self.s.gamma * lm_sum / num_items_in_batch[0]
+        zero = lm_sum.new_zeros(())
+        jepa_sum, pairs, cosine, spread = zero, 0, zero, zero
+        if self.s.jepa:
+            jepa_sum, pairs = jepa_loss(text, code, self.s.distance)
+            loss = loss + self.s.lbd * jepa_sum / num_items_in_batch[1]
+            cosine, spread = view_statistics(text, code)
+        spread_pairs = pairs if pairs > 1 else 0
+        values = [lm_sum.detach(), labels, jepa_sum.detach(), pairs, cosine, spread if spread_pairs else 0, spread_pairs]
+        values += [*inputs["tokens"].to(loss.device), loss.detach(), 0.0]
+        self.statistics += torch.stack([torch.as_tensor(v, dtype=torch.float64, device=loss.device) for v in values])
+        self._step_loss = self._step_loss + loss.detach()
+        return loss * self.args.world_size  # the ranks' gradients are averaged, the loss is a sum over ranks
+
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
+        """A micro-batch's forward and backward pass, with --track_flop under torch's counter."""
+        if not self.s.track_flop:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.statistics[STATISTICS.index("flops")] += counter.get_total_flops()
+        return loss
+
+    def require_finite_loss(self) -> None:
+        """Raises FloatingPointError before the weights are touched where the step's loss is not a number."""
+        loss = self.accelerator.reduce(self._step_loss, "sum")
+        self._step_loss = torch.zeros_like(self._step_loss)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is {loss.item()}; training stopped")
+
+    # -- logs and checkpoints
+
+    def _drain(self, statistics: torch.Tensor) -> dict[str, float]:
+        total = dict(zip(STATISTICS, self.accelerator.reduce(statistics, "sum").tolist(), strict=True))
+        statistics.zero_()
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the method's own figures to what the Trainer logs."""
+        if "loss" in logs:
+            t, now = self._drain(self.statistics), time.time()
+            tokens = t["chat"] + t["text_view"] + t["code_view"]
+            self.seen_tokens += int(tokens)
+            self.flops += t["flops"]
+            logs |= {
+                "total": logs.pop("loss"),
+                "lm_loss": t["lm_sum"] / max(1, t["labels"]),
+                "tokens": int(tokens),
+                "padding": int(t["padding"]),
+                "label_tokens": int(t["labels"]),
+                "tokens_per_second": round(tokens / max(1e-9, now - self._since), 1),
+            }
+            self._since = now
+            if self.s.jepa:
+                logs |= {"jepa_loss": t["jepa_sum"] / max(1, t["pairs"]), "pairs": int(t["pairs"])}
+                logs |= {"cosine": t["cosine_sum"] / t["pairs"]} if t["pairs"] else {}
+                logs |= {"spread": t["spread_sum"] / t["spread_pairs"]} if t["spread_pairs"] else {}
+            if self.s.track_flop:
+                logs["flops"] = self.flops
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Losses of the held-out rows, each normalised over all of them, and with --eval_generate exact match."""
+        model, one = self.accelerator.unwrap_model(self.model), torch.ones(2, device=self.args.device)
+        model.eval()
+        during_training, self.statistics = self.statistics, torch.zeros_like(self.statistics)
+        step_loss = self._step_loss
+        for batch in dataloader:
+            with self.accelerator.autocast():
+                self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=one)
+        t = self._drain(self.statistics)
+        self.statistics, self._step_loss = during_training, step_loss
+        lm, jepa = t["lm_sum"] / max(1, t["labels"]), t["jepa_sum"] / max(1, t["pairs"])
+        metrics = {"loss": self.s.gamma * lm, "lm_loss": lm}
+        if self.s.jepa:
+            metrics |= {"loss": self.s.gamma * lm + self.s.lbd * jepa, "jepa_loss": jepa}
+            metrics["cosine"] = t["cosine_sum"] / max(1, t["pairs"])
+        if self.generate is not None:
+            with self.accelerator.autocast():
+                metrics |= self.generate(model)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self._since = time.time()
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Older checkpoints go only when the new one is whole, so that a kill while saving leaves one to resume from.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            rotate_checkpoints(self.args.output_dir, limit)
+
+
+class Watch(TrainerCallback):
+    """Drives the sampler's epoch, stops at a loss that is not finite, writes metrics.jsonl."""
+
+    def __init__(self, run: Run):
+        self.run, self.trainer, self.file = run, None, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drops the lines of steps that a resumed run takes again."""
+        if not state.is_world_process_zero:
+            return
+        path = self.run.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+        self.trainer.seen_tokens = sum(json.loads(line).get("tokens", 0) for line in kept)
+        self.trainer.flops = max((json.loads(line).get("flops", 0.0) for line in kept), default=0.0)
+        self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115, closed in on_train_end
+        self.file.writelines(kept)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.sampler.epoch = int(state.epoch or 0)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.require_finite_loss()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.file is not None:
+            line = {"step": state.global_step} | {k: v for k, v in logs.items() if k != "total_flos"}
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+class Bar(ProgressCallback):
+    """One progress bar, with the losses behind it instead of a line a step."""
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """No second bar while held-out rows are scored."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs:
+            shown = ("lm_loss", "jepa_loss", "cosine", "eval_lm_loss", "eval_exact")
+            self.training_bar.set_postfix({k: f"{logs[k]:.4g}" for k in shown if k in logs}, refresh=False)
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+
+
+def load_tokenizer(s: Settings, predictors: bool = True) -> Any:
+    """The model's tokenizer with the special tokens the method needs. Raises UsageError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(s.model_name, revision=s.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--model_name {s.model_name}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    if not tokenizer.is_fast:
+        raise UsageError(f"--model_name {s.model_name}: its tokenizer gives no character offsets (not a fast one)")
+    # Always all ten, in both arms: softmax over another vocabulary would be another loss.
+    wanted = [predictor_token(i) for i in range(1, 11)] if predictors else []
+    wanted += [PERCEPTION, END_OF_TURN] if s.plain else []
+    missing = [t for t in wanted if t not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or END_OF_TURN
+    return tokenizer
+
+
+def load_model(s: Settings, tokenizer: Any) -> Any:
+    """The causal language model in float32, its embeddings as long as the tokenizer, with --lora an adapter on top.
+
+    Raises UsageError where it cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(s.model_name, revision=s.revision)
+        options = {"dtype": torch.float32}
+        if s.attn_implementation:
+            options["attn_implementation"] = s.attn_implementation
+        if s.pretrain:
+            model = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(s.model_name, revision=s.revision, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        hint = "" if s.pretrain else " (without weights, give --pretrain)"
+        raise UsageError(f"--model_name {s.model_name} cannot be loaded{hint}: {first_line(error)}") from None
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    if not s.lora:
+        return model
+
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
+    usual = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    embedding = next(name for name, module in names.items() if module is model.get_input_embeddings())
+    added = [predictor_token(i) for i in range(1, s.predictors + 1)] + ([PERCEPTION, END_OF_TURN] if s.plain else [])
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=s.lora_rank,
+            lora_alpha=2 * s.lora_rank,
+            lora_dropout=0.1,
+            target_modules=sorted(usual & names.keys()) or "all-linear",
+            # Without this the predictor tokens would stay at their random start (reference.md, 4.7).
+            trainable_token_indices={embedding: tokenizer.convert_tokens_to_ids(added)} if added else None,
+        ),
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message without what libraries append to it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def load_examples(s: Settings, problems: Problems) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples of the settings' files."""
+    examples = read_examples(s.train_file or s.data_file, problems)
+    if s.data_file or s.val_fraction:
+        return split_examples(examples, s.eval_split if s.data_file else s.val_fraction, s.split_seed)
+    return examples, read_examples(s.eval_file, problems) if s.eval_file else []
+
+
+def first_row(renderer: Renderer, dataset: SegmentDataset) -> dict[str, str | None]:
+    """The first example as the model sees it: texts, the label text, the tokens at which the views are read."""
+    example, (chat, *views) = dataset.examples[0], dataset.items[0]
+
+    def decode(ids: Any) -> str:
+        return renderer.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    row = dict.fromkeys(("chat", "label_text", "text_view", "code_view", "text_view_token", "code_view_token"))
+    row |= {"chat": renderer.chat(example).text, "label_text": decode(chat.ids[chat.labels])}
+    if views:
+        texts = renderer.views(example)
+        row |= {"text_view": texts[0].text, "code_view": texts[1].text}
+        row |= {f"{v.kind}_token": decode([v.ids[v.view]]) for v in views}
+    return row
+
+
+def dry_run(s: Settings, model: Any, renderer: Renderer, dataset: SegmentDataset, collator: Collator) -> dict[str, Any]:
+    """Scores the first rows as one micro-batch in float32, with gradient."""
+    batch = collator([dataset[0, i] for i in range(len(dataset))])
+    model.eval()
+    logits, (text, code) = HeadInput(model).read(model, batch)
+    lm_sum, labels = lm_loss(logits, batch["label_ids"])
+    jepa_sum, pairs = jepa_loss(text, code, s.distance)
+    lm, jepa = lm_sum / max(1, labels), jepa_sum / max(1, pairs)
+    total = s.gamma * lm + s.lbd * jepa if s.jepa else s.gamma * lm
+    total.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return {
+        "lm_loss": lm.item(),
+        "jepa_loss": jepa.item() if s.jepa else None,
+        "total_loss": total.item(),
+        "grad_norm": torch.nn.utils.get_total_norm(gradients).item(),
+        "label_tokens": labels,
+        "pairs": pairs,
+        "tokens": dict(zip(("chat", "text_view", "code_view", "padding"), batch["tokens"].tolist(), strict=True)),
+        "first_row": first_row(renderer, dataset),
+    }
+
+
+def flop_share(model: Any, head: HeadInput, dataset: SegmentDataset, collator: Collator, s: Settings) -> float:
+    """FLOPs of a regular step over those of a step with the views, counted by torch on the first micro-batches."""
+    spent = []
+    for views in (False, True):
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            for begin in range(0, min(len(dataset), 4 * s.batch_size), s.batch_size):
+                items = [dataset[0, i] for i in range(begin, min(len(dataset), begin + s.batch_size))]
+                batch = collator([item if views else item[:1] for item in items])
+                batch = {k: v if v is None else v.to(model.device) for k, v in batch.items()}
+                logits, (text, code) = head.read(model, batch)
+                (lm_loss(logits, batch["label_ids"])[0] + jepa_loss(text, code, s.distance)[0]).backward()
+        spent.append(counter.get_total_flops())
+    model.zero_grad()
+    return spent[0] / spent[1]
+
+
+def training_arguments(s: Settings, bf16: bool, steps: int) -> TrainingArguments:
+    """The Trainer's own settings."""
+    return TrainingArguments(
+        output_dir=s.output_dir,
+        per_device_train_batch_size=s.batch_size,
+        per_device_eval_batch_size=s.batch_size,
+        gradient_accumulation_steps=s.grad_accum,
+        learning_rate=s.learning_rate,
+        num_train_epochs=s.num_epochs,
+        max_steps=steps,
+        weight_decay=s.weight_decay,
+        warmup_steps=s.warmup_steps if s.warmup_steps < 1 else int(s.warmup_steps),
+        lr_scheduler_type=s.lr_scheduler_type,
+        max_grad_norm=s.max_grad_norm,
+        optim=s.optim,
+        adam_beta2=s.adam_beta2,
+        seed=s.finetune_seed,
+        bf16=bf16,
+        fp16=s.dtype == "float16",
+        gradient_checkpointing=s.gradient_checkpointing,
+        torch_compile=s.torch_compile,
+        eval_strategy=s.eval_strategy,
+        eval_steps=s.eval_steps,
+        save_strategy=s.save_strategy,
+        save_steps=s.save_steps,
+        save_total_limit=s.save_total_limit,
+        logging_steps=s.logging_steps,
+        logging_nan_inf_filter=False,
+        disable_tqdm=False,
+        report_to=s.report_to.split(","),
+        run_name=Path(s.output_dir).name,
+        remove_unused_columns=False,
+        dataloader_num_workers=s.dataloader_num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        label_names=["label_ids"],
+    )
+
+
+def describe(s: Settings, model: Any, renderer: Renderer, train: SegmentDataset, held_out: Any) -> str:
+    """The start block: what will be trained on what, and the first example as the model sees it."""
+    weights = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    row = first_row(renderer, train)
+    method = f"JEPA, λ {s.lbd:g}, γ {s.gamma:g}, k {s.predictors}, {s.distance}" if s.jepa else "regular"
+    lines = [
+        f"model    {s.model_name}, {weights / 1e6:.2f} M weights, {trainable / 1e6:.2f} M trained",
+        f"method   {method}; labels: {s.lm_labels}; layout: {s.layout}",
+        f"data     {len(train)} examples, {len(held_out or ())} held out",
+        f"chat     {row['chat']!r}",
+        f"labels   {row['label_text']!r}",
+    ]
+    if s.jepa:
+        lines += [f"{k:9}{row[f'{k}_view']!r}, read at {row[f'{k}_view_token']!r}" for k in ("text", "code")]
+    return "\n".join([*lines, f"run      {s.output_dir}"])
+
+
+def train(s: Settings, state: PartialState) -> None:
+    """A whole run: checks everything, starts the run folder, trains, saves."""
+    on_gpu = state.device.type == "cuda"
+    bf16 = s.dtype == "bfloat16" or (s.dtype == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+    problems = Problems(s.skip_bad_examples)
+    run = Run(s.output_dir, dataclasses.asdict(s), VOLATILE)
+    if state.is_main_process and not s.dry_run:
+        run.check(s.resume, s.overwrite)
+
+    tokenizer = load_tokenizer(s)
+    renderer = Renderer(tokenizer, s)
+    examples, held_out_examples = load_examples(s, problems)
+    train_set = SegmentDataset(examples[: s.dry_run] if s.dry_run else examples, renderer, problems)
+    held_out = SegmentDataset(held_out_examples, renderer, problems) if held_out_examples and not s.dry_run else None
+    set_seed(s.finetune_seed)
+    model = load_model(s, tokenizer)
+    pad_id = tokenizer.pad_token_id
+    collator = Collator(s.layout, pad_id, s.tokens_per_row or (4096 if on_gpu else 256))
+    if s.dry_run:
+        _say(problems.report())
+        print(json.dumps(dry_run(s, model, renderer, train_set, collator), ensure_ascii=False))
+        return
+
+    head = HeadInput(model)
+    model.to(state.device)
+    with torch.autocast(state.device.type, torch.bfloat16 if bf16 else torch.float16, enabled=bf16 or s.dtype == "float16"):
+        if s.layout == "packed":
+            check_packing(model, head, [train_set[0, i] for i in range(min(3, len(train_set)))], collator)
+        steps = s.max_steps
+        if s.same_flop and s.jepa:
+            per_epoch = math.ceil(math.ceil(len(train_set) / (s.batch_size * state.num_processes)) / s.grad_accum)
+            steps = max(1, round(per_epoch * s.num_epochs * flop_share(model, head, train_set, collator, s)))
+
+    stop_ids = {renderer.end_of_turn()} if s.lm_labels != "answer_text" else set()
+    _add_stop_ids(model.generation_config, stop_ids)
+    files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
+    record = {"seed": s.finetune_seed, "skipped_examples": len(problems.messages)} | provenance(files)
+    if state.is_main_process:
+        _say(problems.report())
+        _say(describe(s, model, renderer, train_set, held_out))
+        run.start(s.overwrite, record)
+    state.wait_for_everyone()
+
+    try:
+        generate = _held_out_generation(s, renderer, held_out, state) if s.eval_generate else None
+        watch = Watch(run)
+        trainer = JepaTrainer(
+            model=model,
+            args=training_arguments(s, bf16, steps),
+            train_dataset=train_set,
+            eval_dataset=held_out,
+            data_collator=collator,
+            processing_class=tokenizer,
+            callbacks=[watch],
+            settings=s,
+            head=head,
+            generate=generate,
+        )
+        watch.trainer = trainer
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Bar)
+        checkpoints = whole_checkpoints(run.path) if s.resume else []
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        trainer.save_model()
+        if s.merge and state.is_main_process:
+            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+            merged.save_pretrained(run.path / "merged")
+            tokenizer.save_pretrained(run.path / "merged")
+    except BaseException as error:
+        if state.is_main_process:
+            interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+            with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+                run.update("interrupted" if interrupted else "failed", error=first_line(error))
+        raise
+    if state.is_main_process:
+        log = trainer.state.log_history
+        final = {k: v for line in log for k, v in line.items() if k.endswith(("lm_loss", "jepa_loss", "eval_exact"))}
+        run.update("finished", steps=trainer.state.global_step, tokens=trainer.seen_tokens, final=final)
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in final.items())
+        _say(f"finished {trainer.state.global_step} steps, {trainer.seen_tokens} tokens: {shown}")
+
+
+def _held_out_generation(s: Settings, renderer: Renderer, held_out: SegmentDataset, state: PartialState) -> Any:
+    # Imported here since evaluate.py builds on this file.
+    from evaluate import generate
+    from scoring import score_text
+
+    mine = held_out.examples[: s.eval_generate][state.process_index :: state.num_processes]
+
+    def exact(model: Any) -> dict[str, float]:
+        batches = generate(model, renderer, mine, batch_size=32, max_new_tokens=128)
+        hits = sum(score_text(g.text, e.assistant)["exact"] for batch in batches for e, g in batch)
+        counts = torch.tensor([float(hits), float(len(mine))], device=model.device)
+        counts = counts if state.num_processes == 1 else _all_reduce(counts)
+        return {"exact": (counts[0] / counts[1]).item()}
+
+    return exact
+
+
+def _all_reduce(values: torch.Tensor) -> torch.Tensor:
+    torch.distributed.all_reduce(values)
+    return values
+
+
+def _add_stop_ids(config: Any, stop_ids: set[int]) -> None:
+    """Makes plain `generate` of the saved model stop where it was trained to."""
+    known = config.eos_token_id
+    known = set() if known is None else {known} if isinstance(known, int) else set(known)
+    config.eos_token_id = sorted(known | stop_ids) or None
+
+
+def _say(text: str | None) -> None:
+    if text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 finished, 1 failed, 2 wrong usage or data, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    settings, given = parse_flags(Settings, __doc__, argv)
+
+    def stop(signum: int, frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        train(check_settings(settings, given), PartialState())
+    except (UsageError, ExampleError) as error:
+        for line in str(error).splitlines():
+            print(f"finetune.py: error: {line}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, OSError) as error:
+        print(f"finetune.py: error: {first_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

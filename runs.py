@@ -1,0 +1,223 @@
+"""What every script shares about a run: its flags, its folder, where it came from and how it ended.
+
+A run folder holds `args.json` (all resolved settings), `run.json` (provenance and status), `metrics.jsonl`, the model,
+checkpoints and `eval/<dataset>/`. Nothing about a run is ever read from printed output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+CHECKPOINT_MARK = "complete.json"
+PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")
+
+
+class UsageError(Exception):
+    """Wrong flags or folders: printed as one message, exit code 2."""
+
+
+def flag(default: Any, help: str, group: str, *aliases: str) -> Any:
+    """A field of a settings dataclass: its default, its help text and its other spellings, said once."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "aliases": aliases})
+
+
+def _value_type(annotation: Any) -> tuple[Any, tuple | None]:
+    """(type, choices) of a flag's annotation: `int | None` → int, Literal["a", "b"] → str and its choices."""
+    if typing.get_origin(annotation) is Literal:
+        return str, typing.get_args(annotation)
+    options = [a for a in typing.get_args(annotation) if a is not type(None)]
+    return _value_type(options[0]) if options else (annotation, None)
+
+
+def build_parser(settings: type, doc: str) -> argparse.ArgumentParser:
+    """The parser of a settings dataclass; defaults stay out of it, so that flags that were given can be told apart."""
+    parser = argparse.ArgumentParser(
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    types, groups = typing.get_type_hints(settings), {}
+    for f in dataclasses.fields(settings):
+        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
+        kind, choices = _value_type(types[f.name])
+        shown = "" if f.default in (None, False, "") else f" (default {f.default})"
+        options: dict[str, Any] = {"dest": f.name, "help": (f.metadata["help"] + shown).replace("%", "%%")}
+        if kind is bool:
+            options["action"] = "store_true"
+        else:
+            options.update(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
+        group.add_argument(f"--{f.name}", *f.metadata["aliases"], **options)
+    return parser
+
+
+def parse_flags(settings: type, doc: str, argv: list[str] | None = None) -> tuple[Any, set[str]]:
+    """(settings, names of the flags given on the command line)."""
+    given = vars(build_parser(settings, doc).parse_args(argv))
+    return settings(**given), set(given)
+
+
+def flag_table(settings: type) -> str:
+    """The README's Markdown table of a settings dataclass."""
+    lines, types, group = [], typing.get_type_hints(settings), None
+    for f in dataclasses.fields(settings):
+        if f.metadata["group"] != group:
+            group = f.metadata["group"]
+            lines += ["", f"**{group}**", "", "| flag | default | |", "|---|---|---|"]
+        _, choices = _value_type(types[f.name])
+        names = ", ".join(f"`{n}`" for n in (f"--{f.name}", *f.metadata["aliases"]))
+        values = f" ({', '.join(f'`{c}`' for c in choices)})" if choices else ""
+        default = "" if f.default in (None, False, "") else f"`{f.default}`"
+        lines.append(f"| {names} | {default} | {f.metadata['help']}{values} |".replace("  ", " "))
+    return "\n".join(lines).strip() + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False, default=str)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Raises UsageError naming the file where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from None
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers."""
+    return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
+
+
+def provenance(data_files: list[str]) -> dict[str, Any]:
+    """Where a result comes from: command, commit, versions, device, checksums of the data."""
+    import torch
+
+    def git(*command: str) -> str | None:
+        here = Path(__file__).resolve().parent
+        try:
+            return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    cuda = torch.cuda.is_available()
+    return {
+        "argv": sys.argv,
+        "git_commit": commit and commit.strip(),
+        "git_dirty": None if changes is None else bool(changes),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "data_sha256": {path: sha256(path) for path in data_files},
+    }
+
+
+class Run:
+    """A run folder. Only the main process writes to it.
+
+    The folder is made (or with `overwrite` emptied) by `start`, after all input was checked, so that a mistake on the
+    command line loses nothing.
+    """
+
+    def __init__(self, folder: str, settings: dict[str, Any], volatile: set[str]):
+        """`volatile`: settings that may differ between a run and its resumption."""
+        self.path, self.settings, self.volatile = Path(folder), settings, volatile
+        self.record: dict[str, Any] = {}
+        self._started = time.time()
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Raises UsageError where the folder exists and neither flag allows that, or where it is another run's."""
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        if not (resume or overwrite):
+            raise UsageError(f"--output_dir {self.path} exists; give --resume, --overwrite or another folder")
+        if not (self.path / "args.json").is_file():
+            raise UsageError(f"--output_dir {self.path} exists and is no run folder (it has no args.json)")
+        if overwrite:
+            return
+        before, now = read_json(self.path / "args.json"), json.loads(json.dumps(self.settings, default=str))
+        differing = [
+            f"--{name} {before.get(name)!r} (now {now.get(name)!r})"
+            for name in sorted(before.keys() | now.keys())
+            if name not in self.volatile and before.get(name) != now.get(name)
+        ]
+        if differing:
+            raise UsageError(f"--resume: {self.path} was made with other settings: " + ", ".join(differing))
+        if read_json(self.path / "run.json").get("status") == "finished":
+            raise UsageError(f"--resume: {self.path} is finished")
+
+    def start(self, overwrite: bool, record: dict[str, Any]) -> None:
+        """Makes the folder and writes args.json and run.json with status `running`; a resumed run keeps its history."""
+        if overwrite and self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        previous = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
+        if record["data_sha256"] != previous.get("data_sha256", record["data_sha256"]):
+            raise UsageError(f"--resume: the data of {self.path} has changed since it was started")
+        attempts = previous.get("attempts", []) + [{"argv": record["argv"], "started": _now()}]
+        self.record = {"status": "running", **record, "wall_seconds": 0.0, "attempts": attempts}
+        self._previous_seconds = previous.get("wall_seconds", 0.0)
+        write_json(self.path / "args.json", self.settings)
+        write_json(self.path / "run.json", self.record)
+
+    def update(self, status: str, **facts: Any) -> None:
+        """Records how the run stands: `running`, `finished`, `failed` or `interrupted`."""
+        self.record |= {
+            "status": status,
+            "wall_seconds": round(self._previous_seconds + time.time() - self._started, 1),
+            **facts,
+        }
+        write_json(self.path / "run.json", self.record)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def mark_checkpoint(folder: Path) -> None:
+    """Marks a checkpoint as whole: the sizes of its files, written last and synced."""
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    sizes.pop(CHECKPOINT_MARK, None)
+    write_json(folder / CHECKPOINT_MARK, sizes)
+
+
+def whole_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that were saved to the end, oldest first; not one cut short by a kill or a full disk."""
+
+    def whole(folder: Path) -> bool:
+        try:
+            sizes = json.loads((folder / CHECKPOINT_MARK).read_text())
+            return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        except (OSError, ValueError):
+            return False
+
+    numbered = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return [p for p in sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-"))) if whole(p)]
