@@ -227,9 +227,15 @@ def default_output_dir(s: Settings) -> str:
 
 # ------------------------------------------------------------------------------------------------------ rendering
 
-CONTENT = "\ue000content\ue001"  # stands in for a turn's content to find where the template puts it
+CONTENT = "\ue000\ue001\ue002"  # stands in for a turn's content to find where the template puts it
 PERCEPTION, END_OF_TURN = "<|perception|>", "<|eot_id|>"
 PINNED_DATE = datetime(2024, 7, 26)  # the date that Llama-3.x's own template falls back to
+# Stands in front of a template and hides transformers' strftime_now, which is today's date.
+DATE_MACRO = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('%{c}', '{PINNED_DATE.strftime('%' + c)}')" for c in "aAbBcdHIjmMpSxXyY")
+    + " }}{%- endmacro -%}"
+)
 
 
 def predictor_token(i: int) -> str:
@@ -276,7 +282,7 @@ class Renderer:
             tokenize=False,
             enable_thinking=False,
             date_string=PINNED_DATE.strftime("%d %b %Y"),
-            strftime_now=PINNED_DATE.strftime,
+            chat_template=DATE_MACRO + self.tokenizer.chat_template,
         )
 
     def _shows(self, messages: list[dict]) -> bool:

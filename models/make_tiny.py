@@ -23,8 +23,8 @@ PAD, END, PERCEPTION = "<|pad|>", "<|eot_id|>", "<|perception|>"
 PREDICTORS = tuple(f"<|predictor_{k}|>" for k in range(1, 11))
 SPECIAL = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>", PERCEPTION, *PREDICTORS)
 
-# What may become one token: a character class with its parentheses, an operator with its neighbours, a quoted or plain
-# word with the space and comma beside it, or what is left. The last two alternatives take any text there is.
+# What may become one token: a character class with its parentheses, a run of operators and digits, a word with the
+# space and quotes beside it, other signs, white space, or any single character, so that no text is left out.
 PIECES = r"""\(?\[[A-Za-z0-9\-]+\]\)?|[.()*+&|~\\{},0-9]+| ?'?[^\W\d_]+'?|[^\S\n]*[^\s\w]+|\s+|[\w\W]"""
 
 CHAT_TEMPLATE = """\
