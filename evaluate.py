@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -61,7 +62,7 @@ class Settings:
 
     output_file: str | None = flag(None, "predictions; default RUN/eval/<dataset>/predictions.jsonl", OUTPUT)
     overwrite: bool = flag(False, "replace existing predictions", OUTPUT)
-    score_only: str | None = flag(None, "score this file (a JSON object a line: id, prediction), without a model", OUTPUT)
+    score_only: str | None = flag(None, "score this file (JSON objects, one a line: id, prediction), no model", OUTPUT)
     split_tune_untune: bool = flag(
         False, "also answer with --original_model_name; scores apart for rows it got right and wrong", OUTPUT
     )
@@ -82,6 +83,8 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
         wrong.append("--nosplit_data: not with --process_split")
     if not s.process_split:
         wrong += [f"--{name}: only with --process_split" for name in sorted(given & {"test_size", "split_seed"})]
+    elif not 0 < s.test_size < 1:
+        wrong.append(f"--test_size {s.test_size} is not between 0 and 1")
     if s.split_tune_untune and not s.original_model_name:
         wrong.append("--split_tune_untune: only with --original_model_name")
     if s.batch_size < 1:
@@ -102,6 +105,10 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
         output = str(Path(s.model_name) / "eval" / name / "predictions.jsonl")
     elif not output and s.model_name:
         wrong.append("--output_file is missing (only a run folder has a place of its own for it)")
+    if output and Path(output).resolve() in {Path(p).resolve() for p in (s.input_file, s.score_only) if p}:
+        wrong.append(f"--output_file {output} is also read")
+    if output and Path(output).name == "metrics.json":
+        wrong.append(f"--output_file {output}: metrics.json is the name of the file beside it")
     if wrong:
         raise UsageError("\n".join(wrong))
     return dataclasses.replace(s, task=s.task or name, output_file=output)
@@ -146,14 +153,18 @@ def load(name: str, s: Settings) -> tuple[Any, finetune.Renderer]:
     if s.attn_implementation:
         options["attn_implementation"] = s.attn_implementation
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
+        if loading["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(f"weights are missing ({', '.join(sorted(loading['missing_keys'])[:3])} …)")
+        # Whatever `generate` is not told it would take from here (suppressed tokens, a shortest length …).
+        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         if adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, name)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise UsageError(f"--model_name {name} cannot be loaded: {finetune.first_line(error)}") from None
     return model.to("cuda" if cuda else "cpu").eval(), renderer
 
@@ -176,42 +187,71 @@ def stop_ids(model: Any, renderer: finetune.Renderer) -> list[int]:
     return sorted((known | {renderer.end_of_turn(), renderer.tokenizer.eos_token_id}) - {None})
 
 
+def context(model: Any) -> int | None:
+    """The longest text of the model in tokens, None where its configuration does not tell."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 @torch.no_grad()
+def next_tokens(
+    model: Any, renderer: finetune.Renderer, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy tokens behind each prompt, up to and with the first stop token; arguments as in generate_batch."""
+    pad, stops, width = renderer.tokenizer.pad_token_id, stop_ids(model, renderer), max(map(len, prompts))
+    limit, most = context(model), sys.maxsize if max_new_tokens == -1 else max_new_tokens
+    room = [min(most, limit - len(p)) if limit else min(most, 8192) for p in prompts]
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)  # (B, T)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # (B, T)
+    greedy = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=min(room),
+                              eos_token_id=stops, pad_token_id=pad, use_cache=True)  # fmt: skip
+    rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)[:, width:].tolist()
+    ends = [next((t + 1 for t, token in enumerate(row) if token in stops), None) for row in rows]
+    rows = [row[:end] for row, end in zip(rows, ends, strict=True)]
+    # At the end of the context the longest prompt has the least room; the others go on without it.
+    more = [i for i, end in enumerate(ends) if end is None and room[i] > min(room)]
+    if more:
+        left = -1 if max_new_tokens == -1 else max_new_tokens - min(room)
+        for i, rest in zip(more, next_tokens(model, renderer, [prompts[i] + rows[i] for i in more], left), strict=True):
+            rows[i] += rest
+    return rows
+
+
 def generate_batch(
     model: Any, renderer: finetune.Renderer, prompts: list[list[int]], max_new_tokens: int
 ) -> list[Generation]:
-    """Greedy answers to a batch of tokenised prompts, padded on the left; max_new_tokens −1: up to the context."""
-    tokenizer, stops, width = renderer.tokenizer, stop_ids(model, renderer), max(map(len, prompts))
-    if max_new_tokens == -1:
-        max_new_tokens = max(1, getattr(model.config, "max_position_embeddings", 8192) - width)
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)  # (B, T)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # (B, T)
-    greedy = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
-                              eos_token_id=stops, pad_token_id=pad, use_cache=True)  # fmt: skip
-    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)[:, width:].tolist()
-    answers = []
-    for row in out:
-        end = next((t for t, token in enumerate(row) if token in stops), None)
-        text = tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        answers.append(Generation(text, "length" if end is None else "stop"))
+    """Greedy answers to a batch of tokenised prompts, padded on the left.
+
+    Each is at most max_new_tokens long (−1: any length) and ends with the model's context.
+    """
+    stops, answers = stop_ids(model, renderer), []
+    for row in next_tokens(model, renderer, prompts, max_new_tokens):
+        stopped = row[-1] in stops
+        text = row[:-1] if stopped else row
+        text = renderer.tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        answers.append(Generation(text, "stop" if stopped else "length"))
     return answers
+
+
+def tokenise(model: Any, renderer: finetune.Renderer, examples: list[Example]) -> list[list[int]]:
+    """The prompts of the examples. Raises ExampleError for one that fills the model's context."""
+    prompts = renderer.tokenizer([renderer.prompt(e) for e in examples], add_special_tokens=False)["input_ids"]
+    limit = context(model) or sys.maxsize
+    for example, tokens in zip(examples, map(len, prompts), strict=True):
+        if tokens >= limit:
+            raise ExampleError(f"{example.source}: the prompt's {tokens} tokens fill the model's context of {limit}")
+    return prompts
 
 
 def generate(
     model: Any, renderer: finetune.Renderer, examples: list[Example], batch_size: int, max_new_tokens: int,
-    done: set[int] = frozenset(),
+    done: set[int] = frozenset(), prompts: list[list[int]] | None = None,
 ) -> Iterator[list[tuple[Example, Generation]]]:  # fmt: skip
     """Answers batch by batch, prompts of like length together, the longest first; leaves out ids in `done`.
 
     Batches are the same whatever is done already, so that a continued evaluation computes what one sitting would have.
-    Raises ExampleError for a prompt that fills the model's context.
+    Raises ExampleError for a prompt that fills the model's context, unless `prompts` are given.
     """
-    prompts = renderer.tokenizer([renderer.prompt(e) for e in examples], add_special_tokens=False)["input_ids"]
-    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    for example, prompt in zip(examples, prompts, strict=True):
-        if len(prompt) >= limit:
-            raise ExampleError(f"{example.source}: the prompt's {len(prompt)} tokens fill the model's context of {limit}")
+    prompts = prompts or tokenise(model, renderer, examples)
     order = sorted(range(len(examples)), key=lambda i: -len(prompts[i]))
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
@@ -236,13 +276,13 @@ def summarise(rows: list[dict[str, Any]], s: Settings) -> dict[str, Any]:
     hits = {name: sum(row[name] for row in rows) for name in names}
     if all(row["stop_reason"] is not None for row in rows):
         hits["stop_rate"] = sum(row["stop_reason"] == "stop" for row in rows)
-    n = len(rows)
+    n, own = len(rows), [name for name in names if name not in ("exact", "startswith")]
     return {
         "task": s.task,
         "n": n,
-        "score": "startswith" if s.startswith else next((k for k in names if k not in ("exact", "startswith")), "exact"),
+        "score": "startswith" if s.startswith else [*own, "exact"][0],
         **{name: hits[name] / n if name in hits else None for name in (*names, "stop_rate")},
-        "scores": [name for name in names if name not in ("exact", "startswith")],
+        "scores": own,
         "ci95": {name: wilson(count, n) for name, count in hits.items()},
     }
 
@@ -264,25 +304,27 @@ def table(metrics: dict[str, Any]) -> str:
 def read_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
     """The rows of a predictions file; with `repair` a last line that a kill cut short is dropped.
 
-    Raises UsageError naming file and line for a row without `id` and a string `prediction`, or an id given twice.
+    Raises UsageError naming file and line for a row without `id` and `prediction`, or an id given twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from None
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     rows, seen = [], set()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            good = isinstance(row["id"], int) and isinstance(row["prediction"], str)
-        except (ValueError, KeyError, TypeError):
+            row = json.loads(line.decode("utf-8"))
+            good = type(row["id"]) is int and row.get("stop_reason") in (None, "stop", "length")
+            row["prediction"].encode("utf-8")  # fails at half a surrogate pair, which could not be written
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if repair and number == len(lines):
                 break
             good = False
         if not good:
-            raise UsageError(f"{path}:{number}: not a JSON object with an integer id and a string prediction")
+            what = "an integer id, a string prediction and, if any, a stop_reason of stop or length"
+            raise UsageError(f"{path}:{number}: not a JSON object with {what}")
         if row["id"] in seen:
             raise UsageError(f"{path}:{number}: id {row['id']} stands there a second time")
         seen.add(row["id"])
@@ -298,17 +340,27 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     os.replace(temporary, path)
 
 
+def owner(metrics: Path) -> str | None:
+    """Name of the predictions file that a metrics.json belongs to, None where there is no metrics.json."""
+    try:
+        return Path(read_json(metrics)["settings"]["output_file"]).name if metrics.exists() else None
+    except (KeyError, TypeError):
+        return "something else"
+
+
 def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
     """Prepares the output files; returns the rows that an interrupted evaluation of the same kind left.
 
     Raises UsageError where other results stand in their place, unless they are to be overwritten.
     """
     metrics, mark = path.with_name("metrics.json"), path.with_name(path.name + ".settings.json")
+    if owner(metrics) not in (None, path.name):
+        raise UsageError(f"{metrics} belongs to {owner(metrics)}; give an --output_file in another folder")
     if overwrite:
-        for old in (path, mark, *([metrics] if path.exists() else [])):
+        for old in (path, mark, metrics):
             old.unlink(missing_ok=True)
     if metrics.exists():
-        raise UsageError(f"{metrics} exists: an evaluation was finished here; give --overwrite or another --output_file")
+        raise UsageError(f"{metrics} exists, an evaluation was finished here; give --overwrite or another folder")
     if path.exists():
         before = read_json(mark) if mark.exists() else None
         if before != json.loads(json.dumps(identity)):
@@ -320,13 +372,17 @@ def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> list[
     return rows
 
 
-def answer(name: str, examples: list[Example], s: Settings, path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+def answer(
+    name: str, examples: list[Example], s: Settings, path: Path, identity: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Answers all examples with a model, writing each batch as it comes; returns the rows in the order of ids."""
     model, renderer = load(name, s)
+    prompts = tokenise(model, renderer, examples)
+    stop_ids(model, renderer)  # like the prompts refused before anything is replaced
     rows = begin_output(path, identity, s.overwrite)
     done = {row["id"] for row in rows}
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(examples), initial=len(done), unit="row") as bar:
-        for batch in generate(model, renderer, examples, s.batch_size, s.max_new_tokens, done):
+        for batch in generate(model, renderer, examples, s.batch_size, s.max_new_tokens, done, prompts):
             new = [scored_row(e, g.text, g.stop_reason, s.task) for e, g in batch]
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
             file.flush()
@@ -361,14 +417,15 @@ def load_rows(s: Settings) -> list[Example]:
 
 def model_mark(name: str) -> dict[str, Any]:
     """Tells a model folder's weights from other weights of the same name: their sizes and times of change."""
-    files = sorted(p for p in Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    return {"name": name, "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]}
+    files = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
+    weights = [p for p in files if p.suffix in (".safetensors", ".bin")]
+    return {"name": name, "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights]}
 
 
 def run(s: Settings) -> None:
     """A whole evaluation: answers or reads predictions, scores, writes, prints the table."""
     examples = load_rows(s)
-    path, data = Path(s.output_file), sha256(s.input_file)
+    path, marks, data = Path(s.output_file), [s.output_file], sha256(s.input_file)
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "overwrite"}
     identity = {"settings": settings, "data_sha256": data}
     if s.score_only:
@@ -385,11 +442,15 @@ def run(s: Settings) -> None:
         untuned = answer(s.original_model_name, examples, dataclasses.replace(s, original_model_name=None), other, mark)
         right = {row["id"] for row in untuned if row["exact"]}
         parts = {"right": [r for r in rows if r["id"] in right], "wrong": [r for r in rows if r["id"] not in right]}
+        marks.append(str(other))
         metrics["untuned"] = summarise(untuned, s)
         metrics["by_untuned"] = {k: summarise(part, s) if part else None for k, part in parts.items()}
     record = {"settings": settings, "versions": versions(), "data_sha256": data, "argv": sys.argv}
+    if owner(path.with_name("metrics.json")):
+        raise UsageError(f"{path.with_name('metrics.json')} was written meanwhile; {path} is whole, but not summarised")
     write_json(path.with_name("metrics.json"), metrics | record)
-    path.with_name(path.name + ".settings.json").unlink(missing_ok=True)
+    for done in marks:
+        Path(done + ".settings.json").unlink(missing_ok=True)
     print(table(metrics))
     for part, scores in metrics.get("by_untuned", {}).items():
         if scores:

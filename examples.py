@@ -10,6 +10,7 @@ An example is a pair of views with an optional system turn, stored as one JSON o
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def read_examples(path: str, problems: Problems) -> list[Example]:
         except ValueError as error:
             problems.add(source, str(error))
     if not examples:
-        raise ExampleError(f"{path}: no examples in the file")
+        skipped = f" ({problems.report()})" if problems.report() else ""
+        raise ExampleError(f"{path}: no examples in the file{skipped}")
     return examples
 
 
@@ -114,7 +116,8 @@ def split_examples(examples: list[Example], share: float, seed: int) -> tuple[li
     """
     from datasets import Dataset
 
-    if not 0 < share < 1 or not 1 <= round(len(examples) * share) < len(examples):
+    # Dataset.train_test_split rounds the held-out part up.
+    if not 0 < share < 1 or math.ceil(share * len(examples)) >= len(examples):
         raise ExampleError(f"{examples[0].source}: a share of {share} cannot be held out of {len(examples)} examples")
     parts = Dataset.from_dict({"i": range(len(examples))}).train_test_split(test_size=share, seed=seed)
     return [examples[i] for i in parts["train"]["i"]], [examples[i] for i in parts["test"]["i"]]

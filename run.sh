@@ -5,18 +5,13 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 PAPER_SEEDS="82 23 37 84 4"
 TINY=models/tiny # the embedded model, trained from random weights
-TINY_LR=1e-3
-TINY_EPOCHS=3
-TINY_FLAGS=(--pretrain --batch_size 16 --grad_accum 1 --warmup_steps 0.05)
-OWN_FLAGS=" --train_file --data_file --model_name --learning_rate --num_epochs --finetune_seed --regular --predictors \
---lbd --last_token --output_dir --resume --overwrite --dry_run "
+TINY_LR=1e-3 TINY_EPOCHS=3 TINY_FLAGS=(--pretrain --batch_size 16 --grad_accum 1 --warmup_steps 0.05)
 
 usage() {
   cat <<HELP
 usage: bash run.sh run_jepa|run_regular [ARGUMENT…] [-- FLAG…]
-
-Trains on datasets/DATASET_train.jsonl and evaluates on datasets/DATASET_test.jsonl with each seed, prints a line a
-seed, then mean ± sd. What is done is skipped, what was interrupted goes on. Paths are seen from the project's folder.
+With each seed, trains on datasets/DATASET_train.jsonl, evaluates on datasets/DATASET_test.jsonl and prints a line; then
+mean ± sd. What is done is skipped, what was interrupted goes on. Paths are seen from the project's folder.
 
 Arguments, all optional, in this order ('-': the default); the variable in brackets sets the default:
   model          [MODEL]        $TINY
@@ -24,11 +19,11 @@ Arguments, all optional, in this order ('-': the default); the variable in brack
   epochs         [EPOCHS]       $TINY_EPOCHS with $TINY, else 4
   last_token     [LAST_TOKEN]   view token, an index from the view's end; not given: finetune.py finds it
   predictors     [PREDICTORS]   1
-  seed           [SEEDS]        one, several with commas, or all, which is the default: $PAPER_SEEDS
+  seed           [SEEDS]        one, several with commas, or all: $PAPER_SEEDS
   lbd            [LBD]          1
   dataset        [DATASET]      synth
-run_regular takes the same list but does not use last_token, predictors and lbd.
-FLAGs go to finetune.py and mark the run folder's name: bash run.sh run_jepa -- --lora --lora_rank 64
+run_regular takes the same list but does not use last_token, predictors and lbd. FLAGs go to finetune.py and mark the
+run folder's name: bash run.sh run_jepa -- --lora --lora_rank 64
 
 More variables: NPROC, training processes, one a GPU (1; evaluation is always one); RUNS_DIR, where run folders go
 (runs); PYTHON_BIN, an interpreter to use as it is (default: setup.sh makes .venv).
@@ -58,56 +53,58 @@ supervise() { "$@" & wait "$!"; } # in the background: only so does a signal rea
 
 setting() { # gives variable $1 the first value after its pattern $2 that is neither empty nor '-'
   local name=$1 pattern=$2 value
-  shift 2
-  for value in "$@"; do [[ $value =~ ^-?$ ]] || break; done
-  [[ $value =~ ^($pattern)$ ]] || fail "$name cannot be '$value'"
+  for value in "${@:3}"; do [[ $value =~ ^-?$ ]] || break; done
+  [[ $value =~ ^($pattern)$ ]] || fail "$name cannot be '$value' (see --help)"
   printf -v "$name" %s "$value"
 }
 
 settings() { # from the arguments, the environment and the defaults
-  local number='[0-9]+\.?[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?' usual_lr=2e-5 usual_epochs=4 seed part
-  setting model '.*[^/]' "${1:-}" "${MODEL:-}" "$TINY"
+  local whole='0|[1-9][0-9]*' number='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?' usual_lr=2e-5 usual_epochs=4 file
+  setting model '[^-].*' "${1:-}" "${MODEL:-}" "$TINY"
+  model=${model%/}
   [ "$model" != "$TINY" ] || usual_lr=$TINY_LR usual_epochs=$TINY_EPOCHS
   setting learning_rate "$number" "${2:-}" "${LR:-}" "${LEARNING_RATE:-}" "$usual_lr"
   setting epochs "$number" "${3:-}" "${EPOCHS:-}" "$usual_epochs"
-  setting last_token '-?[0-9]+|' "${4:-}" "${LAST_TOKEN:-}" ""
-  setting predictors '[0-9]+' "${5:-}" "${PREDICTORS:-}" 1
-  setting seeds '[0-9, ]*[0-9][0-9, ]*|all' "${6:-}" "${SEEDS:-}" all
+  setting last_token '(-?[0-9]+)?' "${4:-}" "${LAST_TOKEN:-}" ""
+  setting predictors "$whole" "${5:-}" "${PREDICTORS:-}" 1
+  setting seeds "[, ]*($whole)([, ]+($whole))*[, ]*|all" "${6:-}" "${SEEDS:-}" all
   setting lbd "$number" "${7:-}" "${LBD:-}" 1
-  setting dataset '[A-Za-z0-9_.-]+' "${8:-}" "${DATASET:-}" synth
+  setting dataset '[A-Za-z0-9_][A-Za-z0-9_.-]*' "${8:-}" "${DATASET:-}" synth
   setting processes '[1-9][0-9]*' "${NPROC:-}" 1
   seeds=${seeds//,/ } seeds=${seeds/all/$PAPER_SEEDS}
-  for part in train test; do
-    [ -f "datasets/${dataset}_$part.jsonl" ] || fail "there is no datasets/${dataset}_$part.jsonl; see datasets/README.md"
-  done
+  train_file=datasets/${dataset}_train.jsonl test_file=datasets/${dataset}_test.jsonl
+  for file in "$train_file" "$test_file"; do [ -f "$file" ] || fail "there is no $file; see datasets/README.md"; done
+}
+
+run_regular() { method=regular details="" flags=(--regular); }
+run_jepa() {
+  method=jepa details=-lbd$lbd-k$predictors flags=(--predictors "$predictors" --lbd "$lbd")
+  [ -z "$last_token" ] || { details+=-t$last_token && flags+=(--last_token "$last_token"); }
 }
 
 run_folder() { # of seed $1 with the extra flags that follow: different settings never share a folder
-  local name="$dataset-${model##*/}-$method-lr$learning_rate$method_name-e$epochs-s$1"
-  shift
+  local name=$dataset-${model##*/}-$method-lr$learning_rate$details-e$epochs-s$1
   [ "$processes" -eq 1 ] || name+=-p$processes
-  [ $# -eq 0 ] || name+=-x$(printf '%s\n' "$@" | { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-8)
+  [ $# -eq 1 ] || name+=-x$(printf '%s\n' "${@:2}" | { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-8)
   printf '%s\n' "${RUNS_DIR:-runs}/$name"
 }
 
-train() { # seed, run folder, extra flags
-  local command=("$python") threads
-  if [ "$processes" -gt 1 ]; then
-    threads=$((($(getconf _NPROCESSORS_ONLN) + processes - 1) / processes))
-    command=(env OMP_NUM_THREADS="$threads" "$python" -m torch.distributed.run --standalone --nproc_per_node "$processes")
-  fi
-  command+=(finetune.py --train_file "datasets/${dataset}_train.jsonl" --model_name "$model")
-  command+=(--learning_rate "$learning_rate" --num_epochs "$epochs" --finetune_seed "$1" "${method_flags[@]}")
+train() { # seed $1 into run folder $2 with the extra flags that follow
+  local launch=("$python") command threads=$(($(getconf _NPROCESSORS_ONLN) / processes))
+  [ "$processes" -eq 1 ] || launch=(env "OMP_NUM_THREADS=$((threads ? threads : 1))" "$python" -m torch.distributed.run
+    --standalone --nproc_per_node "$processes")
+  command=(finetune.py --train_file "$train_file" --model_name "$model" --learning_rate "$learning_rate")
+  command+=(--num_epochs "$epochs" --finetune_seed "$1" "${flags[@]}")
   [ "$model" != "$TINY" ] || command+=("${TINY_FLAGS[@]}")
   command+=(--output_dir "$2")
   [ ! -d "$2" ] || command+=(--resume)
-  supervise "${command[@]}" "${@:3}"
+  supervise "${launch[@]}" "${command[@]}" "${@:3}"
 }
 
 evaluate() { # run folder, extra flags of its training
-  local format=()
-  [[ " ${*:2} " != *" --plain "* ]] || format=(--plain)
-  supervise "$python" evaluate.py --model_name "$1" --input_file "datasets/${dataset}_test.jsonl" ${format[@]+"${format[@]}"}
+  local command=("$python" evaluate.py --model_name "$1" --input_file "$test_file")
+  [[ " ${*:2} " != *" --plain "* ]] || command+=(--plain)
+  supervise "${command[@]}"
 }
 
 finished() { grep -qs '"status": "finished"' "$1/run.json"; }
@@ -131,37 +128,23 @@ run_seed() { # seed, run folder, extra flags
   printf '%s\n' "$line${before:+  (done before: $before)}"
 }
 
-run_regular() { method=regular method_name="" method_flags=(--regular); }
-
-run_jepa() {
-  method=jepa method_name=-lbd$lbd-k$predictors method_flags=(--predictors "$predictors" --lbd "$lbd")
-  [ -z "$last_token" ] || { method_name+=-t$last_token method_flags+=(--last_token "$last_token"); }
-}
-
 main() {
-  local arm=${1:-} given=() runs=() argument seed run
-  for argument in "$@"; do
-    case "$argument" in
-      --) break ;;
-      -h | --help) usage; exit 0 ;;
-      --*) fail "unknown argument '$argument'; flags for finetune.py go after --" ;;
-    esac
-  done
-  [[ $arm == run_jepa || $arm == run_regular ]] || fail "unknown function '$arm': run_jepa or run_regular (see --help)"
+  local arm=${1:-} given=() runs=() seed run
+  [[ " $* " != *" --help "* ]] || { usage && exit; }
+  [[ $arm =~ ^run_(jepa|regular)$ ]] || fail "unknown function '$arm': run_jepa or run_regular (see --help)"
   shift
-  while [ $# -gt 0 ] && [ "$1" != -- ]; do given+=("$1"); shift; done
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do given+=("$1") && shift; done
   [ "${#given[@]}" -le 8 ] || fail "too many arguments: $arm takes 8, the next is '${given[8]}'"
   [ $# -eq 0 ] || shift # the --
-  for argument in "$@"; do
-    [[ $OWN_FLAGS != *" ${argument%%=*} "* ]] || fail "'$argument' cannot follow --: run.sh sets it itself"
-  done
   settings ${given[@]+"${given[@]}"}
   "$arm"
   trap 'stop 130' INT
   trap 'stop 143' TERM
-  trap 'stop 129' HUP
   python=${PYTHON_BIN:-.venv/bin/python}
-  [ -n "${PYTHON_BIN:-}" ] || supervise bash setup.sh
+  if [ -z "${PYTHON_BIN:-}" ]; then
+    unset PYTHONHOME PYTHONPATH # of another environment
+    supervise bash setup.sh
+  fi
   for seed in $seeds; do
     run=$(run_folder "$seed" "$@")
     runs+=("$run")

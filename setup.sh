@@ -28,7 +28,6 @@ say() { printf 'setup.sh: %s\n' "$*"; }
 fail() { printf 'setup.sh: error: %s\n' "$*" >&2; exit 1; }
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; }
-
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 # What the stamp must hold for the wanted requirements files.
@@ -71,7 +70,7 @@ make_environment() {
     fail ".venv has no working Python 3.11 or newer with pip; remove .venv and run setup.sh again"
 }
 
-pip_install() { .venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check "$@"; }
+pip_install() { .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check "$@"; }
 
 # Installs torch as pinned and writes the build to the stamp.
 install_torch() {
@@ -85,7 +84,7 @@ install_torch() {
   fi
   say "installing $pin for CPU"
   if ! errors=$(pip_install "$pin+cpu" 2>&1); then
-    [[ $errors == *"No matching distribution found"* ]] || fail "pip cannot install $pin+cpu:"$'\n'"$errors"
+    [[ $errors == *"No matching distribution found for $pin+cpu"* ]] || fail "pip cannot install $pin+cpu:"$'\n'"$errors"
     say "pip finds no $pin+cpu: installing $pin (on Linux the larger CUDA build, which also runs on a CPU)"
     pip_install "$pin"
   fi
@@ -93,6 +92,7 @@ install_torch() {
 }
 
 main() {
+  local needed="needed is Python 3.11 or newer, for instance: PYTHON=python3.12 bash setup.sh"
   case "$*" in
     "") ;;
     --dev) REQUIREMENTS+=(requirements-dev.txt) ;;
@@ -101,8 +101,8 @@ main() {
   esac
   unset PYTHONHOME PYTHONPATH VIRTUAL_ENV PIP_PREFIX PIP_TARGET PIP_USER # of another environment
   if ! up_to_date; then
-    command -v "$PYTHON" >/dev/null || fail "there is no '$PYTHON'; name a Python 3.11 or newer: PYTHON=… bash setup.sh"
-    new_enough "$PYTHON" || fail "$PYTHON is $("$PYTHON" -V 2>&1); needed is 3.11 or newer: PYTHON=… bash setup.sh"
+    command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON; $needed"
+    new_enough "$PYTHON" || fail "$PYTHON is $("$PYTHON" -V 2>&1); $needed"
     lock
   fi
   if ! up_to_date; then # another setup.sh may have done it meanwhile

@@ -18,7 +18,8 @@ GOLDEN = ROOT / "tests" / "golden"
 MODELS = ("llama3", "chatml", "google_gemma")
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(2)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 
 
 def message_row(user: str, assistant: str, system: str | None = "Write the regular expression.") -> dict:

@@ -1,0 +1,412 @@
+"""finetune.py as a user runs it: whole small runs, their weights, logs and run folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import finetune
+import runs
+from conftest import GOLDEN, ROOT, call, dry_run, message_row, same_weights, weights, write_rows
+
+ROWS = [message_row(f"lines with the number {i} and word {i * i}", f"({i}).*[{i * i}]") for i in range(24)]
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_rows(tmp_path / "words_train.jsonl", ROWS)
+
+
+def train(data: Path, out: Path, *flags: object, model: str = "llama3", code: int = 0) -> Path:
+    done = call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / model, "--output_dir", out,
+                "--batch_size", 4, "--grad_accum", 2, "--learning_rate", "1e-3", *flags)  # fmt: skip
+    assert done.code == code, done.err
+    return out
+
+
+def metrics(run: Path, key: str = "total") -> list[dict]:
+    return [x for x in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if key in x]
+
+
+JEPA = ("--predictors", 2, "--lbd", 1)
+
+
+def test_lambda_zero_and_ratio_zero_are_regular_bit_for_bit_and_cost_no_tokens(data, tmp_path):
+    regular = train(data, tmp_path / "regular", "--regular", "--num_epochs", 1)
+    zero = train(data, tmp_path / "zero", "--predictors", 2, "--lbd", 0, "--num_epochs", 1)
+    never = train(data, tmp_path / "never", *JEPA, "--jepa_ratio", 0, "--num_epochs", 1)
+    jepa = train(data, tmp_path / "jepa", *JEPA, "--num_epochs", 1)
+    for other in (zero, never):
+        same_weights(regular, other)
+        assert [m["tokens"] for m in metrics(other)] == [m["tokens"] for m in metrics(regular)]
+        assert [m["total"] for m in metrics(other)] == [m["total"] for m in metrics(regular)]
+    assert not weights(jepa)["lm_head.weight"].equal(weights(regular)["lm_head.weight"])
+
+
+@pytest.mark.parametrize("flags", [("--regular",), JEPA, (*JEPA, "--jepa_ratio", 0.5)], ids=["regular", "jepa", "ld"])
+def test_micro_batches_and_accumulation_do_not_change_loss_or_weights(data, tmp_path, flags):
+    runs_ = [
+        train(data, tmp_path / f"{b}x{a}", *flags, "--max_steps", 4, "--batch_size", b, "--grad_accum", a)
+        for b, a in ((8, 1), (4, 2), (1, 8))
+    ]
+    for other in runs_[1:]:
+        same_weights(runs_[0], other, rtol=1e-3, atol=2e-5)
+        for x, y in zip(metrics(runs_[0]), metrics(other), strict=True):
+            assert x["total"] == pytest.approx(y["total"], rel=1e-5)
+            assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
+            assert (x["tokens"], x.get("pairs")) == (y["tokens"], y.get("pairs"))
+
+
+def test_the_last_short_batch_counts_its_examples_once(tmp_path):
+    """10 rows in batches of 4 × 2: two steps an epoch, of 8 and of 2 rows, each normalised by its own counts."""
+    data = write_rows(tmp_path / "ten.jsonl", ROWS[:10])
+    run = train(data, tmp_path / "run", *JEPA, "--num_epochs", 2)
+    assert [m["pairs"] for m in metrics(run)] == [8, 2, 8, 2]
+
+
+@pytest.mark.parametrize("layout", ["separate", "additive"])
+def test_layouts_train_to_the_same_weights(data, tmp_path, layout):
+    packed = train(data, tmp_path / "packed", *JEPA, "--max_steps", 3)
+    other = train(data, tmp_path / layout, *JEPA, "--max_steps", 3, "--layout", layout)
+    same_weights(packed, other, rtol=1e-3, atol=2e-5)
+
+
+def test_logged_loss_is_the_formula(data, tmp_path):
+    run = train(data, tmp_path / "run", *JEPA, "--gamma", 0.5, "--lbd", 2, "--max_steps", 2)
+    for m in metrics(run):
+        assert m["total"] == pytest.approx(0.5 * m["lm_loss"] + 2 * m["jepa_loss"], rel=1e-5)
+        assert m["jepa_loss"] == pytest.approx(1 - m["cosine"], abs=1e-5)
+        assert {"spread", "tokens", "padding", "pairs", "tokens_per_second", "grad_norm", "learning_rate"} <= m.keys()
+
+
+def test_loss_dropout_skips_pairs_by_seed_epoch_and_row(data, tmp_path):
+    half = train(data, tmp_path / "half", *JEPA, "--jepa_ratio", 0.5, "--num_epochs", 2)
+    full = train(data, tmp_path / "full", *JEPA, "--num_epochs", 2)
+    pairs = [m["pairs"] for m in metrics(half)]
+    assert 10 < sum(pairs) < 38 and sum(pairs[:3]) != 24
+    assert sum(m["tokens"] for m in metrics(half)) < sum(m["tokens"] for m in metrics(full))
+    again = train(data, tmp_path / "again", *JEPA, "--jepa_ratio", 0.5, "--num_epochs", 2, "--batch_size", 8,
+                  "--grad_accum", 1)  # fmt: skip
+    assert [m["pairs"] for m in metrics(again)] == pairs
+    other = train(data, tmp_path / "other", *JEPA, "--jepa_ratio", 0.5, "--num_epochs", 2, "--finetune_seed", 7)
+    assert [m["pairs"] for m in metrics(other)] != pairs
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Makes training end like a kill: an error right behind the given step's checkpoint."""
+    real = finetune.Watch.on_log
+
+    def on_log(self, args, state, control, **kwargs):
+        real(self, args, state, control, **kwargs)
+        if state.global_step == step + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune.Watch, "on_log", on_log)
+
+
+@pytest.mark.parametrize("flags", [JEPA, (*JEPA, "--lora", "--jepa_ratio", 0.5)], ids=["full", "lora"])
+def test_six_steps_stop_and_resume_to_eight_equal_eight_straight(data, tmp_path, monkeypatch, flags):
+    flags = (*flags, "--max_steps", 8, "--save_strategy", "steps", "--save_steps", 6)
+    straight = train(data, tmp_path / "straight", *flags)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        stopped = train(data, tmp_path / "stopped", *flags, code=130)
+    assert runs.read_json(stopped / "run.json")["status"] == "interrupted"
+    train(data, stopped, *flags, "--resume")
+    name = "adapter_model.safetensors" if "--lora" in flags else "model.safetensors"
+    first, second = weights(straight, name), weights(stopped, name)
+    assert all(first[k].equal(second[k]) for k in first)
+    assert [m["step"] for m in metrics(stopped)] == list(range(1, 9))
+    assert [m["total"] for m in metrics(stopped)] == [m["total"] for m in metrics(straight)]
+    record = runs.read_json(stopped / "run.json")
+    assert record["status"] == "finished" and len(record["attempts"]) == 2
+    assert record["tokens"] == runs.read_json(straight / "run.json")["tokens"]
+
+
+def test_resume_takes_the_last_whole_checkpoint(data, tmp_path, monkeypatch):
+    flags = (*JEPA, "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 2)
+    straight = train(data, tmp_path / "straight", *flags)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        run = train(data, tmp_path / "run", *flags, code=130)
+    assert [p.name for p in runs.whole_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+    # As a kill in the middle of saving leaves it: a file cut short.
+    torn = run / "checkpoint-4" / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    assert [p.name for p in runs.whole_checkpoints(run)] == ["checkpoint-2"]
+    train(data, run, *flags, "--resume")
+    same_weights(straight, run)
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
+    flags = (*JEPA, "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2)
+    straight = train(data, tmp_path / "straight", *flags)
+    real = finetune.JepaTrainer._save_optimizer_and_scheduler
+
+    def full(self, folder):
+        if "checkpoint-4" in folder:
+            raise OSError(28, "No space left on device")
+        real(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.JepaTrainer, "_save_optimizer_and_scheduler", full)
+        done = call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / "llama3", "--output_dir",
+                    tmp_path / "run", "--batch_size", 4, "--grad_accum", 2, "--learning_rate", "1e-3", *flags)  # fmt: skip
+    assert done.code == 1 and "No space left" in done.err
+    run = tmp_path / "run"
+    assert runs.read_json(run / "run.json")["status"] == "failed"
+    assert [p.name for p in runs.whole_checkpoints(run)] == ["checkpoint-2"]
+    train(data, run, *flags, "--resume")
+    same_weights(straight, run)
+
+
+def test_kill_minus_nine_and_resume(data, tmp_path):
+    flags = ["--train_file", data, "--model_name", GOLDEN / "models" / "llama3", "--batch_size", 4, "--grad_accum", 1,
+             "--lbd", 1, "--predictors", 1, "--max_steps", 60, "--save_strategy", "steps", "--save_steps", 1]  # fmt: skip
+    command = [sys.executable, ROOT / "finetune.py", *flags, "--output_dir", tmp_path / "run"]
+    process = subprocess.Popen([str(c) for c in command], stderr=subprocess.DEVNULL, cwd=ROOT)
+    deadline = time.time() + 120
+    while not runs.whole_checkpoints(tmp_path / "run") and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert runs.read_json(tmp_path / "run" / "run.json")["status"] == "running"
+    refused = call("finetune", *flags, "--output_dir", tmp_path / "run")
+    assert refused.code == 2 and "--resume" in refused.err
+    assert call("finetune", *flags, "--output_dir", tmp_path / "run", "--resume").code == 0
+    assert call("finetune", *flags, "--output_dir", tmp_path / "straight").code == 0
+    same_weights(tmp_path / "straight", tmp_path / "run")
+
+
+def test_resume_with_other_settings_names_them(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        run = train(data, tmp_path / "run", *JEPA, "--max_steps", 6, code=130)
+    before = (run / "args.json").read_bytes()
+    done = call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / "llama3", "--output_dir", run,
+                "--batch_size", 4, "--grad_accum", 2, "--learning_rate", "2e-3", "--predictors", 2, "--lbd", 4,
+                "--max_steps", 6, "--resume")  # fmt: skip
+    assert done.code == 2 and "--lbd 1.0 (now 4.0)" in done.err and "--learning_rate 0.001 (now 0.002)" in done.err
+    assert "--predictors" not in done.err and (run / "args.json").read_bytes() == before
+    data.write_text(data.read_text().replace("number", "figure"))
+    done = call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / "llama3", "--output_dir", run,
+                "--batch_size", 4, "--grad_accum", 2, "--learning_rate", "1e-3", *JEPA, "--max_steps", 6,
+                "--resume")  # fmt: skip
+    assert done.code == 2 and "data" in done.err
+
+
+# ------------------------------------------------------------------------------------------- kinds of models
+
+
+@pytest.mark.parametrize("model", ["llama3", "chatml", "google_gemma"])
+def test_lora_trains_the_predictor_rows_and_merges(data, tmp_path, model):
+    run = train(data, tmp_path / "run", *JEPA, "--lora", "--lora_rank", 4, "--merge", "--max_steps", 3, model=model)
+    adapter = weights(run, "adapter_model.safetensors")
+    rows = next(v for k, v in adapter.items() if "trainable_tokens" in k)
+    base = weights(GOLDEN / "models" / model)["model.embed_tokens.weight"]
+    ids = finetune.load_tokenizer(finetune.Settings(model_name=str(run))).convert_tokens_to_ids(
+        ["<|predictor_1|>", "<|predictor_2|>"]
+    )
+    assert rows.shape[0] == 2 and not torch.allclose(rows, base[ids])
+    merged = weights(run / "merged")["model.embed_tokens.weight"]
+    torch.testing.assert_close(merged[sorted(ids)], rows)
+    test = write_rows(tmp_path / "test.jsonl", ROWS[:4])
+    answers = []
+    for name in (run, run / "merged"):
+        out = tmp_path / f"answers-{name.name}" / "predictions.jsonl"
+        done = call("evaluate", "--model_name", name, "--input_file", test, "--task", "text", "--output_file", out,
+                    "--max_new_tokens", 8)  # fmt: skip
+        assert done.code == 0, done.err
+        answers.append([json.loads(line)["prediction"] for line in out.read_text().splitlines()])
+    assert answers[0] == answers[1]
+
+
+def test_pretrain_starts_from_random_weights_of_the_seed(data, tmp_path):
+    flags = ("--pretrain", "--regular", "--max_steps", 1, "--learning_rate", "1e-9")
+    one = weights(train(data, tmp_path / "one", *flags, "--finetune_seed", 1))
+    two = weights(train(data, tmp_path / "two", *flags, "--finetune_seed", 2))
+    base = weights(GOLDEN / "models" / "llama3")
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(one[key], two[key]) and not torch.allclose(one[key], base[key])
+
+
+@pytest.mark.parametrize("flags", [(), ("--trainall",)])
+def test_plain_runs_and_evaluates(data, tmp_path, flags):
+    run = train(data, tmp_path / "run", "--plain", *flags, "--lbd", 1, "--max_steps", 2)
+    test = write_rows(tmp_path / "words_test.jsonl", ROWS[:3])
+    done = call("evaluate", "--model_name", run, "--input_file", test, "--task", "text", "--plain", "--statswith",
+                "--max_new_tokens", 4)  # fmt: skip
+    assert done.code == 0, done.err
+    assert runs.read_json(run / "eval" / "words" / "metrics.json")["score"] == "startswith"
+
+
+def test_a_model_without_room_for_the_new_tokens_grows(data, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = GOLDEN / "models" / "llama3"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    small = tmp_path / "small"
+    raw = json.loads((source / "tokenizer.json").read_text())
+    raw["added_tokens"] = [t for t in raw["added_tokens"] if t["id"] < 520]
+    tokenizer.save_pretrained(small)
+    (small / "tokenizer.json").write_text(json.dumps(raw))
+    config = json.loads((small / "tokenizer_config.json").read_text())
+    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        config.pop(key, None)
+    (small / "tokenizer_config.json").write_text(json.dumps(config))
+    model.resize_token_embeddings(520)
+    model.save_pretrained(small)
+    done = call("finetune", "--train_file", data, "--model_name", small, "--output_dir", tmp_path / "run", *JEPA,
+                "--max_steps", 1)  # fmt: skip
+    assert done.code == 0, done.err
+    assert weights(tmp_path / "run")["model.embed_tokens.weight"].shape[0] == 530
+
+
+def test_the_saved_model_stops_where_it_was_trained_to(data, tmp_path):
+    run = train(data, tmp_path / "run", "--regular", "--max_steps", 1, model="chatml")
+    end = finetune.load_tokenizer(finetune.Settings(model_name=str(run))).convert_tokens_to_ids("<|im_end|>")
+    assert end in json.loads((run / "generation_config.json").read_text())["eos_token_id"]
+
+
+def test_a_model_that_cannot_be_packed_is_refused_and_separate_works(data, tmp_path):
+    from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
+
+    mamba = tmp_path / "mamba"
+    AutoTokenizer.from_pretrained(GOLDEN / "models" / "chatml").save_pretrained(mamba)
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=531, hidden_size=16, state_size=4, num_hidden_layers=1, pad_token_id=10)
+    MambaForCausalLM(config).save_pretrained(mamba)
+    flags = ("--train_file", data, "--model_name", mamba, "--output_dir", tmp_path / "run", *JEPA, "--max_steps", 1)
+    done = call("finetune", *flags)
+    assert done.code == 2 and "--layout separate" in done.err and not (tmp_path / "run").exists()
+    assert call("finetune", *flags, "--layout", "separate").code == 0
+
+
+# ------------------------------------------------------------------------------------------ held-out rows
+
+
+def test_held_out_losses_and_exact_match_at_each_epoch(data, tmp_path):
+    run = train(data, tmp_path / "run", *JEPA, "--val_fraction", 0.25, "--num_epochs", 2, "--eval_generate", 3)
+    lines = metrics(run, "eval_loss")
+    assert len(lines) == 2
+    for line in lines:
+        assert line["eval_loss"] == pytest.approx(line["eval_lm_loss"] + line["eval_jepa_loss"], rel=1e-5)
+        assert line["eval_exact"] in (0, 1 / 3, 2 / 3, 1)
+    assert len(metrics(run)) == 6  # 18 of 24 rows, 8 a step, 2 epochs
+
+
+def test_held_out_loss_is_that_of_the_rows_in_one_batch(data, tmp_path):
+    run = train(data, tmp_path / "run", *JEPA, "--eval_file", data, "--max_steps", 2, "--eval_strategy", "steps",
+                "--eval_steps", 2, "--batch_size", 5)  # fmt: skip
+    line = metrics(run, "eval_loss")[0]
+    whole = dry_run("--train_file", data, "--model_name", run, "--dry_run", len(ROWS), *JEPA)
+    assert line["eval_lm_loss"] == pytest.approx(whole["lm_loss"], rel=1e-5)
+    assert line["eval_jepa_loss"] == pytest.approx(whole["jepa_loss"], rel=1e-5)
+
+
+def test_same_flop_takes_fewer_steps_by_the_counted_share(data, tmp_path):
+    one = train(data, tmp_path / "one", *JEPA, "--num_epochs", 8, "--track_flop")
+    same = train(data, tmp_path / "same", *JEPA, "--num_epochs", 8, "--same_flop", "--track_flop")
+    regular = train(data, tmp_path / "regular", "--regular", "--num_epochs", 8, "--track_flop")
+    spent = {r.name: metrics(r)[-1]["flops"] for r in (one, same, regular)}
+    assert spent["one"] > 1.2 * spent["regular"]
+    assert spent["same"] == pytest.approx(spent["regular"], rel=0.1)
+    assert len(metrics(same)) < len(metrics(one)) == len(metrics(regular))
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+def test_run_folder_tells_where_it_came_from(data, tmp_path):
+    run = train(data, tmp_path / "run", *JEPA, "--max_steps", 2)
+    record, args = runs.read_json(run / "run.json"), runs.read_json(run / "args.json")
+    assert record["status"] == "finished" and record["steps"] == 2
+    assert record["data_sha256"] == {str(data): runs.sha256(data)}
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["tokens"] == sum(m["tokens"] for m in metrics(run)) and record["wall_seconds"] > 0
+    assert (args["lbd"], args["lm_labels"], args["layout"], args["finetune_seed"]) == (1.0, "answer", "packed", 42)
+
+
+def test_an_existing_folder_is_refused_and_overwritten_only_when_asked(data, tmp_path):
+    run = train(data, tmp_path / "run", "--regular", "--max_steps", 1)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    train(data, run, "--regular", "--max_steps", 2, code=2)
+    train(data, run, "--regular", "--max_steps", 2, "--resume", code=2)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    bad = write_rows(tmp_path / "bad.jsonl", [*ROWS[:2], {"messages": []}])
+    train(bad, run, "--regular", "--overwrite", code=2)  # the mistake is found before anything is lost
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    train(data, run, "--regular", "--max_steps", 2, "--overwrite")
+    assert runs.read_json(run / "run.json")["steps"] == 2
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    train(data, mine, "--regular", "--overwrite", code=2)
+    assert (mine / "thesis.txt").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path, monkeypatch):
+    real = finetune.lm_loss
+    calls = []
+
+    def broken(logits, label_ids):
+        calls.append(1)
+        total, count = real(logits, label_ids)
+        return (total * float("nan") if len(calls) == 6 else total), count
+
+    monkeypatch.setattr(finetune, "lm_loss", broken)
+    flags = ("--regular", "--num_epochs", 1, "--save_strategy", "steps", "--save_steps", 2)
+    run = train(data, tmp_path / "run", *flags, code=1)
+    record = runs.read_json(run / "run.json")
+    assert record["status"] == "failed" and "step 3 is nan" in record["error"]
+    assert not (run / "model.safetensors").exists()
+    kept = weights(runs.whole_checkpoints(run)[-1])
+    assert all(torch.isfinite(v).all() for v in kept.values())
+
+
+def test_dry_run_prints_one_object_and_writes_nothing(data, tmp_path):
+    before = set(tmp_path.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, ROOT / "finetune.py", "--train_file", data, "--model_name", GOLDEN / "models" / "llama3",
+         "--dry_run", "3", "--predictors", "1"],
+        capture_output=True, text=True, cwd=tmp_path, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert set(tmp_path.rglob("*")) == before
+    row = json.loads(done.stdout)
+    assert set(row) == {"lm_loss", "jepa_loss", "total_loss", "grad_norm", "label_tokens", "pairs", "tokens", "first_row"}
+    assert set(row["tokens"]) == {"chat", "text_view", "code_view", "padding"}
+    assert row["first_row"]["label_text"] == "(0).*[0]<|eot_id|>" and row["pairs"] == 3
+    assert row["total_loss"] == pytest.approx(row["lm_loss"] + 0.1 * row["jepa_loss"], rel=1e-6)
+
+
+def test_tensorboard_gets_the_method_s_figures(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(data, tmp_path / "run", *JEPA, "--max_steps", 2, "--report_to", "tensorboard")
+    events = EventAccumulator(str(next(run.rglob("events.out*")).parent))
+    events.Reload()
+    assert {"train/jepa_loss", "train/lm_loss", "train/cosine"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("flag", ["--gradient_checkpointing", "--dtype=bfloat16"])
+def test_memory_and_precision_flags_train_to_about_the_same(data, tmp_path, flag):
+    plain = train(data, tmp_path / "plain", *JEPA, "--max_steps", 2, "--dtype", "float32")
+    other = train(data, tmp_path / "other", *JEPA, "--max_steps", 2, flag)
+    tolerance = 0.05 if "bfloat16" in flag else 1e-5
+    for x, y in zip(metrics(plain), metrics(other), strict=True):
+        assert x["total"] == pytest.approx(y["total"], rel=tolerance)
+    assert ("bfloat16" in flag) == (metrics(plain)[0]["total"] != metrics(other)[0]["total"])
+    assert weights(other)["lm_head.weight"].dtype == torch.float32
