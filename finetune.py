@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import inspect
 import itertools
@@ -42,7 +43,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, SchedulerType, rotate_checkpoints
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 
 from examples import Example, ExampleError, Problems, read_examples, split_examples
@@ -96,7 +98,9 @@ class Settings:
         None, "tokens under the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
     plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
-    train_all: bool = flag(False, "every token is a label; with --plain the chat is the user text alone", METHOD, "--trainall")  # fmt: skip
+    train_all: bool = flag(
+        False, "every token is a label; with --plain the chat is the user text alone", METHOD, "--trainall"
+    )
 
     batch_size: int = flag(4, "examples a micro-batch, per device", BATCH)
     grad_accum: int = flag(4, "micro-batches an optimiser step", BATCH)
@@ -151,7 +155,7 @@ VOLATILE = {"resume", "overwrite", "report_to", "save_total_limit", "logging_ste
 
 
 def check_settings(s: Settings, given: set[str]) -> Settings:
-    """Resolves defaults that depend on other flags. Raises UsageError naming every wrong or inapplicable flag at once."""
+    """Resolves defaults that depend on other flags. Raises UsageError naming all that is wrong or inapplicable."""
     wrong: list[str] = []
 
     def refuse(condition: bool, message: str) -> None:
@@ -204,6 +208,8 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
         refuse(not getattr(s, name) >= 0, f"--{name} {getattr(s, name)} is negative")
     for name in ("learning_rate", "num_epochs", "lbd", "gamma", "max_grad_norm", "weight_decay"):
         refuse(math.isinf(getattr(s, name)), f"--{name} is not finite")
+    refuse(s.lr_scheduler_type not in list(SchedulerType), f"--lr_scheduler_type {s.lr_scheduler_type} is not known")
+    refuse(s.optim not in list(OptimizerNames), f"--optim {s.optim} is not known")
     for tracker in s.report_to.split(","):
         refuse(tracker not in ("none", "tensorboard", "wandb", "trackio"), f"--report_to {tracker} is not known")
         package = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}.get(tracker)
@@ -221,10 +227,17 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
 
 
 def default_output_dir(s: Settings) -> str:
-    """runs/<dataset>-<model>-<method>-lr…-lbd…-k…-s…"""
+    """runs/<dataset>-<model>-<method>-lr…-lbd…-k…-s…, and a mark of every other setting that is not the default."""
     dataset = Path(s.train_file or s.data_file).stem.removesuffix("_train")
     method = "regular" if s.regular else f"jepa-lbd{s.lbd:g}-k{s.predictors}"
-    return f"runs/{dataset}-{Path(s.model_name).name}-{method}-lr{s.learning_rate:g}-s{s.finetune_seed}"
+    named = {"train_file", "model_name", "output_dir", "regular", "lbd", "predictors", "learning_rate", "finetune_seed"}
+    others = {
+        f.name: getattr(s, f.name)
+        for f in dataclasses.fields(s)
+        if f.name not in named | VOLATILE and getattr(s, f.name) != f.default
+    }
+    mark = "-x" + hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8] if others else ""
+    return f"runs/{dataset}-{Path(s.model_name).name}-{method}-lr{s.learning_rate:g}{mark}-s{s.finetune_seed}"
 
 
 # ------------------------------------------------------------------------------------------------------ rendering
@@ -271,7 +284,9 @@ class Renderer:
         if s.plain:
             return
         if not tokenizer.chat_template:
-            raise UsageError(f"--model_name {s.model_name}: its tokenizer has no chat template; give --plain or add one")
+            raise UsageError(
+                f"--model_name {s.model_name}: its tokenizer has no chat template; give --plain or add one"
+            )
         user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         self.system_turn = self._shows([{"role": "system", "content": CONTENT}, user, assistant])
         self.assistant_first = self._shows([{"role": "assistant", "content": CONTENT}])
@@ -427,9 +442,7 @@ def encode_views(renderer: Renderer, examples: list[Example]) -> list[tuple[Segm
     """The two view segments of each example, or why there are none."""
     views = [_try(renderer.views, e) for e in examples]
     first, second = ([v if isinstance(v, ValueError) else v[i] for v in views] for i in (0, 1))
-    return list(
-        zip(_encode(renderer, "text_view", first), _encode(renderer, "code_view", second), strict=True)
-    )
+    return list(zip(_encode(renderer, "text_view", first), _encode(renderer, "code_view", second), strict=True))
 
 
 def _try(function: Any, *args: Any) -> Any:
@@ -509,7 +522,9 @@ class EpochSampler(torch.utils.data.Sampler):
         return math.ceil(self.size / self.multiple) * self.multiple
 
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size) if self.shuffle else range(self.size)
+        order = (
+            np.random.default_rng([self.seed, self.epoch]).permutation(self.size) if self.shuffle else range(self.size)
+        )
         yield from ((self.epoch, int(i)) for i in order)
         yield from [(self.epoch, -1)] * (len(self) - self.size)
 
@@ -531,7 +546,7 @@ def additive_rows(items: list[tuple[Segment, ...]], tokens_per_row: int) -> list
 
 
 def packed_rows(items: list[tuple[Segment, ...]], tokens_per_row: int) -> list[Row]:
-    """All segments in few rows of at most `tokens_per_row` tokens (first fit, longest first); longer ones stand alone."""
+    """All segments in few rows of `tokens_per_row` tokens (first fit, longest first); a longer one stands alone."""
     rows: list[Row] = []
     room: list[int] = []
     for segment in sorted((s for item in items for s in item), key=lambda s: -len(s.ids)):
@@ -695,7 +710,9 @@ def _forward_of(model: torch.nn.Module) -> Any:
 
 
 @torch.no_grad()
-def check_packing(model: torch.nn.Module, head: HeadInput, items: list[tuple[Segment, ...]], collator: Collator) -> None:
+def check_packing(
+    model: torch.nn.Module, head: HeadInput, items: list[tuple[Segment, ...]], collator: Collator
+) -> None:
     """Encodes a few examples packed and separate. Raises UsageError where they differ at a view or a label token.
 
     Models whose layers carry state along the row (Mamba, linear attention, convolutions) differ.
@@ -780,7 +797,15 @@ class JepaTrainer(Trainer):
             loss = loss + self.s.lbd * jepa_sum / num_items_in_batch[1]
             cosine, spread = view_statistics(text, code)
         spread_pairs = pairs if pairs > 1 else 0
-        values = [lm_sum.detach(), labels, jepa_sum.detach(), pairs, cosine, spread if spread_pairs else 0, spread_pairs]
+        values = [
+            lm_sum.detach(),
+            labels,
+            jepa_sum.detach(),
+            pairs,
+            cosine,
+            spread if spread_pairs else 0,
+            spread_pairs,
+        ]
         values += [*inputs["tokens"].to(loss.device), loss.detach(), 0.0]
         self.statistics += torch.stack([torch.as_tensor(v, dtype=torch.float64, device=loss.device) for v in values])
         self._step_loss = self._step_loss + loss.detach()
@@ -800,7 +825,9 @@ class JepaTrainer(Trainer):
         loss = self.accelerator.reduce(self._step_loss, "sum")
         self._step_loss = torch.zeros_like(self._step_loss)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is {loss.item()}; training stopped")
+            raise FloatingPointError(
+                f"the loss of step {self.state.global_step + 1} is {loss.item()}; training stopped"
+            )
 
     # -- logs and checkpoints
 
@@ -901,6 +928,10 @@ class Watch(TrainerCallback):
             line = {"step": state.global_step} | {k: v for k, v in logs.items() if k != "total_flos"}
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.run.update("running")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.file is not None:
@@ -1114,7 +1145,7 @@ def train(s: Settings, state: PartialState) -> None:
     bf16 = s.dtype == "bfloat16" or (s.dtype == "auto" and on_gpu and torch.cuda.is_bf16_supported())
     problems = Problems(s.skip_bad_examples)
     run = Run(s.output_dir, dataclasses.asdict(s), VOLATILE)
-    if state.is_main_process and not s.dry_run:
+    if not s.dry_run:
         run.check(s.resume, s.overwrite)
 
     tokenizer = load_tokenizer(s)
@@ -1145,6 +1176,7 @@ def train(s: Settings, state: PartialState) -> None:
     _add_stop_ids(model.generation_config, stop_ids)
     files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
     record = {"seed": s.finetune_seed, "skipped_examples": len(problems.messages)} | provenance(files)
+    state.wait_for_everyone()  # every process has checked the folder before the first one fills it
     if state.is_main_process:
         _say(problems.report())
         _say(describe(s, model, renderer, train_set, held_out))
@@ -1235,14 +1267,15 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(128 + signum)
 
     signal.signal(signal.SIGTERM, stop)
+    state = PartialState(cpu=not torch.accelerator.is_available())
     try:
-        train(check_settings(settings, given), PartialState())
+        train(check_settings(settings, given), state)
     except (UsageError, ExampleError) as error:
-        for line in str(error).splitlines():
-            print(f"finetune.py: error: {line}", file=sys.stderr)
+        for line in str(error).splitlines() if state.is_main_process else ():
+            _say(f"finetune.py: error: {line}")
         return 2
     except (FloatingPointError, OSError) as error:
-        print(f"finetune.py: error: {first_line(error)}", file=sys.stderr)
+        _say(f"finetune.py: error: {first_line(error)}")
         return 1
     except KeyboardInterrupt:
         return 130

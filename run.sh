@@ -5,7 +5,7 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 PAPER_SEEDS="82 23 37 84 4"
 TINY=models/tiny # the embedded model, trained from random weights
-TINY_LR=1e-3 TINY_EPOCHS=3 TINY_FLAGS=(--pretrain --batch_size 16 --grad_accum 1 --warmup_steps 0.05)
+TINY_LR=2e-3 TINY_EPOCHS=4 TINY_FLAGS=(--pretrain --batch_size 16 --grad_accum 1 --warmup_steps 0.05)
 
 usage() {
   cat <<HELP
@@ -26,7 +26,8 @@ run_regular takes the same list but does not use last_token, predictors and lbd.
 run folder's name: bash run.sh run_jepa -- --lora --lora_rank 64
 
 More variables: NPROC, training processes, one a GPU (1; evaluation is always one); RUNS_DIR, where run folders go
-(runs); PYTHON_BIN, an interpreter to use as it is (default: setup.sh makes .venv).
+(runs); TASK, how to score a dataset whose name does not tell (evaluate.py --task); PYTHON_BIN, an interpreter to use as
+it is (default: setup.sh makes .venv).
 HELP
 }
 
@@ -103,6 +104,7 @@ train() { # seed $1 into run folder $2 with the extra flags that follow
 
 evaluate() { # run folder, extra flags of its training
   local command=("$python" evaluate.py --model_name "$1" --input_file "$test_file")
+  [ -z "${TASK:-}" ] || command+=(--task "$TASK")
   [[ " ${*:2} " != *" --plain "* ]] || command+=(--plain)
   supervise "${command[@]}"
 }

@@ -171,7 +171,8 @@ class Run:
         ]
         if differing:
             raise UsageError(f"--resume: {self.path} was made with other settings: " + ", ".join(differing))
-        if read_json(self.path / "run.json").get("status") == "finished":
+        # A kill right at the start leaves args.json alone.
+        if (self.path / "run.json").exists() and read_json(self.path / "run.json").get("status") == "finished":
             raise UsageError(f"--resume: {self.path} is finished")
 
     def start(self, overwrite: bool, record: dict[str, Any]) -> None:
@@ -183,8 +184,8 @@ class Run:
         if record["data_sha256"] != previous.get("data_sha256", record["data_sha256"]):
             raise UsageError(f"--resume: the data of {self.path} has changed since it was started")
         attempts = previous.get("attempts", []) + [{"argv": record["argv"], "started": _now()}]
-        self.record = {"status": "running", **record, "wall_seconds": 0.0, "attempts": attempts}
         self._previous_seconds = previous.get("wall_seconds", 0.0)
+        self.record = {"status": "running", **record, "wall_seconds": self._previous_seconds, "attempts": attempts}
         write_json(self.path / "args.json", self.settings)
         write_json(self.path / "run.json", self.record)
 

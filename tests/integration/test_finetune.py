@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import GOLDEN, ROOT, call, dry_run, message_row, same_weights, weights, write_rows
 
 import finetune
 import runs
-from conftest import GOLDEN, ROOT, call, dry_run, message_row, same_weights, weights, write_rows
 
 ROWS = [message_row(f"lines with the number {i} and word {i * i}", f"({i}).*[{i * i}]") for i in range(24)]
 
@@ -25,9 +26,13 @@ def data(tmp_path) -> Path:
     return write_rows(tmp_path / "words_train.jsonl", ROWS)
 
 
-def train(data: Path, out: Path, *flags: object, model: str = "llama3", code: int = 0) -> Path:
-    done = call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / model, "--output_dir", out,
+def train_to_the_end(data: Path, out: Path, *flags: object, model: str = "llama3") -> SimpleNamespace:
+    return call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / model, "--output_dir", out,
                 "--batch_size", 4, "--grad_accum", 2, "--learning_rate", "1e-3", *flags)  # fmt: skip
+
+
+def train(data: Path, out: Path, *flags: object, model: str = "llama3", code: int = 0) -> Path:
+    done = train_to_the_end(data, out, *flags, model=model)
     assert done.code == code, done.err
     return out
 
@@ -161,8 +166,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint(data, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune.JepaTrainer, "_save_optimizer_and_scheduler", full)
-        done = call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / "llama3", "--output_dir",
-                    tmp_path / "run", "--batch_size", 4, "--grad_accum", 2, "--learning_rate", "1e-3", *flags)  # fmt: skip
+        done = train_to_the_end(data, tmp_path / "run", *flags)
     assert done.code == 1 and "No space left" in done.err
     run = tmp_path / "run"
     assert runs.read_json(run / "run.json")["status"] == "failed"
@@ -172,8 +176,8 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint(data, tmp_
 
 
 def test_kill_minus_nine_and_resume(data, tmp_path):
-    flags = ["--train_file", data, "--model_name", GOLDEN / "models" / "llama3", "--batch_size", 4, "--grad_accum", 1,
-             "--lbd", 1, "--predictors", 1, "--max_steps", 60, "--save_strategy", "steps", "--save_steps", 1]  # fmt: skip
+    flags = ["--train_file", data, "--model_name", GOLDEN / "models" / "llama3", "--lbd", 1, "--predictors", 1,
+             "--grad_accum", 1, "--max_steps", 30, "--save_strategy", "steps", "--save_steps", 1]  # fmt: skip
     command = [sys.executable, ROOT / "finetune.py", *flags, "--output_dir", tmp_path / "run"]
     process = subprocess.Popen([str(c) for c in command], stderr=subprocess.DEVNULL, cwd=ROOT)
     deadline = time.time() + 120
@@ -194,15 +198,12 @@ def test_resume_with_other_settings_names_them(data, tmp_path, monkeypatch):
         stop_at(patch, 1)
         run = train(data, tmp_path / "run", *JEPA, "--max_steps", 6, code=130)
     before = (run / "args.json").read_bytes()
-    done = call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / "llama3", "--output_dir", run,
-                "--batch_size", 4, "--grad_accum", 2, "--learning_rate", "2e-3", "--predictors", 2, "--lbd", 4,
-                "--max_steps", 6, "--resume")  # fmt: skip
+    other = ("--learning_rate", "2e-3", "--predictors", 2, "--lbd", 4, "--max_steps", 6, "--resume")
+    done = train_to_the_end(data, run, *other)
     assert done.code == 2 and "--lbd 1.0 (now 4.0)" in done.err and "--learning_rate 0.001 (now 0.002)" in done.err
     assert "--predictors" not in done.err and (run / "args.json").read_bytes() == before
     data.write_text(data.read_text().replace("number", "figure"))
-    done = call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / "llama3", "--output_dir", run,
-                "--batch_size", 4, "--grad_accum", 2, "--learning_rate", "1e-3", *JEPA, "--max_steps", 6,
-                "--resume")  # fmt: skip
+    done = train_to_the_end(data, run, *JEPA, "--max_steps", 6, "--resume")
     assert done.code == 2 and "data" in done.err
 
 
@@ -317,9 +318,9 @@ def test_held_out_loss_is_that_of_the_rows_in_one_batch(data, tmp_path):
 
 
 def test_same_flop_takes_fewer_steps_by_the_counted_share(data, tmp_path):
-    one = train(data, tmp_path / "one", *JEPA, "--num_epochs", 8, "--track_flop")
-    same = train(data, tmp_path / "same", *JEPA, "--num_epochs", 8, "--same_flop", "--track_flop")
-    regular = train(data, tmp_path / "regular", "--regular", "--num_epochs", 8, "--track_flop")
+    one = train(data, tmp_path / "one", *JEPA, "--num_epochs", 6, "--track_flop")
+    same = train(data, tmp_path / "same", *JEPA, "--num_epochs", 6, "--same_flop", "--track_flop")
+    regular = train(data, tmp_path / "regular", "--regular", "--num_epochs", 6, "--track_flop")
     spent = {r.name: metrics(r)[-1]["flops"] for r in (one, same, regular)}
     assert spent["one"] > 1.2 * spent["regular"]
     assert spent["same"] == pytest.approx(spent["regular"], rel=0.1)
@@ -385,7 +386,16 @@ def test_dry_run_prints_one_object_and_writes_nothing(data, tmp_path):
     )  # fmt: skip
     assert set(tmp_path.rglob("*")) == before
     row = json.loads(done.stdout)
-    assert set(row) == {"lm_loss", "jepa_loss", "total_loss", "grad_norm", "label_tokens", "pairs", "tokens", "first_row"}
+    assert set(row) == {
+        "lm_loss",
+        "jepa_loss",
+        "total_loss",
+        "grad_norm",
+        "label_tokens",
+        "pairs",
+        "tokens",
+        "first_row",
+    }
     assert set(row["tokens"]) == {"chat", "text_view", "code_view", "padding"}
     assert row["first_row"]["label_text"] == "(0).*[0]<|eot_id|>" and row["pairs"] == 3
     assert row["total_loss"] == pytest.approx(row["lm_loss"] + 0.1 * row["jepa_loss"], rel=1e-6)

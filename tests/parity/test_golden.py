@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from conftest import GOLDEN, dry_run
 
 CASES = json.loads((GOLDEN / "cases.json").read_text())

@@ -8,11 +8,11 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN, MODELS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import finetune
-from conftest import GOLDEN, MODELS
 from examples import Example, Problems
 
 text = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=30)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import GOLDEN, MODELS, ROOT
 
 import finetune
-from conftest import GOLDEN, MODELS, ROOT
 from examples import Example, ExampleError, Problems
 
 REAL = ROOT.parent / "shared" / "tokenizers"
@@ -104,7 +104,6 @@ def test_views_are_read_at_the_last_content_or_predictor_token(name, k):
             assert decode(r, segment.ids[: read + 1]).strip().endswith(content.strip())
             if content == content.strip():
                 assert not decode(r, segment.ids[:read]).endswith(content)
-
 
 
 @pytest.mark.parametrize("name", ALL)

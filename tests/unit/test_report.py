@@ -88,6 +88,12 @@ def test_runs_scored_on_other_examples_are_never_averaged_together(tmp_path, cap
     assert out.count("mean (n = 1)") == 2 and "± " not in out
 
 
+def test_runs_with_other_scores_are_never_averaged_together(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a", 82, 0.8), make_run(tmp_path / "b", 23, 0.4, scores=["dfa_equal"], dfa_equal=0.5)]
+    assert main(runs) == 0
+    assert [len(row) for row in rows(capsys.readouterr().out) if row[0] == "mean (n = 1)"] == [5, 6]
+
+
 def test_a_run_evaluated_twice_has_a_block_a_dataset(tmp_path, capsys):
     run = Path(make_run(tmp_path / "a", 82, 0.8))
     other = run / "eval" / "turk"

@@ -1,0 +1,64 @@
+"""Two gloo processes train to what one process trains to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN, ROOT, message_row, same_weights, write_rows
+
+import runs
+
+# 13 rows in steps of 8: the second step has 5, so that one process gets a short micro-batch with --batch_size 4, and
+# with --batch_size 1 --grad_accum 4 some get none at all.
+ROWS = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 3)) for i in range(13)]
+
+
+def launch(processes: int, out: Path, data: Path, *flags: object) -> Path:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
+    command = [sys.executable, *torchrun, ROOT / "finetune.py", "--train_file", data, "--output_dir", out]
+    command += ["--model_name", GOLDEN / "models" / "llama3", "--learning_rate", "1e-3", "--num_epochs", 2, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def metrics(run: Path, key: str) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--regular",), ("--predictors", 1, "--lbd", 1, "--jepa_ratio", 0.5)],
+    ids=["regular", "jepa-ld"],
+)
+def test_two_processes_equal_one(tmp_path, flags):
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    flags = (*flags, "--eval_file", data)
+    one = launch(1, tmp_path / "one", data, *flags, "--batch_size", 8, "--grad_accum", 1)
+    for batch, accum in ((4, 1), (1, 4)):
+        two = launch(2, tmp_path / f"two-{batch}", data, *flags, "--batch_size", batch, "--grad_accum", accum)
+        same_weights(one, two, rtol=1e-3, atol=2e-5)
+        for key in ("total", "lm_loss", "eval_loss"):
+            assert metrics(two, key) == pytest.approx(metrics(one, key), rel=1e-5)
+        assert metrics(two, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-4)
+        for key in ("tokens", "label_tokens", "pairs"):
+            assert metrics(two, key) == metrics(one, key)
+        assert runs.read_json(two / "run.json")["processes"] == 2
+
+
+def test_a_mistake_ends_all_processes(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "mine.txt").write_text("mine")
+    with pytest.raises(AssertionError) as error:
+        launch(2, one, data, "--regular")
+    assert str(error.value).count("exists; give --resume") == 1  # said by the main process alone
+    assert [p.name for p in one.iterdir()] == ["mine.txt"]

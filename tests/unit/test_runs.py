@@ -1,0 +1,58 @@
+"""The run folder: what marks a checkpoint as whole, and files written whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+
+import runs
+
+
+def checkpoint(run, step, mark=True):
+    folder = run / f"checkpoint-{step}"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"w" * step)
+    (folder / "sub" / "state").write_bytes(b"s")
+    if mark:
+        runs.mark_checkpoint(folder)
+    return folder
+
+
+def test_only_whole_checkpoints_count_and_in_the_order_of_steps(tmp_path):
+    for step in (100, 20, 3):
+        checkpoint(tmp_path, step)
+    checkpoint(tmp_path, 200, mark=False)
+    checkpoint(tmp_path, 150)
+    (tmp_path / "checkpoint-150" / "sub" / "state").unlink()
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [p.name for p in runs.whole_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+    (tmp_path / "checkpoint-20" / runs.CHECKPOINT_MARK).write_text('{"model.safetens')
+    (tmp_path / "checkpoint-100" / "model.safetensors").write_bytes(b"short")
+    assert [p.name for p in runs.whole_checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "run.json"
+    runs.write_json(path, {"a": 1})
+
+    class Unwritable:
+        def __str__(self):
+            raise RuntimeError("cannot be written")
+
+    with pytest.raises(RuntimeError):
+        runs.write_json(path, {"a": Unwritable()})
+    assert runs.read_json(path) == {"a": 1}
+
+
+def test_damaged_json_names_its_file(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(runs.UsageError, match="run.json"):
+        runs.read_json(tmp_path / "run.json")
+
+
+def test_provenance_tells_commit_versions_and_data(tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text("abc")
+    facts = runs.provenance([str(data)])
+    assert facts["data_sha256"][str(data)] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert {"torch", "transformers", "python"} <= facts["versions"].keys()
+    assert facts["git_commit"] is None or len(facts["git_commit"]) == 40

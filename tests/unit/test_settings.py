@@ -1,0 +1,132 @@
+"""Flags: names people know, defaults, and refusals that name everything at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from conftest import GOLDEN, call
+
+import evaluate
+import finetune
+from runs import UsageError, build_parser, parse_flags
+
+OLD_FLAGS = """train_file eval_file data_file eval_split split_seed model_name output_dir max_length batch_size
+grad_accum learning_rate num_epochs finetune_seed regular predictors lbd gamma last_token lora lora_rank pretrain plain
+train_all trainall additive_mask jepa_l2 jepa_mse infonce front_pred reverse_pred
+jepa_ratio track_flop same_flop""".split()
+
+
+def resolve(*argv: object) -> finetune.Settings:
+    base = ["--train_file", "t.jsonl", "--model_name", "m"]
+    s, given = parse_flags(finetune.Settings, "", base + [str(a) for a in argv])
+    return finetune.check_settings(s, given)
+
+
+def test_old_flags_keep_their_names():
+    options = build_parser(finetune.Settings, "").format_help()
+    assert [f for f in OLD_FLAGS if f"--{f}" not in options] == []
+    options = build_parser(evaluate.Settings, "").format_help()
+    for name in "model_name original_model_name input_file output_file nosplit_data split_tune_untune max_new_tokens " \
+                "max_examples plain startswith statswith test_size split_seed process_split".split():  # fmt: skip
+        assert f"--{name}" in options
+
+
+def test_defaults_are_those_people_know():
+    s = resolve()
+    assert (s.eval_split, s.split_seed, s.max_length, s.batch_size, s.grad_accum) == (0.2, 42, 512, 4, 4)
+    assert (s.learning_rate, s.lbd, s.gamma, s.predictors, s.lora_rank) == (2e-5, 0.1, 1.0, 0, 16)
+    assert (s.lm_labels, s.layout, s.eval_strategy) == ("answer", "packed", "no")
+    assert s.output_dir == "runs/t-m-jepa-lbd0.1-k0-lr2e-05-s42"
+
+
+def test_two_settings_never_share_a_default_folder():
+    seen = {}
+    for flags in ((), ("--regular",), ("--lbd", 1), ("--predictors", 2), ("--learning_rate", 1), ("--lm_labels", "all"),
+                  ("--num_epochs", 9), ("--infonce",), ("--lora",), ("--plain",), ("--finetune_seed", 3),
+                  ("--batch_size", 9), ("--jepa_ratio", 0.5), ("--last_token", -1), ("--pretrain",)):  # fmt: skip
+        folder = resolve(*flags).output_dir
+        assert folder not in seen, (flags, seen[folder])
+        seen[folder] = flags
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (("--regular", "--lbd", 1, "--infonce"), ["--lbd, --infonce", "--regular"]),
+        (("--jepa_l2", "--jepa_mse"), ["--jepa_l2"]),
+        (("--predictors", 11), ["--predictors 11"]),
+        (("--predictors", -1), ["--predictors -1"]),
+        (("--front_pred",), ["--front_pred", "--predictors"]),
+        (("--lora_rank", 4, "--merge"), ["--lora_rank, --merge", "--lora"]),
+        (("--lora", "--pretrain"), ["--lora"]),
+        (("--additive_mask", "--layout", "packed"), ["--additive_mask", "--layout packed"]),
+        (("--additive_mask", "--regular"), ["--additive_mask"]),
+        (("--layout", "additive", "--regular"), ["--layout additive"]),
+        (("--tokens_per_row", 9, "--layout", "separate"), ["--tokens_per_row"]),
+        (("--data_file", "x"), ["--train_file", "--data_file"]),
+        (("--eval_split", 0.1), ["--eval_split"]),
+        (("--eval_generate", 5), ["--eval_generate", "held-out"]),
+        (("--eval_steps", 5, "--eval_file", "e"), ["--eval_steps"]),
+        (("--max_steps", 5, "--num_epochs", 1), ["--max_steps"]),
+        (("--train_all", "--lm_labels", "answer"), ["--lm_labels answer"]),
+        (("--last_token", 0), ["--last_token 0"]),
+        (("--jepa_ratio", 1.5), ["--jepa_ratio 1.5"]),
+        (("--learning_rate", "nan"), ["--learning_rate nan"]),
+        (("--lbd", "inf"), ["--lbd"]),
+        (("--lbd", -1), ["--lbd -1"]),
+        (("--batch_size", 0), ["--batch_size 0"]),
+        (("--resume", "--overwrite"), ["--resume"]),
+        (("--dry_run", 2, "--output_dir", "o"), ["--output_dir", "--dry_run"]),
+        (("--report_to", "excel"), ["--report_to excel"]),
+        (("--lr_scheduler_type", "stairs"), ["--lr_scheduler_type stairs"]),
+        (("--optim", "magic"), ["--optim magic"]),
+        (("--val_fraction", 0.1, "--eval_file", "e"), ["--val_fraction"]),
+        (("--track_flop", "--torch_compile"), ["--track_flop"]),
+        (("--attn_implementation", "flash_attention_2", "--additive_mask"), ["--attn_implementation"]),
+    ],
+)
+def test_wrong_and_inapplicable_flags_are_refused_by_name(flags, named):
+    with pytest.raises(UsageError) as error:
+        resolve(*flags)
+    assert all(name in str(error.value) for name in named), str(error.value)
+
+
+def test_everything_wrong_is_named_at_once_and_exit_code_is_2(tmp_path):
+    done = call("finetune", "--predictors", 12, "--regular", "--lbd", 1, "--merge", "--output_dir", tmp_path / "run")
+    assert done.code == 2 and done.out == "" and not (tmp_path / "run").exists()
+    for name in ("--model_name is missing", "--train_file", "--predictors 12", "--lbd", "--merge"):
+        assert name in done.err
+
+
+def test_an_unknown_flag_or_an_abbreviation_is_refused():
+    for flag in ("--lamda", "--model"):
+        done = call("finetune", flag, 1)
+        assert done.code == 2 and flag in done.err
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "no tokenizer", "no template", "no weights"])
+def test_a_model_folder_that_lacks_something_says_what(tmp_path, kind):
+    import shutil
+
+    model = tmp_path / "model"
+    if kind != "missing":
+        model.mkdir()
+    if kind in ("no tokenizer", "no template", "no weights"):
+        shutil.copytree(GOLDEN / "models" / "llama3", model, dirs_exist_ok=True)
+    patterns = {"no tokenizer": "tokenizer*", "no template": "chat_template.jinja", "no weights": "*.safetensors"}
+    for path in model.glob(patterns.get(kind, "nothing")):
+        path.unlink()
+    if kind == "no tokenizer":
+        (model / "special_tokens_map.json").unlink()
+    done = call("finetune", "--train_file", GOLDEN / "regex_rows.jsonl", "--model_name", model, "--output_dir",
+                tmp_path / "run")  # fmt: skip
+    assert done.code == 2 and str(model) in done.err and not (tmp_path / "run").exists()
+    expected = {"missing": "tokenizer", "empty": "tokenizer", "no tokenizer": "tokenizer", "no template": "--plain",
+                "no weights": "--pretrain"}  # fmt: skip
+    assert expected[kind] in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("settings", [finetune.Settings, evaluate.Settings])
+def test_every_flag_is_explained(settings):
+    assert all(len(f.metadata["help"]) > 8 for f in dataclasses.fields(settings))
