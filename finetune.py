@@ -1083,6 +1083,8 @@ def flop_share(model: Any, head: HeadInput, dataset: SegmentDataset, collator: C
 
 def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device) -> TrainingArguments:
     """The Trainer's own settings."""
+    names = {f.name for f in dataclasses.fields(TrainingArguments)}  # transformers 5.23 renamed this one
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return TrainingArguments(
         output_dir=s.output_dir,
         per_device_train_batch_size=s.batch_size,
@@ -1101,7 +1103,7 @@ def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device
         use_cpu=device.type == "cpu",
         bf16=bf16,
         fp16=s.dtype == "float16",
-        gradient_checkpointing=s.gradient_checkpointing,
+        **{checkpointing: s.gradient_checkpointing},
         torch_compile=s.torch_compile,
         eval_strategy=s.eval_strategy,
         eval_steps=s.eval_steps,
@@ -1111,6 +1113,7 @@ def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device
         logging_steps=s.logging_steps,
         logging_nan_inf_filter=False,
         disable_tqdm=False,
+        log_level="error",
         report_to=s.report_to.split(","),
         run_name=Path(s.output_dir).name,
         remove_unused_columns=False,
@@ -1220,6 +1223,8 @@ def train(s: Settings, state: PartialState) -> None:
         run.update("finished", steps=trainer.state.global_step, tokens=trainer.seen_tokens, final=final)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in final.items())
         _say(f"finished {trainer.state.global_step} steps, {trainer.seen_tokens} tokens: {shown}")
+    state.wait_for_everyone()  # a process that leaves first would tear the others' connections down
+    state.destroy_process_group()
 
 
 def _held_out_generation(s: Settings, renderer: Renderer, held_out: SegmentDataset, state: PartialState) -> Any:
