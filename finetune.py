@@ -1008,7 +1008,7 @@ def load_model(s: Settings, tokenizer: Any) -> Any:
             lora_alpha=2 * s.lora_rank,
             lora_dropout=0.1,
             target_modules=sorted(usual & names.keys()) or "all-linear",
-            # Without this the predictor tokens would stay at their random start (reference.md, 4.7).
+            # Without this the predictor tokens would stay at their random start.
             trainable_token_indices={embedding: tokenizer.convert_tokens_to_ids(added)} if added else None,
         ),
     )

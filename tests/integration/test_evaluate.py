@@ -283,6 +283,31 @@ def test_generation_config_of_a_model_does_not_change_greedy_answers(generation,
     assert generated(folder, EXAMPLES[:4], 2) == [slow_generation(model, e) for e in EXAMPLES[:4]]
 
 
+def test_generation_config_of_a_model_in_training_does_not_either(model):
+    """finetune.py --eval_generate calls `generate` with a model that evaluate.py did not load."""
+    ours, renderer = evaluate.load(str(model), evaluate.Settings(dtype="float32"))
+    ours.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=5.0, num_beams=3)
+    prompts = [prompt_ids(model, e) for e in EXAMPLES[:4]]
+    assert evaluate.generate_batch(ours, renderer, prompts, STEPS) == [slow_generation(model, e) for e in EXAMPLES[:4]]
+    assert ours.generation_config.repetition_penalty == 5.0
+
+
+def test_generation_ends_as_soon_as_every_answer_has(tmp_path, model):
+    """The end-of-turn token is the template's, whatever tokenizer and generation configuration call the end."""
+    folder = copy_model(model, tmp_path / "no_eos", generation={"eos_token_id": None})
+    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|im_start|>"}))
+    assert load(folder)[1].tokenizer.eos_token_id != load(folder)[1].end_of_turn() == 4
+    answers = {e: slow_answer(folder, e, STEPS) for e in EXAMPLES}
+    stopping = [e for e, (_, reason) in answers.items() if reason == "stop"]
+    longest = max(len(answers[e][0]) for e in stopping)
+    steps, (ours, renderer) = [], load(folder)
+    hook = ours.register_forward_pre_hook(lambda *_: steps.append(1))
+    evaluate.generate_batch(ours, renderer, [prompt_ids(folder, e) for e in stopping], 2 * STEPS)
+    hook.remove()
+    assert len(steps) == longest + 1
+
+
 def test_a_stop_token_of_the_generation_config_stops_too(tmp_path):
     golden = GOLDEN / "models" / "llama3"
     stop_at = often_said(golden)
@@ -321,6 +346,24 @@ def test_the_prompt_is_the_chat_up_to_the_answer_with_one_bos(name, tmp_path, mo
     done = score(GOLDEN / "models" / name, data, tmp_path / "p.jsonl")
     assert done.code == 0, done.err
     assert seen == [PROMPTS[name]]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_tokenizer_that_adds_bos_itself_adds_no_second_one(plain, tmp_path):
+    folder, bos = copy_model(GOLDEN / "models" / "llama3", tmp_path / "adds_bos"), "<|begin_of_text|>"
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    renderer = evaluate.load(str(folder), evaluate.Settings(plain=plain))[1]
+    assert renderer.tokenizer("a").input_ids[0] == 0
+    ids = evaluate.tokenise(load(folder)[0], renderer, EXAMPLES)
+    assert [(i[0], i.count(0)) for i in ids] == [(0, 1)] * len(EXAMPLES)
 
 
 def test_plain_prompts_have_no_chat_format(tmp_path, monkeypatch):
@@ -611,6 +654,16 @@ def test_a_line_cut_short_is_answered_again_and_whole_ones_are_kept(
         assert [(a["id"], b["prediction"]) for a, b in zip(want, got, strict=True) if a != b] == [
             (json.loads(fifth)["id"], json.loads(fifth)["prediction"])
         ]
+
+
+def test_an_evaluation_may_be_cut_short_again_and_again(model, data, uninterrupted, tmp_path, monkeypatch):
+    path = tmp_path / "p.jsonl"
+    for batches in (1, 1, 2):
+        interrupted(model, data, path, monkeypatch, batches)
+        path.write_bytes(path.read_bytes()[:-9])
+    assert len(path.read_bytes().split(b"\n")) > 4
+    assert score(model, data, path).code == 0
+    assert snapshot(tmp_path)["p.jsonl"] == (uninterrupted / "p.jsonl").read_bytes()
 
 
 def test_finished_rows_stand_as_they_were_written(model, data, tmp_path, monkeypatch):

@@ -1,0 +1,72 @@
+"""The README: its flag tables are the code's, its commands exist. Run as a script, this file rewrites the tables."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import evaluate  # noqa: E402
+import finetune  # noqa: E402
+from runs import build_parser, flag_table  # noqa: E402
+
+SETTINGS = {"finetune": finetune.Settings, "evaluate": evaluate.Settings}
+
+
+def with_tables(text: str) -> str:
+    """The README's text with both tables made anew."""
+    for name, settings in SETTINGS.items():
+        block = f"<!-- flags: {name} -->\n{flag_table(settings)}<!-- end -->"
+        text = re.sub(rf"<!-- flags: {name} -->\n.*?<!-- end -->", lambda _: block, text, flags=re.S)  # noqa: B023
+    return text
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_flag_tables_are_current():
+    assert readme() == with_tables(readme())
+    for name, settings in SETTINGS.items():
+        shown = readme().split(f"<!-- flags: {name} -->")[1].split("<!-- end -->")[0]
+        missing = [o for a in build_parser(settings, "")._actions for o in a.option_strings if f"`{o}`" not in shown]
+        assert set(missing) <= {"-h", "--help"}
+
+
+def commands() -> list[list[str]]:
+    """The README's indented commands of finetune.py and evaluate.py, line continuations joined."""
+    text = re.sub(r"\\\n\s*", "", readme())
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    return [shlex.split(line)[1:] for line in lines if line.startswith(("python finetune.py", "python evaluate.py"))]
+
+
+def test_the_commands_of_the_scripts_are_accepted():
+    found = commands()
+    assert {c[0] for c in found} == {"finetune.py", "evaluate.py"}
+    for script, *flags in found:
+        module = {"finetune.py": finetune, "evaluate.py": evaluate}[script]
+        settings, given = module.parse_flags(module.Settings, "", flags)
+        if script == "finetune.py":
+            module.check_settings(settings, given)
+        else:
+            assert settings.task == "text" and settings.model_name == "runs/mine"
+
+
+def test_the_two_commands_stand_first():
+    first = [line.strip().split("  ")[0] for line in readme().splitlines() if line.startswith("    ")][:2]
+    assert first == ["bash run.sh run_jepa", "bash setup.sh --dev && .venv/bin/python -m pytest"]
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert first[1] in ci
+
+
+def test_every_file_the_readme_names_exists():
+    for name in set(re.findall(r"\b[\w./-]+\.(?:py|sh|md)\b", readme())):
+        assert (ROOT / name).exists(), name
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(with_tables(readme()), encoding="utf-8")
