@@ -420,3 +420,68 @@ def test_memory_and_precision_flags_train_to_about_the_same(data, tmp_path, flag
         assert x["total"] == pytest.approx(y["total"], rel=tolerance)
     assert ("bfloat16" in flag) == (metrics(plain)[0]["total"] != metrics(other)[0]["total"])
     assert weights(other)["lm_head.weight"].dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------- what a model learns
+
+
+@pytest.mark.parametrize("scope", ["answer", "reference"])
+def test_a_memorised_answer_is_exact_with_a_stop_token_and_only_startswith_without(tmp_path, scope):
+    """The published label scope (pad = eos) never teaches the end of a turn: the answer comes, and text behind it."""
+    data = write_rows(tmp_path / "two.jsonl", ROWS[:2])
+    run = train(data, tmp_path / "run", *JEPA, "--lm_labels", scope, "--learning_rate", "1e-2", "--num_epochs", 60,
+                "--batch_size", 2, "--grad_accum", 1, "--eval_file", data, "--eval_generate", 2,
+                "--eval_strategy", "steps", "--eval_steps", 60, "--save_strategy", "no")  # fmt: skip
+    done = call("evaluate", "--model_name", run, "--input_file", data, "--task", "text", "--max_new_tokens", 40)
+    assert done.code == 0, done.err
+    scores = runs.read_json(run / "eval" / "two" / "metrics.json")
+    stops = float(scope == "answer")
+    assert (scores["exact"], scores["startswith"], scores["stop_rate"]) == (stops, 1.0, stops)
+    assert metrics(run, "eval_exact")[-1]["eval_exact"] == stops
+
+
+# ----------------------------------------------------------------------------------------------- bad data
+
+BAD_LINES = {
+    "not JSON": b'{"messages": [',
+    "not UTF-8": b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}',
+    "no messages": b'{"text": "a"}',
+    "wrong roles": b'{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}',
+    "empty content": b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "  "}]}',
+    "no string": b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 5}]}',
+    "too long": json.dumps(message_row("a", "b " * 600)).encode(),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_line_is_named_and_nothing_is_written_or_it_is_skipped_and_counted(data, tmp_path, bad):
+    with open(data, "ab") as file:
+        file.write(BAD_LINES[bad] + b"\n")
+    done = train_to_the_end(data, tmp_path / "run", "--regular", "--max_steps", 1)
+    assert done.code == 2 and f"{data}:25" in done.err and not (tmp_path / "run").exists()
+    run = train(data, tmp_path / "run", "--regular", "--max_steps", 1, "--skip_bad_examples")
+    assert runs.read_json(run / "run.json")["skipped_examples"] == 1
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "a folder"])
+def test_a_file_without_examples_is_named(tmp_path, kind):
+    data = tmp_path / "rows.jsonl"
+    if kind == "empty":
+        data.touch()
+    elif kind == "a folder":
+        data.mkdir()
+    done = train_to_the_end(data, tmp_path / "run", "--regular")
+    assert done.code == 2 and str(data) in done.err and "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_file_is_split_by_share_and_seed(data, tmp_path):
+    common = ("--data_file", data, "--model_name", GOLDEN / "models" / "llama3", "--regular", "--max_steps", 1)
+    done = call("finetune", *common, "--output_dir", tmp_path / "run", "--eval_split", 0.25)
+    assert done.code == 0 and "18 examples, 6 held out" in done.err
+    s = finetune.Settings(data_file=str(data), eval_split=0.25)
+    parts = finetune.load_examples(s, finetune.Problems())
+    assert parts == finetune.load_examples(s, finetune.Problems())
+    assert sorted(e.id for part in parts for e in part) == list(range(1, 25))
+    assert parts[1] != finetune.load_examples(finetune.Settings(data_file=str(data), eval_split=0.25, split_seed=1),
+                                              finetune.Problems())[1]  # fmt: skip
