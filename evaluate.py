@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 import finetune
@@ -153,9 +152,7 @@ def load(name: str, s: Settings) -> tuple[Any, finetune.Renderer]:
     if s.attn_implementation:
         options["attn_implementation"] = s.attn_implementation
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
-        if loading["missing_keys"]:  # transformers fills them with random numbers
-            raise ValueError(f"weights are missing ({', '.join(sorted(loading['missing_keys'])[:3])} …)")
+        model = finetune.load_weights(base, **options)
         # Whatever `generate` is not told it would take from here (suppressed tokens, a shortest length …).
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -164,7 +161,7 @@ def load(name: str, s: Settings) -> tuple[Any, finetune.Renderer]:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, name)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except finetune.LOADING_ERRORS as error:
         raise UsageError(f"--model_name {name} cannot be loaded: {finetune.first_line(error)}") from None
     return model.to("cuda" if cuda else "cpu").eval(), renderer
 

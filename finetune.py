@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
@@ -972,6 +973,17 @@ def load_tokenizer(s: Settings, predictors: bool = True) -> Any:
     return tokenizer
 
 
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+
+
+def load_weights(name: str, **options: Any) -> Any:
+    """A pretrained causal language model. Raises ValueError where weights are missing, one of LOADING_ERRORS else."""
+    model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    if loading["missing_keys"]:  # transformers fills them with random numbers
+        raise ValueError(f"weights are missing ({', '.join(sorted(loading['missing_keys'])[:3])} …)")
+    return model
+
+
 def load_model(s: Settings, tokenizer: Any) -> Any:
     """The causal language model in float32, its embeddings as long as the tokenizer, with --lora an adapter on top.
 
@@ -985,8 +997,8 @@ def load_model(s: Settings, tokenizer: Any) -> Any:
         if s.pretrain:
             model = AutoModelForCausalLM.from_config(config, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(s.model_name, revision=s.revision, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            model = load_weights(s.model_name, revision=s.revision, **options)
+    except LOADING_ERRORS as error:
         hint = "" if s.pretrain else " (without weights, give --pretrain)"
         raise UsageError(f"--model_name {s.model_name} cannot be loaded{hint}: {first_line(error)}") from None
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:

@@ -106,7 +106,7 @@ evaluate() { # run folder, extra flags of its training
   local command=("$python" evaluate.py --model_name "$1" --input_file "$test_file")
   [ -z "${TASK:-}" ] || command+=(--task "$TASK")
   [[ " ${*:2} " != *" --plain "* ]] || command+=(--plain)
-  supervise "${command[@]}"
+  supervise "${command[@]}" >/dev/null # its table: a seed's line says the same
 }
 
 finished() { grep -qs '"status": "finished"' "$1/run.json"; }

@@ -130,3 +130,22 @@ def test_a_model_folder_that_lacks_something_says_what(tmp_path, kind):
 @pytest.mark.parametrize("settings", [finetune.Settings, evaluate.Settings])
 def test_every_flag_is_explained(settings):
     assert all(len(f.metadata["help"]) > 8 for f in dataclasses.fields(settings))
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut short"])
+def test_weights_that_are_missing_or_damaged_are_refused_and_never_made_up(tmp_path, kind):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(GOLDEN / "models" / "llama3", tmp_path / "model")
+    path = model / "model.safetensors"
+    if kind == "missing":
+        kept = {k: v for k, v in load_file(path).items() if "layers.1.mlp" not in k}
+        save_file(kept, path, metadata={"format": "pt"})
+    else:
+        path.write_bytes(path.read_bytes()[:1000])
+    done = call("finetune", "--train_file", GOLDEN / "regex_rows.jsonl", "--model_name", model, "--output_dir",
+                tmp_path / "run")  # fmt: skip
+    assert done.code == 2 and f"--model_name {model}" in done.err and "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
