@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 import finetune
-from examples import Example, ExampleError, Problems, read_examples, split_examples
+from examples import Example, ExampleError, Problems, Renderer, dataset_name, read_examples, split_examples
 from runs import UsageError, flag, parse_flags, read_json, sha256, versions, write_json
 from scoring import TASKS, score_text, wilson
 
@@ -113,16 +113,10 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
     return dataclasses.replace(s, task=s.task or name, output_file=output)
 
 
-def dataset_name(input_file: str) -> str:
-    """The base name without its part: datasets/synth_test.jsonl → synth."""
-    stem = Path(input_file).stem
-    return next((stem.removesuffix(p) for p in ("_train", "_test", "_dev", "_val") if stem.endswith(p)), stem)
-
-
 # ----------------------------------------------------------------------------------------------------------- load
 
 
-def load(name: str, s: Settings) -> tuple[Any, finetune.Renderer]:
+def load(name: str, s: Settings) -> tuple[Any, Renderer]:
     """The model, on its device and in evaluation mode, and the renderer of its prompts.
 
     Raises UsageError for an unfinished run, a run trained in the other format, or a model that cannot be loaded.
@@ -134,6 +128,9 @@ def load(name: str, s: Settings) -> tuple[Any, finetune.Renderer]:
             raise UsageError(f"--model_name {name}: the run is {status}, not finished")
         if trained["plain"] != s.plain:
             raise UsageError(f"--model_name {name} was trained with{'' if trained['plain'] else 'out'} --plain")
+        split = (trained["eval_split"], trained["split_seed"])
+        if s.process_split and trained["data_file"] and split != (s.test_size, s.split_seed):
+            raise UsageError(f"--model_name {name} was split by --test_size {split[0]} --split_seed {split[1]}")
     adapter = (folder / "adapter_config.json").is_file()
     base = name
     if adapter:
@@ -144,7 +141,7 @@ def load(name: str, s: Settings) -> tuple[Any, finetune.Renderer]:
         max_length=sys.maxsize, lm_labels="answer",
     )  # fmt: skip
     tokenizer = finetune.load_tokenizer(render_as, predictors=False)
-    renderer = finetune.Renderer(tokenizer, render_as)
+    renderer = Renderer(tokenizer, render_as)
 
     cuda = torch.cuda.is_available()
     auto = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
@@ -152,9 +149,9 @@ def load(name: str, s: Settings) -> tuple[Any, finetune.Renderer]:
     if s.attn_implementation:
         options["attn_implementation"] = s.attn_implementation
     try:
+        if adapter and s.revision is None:
+            options["revision"] = read_json(folder / "adapter_config.json").get("revision")
         model = finetune.load_weights(base, **options)
-        # Whatever `generate` is not told it would take from here (suppressed tokens, a shortest length …).
-        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         if adapter:
@@ -177,11 +174,11 @@ class Generation:
     stop_reason: Literal["stop", "length"]
 
 
-def stop_ids(model: Any, renderer: finetune.Renderer) -> list[int]:
+def stop_ids(model: Any, renderer: Renderer) -> list[int]:
     """The template's end-of-turn token and every other token that ends generation."""
     eos = model.generation_config.eos_token_id
     known = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    return sorted((known | {renderer.end_of_turn(), renderer.tokenizer.eos_token_id}) - {None})
+    return sorted((known | {finetune.end_of_turn(renderer), renderer.tokenizer.eos_token_id}) - {None})
 
 
 def context(model: Any) -> int | None:
@@ -190,9 +187,7 @@ def context(model: Any) -> int | None:
 
 
 @torch.no_grad()
-def next_tokens(
-    model: Any, renderer: finetune.Renderer, prompts: list[list[int]], max_new_tokens: int
-) -> list[list[int]]:
+def next_tokens(model: Any, renderer: Renderer, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """Greedy tokens behind each prompt, up to and with the first stop token; arguments as in generate_batch."""
     pad, stops, width = renderer.tokenizer.pad_token_id, stop_ids(model, renderer), max(map(len, prompts))
     limit, most = context(model), sys.maxsize if max_new_tokens == -1 else max_new_tokens
@@ -201,7 +196,12 @@ def next_tokens(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # (B, T)
     greedy = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=min(room),
                               eos_token_id=stops, pad_token_id=pad, use_cache=True)  # fmt: skip
-    rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)[:, width:].tolist()
+    # Whatever `generate` is not told it would take from the model's own settings (suppressed tokens, a least length …).
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)[:, width:].tolist()
+    finally:
+        model.generation_config = own
     ends = [next((t + 1 for t, token in enumerate(row) if token in stops), None) for row in rows]
     rows = [row[:end] for row, end in zip(rows, ends, strict=True)]
     # At the end of the context the longest prompt has the least room; the others go on without it.
@@ -213,9 +213,7 @@ def next_tokens(
     return rows
 
 
-def generate_batch(
-    model: Any, renderer: finetune.Renderer, prompts: list[list[int]], max_new_tokens: int
-) -> list[Generation]:
+def generate_batch(model: Any, renderer: Renderer, prompts: list[list[int]], max_new_tokens: int) -> list[Generation]:
     """Greedy answers to a batch of tokenised prompts, padded on the left.
 
     Each is at most max_new_tokens long (−1: any length) and ends with the model's context.
@@ -229,7 +227,7 @@ def generate_batch(
     return answers
 
 
-def tokenise(model: Any, renderer: finetune.Renderer, examples: list[Example]) -> list[list[int]]:
+def tokenise(model: Any, renderer: Renderer, examples: list[Example]) -> list[list[int]]:
     """The prompts of the examples. Raises ExampleError for one that fills the model's context."""
     prompts = renderer.tokenizer([renderer.prompt(e) for e in examples], add_special_tokens=False)["input_ids"]
     limit = context(model) or sys.maxsize
@@ -240,7 +238,7 @@ def tokenise(model: Any, renderer: finetune.Renderer, examples: list[Example]) -
 
 
 def generate(
-    model: Any, renderer: finetune.Renderer, examples: list[Example], batch_size: int, max_new_tokens: int,
+    model: Any, renderer: Renderer, examples: list[Example], batch_size: int, max_new_tokens: int,
     done: set[int] = frozenset(), prompts: list[list[int]] | None = None,
 ) -> Iterator[list[tuple[Example, Generation]]]:  # fmt: skip
     """Answers batch by batch, prompts of like length together, the longest first; leaves out ids in `done`.

@@ -23,7 +23,6 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,15 +40,39 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, SchedulerType, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 
-from examples import Example, ExampleError, Problems, read_examples, split_examples
-from runs import Run, UsageError, flag, mark_checkpoint, parse_flags, provenance, whole_checkpoints
+from examples import (
+    END_OF_TURN,
+    PERCEPTION,
+    Example,
+    ExampleError,
+    Problems,
+    Rendered,
+    Renderer,
+    dataset_name,
+    predictor_token,
+    read_examples,
+    split_examples,
+)
+from runs import (
+    VOLATILE,
+    Run,
+    UsageError,
+    flag,
+    mark_checkpoint,
+    parse_flags,
+    provenance,
+    whole_checkpoints,
+    write_text,
+)
 
 # ---------------------------------------------------------------------------------------------------------- flags
 
@@ -151,10 +174,6 @@ class Settings:
         return next((n for n in ("jepa_l2", "jepa_mse", "infonce") if getattr(self, n)), "cosine")
 
 
-# Settings that a resumed run may change: none of them has a part in the numbers.
-VOLATILE = {"resume", "overwrite", "report_to", "save_total_limit", "logging_steps", "dataloader_num_workers"}
-
-
 def check_settings(s: Settings, given: set[str]) -> Settings:
     """Resolves defaults that depend on other flags. Raises UsageError naming all that is wrong or inapplicable."""
     wrong: list[str] = []
@@ -176,6 +195,7 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
            "give at most one of --data_file, --eval_file and --val_fraction")  # fmt: skip
     only_with("eval_strategy eval_steps eval_generate", "there are no held-out rows", held_out)
     only_with("eval_steps", "only with --eval_strategy steps", s.eval_strategy == "steps")
+    only_with("eval_generate", "not with --eval_strategy no", s.eval_strategy != "no")
     only_with("save_steps", "only with --save_strategy steps", s.save_strategy == "steps")
     only_with("max_steps", "not together with --num_epochs or --same_flop", not given & {"num_epochs", "same_flop"})
 
@@ -194,6 +214,7 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
     refuse(s.additive_mask and s.layout not in (None, "additive"), f"--additive_mask: not with --layout {s.layout}")
     layout = s.layout or ("additive" if s.additive_mask else "packed")
     only_with("tokens_per_row", "only with --layout packed", layout == "packed")
+    only_with("tokens_per_row", "flash attention packs each micro-batch into one row", not is_flash(s))
     refuse(layout == "additive" and s.attn_implementation not in (None, "sdpa", "eager"),
            f"--attn_implementation {s.attn_implementation}: not with --layout additive")  # fmt: skip
     only_with("lora_rank merge", "only with --lora", s.lora)
@@ -204,12 +225,20 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
     for name in ("batch_size", "grad_accum", "lora_rank", "max_length", "save_steps", "eval_steps", "logging_steps",
                  "save_total_limit", "learning_rate", "num_epochs"):  # fmt: skip
         refuse(not getattr(s, name) > 0, f"--{name} {getattr(s, name)} is not positive")
-    for name in ("lbd", "gamma", "eval_generate", "dry_run", "tokens_per_row", "max_grad_norm", "warmup_steps",
-                 "weight_decay", "dataloader_num_workers"):  # fmt: skip
+    refuse(s.max_steps != -1 and s.max_steps < 1, f"--max_steps {s.max_steps} is not positive")
+    refuse(not 0 < s.eval_split < 1, f"--eval_split {s.eval_split} is not between 0 and 1")
+    refuse(not 0 <= s.adam_beta2 < 1, f"--adam_beta2 {s.adam_beta2} is not in 0 to 1")
+    refuse(s.infonce and s.batch_size == 1, "--infonce: not with --batch_size 1, which leaves nothing to contrast")
+    refuse(s.dtype == "float16" and not torch.cuda.is_available(), "--dtype float16 needs a GPU")
+    for name in ("lbd", "gamma", "finetune_seed", "split_seed", "eval_generate", "dry_run", "tokens_per_row",
+                 "max_grad_norm", "warmup_steps", "weight_decay", "dataloader_num_workers"):  # fmt: skip
         refuse(not getattr(s, name) >= 0, f"--{name} {getattr(s, name)} is negative")
-    for name in ("learning_rate", "num_epochs", "lbd", "gamma", "max_grad_norm", "weight_decay"):
+    for name in ("learning_rate", "num_epochs", "lbd", "gamma", "max_grad_norm", "weight_decay", "warmup_steps"):
         refuse(math.isinf(getattr(s, name)), f"--{name} is not finite")
-    refuse(s.lr_scheduler_type not in list(SchedulerType), f"--lr_scheduler_type {s.lr_scheduler_type} is not known")
+    try:
+        get_scheduler(s.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1)
+    except (ValueError, TypeError) as error:
+        refuse(True, f"--lr_scheduler_type {s.lr_scheduler_type} cannot be used ({first_line(error)})")
     refuse(s.optim not in list(OptimizerNames), f"--optim {s.optim} is not known")
     for tracker in s.report_to.split(","):
         refuse(tracker not in ("none", "tensorboard", "wandb", "trackio"), f"--report_to {tracker} is not known")
@@ -218,155 +247,34 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
                f"--report_to {tracker}: install the package {package} first")  # fmt: skip
     if wrong:
         raise UsageError("\n".join(wrong))
-    return dataclasses.replace(
+    resolved = dataclasses.replace(
         s,
         layout=layout,
+        additive_mask=layout == "additive",
         lm_labels=s.lm_labels or ("all" if s.train_all else "answer"),
         eval_strategy=s.eval_strategy or ("epoch" if held_out else "no"),
-        output_dir=s.output_dir or default_output_dir(s),
     )
+    return dataclasses.replace(resolved, output_dir=s.output_dir or default_output_dir(resolved))
+
+
+def is_flash(s: Settings) -> bool:
+    """Whether attention runs in a flash kernel, which knows packed segments in a batch of one row alone."""
+    return "flash" in (s.attn_implementation or "")
 
 
 def default_output_dir(s: Settings) -> str:
     """runs/<dataset>-<model>-<method>-lr…-lbd…-k…-s…, and a mark of every other setting that is not the default."""
-    dataset = Path(s.train_file or s.data_file).stem.removesuffix("_train")
+    dataset = dataset_name(s.train_file or s.data_file)
     method = "regular" if s.regular else f"jepa-lbd{s.lbd:g}-k{s.predictors}"
-    named = {"train_file", "model_name", "output_dir", "regular", "lbd", "predictors", "learning_rate", "finetune_seed"}
-    others = {
-        f.name: getattr(s, f.name)
-        for f in dataclasses.fields(s)
-        if f.name not in named | VOLATILE and getattr(s, f.name) != f.default
+    named = {"train_file", "model_name", "regular", "lbd", "predictors", "learning_rate", "finetune_seed"}
+    usual = {f.name: f.default for f in dataclasses.fields(s)} | {
+        "layout": "packed",
+        "lm_labels": "answer",
+        "eval_strategy": "no",
     }
+    others = {k: v for k, v in dataclasses.asdict(s).items() if k not in named | VOLATILE and v != usual[k]}
     mark = "-x" + hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8] if others else ""
     return f"runs/{dataset}-{Path(s.model_name).name}-{method}-lr{s.learning_rate:g}{mark}-s{s.finetune_seed}"
-
-
-# ------------------------------------------------------------------------------------------------------ rendering
-
-CONTENT = "\ue000\ue001\ue002"  # stands in for a turn's content to find where the template puts it
-PERCEPTION, END_OF_TURN = "<|perception|>", "<|eot_id|>"
-PINNED_DATE = datetime(2024, 7, 26)  # the date that Llama-3.x's own template falls back to
-# Stands in front of a template and hides transformers' strftime_now, which is today's date.
-DATE_MACRO = (
-    "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(f" | replace('%{c}', '{PINNED_DATE.strftime('%' + c)}')" for c in "aAbBcdHIjmMpSxXyY")
-    + " }}{%- endmacro -%}"
-)
-
-
-def predictor_token(i: int) -> str:
-    """The i-th predictor token, counted from 1."""
-    return f"<|predictor_{i}|>"
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A text as the model sees it; `start` and `end` are the character offsets of its content."""
-
-    text: str
-    start: int
-    end: int
-
-
-class Renderer:
-    """Renders chats and views with the tokenizer's own chat template, or with --plain without one.
-
-    The template is asked, not the model's name: one that refuses or drops the system turn gets the system text in front
-    of the user's, separated by a blank line; one that cannot begin with an assistant turn gets the Code view as a user
-    turn (as the reference implementation does for Gemma).
-    """
-
-    def __init__(self, tokenizer: Any, s: Settings):
-        """Raises UsageError where there is no chat template or it does not show a turn's content."""
-        self.tokenizer, self.s = tokenizer, s
-        # What the tokenizer puts in front of bare text; templates write it themselves.
-        bos = tokenizer.bos_token_id
-        self.prefix = tokenizer.bos_token if bos is not None and tokenizer("a").input_ids[:1] == [bos] else ""
-        if s.plain:
-            return
-        if not tokenizer.chat_template:
-            raise UsageError(
-                f"--model_name {s.model_name}: its tokenizer has no chat template; give --plain or add one"
-            )
-        user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        self.system_turn = self._shows([{"role": "system", "content": CONTENT}, user, assistant])
-        self.assistant_first = self._shows([{"role": "assistant", "content": CONTENT}])
-        if not self._shows([{"role": "user", "content": CONTENT}, assistant]):
-            raise UsageError(f"--model_name {s.model_name}: the chat template does not show the user turn")
-
-    def _render(self, messages: list[dict]) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            enable_thinking=False,
-            date_string=PINNED_DATE.strftime("%d %b %Y"),
-            chat_template=DATE_MACRO + self.tokenizer.chat_template,
-        )
-
-    def _shows(self, messages: list[dict]) -> bool:
-        try:
-            return CONTENT in self._render(messages)
-        except TemplateError:
-            return False
-
-    def _place(self, messages: list[dict]) -> Rendered:
-        """Renders messages and finds the last one's content. Raises ValueError where it cannot be located."""
-        content = messages[-1]["content"]
-        text = self._render(messages)
-        before, _, after = self._render([*messages[:-1], messages[-1] | {"content": CONTENT}]).partition(CONTENT)
-        start, end = len(before), len(text) - len(after)
-        if not (text.startswith(before) and text.endswith(after) and text[start:end].strip() == content.strip()):
-            raise ValueError("the content cannot be located in the rendered chat template")
-        return Rendered(text, start, end)
-
-    def _plain(self, before: str, content: str, after: str) -> Rendered:
-        before = self.prefix + before
-        return Rendered(before + content + after, len(before), len(before) + len(content))
-
-    def chat(self, example: Example) -> Rendered:
-        """The whole chat; its content is the answer (with --plain --train_all the user text)."""
-        if self.s.plain and self.s.train_all:
-            return self._plain("", example.user, END_OF_TURN)
-        if self.s.plain:
-            return self._plain(example.user + PERCEPTION, example.assistant, END_OF_TURN)
-        system, user = [], example.user
-        if example.system is not None and self.system_turn:
-            system = [{"role": "system", "content": example.system}]
-        elif example.system is not None:
-            user = f"{example.system}\n\n{user}"
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": example.assistant}]
-        return self._place([*system, *turns])
-
-    def views(self, example: Example) -> tuple[Rendered, Rendered]:
-        """(first, second): the Text and the Code view, or with --reverse_pred the other way round."""
-        views = [("user", example.user), ("assistant", example.assistant)]
-        (role, content), (other_role, other_content) = views[::-1] if self.s.reverse_pred else views
-        k = self.s.predictors
-        if self.s.front_pred:
-            content = "".join(predictor_token(i) for i in range(1, k + 1)) + content
-        else:
-            content += "".join(predictor_token(i) for i in range(k, 0, -1))
-        return self._view(role, content), self._view(other_role, other_content)
-
-    def _view(self, role: str, content: str) -> Rendered:
-        if self.s.plain:
-            return self._plain("", content, "")
-        return self._place([{"role": role if self.assistant_first else "user", "content": content}])
-
-    def prompt(self, example: Example) -> str:
-        """What a model is asked with: the chat as it was trained, up to the answer."""
-        if self.s.plain:
-            return self.prefix + example.user + PERCEPTION
-        chat = self.chat(dataclasses.replace(example, assistant="a"))
-        return chat.text[: chat.start]
-
-    def end_of_turn(self) -> int:
-        """Id of the token that ends the assistant turn. Raises UsageError where the template has none."""
-        s = dataclasses.replace(self.s, train_all=False, lm_labels="answer")
-        segment = encode_chats(Renderer(self.tokenizer, s), [Example(None, "a", "b", "the chat template", 0)])[0]
-        if isinstance(segment, ValueError):
-            raise UsageError(f"--model_name {self.s.model_name}: {segment}")
-        return int(segment.ids[segment.labels][-1])
 
 
 # ------------------------------------------------------------------------------------------------------- segments
@@ -473,17 +381,26 @@ def _encode(renderer: Renderer, kind: str, texts: list[Rendered | ValueError]) -
     return [r if isinstance(r, ValueError) else _try(segment, r, *next(tokens)) for r in texts]
 
 
+def end_of_turn(renderer: Renderer) -> int | None:
+    """Id of the special token that ends the assistant turn, None where the template has none."""
+    s = dataclasses.replace(renderer.s, train_all=False, lm_labels="answer")
+    segment = encode_chats(Renderer(renderer.tokenizer, s), [Example(None, "a", "b", "the chat template", 0)])[0]
+    return None if isinstance(segment, ValueError) else int(segment.ids[segment.labels][-1])
+
+
 class SegmentDataset(torch.utils.data.Dataset):
     """Examples as tuples of segments: (chat,) or (chat, text view, code view).
 
-    Items are asked for by (epoch, index); index −1 is an empty item that fills up the last batch.
+    Items are asked for by (epoch, index); index −1 is an empty item that fills up the last batch. With `dropout` the
+    items of --jepa_ratio's share alone have views.
     """
 
-    def __init__(self, examples: list[Example], renderer: Renderer, problems: Problems, block: int = 1000):
+    def __init__(self, examples: list[Example], renderer: Renderer, problems: Problems, dropout: bool = False):
         """Raises ExampleError for an example that cannot be used, unless `problems` skips those."""
         self.s, self.items, self.examples = renderer.s, [], []
-        for begin in range(0, len(examples), block):
-            part = examples[begin : begin + block]
+        self.ratio = self.s.jepa_ratio if dropout else 1.0
+        for begin in range(0, len(examples), 1000):
+            part = examples[begin : begin + 1000]
             chats = encode_chats(renderer, part)
             views = encode_views(renderer, part) if self.s.jepa else [()] * len(part)
             for example, chat, pair in zip(part, chats, views, strict=True):
@@ -505,9 +422,8 @@ class SegmentDataset(torch.utils.data.Dataset):
             return ()
         # Random JEPA-loss dropout (paper section 3.3): decided by seed, epoch and row, so that layouts, batch sizes
         # and ranks agree on it and a dropped pair is never encoded.
-        s = self.s
-        dropped = s.jepa_ratio < 1 and np.random.default_rng([s.finetune_seed, epoch, index]).random() >= s.jepa_ratio
-        return self.items[index][:1] if dropped else self.items[index]
+        draw = np.random.default_rng([self.s.finetune_seed, epoch, index]) if self.ratio < 1 else None
+        return self.items[index][:1] if draw is not None and draw.random() >= self.ratio else self.items[index]
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -711,31 +627,51 @@ def _forward_of(model: torch.nn.Module) -> Any:
 
 
 @torch.no_grad()
-def check_packing(
-    model: torch.nn.Module, head: HeadInput, items: list[tuple[Segment, ...]], collator: Collator
-) -> None:
-    """Encodes a few examples packed and separate. Raises UsageError where they differ at a view or a label token.
+def check_layout(model: torch.nn.Module, head: HeadInput, items: list[tuple[Segment, ...]], collator: Collator) -> None:
+    """Encodes a few examples in shared rows. Raises UsageError where a segment's outputs depend on its neighbours.
 
-    Models whose layers carry state along the row (Mamba, linear attention, convolutions) differ.
+    The first segment of the row gets other tokens: nothing may change at the views and labels of the others, whatever
+    the precision, since the shapes are the same. Compared with rows of their own they may differ by rounding alone.
+    Models whose layers carry state along the row (Mamba, linear attention, convolutions) fail.
     """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if collator.layout == "additive" and window and max(len(x.ids) for item in items for x in item) > window:
+        raise UsageError(f"--layout additive: its mask would hide the model's sliding window of {window} tokens")
     device, training = next(model.parameters()).device, model.training
     flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
-    # In float32, where rounding stays far below any leak; flash kernels know half precision alone.
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=flash)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=flash)  # flash kernels know half precision alone
     model.eval()
-    seen = []
-    for layout in ("packed", "separate"):
-        batch = on_device(dataclasses.replace(collator, layout=layout)(items), device)
+
+    def read(items: list[tuple[Segment, ...]], layout: str) -> list[torch.Tensor]:
+        batch = dataclasses.replace(collator, layout=layout, tokens_per_row=sys.maxsize)(items)
         with precision:
-            seen.append([x.float() for x in head.read(model, batch)])
+            logits, views = head.read(model, on_device(batch, device))
+        return [logits.float(), *views.float()]  # (N, V), (P, D), (P, D)
+
+    def differ(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+        pairs = [(a, b) for a, b in zip(some, others, strict=True) if a.numel()]
+        return max(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-6)).max().item() for a, b in pairs)
+
+    shared, apart = read(items, collator.layout), read(items, "separate")
+    row = max(LAYOUTS[collator.layout](items, sys.maxsize), key=len)
+    other = dataclasses.replace(row[0], ids=(row[0].ids + 1) % model.config.get_text_config().vocab_size)
+    changed = read([tuple(other if x is row[0] else x for x in item) for item in items], collator.layout)
+    owner = next(i for i, item in enumerate(items) if any(x is row[0] for x in item))
+    first = sum(int(item[0].labels[1:].sum()) for item in items[:owner])
+    mine = torch.arange(first, first + int(items[owner][0].labels[1:].sum()), device=device)
+    keep = [torch.ones(len(x), dtype=torch.bool, device=device) for x in shared]
+    keep[0][mine] = row[0].kind != "chat"
+    for k, kind in ((1, "text_view"), (2, "code_view")):
+        if row[0].kind == kind:
+            keep[k][owner] = False
+    leak = differ([a[m] for a, m in zip(changed, keep, strict=True)], [b[m] for b, m in zip(shared, keep, strict=True)])
     model.train(training)
-    for packed, separate in zip(*seen, strict=True):
-        difference = (packed - separate).norm(dim=-1) / separate.norm(dim=-1).clamp(min=1e-6)  # (N,) or (2, P)
-        if difference.numel() and not bool(difference.max() < (0.1 if flash else 5e-5)):
-            raise UsageError(
-                f"{type(model).__name__} cannot be packed: encoded in one row its segments differ by "
-                f"{difference.max():.2g} from encoded apart; give --layout separate"
-            )
+    # The two thresholds: no rounding at all but for a kernel's own disorder; half precision's rounding, or float32's.
+    if not leak < 1e-6 or not differ(shared, apart) < (0.1 if flash else 1e-3):
+        raise UsageError(
+            f"{type(model).__name__} cannot be laid out as {collator.layout}: segments that share a row change one "
+            f"another (by {max(leak, differ(shared, apart)):.2g}); give --layout separate"
+        )
 
 
 def on_device(batch: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor | None]:
@@ -746,7 +682,7 @@ def on_device(batch: dict[str, torch.Tensor | None], device: torch.device) -> di
 # -------------------------------------------------------------------------------------------------------- trainer
 
 STATISTICS = ("lm_sum", "labels", "jepa_sum", "pairs", "cosine_sum", "spread_sum", "spread_pairs",
-              "chat", "text_view", "code_view", "padding", "total", "flops")  # fmt: skip
+              "chat", "text_view", "code_view", "padding")  # fmt: skip
 
 
 class JepaTrainer(Trainer):
@@ -760,8 +696,9 @@ class JepaTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.sampler: EpochSampler | None = None
         self.statistics = torch.zeros(len(STATISTICS), dtype=torch.float64, device=self.args.device)
-        self.seen_tokens, self.flops, self._since = 0, 0.0, time.time()
+        self.seen_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self._step_loss = torch.zeros((), device=self.args.device)
+        self._flops, self._since = 0.0, time.time()
 
     # -- data
 
@@ -778,9 +715,12 @@ class JepaTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
         """The step's micro-batches and the label tokens and pairs (2,) in all of them, over all ranks."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        counts = [[len(b["label_ids"]), b["view_at"].shape[-1]] for b in batches] or [[0, 0]]
-        counts = torch.tensor(counts, dtype=torch.float32, device=device).sum(dim=0)
-        return batches, self.accelerator.reduce(counts, "sum").clamp(min=1)
+        counts = [(len(b["label_ids"]), b["view_at"].shape[-1]) for b in batches]
+        counts = torch.tensor([*counts, (0, 0)], dtype=torch.float64).sum(dim=0).to(device)
+        tokens = sum((b["tokens"][:3].sum() for b in batches), counts.new_zeros(()))
+        counts = self.accelerator.reduce(torch.stack([*counts, tokens]), "sum")
+        self.seen_tokens += counts[2]
+        return batches, counts[:2].clamp(min=1).float()
 
     # -- loss
 
@@ -807,7 +747,7 @@ class JepaTrainer(Trainer):
             spread if spread_pairs else 0,
             spread_pairs,
         ]
-        values += [*inputs["tokens"].to(loss.device), loss.detach(), 0.0]
+        values += [*inputs["tokens"].to(loss.device)]
         self.statistics += torch.stack([torch.as_tensor(v, dtype=torch.float64, device=loss.device) for v in values])
         self._step_loss = self._step_loss + loss.detach()
         return loss * self.args.world_size  # the ranks' gradients are averaged, the loss is a sum over ranks
@@ -818,8 +758,12 @@ class JepaTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         with FlopCounterMode(display=False) as counter:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self.statistics[STATISTICS.index("flops")] += counter.get_total_flops()
+        self._flops = float(counter.get_total_flops())
         return loss
+
+    def floating_point_ops(self, inputs: dict) -> float:
+        """What --track_flop counted in this micro-batch; the Trainer sums it over ranks and keeps it in checkpoints."""
+        return self._flops
 
     def require_finite_loss(self) -> None:
         """Raises FloatingPointError before the weights are touched where the step's loss is not a number."""
@@ -842,8 +786,6 @@ class JepaTrainer(Trainer):
         if "loss" in logs:
             t, now = self._drain(self.statistics), time.time()
             tokens = t["chat"] + t["text_view"] + t["code_view"]
-            self.seen_tokens += int(tokens)
-            self.flops += t["flops"]
             logs |= {
                 "total": logs.pop("loss"),
                 "lm_loss": t["lm_sum"] / max(1, t["labels"]),
@@ -858,7 +800,7 @@ class JepaTrainer(Trainer):
                 logs |= {"cosine": t["cosine_sum"] / t["pairs"]} if t["pairs"] else {}
                 logs |= {"spread": t["spread_sum"] / t["spread_pairs"]} if t["spread_pairs"] else {}
             if self.s.track_flop:
-                logs["flops"] = self.flops
+                logs["flops"] = self.state.total_flos
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -871,8 +813,7 @@ class JepaTrainer(Trainer):
         during_training, self.statistics = self.statistics, torch.zeros_like(self.statistics)
         step_loss = self._step_loss
         for batch in dataloader:
-            with self.accelerator.autocast():
-                self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=one)
+            self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=one)
         t = self._drain(self.statistics)
         self.statistics, self._step_loss = during_training, step_loss
         lm, jepa = t["lm_sum"] / max(1, t["labels"]), t["jepa_sum"] / max(1, t["pairs"])
@@ -881,8 +822,7 @@ class JepaTrainer(Trainer):
             metrics |= {"loss": self.s.gamma * lm + self.s.lbd * jepa, "jepa_loss": jepa}
             metrics["cosine"] = t["cosine_sum"] / max(1, t["pairs"])
         if self.generate is not None:
-            with self.accelerator.autocast():
-                metrics |= self.generate(model)
+            metrics |= self.generate(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self._since = time.time()
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
@@ -890,6 +830,7 @@ class JepaTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Older checkpoints go only when the new one is whole, so that a kill while saving leaves one to resume from.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.state.num_input_tokens_seen = int(self.seen_tokens)
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -903,20 +844,19 @@ class JepaTrainer(Trainer):
 class Watch(TrainerCallback):
     """Drives the sampler's epoch, stops at a loss that is not finite, writes metrics.jsonl."""
 
-    def __init__(self, run: Run):
-        self.run, self.trainer, self.file = run, None, None
+    def __init__(self, run: Run, trainer: JepaTrainer):
+        self.run, self.trainer, self.file = run, trainer, None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drops the lines of steps that a resumed run takes again."""
+        self.trainer.seen_tokens.fill_(state.num_input_tokens_seen)
         if not state.is_world_process_zero:
             return
         path = self.run.path / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-        self.trainer.seen_tokens = sum(json.loads(line).get("tokens", 0) for line in kept)
-        self.trainer.flops = max((json.loads(line).get("flops", 0.0) for line in kept), default=0.0)
-        self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115, closed in on_train_end
-        self.file.writelines(kept)
+        write_text(path, "".join(kept))
+        self.file = open(path, "a", encoding="utf-8")  # closed in on_train_end
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.sampler.epoch = int(state.epoch or 0)
@@ -990,11 +930,11 @@ def load_model(s: Settings, tokenizer: Any) -> Any:
     Raises UsageError where it cannot be loaded.
     """
     try:
-        config = AutoConfig.from_pretrained(s.model_name, revision=s.revision)
         options = {"dtype": torch.float32}
         if s.attn_implementation:
             options["attn_implementation"] = s.attn_implementation
         if s.pretrain:
+            config = AutoConfig.from_pretrained(s.model_name, revision=s.revision)
             model = AutoModelForCausalLM.from_config(config, **options)
         else:
             model = load_weights(s.model_name, revision=s.revision, **options)
@@ -1003,27 +943,37 @@ def load_model(s: Settings, tokenizer: Any) -> Any:
         raise UsageError(f"--model_name {s.model_name} cannot be loaded{hint}: {first_line(error)}") from None
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    if not s.lora:
-        return model
+    if model.config.get_text_config() is not model.config:
+        # A multimodal model's other towers get no gradient here, and DDP would wait for it.
+        text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in text)
+    return add_adapter(model, s, tokenizer) if s.lora else model
 
+
+def add_adapter(model: Any, s: Settings, tokenizer: Any) -> Any:
+    """The model under a LoRA adapter on its text layers' projections; the added tokens' embedding rows train too."""
     from peft import LoraConfig, get_peft_model
 
-    names = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
+    inside = {id(module) for module in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and id(m) in inside]
     usual = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    embedding = next(name for name, module in names.items() if module is model.get_input_embeddings())
-    added = [predictor_token(i) for i in range(1, s.predictors + 1)] + ([PERCEPTION, END_OF_TURN] if s.plain else [])
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=s.lora_rank,
-            lora_alpha=2 * s.lora_rank,
-            lora_dropout=0.1,
-            target_modules=sorted(usual & names.keys()) or "all-linear",
-            # Without this the predictor tokens would stay at their random start.
-            trainable_token_indices={embedding: tokenizer.convert_tokens_to_ids(added)} if added else None,
-        ),
+    # Some models join these (qkv_proj) or name them otherwise (c_attn): then all linear layers.
+    if usual <= {name.rpartition(".")[2] for name in linear}:
+        linear = [name for name in linear if name.rpartition(".")[2] in usual]
+    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()).rpartition(".")[2]
+    added = [predictor_token(i) for i in range(1, s.predictors + 1)] if s.jepa else []
+    added += [PERCEPTION, END_OF_TURN] if s.plain else []
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=s.lora_rank,
+        lora_alpha=2 * s.lora_rank,
+        lora_dropout=0.1,
+        target_modules=linear or "all-linear",
+        # Without this the predictor tokens would stay at their random start.
+        trainable_token_indices={embedding: tokenizer.convert_tokens_to_ids(added)} if added else None,
     )
+    return get_peft_model(model, config, revision=s.revision)
 
 
 def first_line(error: BaseException) -> str:
@@ -1055,11 +1005,11 @@ def first_row(renderer: Renderer, dataset: SegmentDataset) -> dict[str, str | No
     return row
 
 
-def dry_run(s: Settings, model: Any, renderer: Renderer, dataset: SegmentDataset, collator: Collator) -> dict[str, Any]:
+def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
     """Scores the first rows as one micro-batch in float32, with gradient."""
-    batch = collator([dataset[0, i] for i in range(len(dataset))])
-    model.eval()
-    logits, (text, code) = HeadInput(model).read(model, batch)
+    model, dataset = parts.model.eval(), parts.train_set
+    batch = parts.collator([dataset[0, i] for i in range(len(dataset))])
+    logits, (text, code) = parts.head.read(model, batch)
     lm_sum, labels = lm_loss(logits, batch["label_ids"])
     jepa_sum, pairs = jepa_loss(text, code, s.distance)
     lm, jepa = lm_sum / max(1, labels), jepa_sum / max(1, pairs)
@@ -1074,30 +1024,31 @@ def dry_run(s: Settings, model: Any, renderer: Renderer, dataset: SegmentDataset
         "label_tokens": labels,
         "pairs": pairs,
         "tokens": dict(zip(("chat", "text_view", "code_view", "padding"), batch["tokens"].tolist(), strict=True)),
-        "first_row": first_row(renderer, dataset),
+        "first_row": first_row(parts.renderer, dataset),
     }
 
 
 def flop_share(model: Any, head: HeadInput, dataset: SegmentDataset, collator: Collator, s: Settings) -> float:
-    """FLOPs of a regular step over those of a step with the views, counted by torch on the first micro-batches."""
+    """FLOPs of a regular step over those of a step with --jepa_ratio, counted by torch on the first micro-batches."""
     spent = []
     for views in (False, True):
         with FlopCounterMode(display=False) as counter:
             for begin in range(0, min(len(dataset), 4 * s.batch_size), s.batch_size):
-                items = [dataset[0, i] for i in range(begin, min(len(dataset), begin + s.batch_size))]
+                items = dataset.items[begin : begin + s.batch_size]
                 batch = on_device(collator([item if views else item[:1] for item in items]), model.device)
                 logits, (text, code) = head.read(model, batch)
                 (lm_loss(logits, batch["label_ids"])[0] + jepa_loss(text, code, s.distance)[0]).backward()
         spent.append(counter.get_total_flops())
     model.zero_grad()
-    return spent[0] / spent[1]
+    regular, jepa = spent
+    return regular / (regular + s.jepa_ratio * (jepa - regular))
 
 
 def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device) -> TrainingArguments:
     """The Trainer's own settings."""
     names = {f.name for f in dataclasses.fields(TrainingArguments)}  # transformers 5.23 renamed this one
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=s.output_dir,
         per_device_train_batch_size=s.batch_size,
         per_device_eval_batch_size=s.batch_size,
@@ -1134,18 +1085,21 @@ def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device
         ddp_find_unused_parameters=False,
         label_names=["label_ids"],
     )
+    # Without torchrun one device: torch's DataParallel would tear packed rows apart.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
-def describe(s: Settings, model: Any, renderer: Renderer, train: SegmentDataset, held_out: Any) -> str:
+def describe(s: Settings, parts: Parts) -> str:
     """The start block: what will be trained on what, and the first example as the model sees it."""
-    weights = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    row = first_row(renderer, train)
+    weights = sum(p.numel() for p in parts.model.parameters())
+    trainable = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    row = first_row(parts.renderer, parts.train_set)
     method = f"JEPA, λ {s.lbd:g}, γ {s.gamma:g}, k {s.predictors}, {s.distance}" if s.jepa else "regular"
     lines = [
         f"model    {s.model_name}, {weights / 1e6:.2f} M weights, {trainable / 1e6:.2f} M trained",
         f"method   {method}; labels: {s.lm_labels}; layout: {s.layout}",
-        f"data     {len(train)} examples, {len(held_out or ())} held out",
+        f"data     {len(parts.train_set)} examples, {len(parts.held_out or ())} held out",
         f"chat     {row['chat']!r}",
         f"labels   {row['label_text']!r}",
     ]
@@ -1154,75 +1108,102 @@ def describe(s: Settings, model: Any, renderer: Renderer, train: SegmentDataset,
     return "\n".join([*lines, f"run      {s.output_dir}"])
 
 
+@dataclass
+class Parts:
+    """What a run is made of, all of it checked."""
+
+    renderer: Renderer
+    train_set: SegmentDataset
+    held_out: SegmentDataset | None
+    model: Any
+    head: HeadInput
+    collator: Collator
+    problems: Problems
+
+
+def prepare(s: Settings, device: torch.device) -> Parts:
+    """Loads, checks and encodes everything. Raises UsageError and ExampleError; writes nothing."""
+    problems, tokenizer = Problems(s.skip_bad_examples), load_tokenizer(s)
+    renderer = Renderer(tokenizer, s)
+    examples, held_out = load_examples(s, problems)
+    train_set = SegmentDataset(examples[: s.dry_run or None], renderer, problems, dropout=True)
+    set_seed(s.finetune_seed)
+    model = load_model(s, tokenizer).to(device)
+    # A dense mask is quadratic in the row, so short rows win on a CPU; flash kernels want one long row.
+    tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
+    parts = Parts(
+        renderer=renderer,
+        train_set=train_set,
+        held_out=SegmentDataset(held_out, renderer, problems) if held_out and not s.dry_run else None,
+        model=model,
+        head=HeadInput(model),
+        collator=Collator(s.layout, tokenizer.pad_token_id, tokens_per_row),
+        problems=problems,
+    )
+    if s.layout != "separate":
+        check_layout(model, parts.head, train_set.items[:3], parts.collator)
+    return parts
+
+
+def build_trainer(s: Settings, parts: Parts, state: PartialState) -> JepaTrainer:
+    """The Trainer of a run. Raises UsageError where its own settings do not fit together."""
+    on_gpu, steps = state.device.type == "cuda", s.max_steps
+    bf16 = s.dtype == "bfloat16" or (s.dtype == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+    if s.same_flop and s.jepa:
+        micro_batches = math.ceil(len(parts.train_set) / (s.batch_size * state.num_processes))
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=bf16):
+            share = flop_share(parts.model, parts.head, parts.train_set, parts.collator, s)
+        steps = max(1, round(math.ceil(micro_batches / s.grad_accum) * s.num_epochs * share))
+    try:
+        arguments = training_arguments(s, bf16, steps, state.device)
+        Trainer.get_optimizer_cls_and_kwargs(arguments, parts.model)
+        trainer = JepaTrainer(
+            model=parts.model,
+            args=arguments,
+            train_dataset=parts.train_set,
+            eval_dataset=parts.held_out,
+            data_collator=parts.collator,
+            processing_class=parts.renderer.tokenizer,
+            settings=s,
+            head=parts.head,
+            generate=held_out_generation(s, parts, state) if s.eval_generate else None,
+        )
+    except (ValueError, ImportError, OverflowError) as error:
+        raise UsageError(f"the Trainer refuses these settings: {first_line(error)}") from None
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bar)
+    return trainer
+
+
 def train(s: Settings, state: PartialState) -> None:
     """A whole run: checks everything, starts the run folder, trains, saves."""
-    on_gpu = state.device.type == "cuda"
-    bf16 = s.dtype == "bfloat16" or (s.dtype == "auto" and on_gpu and torch.cuda.is_bf16_supported())
-    problems = Problems(s.skip_bad_examples)
-    run = Run(s.output_dir, dataclasses.asdict(s), VOLATILE)
+    run = Run(s.output_dir, dataclasses.asdict(s))
     if not s.dry_run:
         run.check(s.resume, s.overwrite)
-
-    tokenizer = load_tokenizer(s)
-    renderer = Renderer(tokenizer, s)
-    examples, held_out_examples = load_examples(s, problems)
-    train_set = SegmentDataset(examples[: s.dry_run] if s.dry_run else examples, renderer, problems)
-    held_out = SegmentDataset(held_out_examples, renderer, problems) if held_out_examples and not s.dry_run else None
-    set_seed(s.finetune_seed)
-    model = load_model(s, tokenizer)
-    pad_id = tokenizer.pad_token_id
-    collator = Collator(s.layout, pad_id, s.tokens_per_row or (4096 if on_gpu else 256))
+    parts = prepare(s, torch.device("cpu") if s.dry_run else state.device)
     if s.dry_run:
-        _say(problems.report())
-        print(json.dumps(dry_run(s, model, renderer, train_set, collator), ensure_ascii=False))
+        _say(parts.problems.report())
+        print(json.dumps(dry_run(s, parts), ensure_ascii=False))
         return
 
-    head = HeadInput(model)
-    model.to(state.device)
-    if s.layout == "packed":
-        check_packing(model, head, [train_set[0, i] for i in range(min(3, len(train_set)))], collator)
-    steps = s.max_steps
-    if s.same_flop and s.jepa:
-        micro_batches = math.ceil(len(train_set) / (s.batch_size * state.num_processes))
-        share = flop_share(model, head, train_set, collator, s)
-        steps = max(1, round(math.ceil(micro_batches / s.grad_accum) * s.num_epochs * share))
-
-    stop_ids = {renderer.end_of_turn()} if s.lm_labels != "answer_text" else set()
-    _add_stop_ids(model.generation_config, stop_ids)
+    trainer = build_trainer(s, parts, state)
+    trainer.add_callback(Watch(run, trainer))
+    add_stop_token(parts.model.generation_config, end_of_turn(parts.renderer) if s.lm_labels != "answer_text" else None)
     files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
-    record = {"seed": s.finetune_seed, "skipped_examples": len(problems.messages)} | provenance(files)
+    record = {"seed": s.finetune_seed, "skipped_examples": len(parts.problems.messages)} | provenance(files)
     state.wait_for_everyone()  # every process has checked the folder before the first one fills it
     if state.is_main_process:
-        _say(problems.report())
-        _say(describe(s, model, renderer, train_set, held_out))
+        _say(parts.problems.report())
+        _say(describe(s, parts))
         run.start(s.overwrite, record)
     state.wait_for_everyone()
-
     try:
-        generate = _held_out_generation(s, renderer, held_out, state) if s.eval_generate else None
-        watch = Watch(run)
-        trainer = JepaTrainer(
-            model=model,
-            args=training_arguments(s, bf16, steps, state.device),
-            train_dataset=train_set,
-            eval_dataset=held_out,
-            data_collator=collator,
-            processing_class=tokenizer,
-            callbacks=[watch],
-            settings=s,
-            head=head,
-            generate=generate,
-        )
-        watch.trainer = trainer
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Bar)
-        checkpoints = whole_checkpoints(run.path) if s.resume else []
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        run_trainer(trainer, whole_checkpoints(run.path)[-1:] if s.resume else [])
         trainer.save_model()
         if s.merge and state.is_main_process:
             merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
             merged.save_pretrained(run.path / "merged")
-            tokenizer.save_pretrained(run.path / "merged")
+            parts.renderer.tokenizer.save_pretrained(run.path / "merged")
     except BaseException as error:
         if state.is_main_process:
             interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
@@ -1230,24 +1211,37 @@ def train(s: Settings, state: PartialState) -> None:
                 run.update("interrupted" if interrupted else "failed", error=first_line(error))
         raise
     if state.is_main_process:
-        log = trainer.state.log_history
+        log, tokens = trainer.state.log_history, int(trainer.seen_tokens)
         final = {k: v for line in log for k, v in line.items() if k.endswith(("lm_loss", "jepa_loss", "eval_exact"))}
-        run.update("finished", steps=trainer.state.global_step, tokens=trainer.seen_tokens, final=final)
+        run.update("finished", steps=trainer.state.global_step, tokens=tokens, final=final)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in final.items())
-        _say(f"finished {trainer.state.global_step} steps, {trainer.seen_tokens} tokens: {shown}")
+        _say(f"finished {trainer.state.global_step} steps, {tokens} tokens: {shown}")
     state.wait_for_everyone()  # a process that leaves first would tear the others' connections down
     state.destroy_process_group()
 
 
-def _held_out_generation(s: Settings, renderer: Renderer, held_out: SegmentDataset, state: PartialState) -> Any:
+def run_trainer(trainer: JepaTrainer, checkpoints: list[Path]) -> None:
+    """Trains from the checkpoint there is; one of the last step is only loaded: the Trainer would go past it."""
+    if checkpoints:
+        reached = TrainerState.load_from_json(str(checkpoints[-1] / "trainer_state.json"))
+        if reached.global_step >= reached.max_steps:
+            trainer._load_from_checkpoint(str(checkpoints[-1]))
+            trainer.state = reached
+            trainer.seen_tokens.fill_(reached.num_input_tokens_seen)
+            return
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+
+
+def held_out_generation(s: Settings, parts: Parts, state: PartialState) -> Any:
+    """A function of the model: exact match on this process's share of the first --eval_generate held-out rows."""
     # Imported here since evaluate.py builds on this file.
     from evaluate import generate
     from scoring import score_text
 
-    mine = held_out.examples[: s.eval_generate][state.process_index :: state.num_processes]
+    mine = parts.held_out.examples[: s.eval_generate][state.process_index :: state.num_processes]
 
     def exact(model: Any) -> dict[str, float]:
-        batches = generate(model, renderer, mine, batch_size=32, max_new_tokens=128)
+        batches = generate(model, parts.renderer, mine, batch_size=32, max_new_tokens=128) if mine else []
         hits = sum(score_text(g.text, e.assistant)["exact"] for batch in batches for e, g in batch)
         counts = torch.tensor([float(hits), float(len(mine))], device=model.device)
         counts = counts if state.num_processes == 1 else _all_reduce(counts)
@@ -1261,11 +1255,11 @@ def _all_reduce(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _add_stop_ids(config: Any, stop_ids: set[int]) -> None:
+def add_stop_token(config: Any, token: int | None) -> None:
     """Makes plain `generate` of the saved model stop where it was trained to."""
     known = config.eos_token_id
     known = set() if known is None else {known} if isinstance(known, int) else set(known)
-    config.eos_token_id = sorted(known | stop_ids) or None
+    config.eos_token_id = sorted((known | {token}) - {None}) or None
 
 
 def _say(text: str | None) -> None:
@@ -1291,7 +1285,11 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines() if state.is_main_process else ():
             _say(f"finetune.py: error: {line}")
         return 2
-    except (FloatingPointError, OSError) as error:
+    except FloatingPointError as error:  # the same on every process
+        if state.is_main_process:
+            _say(f"finetune.py: error: {error}")
+        return 1
+    except OSError as error:
         _say(f"finetune.py: error: {first_line(error)}")
         return 1
     except KeyboardInterrupt:

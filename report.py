@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runs import UsageError, read_json
+from runs import VOLATILE, UsageError, read_json
 
-NO_SETTING = {"finetune_seed", "output_dir", "resume", "overwrite"}  # what runs of one arm may differ in
+NO_SETTING = {"finetune_seed"} | VOLATILE  # what runs of one arm may differ in
 
 
 @dataclass(frozen=True)

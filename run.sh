@@ -5,7 +5,7 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 PAPER_SEEDS="82 23 37 84 4"
 TINY=models/tiny # the embedded model, trained from random weights
-TINY_LR=2e-3 TINY_EPOCHS=4 TINY_FLAGS=(--pretrain --batch_size 16 --grad_accum 1 --warmup_steps 0.05)
+TINY_LR=1e-3 TINY_EPOCHS=2 TINY_FLAGS=(--pretrain --batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98)
 
 usage() {
   cat <<HELP

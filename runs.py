@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 CHECKPOINT_MARK = "complete.json"
+# Settings without a part in the numbers: a resumed run may change them, and no arm is told apart by them.
+VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "logging_steps",
+            "dataloader_num_workers"}  # fmt: skip
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")
 
 
@@ -85,15 +88,19 @@ def flag_table(settings: type) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False, default=str)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -147,14 +154,15 @@ class Run:
     command line loses nothing.
     """
 
-    def __init__(self, folder: str, settings: dict[str, Any], volatile: set[str]):
-        """`volatile`: settings that may differ between a run and its resumption."""
-        self.path, self.settings, self.volatile = Path(folder), settings, volatile
+    def __init__(self, folder: str, settings: dict[str, Any]):
+        self.path, self.settings = Path(folder), settings
         self.record: dict[str, Any] = {}
         self._started = time.time()
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Raises UsageError where the folder exists and neither flag allows that, or where it is another run's."""
+        if resume and not self.path.exists():
+            raise UsageError(f"--resume: there is no run folder {self.path}")
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not (resume or overwrite):
@@ -167,7 +175,7 @@ class Run:
         differing = [
             f"--{name} {before.get(name)!r} (now {now.get(name)!r})"
             for name in sorted(before.keys() | now.keys())
-            if name not in self.volatile and before.get(name) != now.get(name)
+            if name not in VOLATILE and before.get(name) != now.get(name)
         ]
         if differing:
             raise UsageError(f"--resume: {self.path} was made with other settings: " + ", ".join(differing))
@@ -204,10 +212,12 @@ def _now() -> str:
 
 
 def mark_checkpoint(folder: Path) -> None:
-    """Marks a checkpoint as whole: the sizes of its files, written last and synced."""
-    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    sizes.pop(CHECKPOINT_MARK, None)
-    write_json(folder / CHECKPOINT_MARK, sizes)
+    """Marks a checkpoint as whole: the sizes of its files, written when all of them are on the disk."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != CHECKPOINT_MARK]
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    write_json(folder / CHECKPOINT_MARK, {str(p.relative_to(folder)): p.stat().st_size for p in files})
 
 
 def whole_checkpoints(run: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = ["82", "23", "37", "84", "4"]
-TINY_FLAGS = ["--pretrain", "--batch_size", "16", "--grad_accum", "1", "--warmup_steps", "0.05"]
+TINY_FLAGS = "--pretrain --batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98".split()
 VARIABLES = ("MODEL", "LR", "LEARNING_RATE", "EPOCHS", "LAST_TOKEN", "PREDICTORS", "SEEDS", "LBD", "DATASET", "NPROC",
              "RUNS_DIR", "PYTHON", "PYTHON_BIN", "OMP_NUM_THREADS", "PYTHONPATH")  # fmt: skip
 
@@ -119,10 +119,10 @@ def test_jepa_command_lines_for_all_seeds(project):
     assert done.returncode == 0, done.stderr
     expected = []
     for seed in SEEDS:
-        run = f"runs/synth-tiny-jepa-lr2e-3-lbd1-k1-e4-s{seed}"
+        run = f"runs/synth-tiny-jepa-lr1e-3-lbd1-k1-e2-s{seed}"
         expected.append([
             "finetune.py", "--train_file", "datasets/synth_train.jsonl", "--model_name", "models/tiny",
-            "--learning_rate", "2e-3", "--num_epochs", "4", "--finetune_seed", seed, "--predictors", "1", "--lbd", "1",
+            "--learning_rate", "1e-3", "--num_epochs", "2", "--finetune_seed", seed, "--predictors", "1", "--lbd", "1",
             *TINY_FLAGS, "--output_dir", run,
         ])  # fmt: skip
         expected.append(["evaluate.py", "--model_name", run, "--input_file", "datasets/synth_test.jsonl"])
@@ -213,7 +213,7 @@ def test_several_processes_use_torchrun(project):
     assert done.returncode == 0, done.stderr
     training, evaluation = project.calls()
     assert training[:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "finetune.py"]
-    assert training[-1].endswith("-e4-s4-p2"), "another number of processes is another batch size"
+    assert training[-1].endswith("-e2-s4-p2"), "another number of processes is another batch size"
     assert evaluation[0] == "evaluate.py"
     assert project.threads == [str(max(1, os.cpu_count() // 2)), None]
 
@@ -224,10 +224,10 @@ def test_several_processes_use_torchrun(project):
 def test_what_is_done_is_skipped(project):
     first = project.run("run_jepa", SEEDS="82 23")
     project.calls()
-    shutil.rmtree(project.folder / "runs/synth-tiny-jepa-lr2e-3-lbd1-k1-e4-s23/eval")
+    shutil.rmtree(project.folder / "runs/synth-tiny-jepa-lr1e-3-lbd1-k1-e2-s23/eval")
     again = project.run("run_jepa", SEEDS="82 23")
     assert again.returncode == 0, again.stderr
-    run = "runs/synth-tiny-jepa-lr2e-3-lbd1-k1-e4-s23"
+    run = "runs/synth-tiny-jepa-lr1e-3-lbd1-k1-e2-s23"
     assert project.calls() == [["evaluate.py", "--model_name", run, "--input_file", "datasets/synth_test.jsonl"]]
     notes = ("  (done before: training, evaluation)", "  (done before: training)")
     shown = first.stdout.splitlines()
@@ -257,7 +257,7 @@ def test_a_run_of_a_namesake_is_not_taken(project):
 def test_a_failing_seed_stops_the_driver(project):
     done = project.run("run_jepa", STUB="fail 23")
     assert done.returncode == 7
-    assert "training of seed 23" in done.stderr and "runs/synth-tiny-jepa-lr2e-3-lbd1-k1-e4-s23" in done.stderr
+    assert "training of seed 23" in done.stderr and "runs/synth-tiny-jepa-lr1e-3-lbd1-k1-e2-s23" in done.stderr
     assert "seed 82" in done.stdout, "finished seeds are shown"
     assert [pairs(a).get("--finetune_seed") for a in project.calls()] == ["82", None, "23"]
 

@@ -69,7 +69,7 @@ def slow_answer(folder: Path, example: Example, steps: int) -> tuple[list[int], 
     begin = len(ids)
     for _ in range(steps):
         token = int(model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].argmax())
-        if token == renderer.end_of_turn():
+        if token == finetune.end_of_turn(renderer):
             return ids[begin:], "stop"
         ids = [*ids, token]
     return ids[begin:], "length"
@@ -125,7 +125,7 @@ def stopping(tmp_path_factory):
     for name in MODELS:
         golden = GOLDEN / "models" / name
         folders[name] = copy_model(golden, tmp_path_factory.mktemp("models") / name)
-        change_head(folders[name], load(golden)[1].end_of_turn(), often_said(golden), 1.02)
+        change_head(folders[name], finetune.end_of_turn(load(golden)[1]), often_said(golden), 1.02)
     return folders
 
 
@@ -297,7 +297,7 @@ def test_generation_ends_as_soon_as_every_answer_has(tmp_path, model):
     folder = copy_model(model, tmp_path / "no_eos", generation={"eos_token_id": None})
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|im_start|>"}))
-    assert load(folder)[1].tokenizer.eos_token_id != load(folder)[1].end_of_turn() == 4
+    assert load(folder)[1].tokenizer.eos_token_id != finetune.end_of_turn(load(folder)[1]) == 4
     answers = {e: slow_answer(folder, e, STEPS) for e in EXAMPLES}
     stopping = [e for e, (_, reason) in answers.items() if reason == "stop"]
     longest = max(len(answers[e][0]) for e in stopping)

@@ -63,7 +63,7 @@ def test_labels_are_the_answer_and_its_end_of_turn_token(name):
         first = int(np.flatnonzero(chat.labels)[0])
         assert np.flatnonzero(chat.labels).tolist() == list(range(first, first + len(label_ids)))
         assert decode(r, chat.ids[:first]).rstrip() == text[: r.chat(example).start].rstrip()
-        assert r.end_of_turn() == label_ids[-1]
+        assert finetune.end_of_turn(r) == label_ids[-1]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -233,3 +233,40 @@ def test_an_example_over_max_length_is_named_or_skipped_and_counted():
     problems = Problems(skip=True)
     assert len(finetune.SegmentDataset([EXAMPLES[0], long], r, problems)) == 1
     assert "skipped 1 bad examples" in problems.report()
+
+
+def test_a_template_s_space_before_the_answer_is_no_part_of_the_prompt():
+    """Tokenizers join the space with the answer: a prompt that ended with it would be one that training never saw."""
+    r = with_template("{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}")
+    for answer in ("the word", "(a|b)", "7"):
+        example = Example(None, "q", answer, "rows:1", 1)
+        chat = finetune.encode_chats(r, [example])[0]
+        prompt = r.tokenizer(r.prompt(example), add_special_tokens=False).input_ids
+        assert chat.ids[: int(np.flatnonzero(chat.labels)[0])].tolist() == prompt
+        assert decode(r, chat.ids[chat.labels]) == f" {answer}<|im_end|>"
+
+
+@pytest.mark.parametrize("name", REAL_NAMES)
+@pytest.mark.parametrize("plain", [False, True])
+def test_real_tokenizers_score_the_same_packed_and_separate_with_a_small_model(name, plain):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    r = renderer(name, predictors=2, plain=plain)
+    if plain:
+        r.tokenizer = finetune.load_tokenizer(r.s)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(r.tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+                    num_attention_heads=2, num_key_value_heads=1)
+    ).eval()  # fmt: skip
+    head = finetune.HeadInput(model)
+    items = finetune.SegmentDataset(EXAMPLES, r, Problems()).items
+    found = []
+    for layout in ("packed", "separate", "additive"):
+        with torch.no_grad():
+            batch = finetune.Collator(layout, r.tokenizer.pad_token_id, 128)(items)
+            logits, (text, code) = head.read(model, batch)
+        found.append((finetune.lm_loss(logits, batch["label_ids"])[0].item(), finetune.jepa_loss(text, code)[0].item()))
+    assert found[1:] == [pytest.approx(found[0], rel=1e-5)] * 2
+    assert found[0][1] > 0
