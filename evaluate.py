@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -228,8 +229,14 @@ def generate_batch(model: Any, renderer: Renderer, prompts: list[list[int]], max
 
 
 def tokenise(model: Any, renderer: Renderer, examples: list[Example]) -> list[list[int]]:
-    """The prompts of the examples. Raises ExampleError for one that fills the model's context."""
-    prompts = renderer.tokenizer([renderer.prompt(e) for e in examples], add_special_tokens=False)["input_ids"]
+    """The prompts as token ids. Raises ExampleError for one the template refuses or that fills the model's context."""
+    texts = []
+    for example in examples:
+        try:
+            texts.append(renderer.prompt(example))
+        except (ValueError, TemplateError) as error:
+            raise ExampleError(f"{example.source}: {error}") from None
+    prompts = renderer.tokenizer(texts, add_special_tokens=False)["input_ids"]
     limit = context(model) or sys.maxsize
     for example, tokens in zip(examples, map(len, prompts), strict=True):
         if tokens >= limit:

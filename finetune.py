@@ -132,7 +132,9 @@ class Settings:
         None, "how segments share rows; never changes the numbers; default packed", BATCH
     )
     additive_mask: bool = flag(False, "the same as --layout additive", BATCH)
-    tokens_per_row: int = flag(0, "packed: tokens a row; 0: 256 on a CPU, 4096 on a GPU", BATCH)
+    tokens_per_row: int = flag(
+        0, "packed: tokens a row; 0: 256 on a CPU, 4096 on a GPU, with flash attention one row", BATCH
+    )
     dataloader_num_workers: int = flag(0, "processes that lay out batches", BATCH)
 
     learning_rate: float = flag(2e-5, "peak learning rate", OPTIM)
@@ -174,87 +176,119 @@ class Settings:
         return next((n for n in ("jepa_l2", "jepa_mse", "infonce") if getattr(self, n)), "cosine")
 
 
-def check_settings(s: Settings, given: set[str]) -> Settings:
-    """Resolves defaults that depend on other flags. Raises UsageError naming all that is wrong or inapplicable."""
-    wrong: list[str] = []
+class Refusals(list):
+    """Messages about wrong or inapplicable flags, collected so that all are said at once."""
 
-    def refuse(condition: bool, message: str) -> None:
+    def __init__(self, given: set[str]):
+        self.given = given
+
+    def refuse(self, condition: bool, message: str) -> None:
+        """Adds the message where the condition holds."""
         if condition:
-            wrong.append(message)
+            self.append(message)
 
-    def only_with(names: str, reason: str, applies: bool) -> None:
-        unused = [f"--{n}" for n in names.split() if n in given]
-        refuse(bool(unused) and not applies, f"{', '.join(unused)}: {reason}")
+    def only_if(self, applies: bool, names: str, reason: str) -> None:
+        """Refuses those of the named flags that were given, unless they apply."""
+        unused = [f"--{n}" for n in names.split() if n in self.given]
+        self.refuse(bool(unused) and not applies, f"{', '.join(unused)}: {reason}")
 
-    refuse(not s.model_name, "--model_name is missing")
-    refuse(bool(s.train_file) == bool(s.data_file), "give one of --train_file and --data_file")
-    held_out = bool(s.data_file or s.eval_file or s.val_fraction)
-    only_with("eval_split", "only with --data_file", bool(s.data_file))
-    only_with("split_seed", "only with --data_file or --val_fraction", bool(s.data_file or s.val_fraction))
-    refuse(sum(map(bool, (s.data_file, s.eval_file, s.val_fraction))) > 1,
-           "give at most one of --data_file, --eval_file and --val_fraction")  # fmt: skip
-    only_with("eval_strategy eval_steps eval_generate", "there are no held-out rows", held_out)
-    only_with("eval_steps", "only with --eval_strategy steps", s.eval_strategy == "steps")
-    only_with("eval_generate", "not with --eval_strategy no", s.eval_strategy != "no")
-    only_with("save_steps", "only with --save_strategy steps", s.save_strategy == "steps")
-    only_with("max_steps", "not together with --num_epochs or --same_flop", not given & {"num_epochs", "same_flop"})
 
-    only_with("lbd predictors last_token jepa_l2 jepa_mse infonce front_pred reverse_pred jepa_ratio additive_mask "
-              "same_flop", "not with --regular, which has no views", not s.regular)  # fmt: skip
-    refuse(s.regular and s.layout == "additive", "--layout additive: not with --regular, which has no views")
-    only_with("front_pred reverse_pred", "only with --predictors", s.predictors > 0)
-    refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
-    refuse(s.jepa_l2 + s.jepa_mse + s.infonce > 1, "give one of --jepa_l2, --jepa_mse and --infonce")
-    refuse(not 0 <= s.predictors <= 10, f"--predictors {s.predictors} is not in 0 to 10")
-    refuse(s.last_token is not None and s.last_token >= 0, f"--last_token {s.last_token} is not negative")
-    refuse(s.train_all and s.lm_labels in ("answer", "answer_text"), f"--lm_labels {s.lm_labels}: not with --train_all")
-    refuse(not 0 <= s.jepa_ratio <= 1, f"--jepa_ratio {s.jepa_ratio} is not in 0 to 1")
-    refuse(not 0 <= s.val_fraction < 1, f"--val_fraction {s.val_fraction} is not in 0 to 1")
+def check_data(s: Settings, r: Refusals) -> None:
+    """Which rows are trained on and which held out."""
+    sources = (s.data_file, s.eval_file, s.val_fraction)
+    held_out = any(sources)
+    r.refuse(not s.model_name, "--model_name is missing")
+    r.refuse(bool(s.train_file) == bool(s.data_file), "give one of --train_file and --data_file")
+    r.refuse(sum(map(bool, sources)) > 1, "give at most one of --data_file, --eval_file and --val_fraction")
+    r.only_if(bool(s.data_file), "eval_split", "only with --data_file")
+    r.only_if(bool(s.data_file or s.val_fraction), "split_seed", "only with --data_file or --val_fraction")
+    r.only_if(held_out, "eval_strategy eval_steps eval_generate", "there are no held-out rows")
+    r.only_if(s.eval_strategy == "steps", "eval_steps", "only with --eval_strategy steps")
+    r.only_if(s.eval_strategy != "no", "eval_generate", "not with --eval_strategy no")
+    r.refuse(not 0 < s.eval_split < 1, f"--eval_split {s.eval_split} is not between 0 and 1")
+    r.refuse(not 0 <= s.val_fraction < 1, f"--val_fraction {s.val_fraction} is not in 0 to 1")
 
-    refuse(s.additive_mask and s.layout not in (None, "additive"), f"--additive_mask: not with --layout {s.layout}")
-    layout = s.layout or ("additive" if s.additive_mask else "packed")
-    only_with("tokens_per_row", "only with --layout packed", layout == "packed")
-    only_with("tokens_per_row", "flash attention packs each micro-batch into one row", not is_flash(s))
-    refuse(layout == "additive" and s.attn_implementation not in (None, "sdpa", "eager"),
-           f"--attn_implementation {s.attn_implementation}: not with --layout additive")  # fmt: skip
-    only_with("lora_rank merge", "only with --lora", s.lora)
-    refuse(s.lora and s.pretrain, "--lora: not with --pretrain, whose random base would not be saved")
-    refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
-    refuse(s.resume and s.overwrite, "give one of --resume and --overwrite")
-    only_with("resume overwrite output_dir", "not with --dry_run, which writes nothing", not s.dry_run)
-    for name in ("batch_size", "grad_accum", "lora_rank", "max_length", "save_steps", "eval_steps", "logging_steps",
-                 "save_total_limit", "learning_rate", "num_epochs"):  # fmt: skip
-        refuse(not getattr(s, name) > 0, f"--{name} {getattr(s, name)} is not positive")
-    refuse(s.max_steps != -1 and s.max_steps < 1, f"--max_steps {s.max_steps} is not positive")
-    refuse(not 0 < s.eval_split < 1, f"--eval_split {s.eval_split} is not between 0 and 1")
-    refuse(not 0 <= s.adam_beta2 < 1, f"--adam_beta2 {s.adam_beta2} is not in 0 to 1")
-    refuse(s.infonce and s.batch_size == 1, "--infonce: not with --batch_size 1, which leaves nothing to contrast")
-    refuse(s.dtype == "float16" and not torch.cuda.is_available(), "--dtype float16 needs a GPU")
-    for name in ("lbd", "gamma", "finetune_seed", "split_seed", "eval_generate", "dry_run", "tokens_per_row",
-                 "max_grad_norm", "warmup_steps", "weight_decay", "dataloader_num_workers"):  # fmt: skip
-        refuse(not getattr(s, name) >= 0, f"--{name} {getattr(s, name)} is negative")
-    for name in ("learning_rate", "num_epochs", "lbd", "gamma", "max_grad_norm", "weight_decay", "warmup_steps"):
-        refuse(math.isinf(getattr(s, name)), f"--{name} is not finite")
+
+def check_method(s: Settings, r: Refusals) -> None:
+    """The loss, the views and their layout."""
+    views = (
+        "lbd predictors last_token jepa_l2 jepa_mse infonce front_pred reverse_pred jepa_ratio additive_mask same_flop"
+    )
+    r.only_if(not s.regular, views, "not with --regular, which has no views")
+    r.refuse(s.regular and s.layout == "additive", "--layout additive: not with --regular, which has no views")
+    r.only_if(s.predictors > 0, "front_pred reverse_pred", "only with --predictors")
+    r.refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
+    r.refuse(s.jepa_l2 + s.jepa_mse + s.infonce > 1, "give one of --jepa_l2, --jepa_mse and --infonce")
+    r.refuse(s.infonce and s.batch_size == 1, "--infonce: not with --batch_size 1, which leaves nothing to contrast")
+    r.refuse(not 0 <= s.predictors <= 10, f"--predictors {s.predictors} is not in 0 to 10")
+    r.refuse(s.last_token is not None and s.last_token >= 0, f"--last_token {s.last_token} is not negative")
+    r.refuse(not 0 <= s.jepa_ratio <= 1, f"--jepa_ratio {s.jepa_ratio} is not in 0 to 1")
+    partial = s.lm_labels in ("answer", "answer_text")
+    r.refuse(s.train_all and partial, f"--lm_labels {s.lm_labels}: not with --train_all")
+    r.refuse(s.additive_mask and s.layout not in (None, "additive"), f"--additive_mask: not with --layout {s.layout}")
+    r.only_if(layout_of(s) == "packed", "tokens_per_row", "only with --layout packed")
+    r.only_if(not is_flash(s), "tokens_per_row", "flash attention packs each micro-batch into one row")
+    dense = s.attn_implementation in (None, "sdpa", "eager")
+    additive = layout_of(s) == "additive"
+    r.refuse(additive and not dense, f"--attn_implementation {s.attn_implementation}: not with --layout additive")
+
+
+def check_training(s: Settings, r: Refusals) -> None:
+    """The model, the optimiser and the run."""
+    r.only_if(s.lora, "lora_rank merge", "only with --lora")
+    r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, whose random base would not be saved")
+    r.refuse(s.dtype == "float16" and not torch.cuda.is_available(), "--dtype float16 needs a GPU")
+    r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
+    r.only_if(s.save_strategy == "steps", "save_steps", "only with --save_strategy steps")
+    r.only_if(not r.given & {"num_epochs", "same_flop"}, "max_steps", "not together with --num_epochs or --same_flop")
+    r.refuse(s.resume and s.overwrite, "give one of --resume and --overwrite")
+    r.only_if(not s.dry_run, "resume overwrite output_dir", "not with --dry_run, which writes nothing")
     try:
         get_scheduler(s.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1)
     except (ValueError, TypeError) as error:
-        refuse(True, f"--lr_scheduler_type {s.lr_scheduler_type} cannot be used ({first_line(error)})")
-    refuse(s.optim not in list(OptimizerNames), f"--optim {s.optim} is not known")
+        r.append(f"--lr_scheduler_type {s.lr_scheduler_type} cannot be used ({first_line(error)})")
+    r.refuse(s.optim not in list(OptimizerNames), f"--optim {s.optim} is not known")
     for tracker in s.report_to.split(","):
-        refuse(tracker not in ("none", "tensorboard", "wandb", "trackio"), f"--report_to {tracker} is not known")
-        package = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}.get(tracker)
-        refuse(package is not None and importlib.util.find_spec(package) is None,
-               f"--report_to {tracker}: install the package {package} first")  # fmt: skip
-    if wrong:
-        raise UsageError("\n".join(wrong))
+        known = tracker in ("none", "tensorboard", "wandb", "trackio")
+        r.refuse(not known, f"--report_to {tracker} is not known")
+        missing = known and tracker != "none" and importlib.util.find_spec(tracker) is None
+        r.refuse(missing, f"--report_to {tracker}: install the package {tracker} first")
+
+
+POSITIVE = ("batch_size grad_accum lora_rank max_length save_steps eval_steps logging_steps save_total_limit "
+            "learning_rate num_epochs").split()  # fmt: skip
+NOT_NEGATIVE = ("lbd gamma finetune_seed split_seed eval_generate dry_run tokens_per_row max_grad_norm warmup_steps "
+                "weight_decay dataloader_num_workers").split()  # fmt: skip
+
+
+def check_settings(s: Settings, given: set[str]) -> Settings:
+    """Resolves defaults that depend on other flags. Raises UsageError naming all that is wrong or inapplicable."""
+    r = Refusals(given)
+    check_data(s, r)
+    check_method(s, r)
+    check_training(s, r)
+    r.refuse(s.max_steps != -1 and s.max_steps < 1, f"--max_steps {s.max_steps} is not positive")
+    r.refuse(not 0 <= s.adam_beta2 < 1, f"--adam_beta2 {s.adam_beta2} is not in 0 to 1")
+    for name in (*POSITIVE, *NOT_NEGATIVE):
+        value = getattr(s, name)
+        r.refuse(name in POSITIVE and not value > 0, f"--{name} {value} is not positive")
+        r.refuse(name in NOT_NEGATIVE and not value >= 0, f"--{name} {value} is negative")
+        r.refuse(math.isinf(value), f"--{name} is not finite")
+    if r:
+        raise UsageError("\n".join(r))
     resolved = dataclasses.replace(
         s,
-        layout=layout,
-        additive_mask=layout == "additive",
+        layout=layout_of(s),
+        additive_mask=layout_of(s) == "additive",
         lm_labels=s.lm_labels or ("all" if s.train_all else "answer"),
-        eval_strategy=s.eval_strategy or ("epoch" if held_out else "no"),
+        eval_strategy=s.eval_strategy or ("epoch" if s.data_file or s.eval_file or s.val_fraction else "no"),
     )
     return dataclasses.replace(resolved, output_dir=s.output_dir or default_output_dir(resolved))
+
+
+def layout_of(s: Settings) -> str:
+    """The layout the flags ask for, packed where they ask for none."""
+    return s.layout or ("additive" if s.additive_mask else "packed")
 
 
 def is_flash(s: Settings) -> bool:
@@ -666,8 +700,8 @@ def check_layout(model: torch.nn.Module, head: HeadInput, items: list[tuple[Segm
             keep[k][owner] = False
     leak = differ([a[m] for a, m in zip(changed, keep, strict=True)], [b[m] for b, m in zip(shared, keep, strict=True)])
     model.train(training)
-    # The two thresholds: no rounding at all but for a kernel's own disorder; half precision's rounding, or float32's.
-    if not leak < 1e-6 or not differ(shared, apart) < (0.1 if flash else 1e-3):
+    # A leak-free model agrees but for a kernel's own disorder; apart the shapes differ, so rounding does too.
+    if not leak < (1e-2 if flash else 1e-6) or not differ(shared, apart) < (0.1 if flash else 1e-3):
         raise UsageError(
             f"{type(model).__name__} cannot be laid out as {collator.layout}: segments that share a row change one "
             f"another (by {max(leak, differ(shared, apart)):.2g}); give --layout separate"
@@ -737,17 +771,8 @@ class JepaTrainer(Trainer):
             jepa_sum, pairs = jepa_loss(text, code, self.s.distance)
             loss = loss + self.s.lbd * jepa_sum / num_items_in_batch[1]
             cosine, spread = view_statistics(text, code)
-        spread_pairs = pairs if pairs > 1 else 0
-        values = [
-            lm_sum.detach(),
-            labels,
-            jepa_sum.detach(),
-            pairs,
-            cosine,
-            spread if spread_pairs else 0,
-            spread_pairs,
-        ]
-        values += [*inputs["tokens"].to(loss.device)]
+        spread, spread_pairs = (spread, pairs) if pairs > 1 else (zero, 0)
+        values = [lm_sum.detach(), labels, jepa_sum.detach(), pairs, cosine, spread, spread_pairs, *inputs["tokens"]]
         self.statistics += torch.stack([torch.as_tensor(v, dtype=torch.float64, device=loss.device) for v in values])
         self._step_loss = self._step_loss + loss.detach()
         return loss * self.args.world_size  # the ranks' gradients are averaged, the loss is a sum over ranks

@@ -40,7 +40,7 @@ def metrics(run: Path, key: str) -> list[float]:
 )
 def test_two_processes_equal_one(tmp_path, flags):
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
-    flags = (*flags, "--eval_file", data)
+    flags = (*flags, "--eval_file", data, "--eval_generate", 1)  # one of two processes has no row to generate for
     one = launch(1, tmp_path / "one", data, *flags, "--batch_size", 8, "--grad_accum", 1)
     for batch, accum in ((4, 1), (1, 4)):
         two = launch(2, tmp_path / f"two-{batch}", data, *flags, "--batch_size", batch, "--grad_accum", accum)

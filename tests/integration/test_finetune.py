@@ -207,7 +207,102 @@ def test_resume_with_other_settings_names_them(data, tmp_path, monkeypatch):
     assert done.code == 2 and "data" in done.err
 
 
+def test_a_run_killed_in_its_last_save_is_finished_without_another_step(data, tmp_path, monkeypatch):
+    flags = (*JEPA, "--max_steps", 8, "--save_strategy", "steps", "--save_steps", 4, "--lr_scheduler_type", "constant")
+    straight = train(data, tmp_path / "straight", *flags)
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            finetune.JepaTrainer,
+            "save_model",
+            lambda self, folder=None, _internal_call=False: (
+                killed(self) if folder is None else super(finetune.JepaTrainer, self).save_model(folder, _internal_call)
+            ),
+        )
+        run = train(data, tmp_path / "run", *flags, code=130)
+    train(data, run, *flags, "--resume")
+    same_weights(straight, run)
+    first, second = (runs.read_json(r / "run.json") for r in (straight, run))
+    assert (second["steps"], second["tokens"]) == (first["steps"], first["tokens"]) == (8, first["tokens"])
+    assert [m["step"] for m in metrics(run)] == list(range(1, 9))
+
+
+def test_resume_needs_a_run_folder(data, tmp_path):
+    done = train_to_the_end(data, tmp_path / "typo", *JEPA, "--resume")
+    assert done.code == 2 and "typo" in done.err and not (tmp_path / "typo").exists()
+
+
+def test_a_run_resumes_under_another_spelling_of_its_folder(data, tmp_path, monkeypatch):
+    flags = (*JEPA, "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        run = train(data, tmp_path / "run", *flags, code=130)
+    moved = run.rename(tmp_path / "moved")
+    train(data, f"{tmp_path}/./moved", *flags, "--resume")
+    assert runs.read_json(moved / "run.json")["steps"] == 4
+
+
+def test_tokens_are_counted_whatever_the_log_interval_and_over_a_resume(data, tmp_path, monkeypatch):
+    flags = (*JEPA, "--max_steps", 8, "--save_strategy", "steps", "--save_steps", 4)
+    every = train(data, tmp_path / "every", *flags)
+    some = train(data, tmp_path / "some", *flags, "--logging_steps", 5)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        stopped = train(data, tmp_path / "stopped", *flags, code=130)
+    train(data, stopped, *flags, "--resume", "--logging_steps", 3)
+    counted = [runs.read_json(r / "run.json")["tokens"] for r in (every, some, stopped)]
+    assert counted == [sum(m["tokens"] for m in metrics(every))] * 3
+
+
 # ------------------------------------------------------------------------------------------- kinds of models
+
+
+def tied(tmp_path: Path) -> Path:
+    """The llama3 model with its output layer tied to its embeddings, as small published models are."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = GOLDEN / "models" / "llama3"
+    config = AutoConfig.from_pretrained(source, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "tied")
+    return tmp_path / "tied"
+
+
+def test_lambda_zero_is_regular_bit_for_bit_under_lora_with_tied_embeddings(data, tmp_path):
+    flags = ("--model_name", tied(tmp_path), "--lora", "--max_steps", 3)
+    regular = train(data, tmp_path / "regular", *flags, "--regular")
+    zero = train(data, tmp_path / "zero", *flags, "--predictors", 2, "--lbd", 0)
+    first, second = (weights(r, "adapter_model.safetensors") for r in (regular, zero))
+    assert first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
+    assert [m["total"] for m in metrics(zero)] == [m["total"] for m in metrics(regular)]
+
+
+def test_lora_with_tied_embeddings_merges_to_what_it_was(data, tmp_path):
+    run = train(data, tmp_path / "run", *JEPA, "--lora", "--merge", "--max_steps", 3, "--model_name", tied(tmp_path))
+    scores = []
+    for model in (run, run / "merged"):
+        out = tmp_path / f"{model.name}-answers" / "predictions.jsonl"
+        done = call("evaluate", "--model_name", model, "--input_file", data, "--task", "text", "--output_file", out,
+                    "--max_new_tokens", 8)  # fmt: skip
+        assert done.code == 0, done.err
+        scores.append(out.read_text())
+    assert scores[0] == scores[1]
+
+
+def test_lora_reaches_joined_projections(data, tmp_path):
+    from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+
+    AutoTokenizer.from_pretrained(GOLDEN / "models" / "chatml").save_pretrained(tmp_path / "phi")
+    config = Phi3Config(vocab_size=531, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                        num_attention_heads=2, num_key_value_heads=2, pad_token_id=10)  # fmt: skip
+    Phi3ForCausalLM(config).save_pretrained(tmp_path / "phi")
+    run = train(data, tmp_path / "run", *JEPA, "--lora", "--max_steps", 1, "--model_name", tmp_path / "phi")
+    names = " ".join(weights(run, "adapter_model.safetensors"))
+    assert all(part in names for part in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"))
 
 
 @pytest.mark.parametrize("model", ["llama3", "chatml", "google_gemma"])
@@ -281,18 +376,54 @@ def test_the_saved_model_stops_where_it_was_trained_to(data, tmp_path):
     assert end in json.loads((run / "generation_config.json").read_text())["eos_token_id"]
 
 
-def test_a_model_that_cannot_be_packed_is_refused_and_separate_works(data, tmp_path):
+@pytest.fixture(scope="module")
+def mamba(tmp_path_factory) -> Path:
     from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 
-    mamba = tmp_path / "mamba"
-    AutoTokenizer.from_pretrained(GOLDEN / "models" / "chatml").save_pretrained(mamba)
-    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("mamba")
+    AutoTokenizer.from_pretrained(GOLDEN / "models" / "chatml").save_pretrained(folder)
+    torch.manual_seed(2)  # a seed whose random states leak little from segment to segment
     config = MambaConfig(vocab_size=531, hidden_size=16, state_size=4, num_hidden_layers=1, pad_token_id=10)
-    MambaForCausalLM(config).save_pretrained(mamba)
-    flags = ("--train_file", data, "--model_name", mamba, "--output_dir", tmp_path / "run", *JEPA, "--max_steps", 1)
-    done = call("finetune", *flags)
-    assert done.code == 2 and "--layout separate" in done.err and not (tmp_path / "run").exists()
-    assert call("finetune", *flags, "--layout", "separate").code == 0
+    MambaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("flags", [JEPA, ("--regular",), (*JEPA, "--dry_run", 3)], ids=["jepa", "regular", "dry run"])
+def test_a_model_that_cannot_be_packed_is_refused(data, tmp_path, mamba, flags):
+    output = () if "--dry_run" in flags else ("--output_dir", tmp_path / "run")
+    done = call("finetune", "--train_file", data, "--model_name", mamba, "--max_steps", 1, *flags, *output)
+    assert done.code == 2 and "--layout separate" in done.err and done.out == "" and not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_packed_trains_separate(data, tmp_path, mamba):
+    train(
+        data,
+        tmp_path / "run",
+        *JEPA,
+        "--max_steps",
+        1,
+        "--batch_size",
+        2,
+        "--layout",
+        "separate",
+        "--model_name",
+        mamba,
+    )
+
+
+def test_additive_mask_is_refused_where_it_would_hide_a_sliding_window(data, tmp_path):
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    AutoTokenizer.from_pretrained(GOLDEN / "models" / "chatml").save_pretrained(tmp_path / "model")
+    config = MistralConfig(vocab_size=531, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=1, sliding_window=8, pad_token_id=10)  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path / "model")
+    flags = ("--train_file", data, "--model_name", tmp_path / "model", "--dry_run", 4, *JEPA)
+    done = call("finetune", *flags, "--additive_mask")
+    assert done.code == 2 and "sliding window of 8" in done.err
+    packed, separate = dry_run(*flags), dry_run(*flags, "--layout", "separate")
+    for key in ("lm_loss", "jepa_loss", "grad_norm"):
+        assert packed[key] == pytest.approx(separate[key], rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ held-out rows
@@ -317,6 +448,25 @@ def test_held_out_loss_is_that_of_the_rows_in_one_batch(data, tmp_path):
     assert line["eval_jepa_loss"] == pytest.approx(whole["jepa_loss"], rel=1e-5)
 
 
+def test_held_out_rows_keep_their_views_under_loss_dropout(data, tmp_path):
+    flags = (*JEPA, "--eval_file", data, "--max_steps", 1, "--learning_rate", "1e-9", "--eval_strategy", "steps",
+             "--eval_steps", 1)  # fmt: skip
+    full = train(data, tmp_path / "full", *flags)
+    half = train(data, tmp_path / "half", *flags, "--jepa_ratio", 0.5)
+    first, second = (metrics(r, "eval_loss")[0]["eval_jepa_loss"] for r in (full, half))
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--lr_scheduler_type", "cosine_with_min_lr"), ("--optim", "adamw_bnb_8bit"), ("--adam_beta2", 2)],
+    ids=["scheduler", "optimiser", "beta"],
+)
+def test_what_the_trainer_refuses_is_said_before_anything_is_written(data, tmp_path, flags):
+    done = train_to_the_end(data, tmp_path / "run", "--regular", *flags)
+    assert done.code == 2 and "Traceback" not in done.err and not (tmp_path / "run").exists()
+
+
 def test_same_flop_takes_fewer_steps_by_the_counted_share(data, tmp_path):
     one = train(data, tmp_path / "one", *JEPA, "--num_epochs", 6, "--track_flop")
     same = train(data, tmp_path / "same", *JEPA, "--num_epochs", 6, "--same_flop", "--track_flop")
@@ -324,6 +474,7 @@ def test_same_flop_takes_fewer_steps_by_the_counted_share(data, tmp_path):
     spent = {r.name: metrics(r)[-1]["flops"] for r in (one, same, regular)}
     assert spent["one"] > 1.2 * spent["regular"]
     assert spent["same"] == pytest.approx(spent["regular"], rel=0.1)
+    assert runs.read_json(same / "run.json")["steps"] < runs.read_json(one / "run.json")["steps"]
     assert len(metrics(same)) < len(metrics(one)) == len(metrics(regular))
 
 

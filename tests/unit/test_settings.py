@@ -83,6 +83,15 @@ def test_two_settings_never_share_a_default_folder():
         (("--optim", "magic"), ["--optim magic"]),
         (("--val_fraction", 0.1, "--eval_file", "e"), ["--val_fraction"]),
         (("--track_flop", "--torch_compile"), ["--track_flop"]),
+        (("--max_steps", 0), ["--max_steps 0"]),
+        (("--finetune_seed", -1), ["--finetune_seed -1"]),
+        (("--split_seed", -1, "--val_fraction", 0.1), ["--split_seed -1"]),
+        (("--eval_split", 1.5), ["--eval_split 1.5"]),
+        (("--adam_beta2", 2), ["--adam_beta2 2"]),
+        (("--warmup_steps", "inf"), ["--warmup_steps"]),
+        (("--infonce", "--batch_size", 1), ["--infonce", "--batch_size 1"]),
+        (("--eval_generate", 3, "--eval_strategy", "no", "--eval_file", "e"), ["--eval_generate"]),
+        (("--tokens_per_row", 64, "--attn_implementation", "flash_attention_2"), ["--tokens_per_row"]),
         (("--attn_implementation", "flash_attention_2", "--additive_mask"), ["--attn_implementation"]),
     ],
 )
@@ -149,3 +158,16 @@ def test_weights_that_are_missing_or_damaged_are_refused_and_never_made_up(tmp_p
                 tmp_path / "run")  # fmt: skip
     assert done.code == 2 and f"--model_name {model}" in done.err and "Traceback" not in done.err
     assert not (tmp_path / "run").exists()
+
+
+def test_spellings_of_one_setting_share_a_default_folder():
+    assert resolve("--additive_mask").output_dir == resolve("--layout", "additive").output_dir
+    assert (
+        resolve("--lm_labels", "answer").output_dir == resolve("--layout", "packed").output_dir == resolve().output_dir
+    )
+
+
+def test_flash_kernels_get_one_row():
+    """Packed segments are told apart by flash attention in a batch of one row alone."""
+    assert finetune.is_flash(resolve("--attn_implementation", "flash_attention_2"))
+    assert not finetune.is_flash(resolve("--attn_implementation", "sdpa"))
