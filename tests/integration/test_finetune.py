@@ -77,6 +77,13 @@ def test_the_last_short_batch_counts_its_examples_once(tmp_path):
     assert [m["pairs"] for m in metrics(run)] == [8, 2, 8, 2]
 
 
+def test_every_epoch_takes_every_row_once_in_another_order(tmp_path):
+    data = write_rows(tmp_path / "growing.jsonl", [message_row("a", "b " * (1 + i)) for i in range(24)])
+    run = train(data, tmp_path / "run", "--regular", "--num_epochs", 2)
+    labels = [m["label_tokens"] for m in metrics(run)]
+    assert sum(labels[:3]) == sum(labels[3:]) and labels[:3] != labels[3:]
+
+
 @pytest.mark.parametrize("layout", ["separate", "additive"])
 def test_layouts_train_to_the_same_weights(data, tmp_path, layout):
     packed = train(data, tmp_path / "packed", *JEPA, "--max_steps", 3)
