@@ -18,6 +18,7 @@ from typing import Any
 from runs import VOLATILE, UsageError, read_json
 
 NO_SETTING = {"finetune_seed"} | VOLATILE  # what runs of one arm may differ in
+NO_EVALUATION = {"model_name", "input_file", "output_file", "batch_size"}  # the same for their evaluations
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,17 @@ class Result:
     run: Path
     seed: int
     settings: dict[str, Any]
+    made: dict[str, Any]  # checksums of the data and the settings of the evaluation
     dataset: str
     task: str
     n: int  # examples
     columns: dict[str, float]
 
     def arm(self) -> str:
-        """Equal for results that may be averaged: same settings, same dataset, same examples and scores."""
-        return json.dumps([self.settings, self.dataset, self.task, self.n, list(self.columns)], sort_keys=True)
+        """Equal for results that may be averaged: same settings, same data, same evaluation and scores."""
+        return json.dumps(
+            [self.settings, self.made, self.dataset, self.task, self.n, list(self.columns)], sort_keys=True
+        )
 
 
 def field(record: Any, name: str, kind: type | tuple[type, ...], path: Path) -> Any:
@@ -64,13 +68,20 @@ def read_run(run: Path) -> list[Result]:
     seconds = float(field(record, "wall_seconds", (int, float), run / "run.json"))
     seed = field(settings, "finetune_seed", int, run / "args.json")
     settings = {name: value for name, value in settings.items() if name not in NO_SETTING}
+    trained_on = field(record, "data_sha256", dict, run / "run.json")
     results = []
     for path in sorted(run.glob("eval/*/metrics.json")):
         metrics = read_json(path)
         names = ["exact", "startswith", *field(metrics, "scores", list, path), "stop_rate"]
         columns = {f"{name} %": percent(metrics, name, path) for name in dict.fromkeys(names)} | {"train s": seconds}
         task, n = field(metrics, "task", str, path), field(metrics, "n", int, path)
-        results.append(Result(run, seed, settings, path.parent.name, task, n, columns))
+        evaluation = field(metrics, "settings", dict, path)
+        made = {
+            "train data": sorted(trained_on.values()),
+            "test data": field(metrics, "data_sha256", str, path),
+            "evaluation": {name: value for name, value in evaluation.items() if name not in NO_EVALUATION},
+        }
+        results.append(Result(run, seed, settings, made, path.parent.name, task, n, columns))
     if not results:
         raise UsageError(f"{run}: not evaluated (it has no eval/*/metrics.json)")
     return results

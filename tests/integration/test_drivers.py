@@ -36,7 +36,7 @@ if script == "finetune.py":
     run.mkdir(parents=True, exist_ok=True)
     args = {"model_name": value("--model_name"), "regular": "--regular" in argv, "finetune_seed": seed}
     (run / "args.json").write_text(json.dumps(args, indent=1))
-    record = {"status": "running", "wall_seconds": 0.0}
+    record = {"status": "running", "wall_seconds": 0.0, "data_sha256": {}}
     (run / "run.json").write_text(json.dumps(record, indent=1))
     if trouble[:1] == ["hang"]:
         child = subprocess.Popen(["sleep", "300"], start_new_session=True)
@@ -55,7 +55,7 @@ else:
     folder = pathlib.Path(value("--model_name")) / "eval" / value("--input_file").split("/")[1].split("_test")[0]
     folder.mkdir(parents=True)
     seed = json.loads((folder.parents[1] / "args.json").read_text())["finetune_seed"]
-    scores = {"exact": seed / 100, "startswith": 0.9, "stop_rate": 1.0, "scores": []}
+    scores = {"exact": seed / 100, "startswith": 0.9, "stop_rate": 1.0, "scores": [], "data_sha256": "", "settings": {}}
     (folder / "metrics.json").write_text(json.dumps({"task": "synth", "n": 10, **scores, "ci95": {}}))
 """
 

@@ -12,7 +12,9 @@ JEPA = {"model_name": "models/tiny", "regular": False, "lbd": 1.0, "predictors":
 REGULAR = JEPA | {"regular": True, "lbd": 0.0, "predictors": 0}
 
 
-def make_run(folder: Path, seed: int, exact: float, settings: dict | None = None, **changes) -> str:
+def make_run(
+    folder: Path, seed: int, exact: float, settings: dict | None = None, trained_on: str = "a1", **changes
+) -> str:
     """A finished, evaluated run; `changes` replace keys of its metrics."""
     evaluation = folder / "eval" / "synth"
     evaluation.mkdir(parents=True)
@@ -23,8 +25,10 @@ def make_run(folder: Path, seed: int, exact: float, settings: dict | None = None
         "overwrite": False,
     }
     metrics = {"task": "synth", "n": 200, "exact": exact, "startswith": 0.9, "stop_rate": 1.0, "scores": [], "ci95": {}}
+    metrics |= {"data_sha256": "b2", "settings": {"model_name": str(folder), "max_new_tokens": 128}}
     (folder / "args.json").write_text(json.dumps(args))
-    (folder / "run.json").write_text(json.dumps({"status": "finished", "wall_seconds": 10.0 + seed}))
+    record = {"status": "finished", "wall_seconds": 10.0 + seed, "data_sha256": {"train.jsonl": trained_on}}
+    (folder / "run.json").write_text(json.dumps(record))
     (evaluation / "metrics.json").write_text(json.dumps(metrics | changes))
     return str(folder)
 
@@ -178,3 +182,13 @@ def test_line_is_one_line(tmp_path, capsys):
     assert stopped.value.code == 2
     (Path(run) / METRICS).unlink()
     assert main(["--line", run]) == 1 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"trained_on": "a2"}, {"data_sha256": "b3"}, {"settings": {"model_name": "x", "max_new_tokens": 1}}],
+    ids=["train data", "test data", "evaluation"],
+)
+def test_runs_on_other_data_or_evaluated_otherwise_are_never_averaged(tmp_path, capsys, changes):
+    assert main([make_run(tmp_path / "a", 82, 0.2), make_run(tmp_path / "b", 23, 0.6, **changes)]) == 0
+    assert capsys.readouterr().out.count("mean (n = 1)") == 2
