@@ -1200,9 +1200,8 @@ def build_trainer(s: Settings, parts: Parts, state: PartialState) -> JepaTrainer
     return trainer
 
 
-def train(s: Settings, state: PartialState) -> None:
+def train(s: Settings, state: PartialState, run: Run) -> None:
     """A whole run: checks everything, starts the run folder, trains, saves."""
-    run = Run(s.output_dir, dataclasses.asdict(s))
     if not s.dry_run:
         run.check(s.resume, s.overwrite)
     parts = prepare(s, torch.device("cpu") if s.dry_run else state.device)
@@ -1305,7 +1304,9 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, stop)
     state = PartialState(cpu=not torch.accelerator.is_available())
     try:
-        train(check_settings(settings, given), state)
+        settings = check_settings(settings, given)
+        with contextlib.closing(Run(settings.output_dir, dataclasses.asdict(settings))) as run:
+            train(settings, state, run)
     except (UsageError, ExampleError) as error:
         for line in str(error).splitlines() if state.is_main_process else ():
             _say(f"finetune.py: error: {line}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -157,6 +158,7 @@ class Run:
     def __init__(self, folder: str, settings: dict[str, Any]):
         self.path, self.settings = Path(folder), settings
         self.record: dict[str, Any] = {}
+        self._lock_file: Any = None
         self._started = time.time()
 
     def check(self, resume: bool, overwrite: bool) -> None:
@@ -185,10 +187,13 @@ class Run:
 
     def start(self, overwrite: bool, record: dict[str, Any]) -> None:
         """Makes the folder and writes args.json and run.json with status `running`; a resumed run keeps its history."""
+        self._lock()
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         previous = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
+        if previous.get("status") == "finished":  # by another process, since `check`
+            raise UsageError(f"--resume: {self.path} is finished")
         if record["data_sha256"] != previous.get("data_sha256", record["data_sha256"]):
             raise UsageError(f"--resume: the data of {self.path} has changed since it was started")
         attempts = previous.get("attempts", []) + [{"argv": record["argv"], "started": _now()}]
@@ -196,6 +201,23 @@ class Run:
         self.record = {"status": "running", **record, "wall_seconds": self._previous_seconds, "attempts": attempts}
         write_json(self.path / "args.json", self.settings)
         write_json(self.path / "run.json", self.record)
+
+    def _lock(self) -> None:
+        """Keeps every other process off the folder until `close`. Raises UsageError where one has it already.
+
+        The lock stands beside the folder, which --overwrite replaces, and goes with the process, however it ends.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock_file = open(self.path.with_name(f".{self.path.name}.lock"), "a")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--output_dir {self.path} is in use by another process") from None
+
+    def close(self) -> None:
+        """Gives the folder free."""
+        if self._lock_file is not None:
+            self._lock_file.close()
 
     def update(self, status: str, **facts: Any) -> None:
         """Records how the run stands: `running`, `finished`, `failed` or `interrupted`."""

@@ -56,3 +56,17 @@ def test_provenance_tells_commit_versions_and_data(tmp_path):
     assert facts["data_sha256"][str(data)] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert {"torch", "transformers", "python"} <= facts["versions"].keys()
     assert facts["git_commit"] is None or len(facts["git_commit"]) == 40
+
+
+def test_a_run_folder_belongs_to_one_process_at_a_time(tmp_path):
+    """A second process that resumes a run still going would load checkpoints the first is pruning."""
+    record = {"argv": [], "data_sha256": {}}
+    first = runs.Run(str(tmp_path / "run"), {})
+    first.start(False, record)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    for overwrite in (False, True):
+        with pytest.raises(runs.UsageError, match="in use by another process"):
+            runs.Run(str(tmp_path / "run"), {}).start(overwrite, record)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    first.close()  # as the end of its process does
+    runs.Run(str(tmp_path / "run"), {}).start(False, record)
