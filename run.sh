@@ -83,10 +83,16 @@ run_jepa() {
   [ -z "$last_token" ] || { details+=-t$last_token && flags+=(--last_token "$last_token"); }
 }
 
+checksum() { sha256sum 2>/dev/null || shasum -a 256; } # SHA-256 of standard input, in the first 64 characters
+
+unchanged() { # whether results file $1 was made from data file $2
+  grep -qF "$(checksum <"$2" | cut -c1-64)" "$1"
+}
+
 run_folder() { # of seed $1 with the extra flags that follow: different settings never share a folder
   local name=$dataset-${model##*/}-$method-lr$learning_rate$details-e$epochs-s$1
   [ "$processes" -eq 1 ] || name+=-p$processes
-  [ $# -eq 1 ] || name+=-x$(printf '%s\n' "${@:2}" | { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-8)
+  [ $# -eq 1 ] || name+=-x$(printf '%s\n' "${@:2}" | checksum | cut -c1-8)
   printf '%s\n' "${RUNS_DIR:-runs}/$name"
 }
 
@@ -112,16 +118,20 @@ evaluate() { # run folder, extra flags of its training
 finished() { grep -qs '"status": "finished"' "$1/run.json"; }
 
 run_seed() { # seed, run folder, extra flags
-  local before="" line
+  local before="" line metrics=$2/eval/$dataset/metrics.json
   [ ! -f "$2/args.json" ] || grep -qF "\"model_name\": \"$model\"" "$2/args.json" ||
     fail "$2 was made with another model of this name; choose another RUNS_DIR"
   if finished "$2"; then
+    unchanged "$2/run.json" "$train_file" || fail "$train_file is not what $2 was trained on; choose another RUNS_DIR"
     before=training
   else
     train "$@" || fail "training of seed $1 ended with exit code $?: $2" "$?"
     finished "$2" || fail "training of seed $1 ended unfinished: $2" 1
   fi
-  if [ -f "$2/eval/$dataset/metrics.json" ]; then
+  if [ -f "$metrics" ]; then
+    unchanged "$metrics" "$test_file" || fail "$test_file is not what $metrics was made from; remove ${metrics%/*}"
+    [ -z "${TASK:-}" ] || grep -qF "\"task\": \"$TASK\"" "$metrics" ||
+      fail "$metrics is not of TASK '$TASK'; remove ${metrics%/*}"
     before+=${before:+, }evaluation
   else
     evaluate "${@:2}" || fail "evaluation of seed $1 ended with exit code $?: $2" "$?"

@@ -21,7 +21,7 @@ VARIABLES = ("MODEL", "LR", "LEARNING_RATE", "EPOCHS", "LAST_TOKEN", "PREDICTORS
 
 # Stands for the interpreter in run.sh: records each call, and writes what finetune.py and evaluate.py would.
 RUN_STUB = r"""
-import json, os, pathlib, signal, subprocess, sys, time
+import hashlib, json, os, pathlib, signal, subprocess, sys, time
 
 argv = sys.argv[1:]
 if argv[0] == "report.py":
@@ -30,13 +30,14 @@ with open("calls.jsonl", "a") as log:
     log.write(json.dumps({"argv": argv, "threads": os.environ.get("OMP_NUM_THREADS")}) + "\n")
 script = next(a for a in argv if a.endswith(".py"))
 value = lambda flag: argv[argv.index(flag) + 1]
+checksum = lambda flag: hashlib.sha256(pathlib.Path(value(flag)).read_bytes()).hexdigest()
 trouble = os.environ.get("STUB", "").split()
 if script == "finetune.py":
     run, seed = pathlib.Path(value("--output_dir")), int(value("--finetune_seed"))
     run.mkdir(parents=True, exist_ok=True)
     args = {"model_name": value("--model_name"), "regular": "--regular" in argv, "finetune_seed": seed}
     (run / "args.json").write_text(json.dumps(args, indent=1))
-    record = {"status": "running", "wall_seconds": 0.0, "data_sha256": {}}
+    record = {"status": "running", "wall_seconds": 0.0, "data_sha256": {"train": checksum("--train_file")}}
     (run / "run.json").write_text(json.dumps(record, indent=1))
     if trouble[:1] == ["hang"]:
         child = subprocess.Popen(["sleep", "300"], start_new_session=True)
@@ -55,7 +56,8 @@ else:
     folder = pathlib.Path(value("--model_name")) / "eval" / value("--input_file").split("/")[1].split("_test")[0]
     folder.mkdir(parents=True)
     seed = json.loads((folder.parents[1] / "args.json").read_text())["finetune_seed"]
-    scores = {"exact": seed / 100, "startswith": 0.9, "stop_rate": 1.0, "scores": [], "data_sha256": "", "settings": {}}
+    scores = {"exact": seed / 100, "startswith": 0.9, "stop_rate": 1.0, "scores": [], "settings": {}}
+    scores["data_sha256"] = checksum("--input_file")
     (folder / "metrics.json").write_text(json.dumps({"task": "synth", "n": 10, **scores, "ci95": {}}))
 """
 
@@ -233,6 +235,17 @@ def test_what_is_done_is_skipped(project):
     shown = first.stdout.splitlines()
     expected = [line + note for line, note in zip(shown, notes, strict=False)] + shown[2:]
     assert again.stdout.splitlines() == expected
+
+
+@pytest.mark.parametrize("changed", ["train", "test", "task"])
+def test_what_was_made_from_other_data_or_for_another_task_is_not_taken_for_done(project, changed):
+    assert project.run("run_jepa", SEEDS="23").returncode == 0
+    project.calls()
+    if changed != "task":
+        (project.folder / f"datasets/synth_{changed}.jsonl").write_text("another row\n")
+    again = project.run("run_jepa", SEEDS="23", **({"TASK": "text"} if changed == "task" else {}))
+    assert again.returncode == 2 and project.calls() == [] and again.stdout == ""
+    assert ("TASK 'text'" if changed == "task" else f"datasets/synth_{changed}.jsonl is not what") in again.stderr
 
 
 def test_an_unfinished_run_is_resumed(project):
