@@ -1222,7 +1222,12 @@ def train(s: Settings, state: PartialState, run: Run) -> None:
         run.start(s.overwrite, record)
     state.wait_for_everyone()
     try:
-        run_trainer(trainer, whole_checkpoints(run.path)[-1:] if s.resume else [])
+        checkpoints = whole_checkpoints(run.path) if s.resume else []
+        if s.resume and state.is_main_process:
+            damaged = sorted({p.name for p in run.path.glob("checkpoint-*")} - {p.name for p in checkpoints})
+            _say(f"not whole, left aside: {', '.join(damaged)}" if damaged else None)
+            _say(f"resuming from {checkpoints[-1].name if checkpoints else 'the start: no whole checkpoint'}")
+        run_trainer(trainer, checkpoints[-1:])
         trainer.save_model()
         if s.merge and state.is_main_process:
             merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()

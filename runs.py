@@ -85,7 +85,8 @@ def flag_table(settings: type) -> str:
         names = ", ".join(f"`{n}`" for n in (f"--{f.name}", *f.metadata["aliases"]))
         values = f" ({', '.join(f'`{c}`' for c in choices)})" if choices else ""
         default = "" if f.default in (None, False, "") else f"`{f.default}`"
-        lines.append(f"| {names} | {default} | {f.metadata['help']}{values} |".replace("  ", " "))
+        text = f"{f.metadata['help']}{values}".replace("|", "\\|")  # a bare pipe would end the cell
+        lines.append(f"| {names} | {default} | {text} |".replace("  ", " "))
     return "\n".join(lines).strip() + "\n"
 
 

@@ -157,7 +157,9 @@ def test_resume_takes_the_last_whole_checkpoint(data, tmp_path, monkeypatch):
     torn = run / "checkpoint-4" / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:1000])
     assert [p.name for p in runs.whole_checkpoints(run)] == ["checkpoint-2"]
-    train(data, run, *flags, "--resume")
+    done = train_to_the_end(data, run, *flags, "--resume")
+    assert done.code == 0 and "not whole, left aside: checkpoint-4" in done.err
+    assert "resuming from checkpoint-2" in done.err
     same_weights(straight, run)
 
 

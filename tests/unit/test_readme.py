@@ -37,6 +37,11 @@ def test_flag_tables_are_current():
         assert set(missing) <= {"-h", "--help"}
 
 
+def test_every_row_of_the_tables_has_three_cells():
+    rows = [line for settings in SETTINGS.values() for line in flag_table(settings).splitlines() if line[:3] == "| `"]
+    assert rows and all(len(re.split(r"(?<!\\)\|", row)) == 5 for row in rows)
+
+
 def commands() -> list[list[str]]:
     """The README's indented commands of finetune.py and evaluate.py, line continuations joined."""
     text = re.sub(r"\\\n\s*", "", readme())
