@@ -475,6 +475,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("evaluate.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 

@@ -1324,6 +1324,8 @@ def main(argv: list[str] | None = None) -> int:
         _say(f"finetune.py: error: {first_line(error)}")
         return 1
     except KeyboardInterrupt:
+        if state.is_main_process:
+            _say("finetune.py: interrupted; a run that has begun goes on with --resume")
         return 130
     return 0
 

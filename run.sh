@@ -73,6 +73,7 @@ settings() { # from the arguments, the environment and the defaults
   setting dataset '[A-Za-z0-9_][A-Za-z0-9_.-]*' "${8:-}" "${DATASET:-}" synth
   setting processes '[1-9][0-9]*' "${NPROC:-}" 1
   seeds=${seeds//,/ } seeds=${seeds/all/$PAPER_SEEDS}
+  seeds=$(printf '%s\n' $seeds | awk '!seen[$1]++') # each once
   train_file=datasets/${dataset}_train.jsonl test_file=datasets/${dataset}_test.jsonl
   for file in "$train_file" "$test_file"; do [ -f "$file" ] || fail "there is no $file; see datasets/README.md"; done
 }
@@ -148,6 +149,7 @@ main() {
   while [ $# -gt 0 ] && [ "$1" != -- ]; do given+=("$1") && shift; done
   [ "${#given[@]}" -le 8 ] || fail "too many arguments: $arm takes 8, the next is '${given[8]}'"
   [ $# -eq 0 ] || shift # the --
+  [[ ! " $* " =~ " "--(output_dir|dry_run)[=" "] ]] || fail "--${BASH_REMATCH[1]} is not for run.sh; call finetune.py"
   settings ${given[@]+"${given[@]}"}
   "$arm"
   trap 'stop 130' INT

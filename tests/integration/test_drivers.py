@@ -577,3 +577,15 @@ def test_run_sets_up_and_uses_its_environment(fresh):
     fresh.python.unlink()
     assert fresh.command("run.sh", "run_jepa").returncode == 9, "an environment in place needs no other Python"
     assert fresh.calls() == [["finetune.py"]]
+
+
+@pytest.mark.parametrize("flag", [["--output_dir", "elsewhere"], ["--output_dir=elsewhere"], ["--dry_run", "2"]])
+def test_flags_that_the_driver_itself_decides_are_refused_before_anything_runs(project, flag):
+    done = project.run("run_jepa", "--", *flag)
+    assert done.returncode == 2 and flag[0].split("=")[0] in done.stderr and project.calls() == []
+
+
+def test_a_seed_given_twice_is_run_and_counted_once(project):
+    done = project.run("run_jepa", SEEDS="82 23 82")
+    assert done.returncode == 0 and "n = 2" in done.stdout
+    assert [run.rpartition("-s")[2] for run in project.trained()] == ["82", "23"]
