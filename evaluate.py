@@ -1,35 +1,51 @@
-"""Generates answers with a model and scores them.
+"""Answers rows with a model and scores the answers, or says how the model embeds their views.
 
     python evaluate.py --model_name runs/RUN --input_file datasets/synth_test.jsonl
     python evaluate.py --score_only predictions.jsonl --input_file datasets/synth_test.jsonl
+    python evaluate.py --similarity --t_sne --model_name runs/RUN --input_file datasets/synth_test.jsonl
 
 Writes predictions.jsonl as it goes and metrics.json beside it; an interrupted evaluation goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
-import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import BitsAndBytesConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
 import finetune
-from examples import Example, ExampleError, Problems, Renderer, dataset_name, read_examples, split_examples
+from examples import (
+    Example,
+    ExampleError,
+    Fields,
+    Problems,
+    Renderer,
+    data_sha256,
+    dataset_name,
+    read_examples,
+    split_examples,
+)
+from generation import Generation, choose, encode_choices, generate, stop_ids, tokenise
+from predictions import begin_output, owner, read_rows, write_rows
 from runs import UsageError, flag, parse_flags, read_json, sha256, versions, write_json
 from scoring import TASKS, score_text, wilson
 
-MODEL, DATA, GENERATION, OUTPUT = "Model", "Data", "Generation", "Output"
+HERE = Path(__file__).resolve().parent
+MODEL, DATA, GENERATION, EMBEDDING, OUTPUT = "Model", "Data", "Generation", "Embeddings", "Output"
 
 
 @dataclass
@@ -43,9 +59,20 @@ class Settings:
         "auto", "precision of weights and computation; auto: bfloat16 where the GPU has it", MODEL
     )
     attn_implementation: str | None = flag(None, "attention kernel of transformers", MODEL)
+    load_in_8bit: bool = flag(False, "weights in 8 bits (needs the package bitsandbytes)", MODEL)
+    load_in_4bit: bool = flag(False, "weights in 4 bits (needs the package bitsandbytes)", MODEL)
+    device_map: str | None = flag(None, "spread the model over devices (auto, balanced …) instead of one", MODEL)
 
-    input_file: str | None = flag(None, "JSONL file of the rows to answer", DATA)
+    input_file: str | None = flag(
+        None,
+        "rows to answer: a file, or with the fields named a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]",
+        DATA,
+    )
+    text_field: str | None = flag(None, "field of the Text view, in JSONL, CSV, Parquet or hub rows of any kind", DATA)
+    code_field: str | None = flag(None, "field of the Code view in such rows", DATA)
+    system: str | None = flag(None, "system turn of such rows; default: none", DATA)
     task: str | None = flag(None, f"how to score ({', '.join(TASKS)}); default: told by the file's base name", DATA)
+    spider_path: str = flag("spider_data.zip", "task spider: folder or zip of Spider, with its databases", DATA)
     nosplit_data: bool = flag(False, "use the whole file (which is the default)", DATA)
     process_split: Literal["train", "test"] | None = flag(
         None, "use one part of a file that finetune.py took as --data_file", DATA
@@ -60,95 +87,156 @@ class Settings:
     plain: bool = flag(False, "no chat format: user<|perception|>", GENERATION)
     startswith: bool = flag(False, "startswith is the headline score instead of exact", GENERATION, "--statswith")
 
-    output_file: str | None = flag(None, "predictions; default RUN/eval/<dataset>/predictions.jsonl", OUTPUT)
+    similarity: bool = flag(False, "embed the views and measure how near they are; answers nothing", EMBEDDING)
+    t_sne: bool = flag(False, "embed the views and draw them in two dimensions", EMBEDDING)
+    t_sne_type: Literal["in_n_out", "paraphrase", "rotten_tomatoes"] = flag(
+        "in_n_out",
+        "what --t_sne tells apart: Text and Code, sentence and paraphrase, or the answers' classes",
+        EMBEDDING,
+    )
+    export_embeddings: str | None = flag(None, "embed the views and write them to this safetensors file", EMBEDDING)
+    embedding_layer: int = flag(
+        -1, "hidden states to read: 0 the embedding layer … -1 the last, behind the norm", EMBEDDING
+    )
+    embedding_pooling: Literal["last", "mean", "cls"] = flag(
+        "last", "last: the view token, as in training; mean: of all tokens; cls: the first", EMBEDDING
+    )
+
+    output_file: str | None = flag(
+        None, "predictions, or figures of --similarity; default RUN/eval/<dataset>/predictions.jsonl", OUTPUT
+    )
     overwrite: bool = flag(False, "replace existing predictions", OUTPUT)
     score_only: str | None = flag(None, "score this file (JSON objects, one a line: id, prediction), no model", OUTPUT)
+    score_gold: bool = flag(False, "score the rows' own answers, no model; writes nothing", OUTPUT)
     split_tune_untune: bool = flag(
         False, "also answer with --original_model_name; scores apart for rows it got right and wrong", OUTPUT
     )
 
+    @property
+    def fields(self) -> Fields | None:
+        """Where the rows have their views, None for rows in the project's own format."""
+        return Fields(self.text_field, self.code_field, self.system) if self.text_field else None
+
+    @property
+    def embeds(self) -> bool:
+        """Whether views are embedded instead of rows answered."""
+        return self.similarity or self.t_sne or self.export_embeddings is not None
+
+
+ANSWERING = "task spider_path batch_size max_new_tokens startswith split_tune_untune"  # flags that embedding has not
+LOADING = ("model_name original_model_name revision dtype attn_implementation load_in_8bit load_in_4bit device_map "
+           "batch_size max_new_tokens plain split_tune_untune similarity t_sne export_embeddings")  # fmt: skip
+
 
 def check_settings(s: Settings, given: set[str]) -> Settings:
     """Resolves task and output file. Raises UsageError naming every wrong or inapplicable flag at once."""
-    wrong: list[str] = []
-    if not s.input_file:
-        wrong.append("--input_file is missing")
-    if bool(s.model_name) == bool(s.score_only):
-        wrong.append("give one of --model_name and --score_only")
-    if s.score_only:
-        unused = given & {"original_model_name", "revision", "dtype", "attn_implementation", "batch_size",
-                          "max_new_tokens", "plain", "split_tune_untune"}  # fmt: skip
-        wrong += [f"--{name}: not with --score_only, which uses no model" for name in sorted(unused)]
-    if s.nosplit_data and s.process_split:
-        wrong.append("--nosplit_data: not with --process_split")
-    if not s.process_split:
-        wrong += [f"--{name}: only with --process_split" for name in sorted(given & {"test_size", "split_seed"})]
-    elif not 0 < s.test_size < 1:
-        wrong.append(f"--test_size {s.test_size} is not between 0 and 1")
-    if s.split_tune_untune and not s.original_model_name:
-        wrong.append("--split_tune_untune: only with --original_model_name")
-    if s.batch_size < 1:
-        wrong.append(f"--batch_size {s.batch_size} is not positive")
-    if s.max_new_tokens < 1 and s.max_new_tokens != -1:
-        wrong.append(f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
-    if s.max_examples < 0:
-        wrong.append(f"--max_examples {s.max_examples} is negative")
-    name = dataset_name(s.input_file or "")
+    r = finetune.Refusals(given)
+    r.refuse(not s.input_file, "--input_file is missing")
+    r.refuse(
+        bool(s.model_name) + bool(s.score_only) + s.score_gold != 1,
+        "give one of --model_name, --score_only and --score_gold",
+    )
+    r.only_if(not s.score_only, LOADING, "not with --score_only, which uses no model")
+    r.only_if(not s.score_gold, LOADING + " output_file overwrite", "not with --score_gold, which writes nothing")
+    r.refuse(s.load_in_8bit and s.load_in_4bit, "give one of --load_in_8bit and --load_in_4bit")
+    missing = (s.load_in_8bit or s.load_in_4bit) and importlib.util.find_spec("bitsandbytes") is None
+    r.refuse(missing, f"--load_in_{8 if s.load_in_8bit else 4}bit: install the package bitsandbytes first")
+    r.refuse(s.nosplit_data and bool(s.process_split), "--nosplit_data: not with --process_split")
+    r.only_if(bool(s.process_split), "test_size split_seed", "only with --process_split")
+    r.refuse(not 0 < s.test_size < 1, f"--test_size {s.test_size} is not between 0 and 1")
+    r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
+    r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
+    r.refuse(s.split_tune_untune and not s.original_model_name, "--split_tune_untune: only with --original_model_name")
+    r.only_if(not s.embeds, ANSWERING.replace("batch_size ", ""), "not with --similarity, --t_sne, --export_embeddings")
+    r.only_if(s.embeds, "embedding_layer embedding_pooling", "only with --similarity, --t_sne or --export_embeddings")
+    r.only_if(s.t_sne, "t_sne_type", "only with --t_sne")
+    r.refuse(s.batch_size < 1, f"--batch_size {s.batch_size} is not positive")
+    wrong_length = s.max_new_tokens < 1 and s.max_new_tokens != -1
+    r.refuse(wrong_length, f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
+    r.refuse(s.max_examples < 0, f"--max_examples {s.max_examples} is negative")
+    task = s.task or dataset_name(s.input_file or "")
     if s.task not in (None, *TASKS):
-        wrong.append(f"--task {s.task} is not one of {', '.join(TASKS)}")
-    elif s.task is None and s.input_file and name not in TASKS:
-        wrong.append(f"--task: {s.input_file} does not name its task; give one of {', '.join(TASKS)}")
+        r.append(f"--task {s.task} is not one of {', '.join(TASKS)}")
+    elif s.input_file and not s.embeds and task not in TASKS:
+        r.append(f"--task: {s.input_file} does not name its task; give one of {', '.join(TASKS)}")
+    elif task in TASKS:
+        r.only_if(TASKS[task].needs_databases, "spider_path", f"not with task {task}")
+        r.only_if(not TASKS[task].choices, "max_new_tokens", f"task {task} generates nothing")
+    output = check_output(s, r)
+    if r:
+        raise UsageError("\n".join(r))
+    return dataclasses.replace(s, task=None if s.embeds else task, output_file=output)
+
+
+def check_output(s: Settings, r: finetune.Refusals) -> str | None:
+    """Where results go, None with --score_gold; adds to `r` what is wrong with it."""
     output = s.output_file
+    file = "similarity.json" if s.embeds else "predictions.jsonl"
     if not output and s.score_only:
         output = str(Path(s.score_only).with_suffix(".scored.jsonl"))
     elif not output and s.model_name and (Path(s.model_name) / "run.json").is_file():
-        output = str(Path(s.model_name) / "eval" / name / "predictions.jsonl")
-    elif not output and s.model_name:
-        wrong.append("--output_file is missing (only a run folder has a place of its own for it)")
-    if output and Path(output).resolve() in {Path(p).resolve() for p in (s.input_file, s.score_only) if p}:
-        wrong.append(f"--output_file {output} is also read")
-    if output and Path(output).name == "metrics.json":
-        wrong.append(f"--output_file {output}: metrics.json is the name of the file beside it")
-    if wrong:
-        raise UsageError("\n".join(wrong))
-    return dataclasses.replace(s, task=s.task or name, output_file=output)
+        output = str(Path(s.model_name) / "eval" / dataset_name(s.input_file or "") / file)
+    needed = bool(s.model_name) and (s.similarity or s.t_sne or not s.embeds)
+    r.refuse(needed and not output, "--output_file is missing (only a run folder has a place of its own for it)")
+    if output:
+        read = {Path(p).resolve() for p in (s.input_file, s.score_only) if p}
+        r.refuse(Path(output).resolve() in read, f"--output_file {output} is also read")
+        taken = Path(output).name == "metrics.json"
+        r.refuse(taken, f"--output_file {output}: metrics.json is the name of the file beside it")
+    return output
 
 
 # ----------------------------------------------------------------------------------------------------------- load
 
 
+def run_folder(name: str) -> Path | None:
+    """The run folder that a model folder is or, merged, belongs to; None for any other model."""
+    folder = Path(name)
+    folder = folder.parent if folder.name == "merged" else folder
+    return folder if (folder / "run.json").is_file() else None
+
+
+def check_run(name: str, s: Settings) -> dict[str, Any]:
+    """The settings that a run was trained with, none for any other model.
+
+    Raises UsageError for an unfinished run, or one trained in another format or on another split.
+    """
+    run = run_folder(name)
+    if run is None:
+        return {}
+    status, trained = read_json(run / "run.json").get("status"), read_json(run / "args.json")
+    if status != "finished":
+        raise UsageError(f"--model_name {name}: the run is {status}, not finished")
+    if trained["plain"] != s.plain:
+        raise UsageError(f"--model_name {name} was trained with{'' if trained['plain'] else 'out'} --plain")
+    split = (trained["eval_split"], trained["split_seed"])
+    if s.process_split and trained["data_file"] and split != (s.test_size, s.split_seed):
+        raise UsageError(f"--model_name {name} was split by --test_size {split[0]} --split_seed {split[1]}")
+    if s.fields and trained["text_field"] and trained["system"] != s.system:
+        raise UsageError(f"--model_name {name} was trained with --system {trained['system']!r}")
+    return trained
+
+
 def load(name: str, s: Settings) -> tuple[Any, Renderer]:
-    """The model, on its device and in evaluation mode, and the renderer of its prompts.
+    """The model, on its device and in evaluation mode, and the renderer of its prompts and views.
 
     Raises UsageError for an unfinished run, a run trained in the other format, or a model that cannot be loaded.
     """
-    folder = Path(name)
-    if (folder / "run.json").is_file():
-        status, trained = read_json(folder / "run.json").get("status"), read_json(folder / "args.json")
-        if status != "finished":
-            raise UsageError(f"--model_name {name}: the run is {status}, not finished")
-        if trained["plain"] != s.plain:
-            raise UsageError(f"--model_name {name} was trained with{'' if trained['plain'] else 'out'} --plain")
-        split = (trained["eval_split"], trained["split_seed"])
-        if s.process_split and trained["data_file"] and split != (s.test_size, s.split_seed):
-            raise UsageError(f"--model_name {name} was split by --test_size {split[0]} --split_seed {split[1]}")
+    folder, trained = Path(name), check_run(name, s)
     adapter = (folder / "adapter_config.json").is_file()
     base = name
     if adapter:
         base = s.original_model_name or read_json(folder / "adapter_config.json")["base_model_name_or_path"]
     has_tokenizer = (folder / "tokenizer_config.json").is_file() or not folder.is_dir()
+    views = {k: trained[k] for k in ("predictors", "front_pred", "reverse_pred", "last_token") if k in trained}
     render_as = finetune.Settings(
         model_name=name if has_tokenizer else s.original_model_name or base, revision=s.revision, plain=s.plain,
-        max_length=sys.maxsize, lm_labels="answer",
+        max_length=sys.maxsize, lm_labels="answer_text" if s.task and TASKS[s.task].choices else "answer", **views,
     )  # fmt: skip
     tokenizer = finetune.load_tokenizer(render_as, predictors=False)
     renderer = Renderer(tokenizer, render_as)
-
-    cuda = torch.cuda.is_available()
-    auto = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
-    options = {"dtype": auto if s.dtype == "auto" else getattr(torch, s.dtype), "revision": s.revision}
-    if s.attn_implementation:
-        options["attn_implementation"] = s.attn_implementation
+    options, device = load_options(s)
+    set_seed(42)  # rows of tokens that a model lacks (--plain) are drawn at random
     try:
         if adapter and s.revision is None:
             options["revision"] = read_json(folder / "adapter_config.json").get("revision")
@@ -161,231 +249,110 @@ def load(name: str, s: Settings) -> tuple[Any, Renderer]:
             model = PeftModel.from_pretrained(model, name)
     except finetune.LOADING_ERRORS as error:
         raise UsageError(f"--model_name {name} cannot be loaded: {finetune.first_line(error)}") from None
-    return model.to("cuda" if cuda else "cpu").eval(), renderer
+    return (model if "device_map" in options else model.to(device)).eval(), renderer
 
 
-# ------------------------------------------------------------------------------------------------------- generate
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What a model answered: the text without special tokens, and why it ended there."""
-
-    text: str
-    stop_reason: Literal["stop", "length"]
-
-
-def stop_ids(model: Any, renderer: Renderer) -> list[int]:
-    """The template's end-of-turn token and every other token that ends generation."""
-    eos = model.generation_config.eos_token_id
-    known = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    return sorted((known | {finetune.end_of_turn(renderer), renderer.tokenizer.eos_token_id}) - {None})
-
-
-def context(model: Any) -> int | None:
-    """The longest text of the model in tokens, None where its configuration does not tell."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-@torch.no_grad()
-def next_tokens(model: Any, renderer: Renderer, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Greedy tokens behind each prompt, up to and with the first stop token; arguments as in generate_batch."""
-    pad, stops, width = renderer.tokenizer.pad_token_id, stop_ids(model, renderer), max(map(len, prompts))
-    limit, most = context(model), sys.maxsize if max_new_tokens == -1 else max_new_tokens
-    room = [min(most, limit - len(p)) if limit else min(most, 8192) for p in prompts]
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)  # (B, T)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # (B, T)
-    greedy = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=min(room),
-                              eos_token_id=stops, pad_token_id=pad, use_cache=True)  # fmt: skip
-    # Whatever `generate` is not told it would take from the model's own settings (suppressed tokens, a least length …).
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)[:, width:].tolist()
-    finally:
-        model.generation_config = own
-    ends = [next((t + 1 for t, token in enumerate(row) if token in stops), None) for row in rows]
-    rows = [row[:end] for row, end in zip(rows, ends, strict=True)]
-    # At the end of the context the longest prompt has the least room; the others go on without it.
-    more = [i for i, end in enumerate(ends) if end is None and room[i] > min(room)]
-    if more:
-        left = -1 if max_new_tokens == -1 else max_new_tokens - min(room)
-        for i, rest in zip(more, next_tokens(model, renderer, [prompts[i] + rows[i] for i in more], left), strict=True):
-            rows[i] += rest
-    return rows
-
-
-def generate_batch(model: Any, renderer: Renderer, prompts: list[list[int]], max_new_tokens: int) -> list[Generation]:
-    """Greedy answers to a batch of tokenised prompts, padded on the left.
-
-    Each is at most max_new_tokens long (−1: any length) and ends with the model's context.
-    """
-    stops, answers = stop_ids(model, renderer), []
-    for row in next_tokens(model, renderer, prompts, max_new_tokens):
-        stopped = row[-1] in stops
-        text = row[:-1] if stopped else row
-        text = renderer.tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        answers.append(Generation(text, "stop" if stopped else "length"))
-    return answers
-
-
-def tokenise(model: Any, renderer: Renderer, examples: list[Example]) -> list[list[int]]:
-    """The prompts as token ids. Raises ExampleError for one the template refuses or that fills the model's context."""
-    texts = []
-    for example in examples:
-        try:
-            texts.append(renderer.prompt(example))
-        except (ValueError, TemplateError) as error:
-            raise ExampleError(f"{example.source}: {error}") from None
-    prompts = renderer.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    limit = context(model) or sys.maxsize
-    for example, tokens in zip(examples, map(len, prompts), strict=True):
-        if tokens >= limit:
-            raise ExampleError(f"{example.source}: the prompt's {tokens} tokens fill the model's context of {limit}")
-    return prompts
-
-
-def generate(
-    model: Any, renderer: Renderer, examples: list[Example], batch_size: int, max_new_tokens: int,
-    done: set[int] = frozenset(), prompts: list[list[int]] | None = None,
-) -> Iterator[list[tuple[Example, Generation]]]:  # fmt: skip
-    """Answers batch by batch, prompts of like length together, the longest first; leaves out ids in `done`.
-
-    Batches are the same whatever is done already, so that a continued evaluation computes what one sitting would have.
-    Raises ExampleError for a prompt that fills the model's context, unless `prompts` are given.
-    """
-    prompts = prompts or tokenise(model, renderer, examples)
-    order = sorted(range(len(examples)), key=lambda i: -len(prompts[i]))
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        if all(examples[i].id in done for i in batch):
-            continue
-        answers = generate_batch(model, renderer, [prompts[i] for i in batch], max_new_tokens)
-        yield [(examples[i], a) for i, a in zip(batch, answers, strict=True) if examples[i].id not in done]
+def load_options(s: Settings) -> tuple[dict[str, Any], str]:
+    """(arguments of from_pretrained, the device of a model without a device map)."""
+    cuda = torch.cuda.is_available()
+    auto = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+    options: dict[str, Any] = {"dtype": auto if s.dtype == "auto" else getattr(torch, s.dtype), "revision": s.revision}
+    if s.attn_implementation:
+        options["attn_implementation"] = s.attn_implementation
+    device = "cuda" if cuda else "cpu"
+    if s.load_in_8bit or s.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=s.load_in_8bit, load_in_4bit=s.load_in_4bit, bnb_4bit_compute_dtype=options["dtype"]
+        )
+    if s.device_map or "quantization_config" in options:  # quantised weights are made where they stay
+        options["device_map"] = s.device_map or device
+    return options, device
 
 
 # ---------------------------------------------------------------------------------------------------------- score
 
 
-def scored_row(example: Example, prediction: str, stop_reason: str | None, task: str) -> dict[str, Any]:
+Scorer = Callable[[str, Example], dict[str, bool | str]]
+
+
+def scored_row(example: Example, answer: Generation, score: Scorer) -> dict[str, Any]:
     """One line of predictions.jsonl; `id` is the row's line number in the input file, counted from 1."""
-    scores = score_text(prediction, example.assistant) | TASKS[task](prediction, example.assistant)
-    return {"id": example.id, "prediction": prediction, "stop_reason": stop_reason} | scores
+    row = {"id": example.id, "prediction": answer.text, "stop_reason": answer.stop_reason}
+    if answer.log_likelihoods:
+        row["log_likelihoods"] = answer.log_likelihoods
+    return row | score_text(answer.text, example.assistant) | score(answer.text, example)
+
+
+@contextlib.contextmanager
+def scorer(s: Settings) -> Iterator[Scorer]:
+    """Opens what the task needs to score. Raises UsageError where Spider's databases are not to be found."""
+    databases = None
+    if TASKS[s.task].needs_databases:
+        from sql import spider_databases
+
+        path = Path(s.spider_path)
+        here = path if path.exists() or path.is_absolute() else HERE / path
+        databases = spider_databases(here, HERE / "datasets" / "spider_databases")
+    with TASKS[s.task].start(databases) as score:
+        yield score
 
 
 def summarise(rows: list[dict[str, Any]], s: Settings) -> dict[str, Any]:
-    """Each score as a fraction of n, with its 95 % Wilson interval under `ci95`."""
-    names = [k for k in rows[0] if k not in ("id", "prediction", "stop_reason")]
+    """Each score as a fraction of n, with its 95 % Wilson interval under `ci95`; `failures` counted by reason."""
+    own = TASKS[s.task].scores
+    names = [*own, "exact", "startswith"]
     hits = {name: sum(row[name] for row in rows) for name in names}
     if all(row["stop_reason"] is not None for row in rows):
         hits["stop_rate"] = sum(row["stop_reason"] == "stop" for row in rows)
-    n, own = len(rows), [name for name in names if name not in ("exact", "startswith")]
+    n = len(rows)
     return {
         "task": s.task,
         "n": n,
-        "score": "startswith" if s.startswith else [*own, "exact"][0],
+        "score": "startswith" if s.startswith else names[0],
         **{name: hits[name] / n if name in hits else None for name in (*names, "stop_rate")},
-        "scores": own,
+        "scores": list(own),
         "ci95": {name: wilson(count, n) for name, count in hits.items()},
+        "failures": dict(Counter(row["failure"] for row in rows if "failure" in row).most_common()),
     }
 
 
 def table(metrics: dict[str, Any]) -> str:
     """A short table: each score in percent with its interval, the headline score first."""
     names = [metrics["score"], *[n for n in (*metrics["scores"], "exact", "startswith", "stop_rate")]]
-    lines = [f"{metrics['task']}, n = {metrics['n']}", f"{'':12}{'%':>7}  95 % interval"]
+    lines = [f"{metrics['task']}, n = {metrics['n']}", f"{'':18}{'%':>7}  95 % interval"]
     for name in dict.fromkeys(names):
         if metrics[name] is not None:
             low, high = (100 * x for x in metrics["ci95"][name])
-            lines.append(f"{name:12}{100 * metrics[name]:7.2f}  [{low:.2f}, {high:.2f}]")
+            lines.append(f"{name:18}{100 * metrics[name]:7.2f}  [{low:.2f}, {high:.2f}]")
+    if metrics["failures"]:
+        lines.append("without a result: " + ", ".join(f"{n} {reason}" for reason, n in metrics["failures"].items()))
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------- write
-
-
-def read_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
-    """The rows of a predictions file; with `repair` a last line that a kill cut short is dropped.
-
-    Raises UsageError naming file and line for a row without `id` and `prediction`, or an id given twice.
-    """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    rows, seen = [], set()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-            good = type(row["id"]) is int and row.get("stop_reason") in (None, "stop", "length")
-            row["prediction"].encode("utf-8")  # fails at half a surrogate pair, which could not be written
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if repair and number == len(lines):
-                break
-            good = False
-        if not good:
-            what = "an integer id, a string prediction and, if any, a stop_reason of stop or length"
-            raise UsageError(f"{path}:{number}: not a JSON object with {what}")
-        if row["id"] in seen:
-            raise UsageError(f"{path}:{number}: id {row['id']} stands there a second time")
-        seen.add(row["id"])
-        rows.append(row)
-    return rows
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes a predictions file whole or not at all, in the order of ids."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in sorted(rows, key=lambda r: r["id"]))
-    os.replace(temporary, path)
-
-
-def owner(metrics: Path) -> str | None:
-    """Name of the predictions file that a metrics.json belongs to, None where there is no metrics.json."""
-    try:
-        return Path(read_json(metrics)["settings"]["output_file"]).name if metrics.exists() else None
-    except (KeyError, TypeError):
-        return "something else"
-
-
-def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
-    """Prepares the output files; returns the rows that an interrupted evaluation of the same kind left.
-
-    Raises UsageError where other results stand in their place, unless they are to be overwritten.
-    """
-    metrics, mark = path.with_name("metrics.json"), path.with_name(path.name + ".settings.json")
-    if owner(metrics) not in (None, path.name):
-        raise UsageError(f"{metrics} belongs to {owner(metrics)}; give an --output_file in another folder")
-    if overwrite:
-        for old in (path, mark, metrics):
-            old.unlink(missing_ok=True)
-    if metrics.exists():
-        raise UsageError(f"{metrics} exists, an evaluation was finished here; give --overwrite or another folder")
-    if path.exists():
-        before = read_json(mark) if mark.exists() else None
-        if before != json.loads(json.dumps(identity)):
-            raise UsageError(f"--output_file {path} exists and was made otherwise; give --overwrite or another one")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(mark, identity)
-    rows = read_rows(path, repair=True) if path.exists() else []
-    write_rows(path, rows)
-    return rows
+# ------------------------------------------------------------------------------------------------------------ run
 
 
 def answer(
     name: str, examples: list[Example], s: Settings, path: Path, identity: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Answers all examples with a model, writing each batch as it comes; returns the rows in the order of ids."""
-    model, renderer = load(name, s)
-    prompts = tokenise(model, renderer, examples)
-    stop_ids(model, renderer)  # like the prompts refused before anything is replaced
-    rows = begin_output(path, identity, s.overwrite)
-    done = {row["id"] for row in rows}
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(examples), initial=len(done), unit="row") as bar:
-        for batch in generate(model, renderer, examples, s.batch_size, s.max_new_tokens, done, prompts):
-            new = [scored_row(e, g.text, g.stop_reason, s.task) for e, g in batch]
+    (model, renderer), choices = load(name, s), TASKS[s.task].choices
+    # Whatever is wrong with the examples is refused before anything is replaced.
+    if choices:
+        encoded = encode_choices(model, renderer, examples, choices)
+        answers = partial(choose, model, renderer, examples, choices, s.batch_size, encoded=encoded)
+    else:
+        prompts = tokenise(model, renderer, examples)
+        stop_ids(model, renderer)
+        answers = partial(generate, model, renderer, examples, s.batch_size, s.max_new_tokens, prompts=prompts)
+    with contextlib.ExitStack() as stack:
+        score = stack.enter_context(scorer(s))
+        rows = begin_output(path, identity, s.overwrite)
+        done = {row["id"] for row in rows}
+        file = stack.enter_context(open(path, "a", encoding="utf-8"))
+        bar = stack.enter_context(tqdm(total=len(examples), initial=len(done), unit="row"))
+        for batch in answers(done=done):
+            new = [scored_row(example, answer, score) for example, answer in batch]
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
             file.flush()
             rows += new
@@ -403,13 +370,14 @@ def score_file(examples: list[Example], s: Settings) -> list[dict[str, Any]]:
             shown = ", ".join(map(str, sorted(ids)[:5])) + (" …" if len(ids) > 5 else "")
             tail = "" if "no" in what.split() else f", which {s.input_file} does not have"
             raise UsageError(f"--score_only {s.score_only} {what} {len(ids)} rows (ids {shown}){tail}")
-    return [scored_row(e, given[e.id]["prediction"], given[e.id].get("stop_reason"), s.task) for e in examples]
+    answers = [Generation(given[e.id]["prediction"], given[e.id].get("stop_reason")) for e in examples]
+    with scorer(s) as score:
+        return [scored_row(e, a, score) for e, a in zip(examples, tqdm(answers, unit="row"), strict=True)]
 
 
-def load_rows(s: Settings) -> list[Example]:
+def load_rows(s: Settings, problems: Problems) -> list[Example]:
     """The examples to answer. Raises ExampleError for bad data."""
-    problems = Problems(s.skip_bad_examples)
-    examples = read_examples(s.input_file, problems)
+    examples = read_examples(s.input_file, problems, s.fields)
     if s.process_split:
         examples = split_examples(examples, s.test_size, s.split_seed)[s.process_split == "test"]
     if problems.report():
@@ -426,10 +394,18 @@ def model_mark(name: str) -> dict[str, Any]:
 
 def run(s: Settings) -> None:
     """A whole evaluation: answers or reads predictions, scores, writes, prints the table."""
-    examples = load_rows(s)
-    path, marks, data = Path(s.output_file), [s.output_file], sha256(s.input_file)
+    problems = Problems(s.skip_bad_examples)
+    examples = load_rows(s, problems)
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "overwrite"}
-    identity = {"settings": settings, "data_sha256": data}
+    identity = {"settings": settings, "data_sha256": data_sha256(s.input_file)}
+    record = identity | {"skipped_examples": len(problems.messages), "versions": versions(), "argv": sys.argv}
+    if s.embeds:
+        return run_embeddings(s, examples, record)
+    if s.score_gold:
+        with scorer(s) as score:
+            rows = [scored_row(e, Generation(e.assistant, None), score) for e in examples]
+        return print(table(summarise(rows, s)))
+    path, marks = Path(s.output_file), [s.output_file]
     if s.score_only:
         identity["predictions_sha256"] = sha256(s.score_only) if Path(s.score_only).is_file() else None
         rows = score_file(examples, s)
@@ -442,12 +418,12 @@ def run(s: Settings) -> None:
         other = path.with_name("untuned") / path.name
         mark = identity | {"model": model_mark(s.original_model_name)}
         untuned = answer(s.original_model_name, examples, dataclasses.replace(s, original_model_name=None), other, mark)
-        right = {row["id"] for row in untuned if row["exact"]}
+        headline = metrics["score"]
+        right = {row["id"] for row in untuned if row[headline]}
         parts = {"right": [r for r in rows if r["id"] in right], "wrong": [r for r in rows if r["id"] not in right]}
         marks.append(str(other))
         metrics["untuned"] = summarise(untuned, s)
         metrics["by_untuned"] = {k: summarise(part, s) if part else None for k, part in parts.items()}
-    record = {"settings": settings, "versions": versions(), "data_sha256": data, "argv": sys.argv}
     if owner(path.with_name("metrics.json")):
         raise UsageError(f"{path.with_name('metrics.json')} was written meanwhile; {path} is whole, but not summarised")
     write_json(path.with_name("metrics.json"), metrics | record)
@@ -457,6 +433,33 @@ def run(s: Settings) -> None:
     for part, scores in metrics.get("by_untuned", {}).items():
         if scores:
             print(f"\nrows the untuned model got {part}: " + table(scores))
+
+
+def run_embeddings(s: Settings, examples: list[Example], record: dict[str, Any]) -> None:
+    """Embeds the views, writes what the flags ask for, prints the figures. Refuses to replace files."""
+    import embeddings
+
+    drawing = Path(s.output_file).with_name(f"t_sne_{s.t_sne_type}.png") if s.t_sne else None
+    figures, vectors = (Path(p) if p else None for p in (s.similarity and s.output_file, s.export_embeddings))
+    for path in (drawing, figures, vectors):
+        if path and path.exists() and not s.overwrite:
+            raise UsageError(f"{path} exists; give --overwrite")
+    model, renderer = load(s.model_name, s)
+    where = {"model": s.model_name, "layer": s.embedding_layer, "pooling": s.embedding_pooling}
+    text, code = embeddings.embed(model, renderer, examples, s.batch_size, s.embedding_layer, s.embedding_pooling)
+    if drawing:
+        groups = embeddings.t_sne_groups(s.t_sne_type, text, code, examples)
+        embeddings.t_sne(drawing, groups, seed=42, title=f"{Path(s.model_name).name}, {dataset_name(s.input_file)}")
+        print(drawing)
+    if vectors:
+        ids = [example.id for example in examples]
+        embeddings.export(vectors, text, code, ids, where | {"data_sha256": record["data_sha256"]})
+        print(vectors)
+    if figures:
+        measured = embeddings.similarity(text, code, seed=42)
+        figures.parent.mkdir(parents=True, exist_ok=True)
+        write_json(figures, where | measured | record)
+        print("\n".join(f"{k:25}{v:.6g}" for k, v in measured.items() if isinstance(v, (int, float))))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -54,9 +54,11 @@ from examples import (
     PERCEPTION,
     Example,
     ExampleError,
+    Fields,
     Problems,
     Rendered,
     Renderer,
+    data_sha256,
     dataset_name,
     predictor_token,
     read_examples,
@@ -83,12 +85,19 @@ DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "
 class Settings:
     """Every flag of finetune.py; its help texts make `--help` and the README's table."""
 
-    train_file: str | None = flag(None, "JSONL file to train on", DATA)
-    data_file: str | None = flag(None, "one JSONL file, split into train and held-out rows", DATA)
+    train_file: str | None = flag(
+        None,
+        "rows to train on: a file, or with the fields named a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]",
+        DATA,
+    )
+    data_file: str | None = flag(None, "the same, split into train and held-out rows", DATA)
     eval_split: float = flag(0.2, "share of --data_file held out", DATA)
     split_seed: int = flag(42, "seed of the --data_file or --val_fraction split", DATA)
-    eval_file: str | None = flag(None, "JSONL file of held-out rows", DATA)
+    eval_file: str | None = flag(None, "held-out rows", DATA)
     val_fraction: float = flag(0.0, "share of --train_file held out instead of an --eval_file", DATA)
+    text_field: str | None = flag(None, "field of the Text view, in JSONL, CSV, Parquet or hub rows of any kind", DATA)
+    code_field: str | None = flag(None, "field of the Code view in such rows", DATA)
+    system: str | None = flag(None, "system turn of such rows; default: none", DATA)
     max_length: int = flag(512, "longest chat or view in tokens; a longer example is an error, never cut", DATA)
     skip_bad_examples: bool = flag(False, "leave bad examples out, count and report them", DATA)
 
@@ -166,6 +175,11 @@ class Settings:
     track_flop: bool = flag(False, "count floating-point operations into metrics.jsonl (slower)", RUN)
 
     @property
+    def fields(self) -> Fields | None:
+        """Where the rows have their views, None for rows in the project's own format."""
+        return Fields(self.text_field, self.code_field, self.system) if self.text_field else None
+
+    @property
     def jepa(self) -> bool:
         """Whether any example gets the JEPA term."""
         return not self.regular and self.lbd > 0 and self.jepa_ratio > 0
@@ -200,6 +214,8 @@ def check_data(s: Settings, r: Refusals) -> None:
     r.refuse(not s.model_name, "--model_name is missing")
     r.refuse(bool(s.train_file) == bool(s.data_file), "give one of --train_file and --data_file")
     r.refuse(sum(map(bool, sources)) > 1, "give at most one of --data_file, --eval_file and --val_fraction")
+    r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
+    r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
     r.only_if(bool(s.data_file), "eval_split", "only with --data_file")
     r.only_if(bool(s.data_file or s.val_fraction), "split_seed", "only with --data_file or --val_fraction")
     r.only_if(held_out, "eval_strategy eval_steps eval_generate", "there are no held-out rows")
@@ -631,7 +647,11 @@ class HeadInput:
         self.batch: dict[str, torch.Tensor] | None = None
         self.views: torch.Tensor | None = None
         self.accepts_positions = "position_ids" in inspect.signature(_forward_of(model)).parameters
-        model.get_output_embeddings().register_forward_pre_hook(self._pick)
+        self._hook = model.get_output_embeddings().register_forward_pre_hook(self._pick)
+
+    def close(self) -> None:
+        """Takes the hook off the model."""
+        self._hook.remove()
 
     def _pick(self, module: torch.nn.Module, args: tuple) -> tuple | None:
         if self.batch is None:
@@ -1008,10 +1028,10 @@ def first_line(error: BaseException) -> str:
 
 def load_examples(s: Settings, problems: Problems) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples of the settings' files."""
-    examples = read_examples(s.train_file or s.data_file, problems)
+    examples = read_examples(s.train_file or s.data_file, problems, s.fields)
     if s.data_file or s.val_fraction:
         return split_examples(examples, s.eval_split if s.data_file else s.val_fraction, s.split_seed)
-    return examples, read_examples(s.eval_file, problems) if s.eval_file else []
+    return examples, read_examples(s.eval_file, problems, s.fields) if s.eval_file else []
 
 
 def first_row(renderer: Renderer, dataset: SegmentDataset) -> dict[str, str | None]:
@@ -1214,7 +1234,8 @@ def train(s: Settings, state: PartialState, run: Run) -> None:
     trainer.add_callback(Watch(run, trainer))
     add_stop_token(parts.model.generation_config, end_of_turn(parts.renderer) if s.lm_labels != "answer_text" else None)
     files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
-    record = {"seed": s.finetune_seed, "skipped_examples": len(parts.problems.messages)} | provenance(files)
+    record = {"seed": s.finetune_seed, "skipped_examples": len(parts.problems.messages)}
+    record |= provenance({f: data_sha256(f) for f in files})
     state.wait_for_everyone()  # every process has checked the folder before the first one fills it
     if state.is_main_process:
         _say(parts.problems.report())
@@ -1263,8 +1284,8 @@ def run_trainer(trainer: JepaTrainer, checkpoints: list[Path]) -> None:
 
 def held_out_generation(s: Settings, parts: Parts, state: PartialState) -> Any:
     """A function of the model: exact match on this process's share of the first --eval_generate held-out rows."""
-    # Imported here since evaluate.py builds on this file.
-    from evaluate import generate
+    # Imported here since generation.py builds on this file.
+    from generation import generate
     from scoring import score_text
 
     mine = parts.held_out.examples[: s.eval_generate][state.process_index :: state.num_processes]

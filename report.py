@@ -9,6 +9,7 @@ unfinished, not evaluated or damaged is named on stderr with the reason and left
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -57,6 +58,17 @@ def percent(metrics: Any, name: str, path: Path) -> float:
     return 100 * value
 
 
+def pretraining(model_name: str) -> dict[str, Any] | None:
+    """Settings of the run that a run's model was trained by, seed aside; None where the model is no run folder.
+
+    Each seed of such an arm starts from a model of its own, which is not another arm.
+    """
+    path = Path(model_name) / "args.json"
+    if not path.is_file():
+        return None
+    return {name: value for name, value in read_json(path).items() if name not in NO_SETTING}
+
+
 def read_run(run: Path) -> list[Result]:
     """The run's results, one for each dataset it was evaluated on. Raises UsageError where there is none."""
     if not run.is_dir():
@@ -69,14 +81,20 @@ def read_run(run: Path) -> list[Result]:
     seed = field(settings, "finetune_seed", int, run / "args.json")
     settings = {name: value for name, value in settings.items() if name not in NO_SETTING}
     trained_on = field(record, "data_sha256", dict, run / "run.json")
+    before = pretraining(field(settings, "model_name", str, run / "args.json"))
+    if before:
+        settings["model_name"] = re.sub(r"-s\d+(?=-|$)", "", Path(settings["model_name"]).name)
     results = []
     for path in sorted(run.glob("eval/*/metrics.json")):
         metrics = read_json(path)
         names = ["exact", "startswith", *field(metrics, "scores", list, path), "stop_rate"]
+        if metrics.get("stop_rate", 0) is None:  # answers were chosen, not generated
+            names.remove("stop_rate")
         columns = {f"{name} %": percent(metrics, name, path) for name in dict.fromkeys(names)} | {"train s": seconds}
         task, n = field(metrics, "task", str, path), field(metrics, "n", int, path)
         evaluation = field(metrics, "settings", dict, path)
         made = {
+            "pretraining": before,
             "train data": sorted(trained_on.values()),
             "test data": field(metrics, "data_sha256", str, path),
             "evaluation": {name: value for name, value in evaluation.items() if name not in NO_EVALUATION},

@@ -5,13 +5,17 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 PAPER_SEEDS="82 23 37 84 4"
 TINY=models/tiny # the embedded model, trained from random weights
-TINY_LR=1e-3 TINY_EPOCHS=2 TINY_FLAGS=(--pretrain --batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98)
+TINY_LR=1e-3 TINY_EPOCHS=2 TINY_FLAGS=(--batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98)
 
 usage() {
   cat <<HELP
-usage: bash run.sh run_jepa|run_regular [ARGUMENT…] [-- FLAG…]
+usage: bash run.sh run_jepa|run_regular|run_pretrain [ARGUMENT…] [-- FLAG…]
 With each seed, trains on datasets/DATASET_train.jsonl, evaluates on datasets/DATASET_test.jsonl and prints a line; then
 mean ± sd. What is done is skipped, what was interrupted goes on. Paths are seen from the project's folder.
+
+run_pretrain is the paper's pretraining: from random weights of the model's shape on PRETRAIN_DATASET (paraphrase)
+without the chat format, with the JEPA loss, or without it with ARM=regular; then regular fine-tuning of that model on
+each DATASET and an evaluation by startswith.
 
 Arguments, all optional, in this order ('-': the default); the variable in brackets sets the default:
   model          [MODEL]        $TINY
@@ -21,13 +25,14 @@ Arguments, all optional, in this order ('-': the default); the variable in brack
   predictors     [PREDICTORS]   1
   seed           [SEEDS]        one, several with commas, or all: $PAPER_SEEDS
   lbd            [LBD]          1
-  dataset        [DATASET]      synth
+  dataset        [DATASET]      synth, of run_pretrain rotten_tomatoes,yelp; one or several with commas
 run_regular takes the same list but does not use last_token, predictors and lbd. FLAGs go to finetune.py and mark the
 run folder's name: bash run.sh run_jepa -- --lora --lora_rank 64
 
 More variables: NPROC, training processes, one a GPU (1; evaluation is always one); RUNS_DIR, where run folders go
 (runs); TASK, how to score a dataset whose name does not tell (evaluate.py --task); PYTHON_BIN, an interpreter to use as
-it is (default: setup.sh makes .venv).
+it is (default: setup.sh makes .venv). run_pretrain alone: ARM, jepa or regular (jepa); PRETRAIN_DATASET (paraphrase);
+FINETUNE_LR and FINETUNE_EPOCHS of its second step (those of the first).
 HELP
 }
 
@@ -60,26 +65,37 @@ setting() { # gives variable $1 the first value after its pattern $2 that is nei
 }
 
 settings() { # from the arguments, the environment and the defaults
-  local whole='0|[1-9][0-9]*' number='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?' usual_lr=2e-5 usual_epochs=4 file
+  local whole='0|[1-9][0-9]*' number='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?' usual_lr=2e-5 usual_epochs=4
   setting model '[^-].*' "${1:-}" "${MODEL:-}" "$TINY"
   model=${model%/}
-  [ "$model" != "$TINY" ] || usual_lr=$TINY_LR usual_epochs=$TINY_EPOCHS
+  [ "$model" != "$TINY" ] || usual_lr=$TINY_LR usual_epochs=$TINY_EPOCHS usual_flags=("${TINY_FLAGS[@]}")
   setting learning_rate "$number" "${2:-}" "${LR:-}" "${LEARNING_RATE:-}" "$usual_lr"
   setting epochs "$number" "${3:-}" "${EPOCHS:-}" "$usual_epochs"
   setting last_token '(-?[0-9]+)?' "${4:-}" "${LAST_TOKEN:-}" ""
   setting predictors "$whole" "${5:-}" "${PREDICTORS:-}" 1
   setting seeds "[, ]*($whole)([, ]+($whole))*[, ]*|all" "${6:-}" "${SEEDS:-}" all
   setting lbd "$number" "${7:-}" "${LBD:-}" 1
-  setting dataset '[A-Za-z0-9_][A-Za-z0-9_.-]*' "${8:-}" "${DATASET:-}" synth
+  setting datasets '[A-Za-z0-9_][A-Za-z0-9_.,-]*' "${8:-}" "${DATASET:-}" "$usual_dataset"
   setting processes '[1-9][0-9]*' "${NPROC:-}" 1
+  setting pretrain_arm 'jepa|regular' "${ARM:-}" jepa
+  setting pretrain_dataset '[A-Za-z0-9_][A-Za-z0-9_.-]*' "${PRETRAIN_DATASET:-}" paraphrase
+  setting finetune_lr "$number" "${FINETUNE_LR:-}" "$learning_rate"
+  setting finetune_epochs "$number" "${FINETUNE_EPOCHS:-}" "$epochs"
   seeds=${seeds//,/ } seeds=${seeds/all/$PAPER_SEEDS}
   seeds=$(printf '%s\n' $seeds | awk '!seen[$1]++') # each once
-  train_file=datasets/${dataset}_train.jsonl test_file=datasets/${dataset}_test.jsonl
-  for file in "$train_file" "$test_file"; do [ -f "$file" ] || fail "there is no $file; see datasets/README.md"; done
+  datasets=${datasets//,/ }
+  [ "$arm" != run_pretrain ] || data "$pretrain_dataset" train
+  for name in $datasets; do data "$name"; done
 }
 
-run_regular() { method=regular details="" flags=(--regular); }
-run_jepa() {
+data() { # of dataset $1; without test rows where $2 is "train"
+  dataset=$1 train_file=datasets/$1_train.jsonl test_file=datasets/$1_test.jsonl
+  [ -f "$train_file" ] || fail "there is no $train_file; see datasets/README.md"
+  [ "${2:-}" = train ] || [ -f "$test_file" ] || fail "there is no $test_file; see datasets/README.md"
+}
+
+regular() { method=regular details="" flags=(--regular); }
+jepa() {
   method=jepa details=-lbd$lbd-k$predictors flags=(--predictors "$predictors" --lbd "$lbd")
   [ -z "$last_token" ] || { details+=-t$last_token && flags+=(--last_token "$last_token"); }
 }
@@ -102,33 +118,56 @@ train() { # seed $1 into run folder $2 with the extra flags that follow
   [ "$processes" -eq 1 ] || launch=(env "OMP_NUM_THREADS=$((threads ? threads : 1))" "$python" -m torch.distributed.run
     --standalone --nproc_per_node "$processes")
   command=(finetune.py --train_file "$train_file" --model_name "$model" --learning_rate "$learning_rate")
-  command+=(--num_epochs "$epochs" --finetune_seed "$1" "${flags[@]}")
-  [ "$model" != "$TINY" ] || command+=("${TINY_FLAGS[@]}")
+  command+=(--num_epochs "$epochs" --finetune_seed "$1" "${flags[@]}" ${usual_flags[@]+"${usual_flags[@]}"})
+  [ "$model" != "$TINY" ] || command+=(--pretrain)
   command+=(--output_dir "$2")
   [ ! -d "$2" ] || command+=(--resume)
   supervise "${launch[@]}" "${command[@]}" "${@:3}"
 }
 
+scoring() { # fills `score` with what evaluate.py must know of the test rows; extra flags of the training
+  local flag value=""
+  score=(--input_file "$test_file")
+  [ -z "${TASK:-}" ] || score+=(--task "$TASK")
+  for flag in "$@"; do
+    [[ -z $value && ! $flag =~ ^--(text_field|code_field|system)(=|$) ]] || score+=("$flag")
+    value=""
+    [[ ! $flag =~ ^--(text_field|code_field|system)$ ]] || value=next
+  done
+}
+
+check_scoring() { # refuses test rows that cannot be scored before hours are spent on training; extra flags
+  scoring "$@"
+  supervise "$python" evaluate.py --score_gold "${score[@]}" >/dev/null ||
+    fail "$test_file cannot be scored" "$?"
+}
+
 evaluate() { # run folder, extra flags of its training
-  local command=("$python" evaluate.py --model_name "$1" --input_file "$test_file")
-  [ -z "${TASK:-}" ] || command+=(--task "$TASK")
-  [[ " ${*:2} " != *" --plain "* ]] || command+=(--plain)
-  supervise "${command[@]}" >/dev/null # its table: a seed's line says the same
+  scoring "${@:2}"
+  [[ " ${*:2} ${flags[*]} " != *" --plain "* ]] || score+=(--plain)
+  [ "$arm" != run_pretrain ] || score+=(--startswith)
+  supervise "$python" evaluate.py --model_name "$1" "${score[@]}" >/dev/null # its table: a seed's line says the same
 }
 
 finished() { grep -qs '"status": "finished"' "$1/run.json"; }
 
-run_seed() { # seed, run folder, extra flags
-  local before="" line metrics=$2/eval/$dataset/metrics.json
+train_seed() { # seed, run folder, extra flags; unless it is done
   [ ! -f "$2/args.json" ] || grep -qF "\"model_name\": \"$model\"" "$2/args.json" ||
     fail "$2 was made with another model of this name; choose another RUNS_DIR"
   if finished "$2"; then
     unchanged "$2/run.json" "$train_file" || fail "$train_file is not what $2 was trained on; choose another RUNS_DIR"
-    before=training
   else
     train "$@" || fail "training of seed $1 ended with exit code $?: $2" "$?"
     finished "$2" || fail "training of seed $1 ended unfinished: $2" 1
   fi
+}
+
+run_seed() { # seed, run folder, extra flags
+  local before="" line metrics=$2/eval/$dataset/metrics.json
+  runs+=("$2")
+  ! finished "$2" || before=training
+  [ -n "$before" ] || [[ " $checked " = *" $dataset "* ]] || { check_scoring "${@:3}" && checked+=" $dataset"; }
+  train_seed "$@"
   if [ -f "$metrics" ]; then
     unchanged "$metrics" "$test_file" || fail "$test_file is not what $metrics was made from; remove ${metrics%/*}"
     [ -z "${TASK:-}" ] || grep -qF "\"task\": \"$TASK\"" "$metrics" ||
@@ -141,17 +180,42 @@ run_seed() { # seed, run folder, extra flags
   printf '%s\n' "$line${before:+  (done before: $before)}"
 }
 
+run_datasets() { # seed, extra flags
+  local name
+  for name in $datasets; do
+    data "$name"
+    run_seed "$1" "$(run_folder "$@")" "${@:2}"
+  done
+}
+
+run_regular() { regular && run_datasets "$@"; }
+run_jepa() { jepa && run_datasets "$@"; }
+
+run_pretrain() { # seed, extra flags
+  local model=$model learning_rate=$learning_rate epochs=$epochs base
+  data "$pretrain_dataset" train
+  "$pretrain_arm"
+  flags+=(--pretrain --plain --train_all)
+  base=$(run_folder "$@")
+  train_seed "$1" "$base" "${@:2}"
+  regular
+  flags+=(--plain)
+  model=$base learning_rate=$finetune_lr epochs=$finetune_epochs
+  run_datasets "$@"
+}
+
 main() {
-  local arm=${1:-} given=() runs=() seed run
+  local arm=${1:-} given=() runs=() checked="" usual_dataset=synth usual_flags=() seed name
   [[ " $* " != *" --help "* ]] || { usage && exit; }
-  [[ $arm =~ ^run_(jepa|regular)$ ]] || fail "unknown function '$arm': run_jepa or run_regular (see --help)"
+  [[ $arm =~ ^run_(jepa|regular|pretrain)$ ]] ||
+    fail "unknown function '$arm': run_jepa, run_regular or run_pretrain (see --help)"
   shift
   while [ $# -gt 0 ] && [ "$1" != -- ]; do given+=("$1") && shift; done
   [ "${#given[@]}" -le 8 ] || fail "too many arguments: $arm takes 8, the next is '${given[8]}'"
   [ $# -eq 0 ] || shift # the --
   [[ ! " $* " =~ " "--(output_dir|dry_run)[=" "] ]] || fail "--${BASH_REMATCH[1]} is not for run.sh; call finetune.py"
+  [ "$arm" != run_pretrain ] || usual_dataset=rotten_tomatoes,yelp
   settings ${given[@]+"${given[@]}"}
-  "$arm"
   trap 'stop 130' INT
   trap 'stop 143' TERM
   python=${PYTHON_BIN:-.venv/bin/python}
@@ -159,11 +223,7 @@ main() {
     unset PYTHONHOME PYTHONPATH # of another environment
     supervise bash setup.sh
   fi
-  for seed in $seeds; do
-    run=$(run_folder "$seed" "$@")
-    runs+=("$run")
-    run_seed "$seed" "$run" "$@"
-  done
+  for seed in $seeds; do "$arm" "$seed" "$@"; done
   "$python" report.py "${runs[@]}"
 }
 

@@ -124,8 +124,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
-def provenance(data_files: list[str]) -> dict[str, Any]:
-    """Where a result comes from: command, commit, versions, device, checksums of the data."""
+def provenance(data: dict[str, str]) -> dict[str, Any]:
+    """Where a result comes from: command, commit, versions, device, checksums of the data by path."""
     import torch
 
     def git(*command: str) -> str | None:
@@ -145,7 +145,7 @@ def provenance(data_files: list[str]) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "data_sha256": {path: sha256(path) for path in data_files},
+        "data_sha256": data,
     }
 
 

@@ -1,199 +1,266 @@
-"""Write a dataset's train and test rows and their checksums.
+"""Prepares datasets: NAME_train.jsonl and NAME_test.jsonl, what they were made from, and a check of them.
 
-    python datasets/prepare.py synth --out_dir datasets
+    python datasets/prepare.py synth                                # the project's own rows, generated
+    python datasets/prepare.py gsm8k                                # from the hub, at a pinned commit
+    python datasets/prepare.py turk --source deep-regex             # from a local copy of the authors' files
+    python datasets/prepare.py spider --split random                # from spider_data.zip
+    python datasets/prepare.py all --source downloads               # downloads/turk, downloads/gsm8k … where they are
+    python datasets/prepare.py own --name mine --train_file mine.csv --test_size 0.1 --text_field ask --code_field sql
+    python datasets/prepare.py check spider --tokenizer models/tiny --max_tokens 512
 
-A row is one JSON object a line, `{"messages": [system, user, assistant]}`, each message `{"role", "content"}`.
+A row is one JSON object a line, {"messages": [system, user, assistant]}, each message {"role", "content"}. What was
+read, the licence, the counts and the checksums go to manifest.json beside the rows.
 """
 
+from __future__ import annotations
+
 import argparse
-import hashlib
 import json
 import os
-import random
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the repository's own modules
 
-# ---- synth: descriptions and regular expressions from one synchronous grammar, after arXiv 1608.03000 ----
+import check
+from convert import DATASETS, Parts, as_row
+from sources import Source, file_entry, pinned
 
-SYNTH_SYSTEM = "Convert natural language to regular expression."
-SYNTH_SEED, SYNTH_ROWS, SYNTH_TEST_EVERY = 160803000, 10_000, 5  # every fifth row is a test row: 8000 and 2000
-SYNTH_MAX_WORDS = 20  # a longer description is dropped
-STRINGS = ("dog", "truck", "ring", "lake")  # renamed in order of appearance, so the first string of a row is 'dog'
-STRING_NAME = re.compile("(?<!st)(?:" + "|".join(STRINGS) + ")")  # not the "ring" of "the string"
-DEPTHS = ((1, 5), (2, 87), (3, 8))  # rules nested at most, and the weight of that
-LEAF_SHARE = 0.5  # of the arguments that could be a rule
+from examples import Example, ExampleError, Fields, Problems, is_hub, read_examples, split_examples
+from runs import UsageError, read_json, sha256, write_json
 
+HERE = Path(__file__).resolve().parent
 
-class Phrase(NamedTuple):
-    """Words and the regular expression they stand for; a leaf needs no parentheses."""
-
-    words: str
-    regex: str
-    leaf: bool = False
+# ----------------------------------------------------------------------------------------------------------- files
 
 
-class Rule(NamedTuple):
-    """A regular expression and its wordings, which share the arguments.
-
-    `kind` is the rule's own kind, `slots` the kinds that each argument may have, `weight` how often it is drawn.
-    In `regex` an argument x, y or z keeps the parentheses written there; X, Y or Z gets some unless it is a leaf.
-    N is a number of times, the same in both.
-    """
-
-    kind: str
-    regex: str
-    wordings: tuple[str, ...]
-    slots: tuple[str, ...]
-    weight: int
+def rows_file(examples: Sequence[Example]) -> bytes:
+    """A file of examples: UTF-8, one row a line, lines ended by LF."""
+    return "".join(json.dumps(as_row(example), ensure_ascii=False) + "\n" for example in examples).encode()
 
 
-LEAVES = (
-    *((Phrase(f"the string '{s}'", s, leaf=True), 6) for s in STRINGS),
-    (Phrase("a vowel", "[AEIOUaeiou]", leaf=True), 10),
-    (Phrase("a number", "[0-9]", leaf=True), 10),
-    (Phrase("a capital letter", "[A-Z]", leaf=True), 10),
-    (Phrase("a lower-case letter", "[a-z]", leaf=True), 10),
-    (Phrase("a letter", "[A-Za-z]", leaf=True), 10),
-    (Phrase("a character", ".", leaf=True), 10),
-)
-
-# Kinds: L leaf, T tight, A and, O or, R repeated, B before, W words, V property of the line, U its negation, J two
-# properties, S sentence. From L to B they are in order of precedence and an argument binds tighter than its rule; what
-# follows W or V belongs to it. So a sentence has one reading: "a vowel or a number, 2 or more times" repeats the "or".
-NOUN = "LTAORBW"
-RULES = (
-    Rule("T", "~(x)", ("not x", "anything but x"), ("L",), 10),
-    Rule("T", "X.*Y.*", ("x followed by y",), ("L", "L"), 15),
-    Rule("A", "(x)&(y)", ("x and y", "both x and y"), ("LT", "LT"), 16),
-    Rule("A", "(x)&(y)&(z)", ("x, y, and z",), ("LT", "LT", "LT"), 5),
-    Rule("O", "(x)|(y)", ("x or y", "either x or y"), ("LTA", "LTA"), 18),
-    Rule("O", "(x)|(y)|(z)", ("x, y, or z", "either x, y, or z"), ("LT", "LT", "LT"), 5),
-    Rule("R", "(x){N,}", ("x, N or more times", "x at least N times"), ("LTAO",), 17),
-    Rule("R", "(x){1,N}", ("x at most N times",), ("LTAO",), 4),
-    Rule("R", "(x)+", ("x at least once", "x, one or more times"), ("LTAO",), 6),
-    Rule("R", "(x)*", ("x, zero or more times",), ("LTAO",), 6),
-    Rule("B", "(x).*(y).*", ("x before y",), ("LTAOR", "LTAORW"), 70),
-    Rule("W", r"\bX\b", ("words with x",), ("LTAORB",), 10),
-    Rule("V", "(x)(.*)", ("starting with x", "beginning with x"), (NOUN,), 10),
-    Rule("V", "(.*)(x)", ("ending with x", "ending in x"), (NOUN,), 10),
-    Rule("V", ".*X.*", ("containing x", "having x"), (NOUN,), 16),
-    Rule("V", "x", ("containing only x", "having only x"), (NOUN,), 3),
-    Rule("U", "~(x)", ("not x",), ("V",), 12),
-    Rule("J", "(x)&(y)", ("x and y",), ("VU", "VU"), 4),
-    Rule("J", "(x)|(y)", ("x or y",), ("VU", "VU"), 4),
-    Rule("S", "x", ("lines with x",), ("TAORBW",), 10),
-    Rule("S", "x", ("lines x",), ("VUJ",), 16),
-)
-
-
-def choose(rng: random.Random, items: Sequence[tuple[T, int]]) -> T:
-    """Draw one item in proportion to its weight, the same one on every platform and Python version.
-
-    `rng.random()` is the one method whose stream is promised, and a sum of floats is not the same in every version,
-    so the weights are integers.
-    """
-    at = rng.random() * sum(weight for _, weight in items)
-    for item, weight in items:
-        at -= weight
-        if at < 0:
-            return item
-    return items[-1][0]
-
-
-def draw_phrase(rng: random.Random, kinds: str, depth: int) -> Phrase:
-    """Draw a phrase of one of `kinds` with at most `depth` nested rules, the arguments of each rule distinct."""
-    if kinds == "L" or "L" in kinds and (depth == 0 or rng.random() < LEAF_SHARE):
-        return choose(rng, LEAVES)
-    # The arguments of U and J are rules themselves, never leaves, and need a level of their own.
-    rule = choose(rng, [(r, r.weight) for r in RULES if r.kind in kinds and (depth > 1 or r.kind not in "UJ")])
-    inner = depth - (rule.regex != "x")  # a rule that only adds words costs no depth
-    arguments: list[Phrase] = []
-    while len({a.regex for a in arguments}) < len(rule.slots):
-        arguments = [draw_phrase(rng, slot, inner) for slot in rule.slots]
-    times = str(choose(rng, [(n, 1) for n in range(2, 8)]))
-    words, regex = {"N": times}, {"N": times}
-    for name, argument in zip("xyz", arguments, strict=False):
-        words[name] = argument.words
-        regex[name] = argument.regex
-        regex[name.upper()] = argument.regex if argument.leaf else f"({argument.regex})"
-    wording = choose(rng, [(w, 1) for w in rule.wordings])
-    return Phrase(
-        re.sub(r"\b[xyzN]\b", lambda m: words[m[0]], wording),
-        re.sub(r"[xyzXYZN]", lambda m: regex[m[0]], rule.regex),
-        arguments[0].leaf and rule.regex == "x",
-    )
-
-
-def synth(out_dir: Path) -> list[Path]:
-    """Write `synth_train.jsonl` (8000 rows) and `synth_test.jsonl` (2000), no regex twice in the two together.
-
-    No description stands there twice either, as each has one regex. Raises OSError where a file cannot be written.
-    """
-    rng = random.Random(SYNTH_SEED)
-    rows: dict[str, str] = {}  # description by regex
-    while len(rows) < SYNTH_ROWS:
-        phrase = draw_phrase(rng, "S", choose(rng, DEPTHS))
-        names = dict(zip(dict.fromkeys(STRING_NAME.findall(phrase.words)), STRINGS, strict=False))
-        description, regex = (STRING_NAME.sub(lambda m, names=names: names[m[0]], text) for text in phrase[:2])
-        if len(description.split()) <= SYNTH_MAX_WORDS:
-            rows.setdefault(regex, description)
-    chats = [{"system": SYNTH_SYSTEM, "user": words, "assistant": regex} for regex, words in rows.items()]
-    test = chats[::SYNTH_TEST_EVERY]
-    train = [chat for i, chat in enumerate(chats) if i % SYNTH_TEST_EVERY]
-    return [write_rows(out_dir / "synth_train.jsonl", train), write_rows(out_dir / "synth_test.jsonl", test)]
-
-
-# ---- files ----
+def write_together(contents: dict[Path, bytes]) -> None:
+    """Writes each file to a temporary one beside it, then renames them all, so none is ever there in part."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
+    try:
+        for path, content in contents.items():
+            temporary[path].write_bytes(content)
+        for path in contents:
+            os.replace(temporary[path], path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Write `content` to a temporary file beside `path` and rename it there, so `path` is old or new, never partial."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes one file like `write_together`."""
+    write_together({path: content})
     return path
 
 
-def write_rows(path: Path, chats: Iterable[dict[str, str]]) -> Path:
-    """Write `chats`, each a content by role, to `path` as UTF-8, one row a line, lines ended by LF."""
-    rows = ({"messages": [{"role": role, "content": text} for role, text in chat.items()]} for chat in chats)
-    return write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-
-
-def update_checksums(paths: Iterable[Path], sums: Path) -> None:
-    """Set the lines of `paths` in `sums`, a file for `sha256sum -c`, sorted by name; lines of other files stay."""
+def write_checksums(paths: Sequence[Path], sums: Path) -> None:
+    """Sets the lines of `paths` in `sums`, a file for `sha256sum -c`, sorted by name; lines of other files stay."""
     lines = sums.read_text(encoding="utf-8").splitlines() if sums.exists() else []
     digests = {line.split("  ", 1)[1]: line for line in lines if line}
-    for path in paths:
-        digests[path.name] = f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}"
+    digests |= {path.name: f"{sha256(path)}  {path.name}" for path in paths}
     write_atomically(sums, "".join(digests[name] + "\n" for name in sorted(digests)).encode())
 
 
-DATASETS: dict[str, Callable[[Path], list[Path]]] = {"synth": synth}
+def write_dataset(out_dir: Path, name: str, parts: Parts, entry: dict[str, Any], overwrite: bool) -> list[Path]:
+    """Writes the parts that have rows, and the dataset's entry of manifest.json.
+
+    Raises UsageError where a file of the same name holds other rows, unless `overwrite` is given.
+    """
+    examples = {"train": parts.train, "test": parts.test}
+    contents = {out_dir / f"{name}_{part}.jsonl": rows_file(rows) for part, rows in examples.items() if rows}
+    changed = {p: content for p, content in contents.items() if not p.exists() or p.read_bytes() != content}
+    kept = [str(path) for path in changed if path.exists()]
+    if kept and not overwrite:
+        raise UsageError(f"{' and '.join(kept)} would be replaced by other rows; give --overwrite or another --out_dir")
+    manifest_path = out_dir / "manifest.json"
+    manifest = read_json(manifest_path) if manifest_path.exists() else {}
+    write_together(changed)
+    files = {p.name: {"rows": content.count(b"\n"), "sha256": sha256(p)} for p, content in contents.items()}
+    manifest[name] = {**entry, "split": parts.split, "files": files}
+    write_json(manifest_path, dict(sorted(manifest.items())))
+    return list(contents)
+
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+def prepare(name: str, args: argparse.Namespace, source_path: Path | None) -> None:
+    """Prepares one dataset of the table. Raises ExampleError, UsageError, OSError."""
+    dataset = DATASETS[name]
+    if source_path is not None and not source_path.exists():
+        raise UsageError(f"--source {source_path}: there is no such file or folder; it has to be {dataset.takes}")
+    problems = Problems(skip=args.skip_bad_examples)
+    source = Source(source_path, dataset.takes, problems)
+    flags = {flag: getattr(args, flag) for flag in dataset.flags if hasattr(args, flag)}
+    parts = dataset.convert(source, **flags)
+    entry = {"licence": parts.licence or dataset.licence, "source": source.entries}
+    paths = write_dataset(args.out_dir, name, parts, entry, args.overwrite)
+    if "generator" in source.entries[0]:  # rows of the project, the same everywhere
+        write_checksums(paths, args.out_dir / "SHA256SUMS")
+    report(paths, parts, problems)
+    published = dataset.rows.get(flags.get("split", "by_database" if "split" in dataset.flags else ""))
+    if (
+        published
+        and published != (len(parts.train), len(parts.test))
+        and not flags.keys() & {"train_rows", "test_rows"}
+    ):
+        print(f"note: as published {name} has {published[0]} train and {published[1]} test rows")
+
+
+def report(paths: list[Path], parts: Parts, problems: Problems) -> None:
+    """Says what was written."""
+    for path, examples in zip(paths, (rows for rows in (parts.train, parts.test) if rows), strict=True):
+        print(f"{path}: {len(examples)} rows")
+    if problems.report():
+        print(problems.report())
+
+
+def prepare_all(args: argparse.Namespace) -> int:
+    """Prepares every dataset; one that cannot be done is reported and does not keep the others from being done."""
+    failed = []
+    for name in DATASETS:
+        source_path = args.source and args.source / name
+        try:
+            prepare(name, args, source_path if source_path and source_path.exists() else None)
+        except (ExampleError, UsageError) as error:
+            failed.append(name)
+            print(f"prepare.py: error: {name}: {error}", file=sys.stderr)
+    if failed:
+        print(f"prepare.py: error: not prepared: {', '.join(failed)}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def prepare_own(args: argparse.Namespace) -> None:
+    """Prepares rows of the user's own. Raises ExampleError, UsageError, OSError."""
+    if not re.fullmatch(r"[\w.-]+", args.name) or args.name in DATASETS:
+        raise UsageError(f"--name {args.name}: give a name of letters, digits, '_', '-' and '.' that is no dataset's")
+    if bool(args.text_field) != bool(args.code_field):
+        raise UsageError("give --text_field and --code_field together")
+    if args.system and not args.text_field:
+        raise UsageError("--system: only with --text_field and --code_field")
+    if args.test_file and args.test_size:
+        raise UsageError("give one of --test_file and --test_size")
+    if args.split_seed is not None and not args.test_size:
+        raise UsageError("--split_seed: only with --test_size")
+    fields = Fields(args.text_field, args.code_field, args.system) if args.text_field else None
+    problems, entries = Problems(skip=args.skip_bad_examples), []
+
+    def read(path: str) -> list[Example]:
+        address, entry = pinned(path) if is_hub(path) else (path, None)
+        examples = read_examples(address, problems, fields)
+        entries.append(entry or file_entry(Path(path)))
+        return examples
+
+    train, test, split = read(args.train_file), [], "all for training"
+    if args.test_file:
+        test, split = read(args.test_file), "the files' own"
+    elif args.test_size:
+        seed = 42 if args.split_seed is None else args.split_seed
+        train, test = split_examples(train, args.test_size, seed)
+        split = f"a share of {args.test_size:g} at random, seed {seed}"
+    parts = Parts(train, test, split)
+    paths = write_dataset(args.out_dir, args.name, parts, {"licence": "own", "source": entries}, args.overwrite)
+    report(paths, parts, problems)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Prints the report; 1 where something leaks, unless that is allowed. Raises ExampleError, UsageError."""
+    given = [Path(target) for target in args.rows]
+    if len(given) > 2:
+        raise UsageError("check takes a name, a file, or a train and a test file")
+    if len(given) == 2 or given[0].is_file():
+        paths = dict(zip(("train", "test"), given, strict=False))
+    else:
+        paths = check.find_parts(args.rows[0], HERE)
+    lines, leak = check.check(paths, args.max_tokens, args.tokenizer)
+    print("\n".join(lines))
+    return 1 if leak and not args.allow else 0
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def count(text: str) -> int:
+    """A number of rows from the command line."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser: one subcommand a dataset, and all, own, check."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", metavar="NAME", required=True)
+    writing = argparse.ArgumentParser(add_help=False)
+    writing.add_argument("--out_dir", type=Path, default=HERE, help="made if its parent is there (default: datasets/)")
+    writing.add_argument(
+        "--overwrite", action="store_true", help="replace files of the same names that hold other rows"
+    )
+    writing.add_argument("--skip_bad_examples", action="store_true", help="leave bad rows out, count and report them")
+
+    def command(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
+        summary = text.replace("%", "%%")
+        return commands.add_parser(name, help=summary, description=summary, allow_abbrev=False, **options)
+
+    for name, dataset in DATASETS.items():
+        known = command(name, dataset.convert.__doc__.split("\n")[0], parents=[writing])
+        known.add_argument("--source", type=Path, help=f"{dataset.takes} (licence: {dataset.licence})")
+        flags = {"default": argparse.SUPPRESS, "type": count, "metavar": "N"}
+        for flag in dataset.flags:
+            if flag == "split":
+                known.add_argument("--split", choices=list(dataset.rows), default=argparse.SUPPRESS)
+            else:
+                known.add_argument(f"--{flag}", help=f"{flag.split('_')[0]} rows drawn; 0: all", **flags)
+    everything = command("all", "every dataset; one that cannot be had does not stop the others", parents=[writing])
+    everything.add_argument("--source", type=Path, help="a folder whose folder NAME is a dataset's source, where there")
+
+    own = command("own", "rows of any JSONL, CSV or Parquet file or hub dataset", parents=[writing])
+    own.add_argument("--name", required=True, help="of the files: NAME_train.jsonl, NAME_test.jsonl")
+    own.add_argument("--train_file", required=True, help="file, or OWNER/NAME[:CONFIG]:SPLIT[@REVISION] of the hub")
+    own.add_argument("--test_file", help="the same for the test rows")
+    own.add_argument("--test_size", type=float, help="share of --train_file for test, instead of a --test_file")
+    own.add_argument("--split_seed", type=int, help="seed of that split (default 42)")
+    own.add_argument("--text_field", help="field of the Text view; without it rows are in the project's own format")
+    own.add_argument("--code_field", help="field of the Code view")
+    own.add_argument("--system", help="system turn of every row (default: none)")
+
+    checking = command("check", "repeats, leaks between train and test, and long rows; exit code 1 for a leak")
+    checking.add_argument("rows", nargs="+", metavar="NAME|FILE", help="dataset, file, or a train and a test file")
+    checking.add_argument("--max_tokens", type=int, default=512, help="longest chat that is not reported (default 512)")
+    checking.add_argument("--tokenizer", help="model folder or hub name whose tokens are counted (default: none are)")
+    checking.add_argument("--allow", action="store_true", help="exit code 0 for a leak too")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare the dataset named on the command line; exit 2 with one message where that cannot be done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(DATASETS), help="the dataset to prepare")
-    parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent, help="made if its parent is there")
+    """Does what the command line says; exit 2 with one message where that cannot be done."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        args.out_dir.mkdir(exist_ok=True)
-        paths = DATASETS[args.name](args.out_dir)
-        update_checksums(paths, args.out_dir / "SHA256SUMS")
-    except OSError as error:
-        parser.error(f"cannot write to --out_dir {args.out_dir}: {error}")
-    for path in paths:
-        print(f"{path}: {len(path.read_bytes().splitlines())} rows")
+        if args.command == "check":
+            return run_check(args)
+        try:
+            args.out_dir.mkdir(exist_ok=True)
+        except OSError as error:
+            parser.error(f"cannot write to --out_dir {args.out_dir}: {error}")
+        if args.command == "all":
+            return prepare_all(args)
+        if args.command == "own":
+            prepare_own(args)
+        else:
+            prepare(args.command, args, args.source)
+    except (ExampleError, UsageError, OSError) as error:
+        parser.error(str(error))
     return 0
 
 

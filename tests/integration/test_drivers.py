@@ -15,9 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = ["82", "23", "37", "84", "4"]
-TINY_FLAGS = "--pretrain --batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98".split()
+TINY_FLAGS = "--batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98 --pretrain".split()
 VARIABLES = ("MODEL", "LR", "LEARNING_RATE", "EPOCHS", "LAST_TOKEN", "PREDICTORS", "SEEDS", "LBD", "DATASET", "NPROC",
-             "RUNS_DIR", "PYTHON", "PYTHON_BIN", "OMP_NUM_THREADS", "PYTHONPATH")  # fmt: skip
+             "ARM", "PRETRAIN_DATASET", "FINETUNE_LR", "FINETUNE_EPOCHS", "TASK", "RUNS_DIR", "PYTHON", "PYTHON_BIN",
+             "OMP_NUM_THREADS", "PYTHONPATH")  # fmt: skip
 
 # Stands for the interpreter in run.sh: records each call, and writes what finetune.py and evaluate.py would.
 RUN_STUB = r"""
@@ -50,6 +51,8 @@ if script == "finetune.py":
         sys.exit(7)
     if trouble != ["unfinished"]:
         (run / "run.json").write_text(json.dumps(record | {"status": "finished", "wall_seconds": 5.0}, indent=1))
+elif "--score_gold" in argv:
+    sys.exit(2 if trouble == ["unscorable"] else 0)
 else:
     if trouble == ["fail-evaluation"]:
         sys.exit(3)
@@ -80,7 +83,7 @@ class Project:
         for name in ("run.sh", "report.py", "runs.py"):
             shutil.copy(ROOT / name, folder)
         (folder / "datasets").mkdir()
-        for name in ("synth", "turk"):
+        for name in ("synth", "turk", "paraphrase", "rotten_tomatoes", "yelp"):
             for part in ("train", "test"):
                 (folder / f"datasets/{name}_{part}.jsonl").touch()
         self.stub = make_stub(folder / "stub", RUN_STUB)
@@ -92,10 +95,12 @@ class Project:
         )  # fmt: skip
 
     def calls(self) -> list[list[str]]:
-        """The command lines since the last call of this method."""
+        """The command lines since the last call of this method, without those that only check the test rows."""
         log = self.folder / "calls.jsonl"
         found = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         log.unlink(missing_ok=True)
+        self.checks = [call["argv"] for call in found if "--score_gold" in call["argv"]]
+        found = [call for call in found if "--score_gold" not in call["argv"]]
         self.threads = [call["threads"] for call in found]
         return [call["argv"] for call in found]
 
@@ -573,10 +578,10 @@ def test_run_sets_up_and_uses_its_environment(fresh):
         (fresh.folder / f"datasets/synth_{part}.jsonl").touch()
     done = fresh.command("run.sh", "run_jepa", "-", "-", "-", "-", "-", "4")
     assert done.returncode == 9, done.stderr
-    assert fresh.calls() == [["venv", ".venv"], fresh.CPU, fresh.PLAIN, ["finetune.py"]]
+    assert fresh.calls() == [["venv", ".venv"], fresh.CPU, fresh.PLAIN, ["evaluate.py"]]
     fresh.python.unlink()
     assert fresh.command("run.sh", "run_jepa").returncode == 9, "an environment in place needs no other Python"
-    assert fresh.calls() == [["finetune.py"]]
+    assert fresh.calls() == [["evaluate.py"]]
 
 
 @pytest.mark.parametrize("flag", [["--output_dir", "elsewhere"], ["--output_dir=elsewhere"], ["--dry_run", "2"]])
@@ -589,3 +594,88 @@ def test_a_seed_given_twice_is_run_and_counted_once(project):
     done = project.run("run_jepa", SEEDS="82 23 82")
     assert done.returncode == 0 and "n = 2" in done.stdout
     assert [run.rpartition("-s")[2] for run in project.trained()] == ["82", "23"]
+
+
+# ------------------------------------------------------------------------------------- scoring checked, pretraining
+
+
+def test_test_rows_that_cannot_be_scored_are_refused_before_training(project):
+    done = project.run("run_jepa", "-", "-", "-", "-", "-", "82,23", STUB="unscorable")
+    assert (done.returncode, project.calls()) == (2, [])
+    assert "datasets/synth_test.jsonl cannot be scored" in done.stderr
+    assert project.run("run_jepa", "-", "-", "-", "-", "-", "82,23", TASK="text").returncode == 0
+    project.calls()
+    assert project.checks == [
+        ["evaluate.py", "--score_gold", "--input_file", "datasets/synth_test.jsonl", "--task", "text"]
+    ]  # once, not for each seed
+    project.run("run_jepa", "-", "-", "-", "-", "-", "82,23", TASK="text")
+    assert (project.calls(), project.checks) == ([], [])  # nothing to train, nothing to check
+
+
+def test_fields_and_system_turn_reach_the_evaluation(project):
+    done = project.run("run_regular", "-", "-", "-", "-", "-", "82", "-", "-", "--", "--text_field", "--system",
+                       "--code_field=b", "--system", "Be brief.\nPlease.", "--weight_decay", "0.1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    _, evaluation = project.calls()
+    shared = ["--text_field", "--system", "--code_field=b", "--system", "Be brief.\nPlease."]
+    assert evaluation[evaluation.index("datasets/synth_test.jsonl") + 1 :] == shared
+    assert project.checks[0][-5:] == shared
+
+
+def test_several_datasets_are_run_one_after_the_other(project):
+    assert project.run("run_regular", "-", "-", "-", "-", "-", "82,23", "-", "synth,turk").returncode == 0
+    files = [pairs(argv).get("--train_file") for argv in project.calls()]
+    assert files == ["datasets/synth_train.jsonl", None, "datasets/turk_train.jsonl", None] * 2
+
+
+def test_pretraining_is_three_steps_a_seed(project):
+    done = project.run("run_pretrain", "shapes/big", "8e-5", "1", "-", "2", "82,23", "0.5", FINETUNE_LR="4e-5",
+                       FINETUNE_EPOCHS="3")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    calls = project.calls()
+    assert len(calls) == 2 * 5
+    pretrain, tomatoes, tomatoes_eval, yelp, yelp_eval = calls[:5]
+    flags = pairs(pretrain)
+    assert {"--pretrain", "--plain", "--train_all"} <= flags.keys() and "--regular" not in flags
+    assert (flags["--train_file"], flags["--model_name"]) == ("datasets/paraphrase_train.jsonl", "shapes/big")
+    assert (flags["--predictors"], flags["--lbd"]) == ("2", "0.5")
+    assert (flags["--learning_rate"], flags["--num_epochs"]) == ("8e-5", "1")
+    for train, evaluation, name in ((tomatoes, tomatoes_eval, "rotten_tomatoes"), (yelp, yelp_eval, "yelp")):
+        flags = pairs(train)
+        assert {"--regular", "--plain"} <= flags.keys()
+        assert not {"--pretrain", "--train_all", "--predictors", "--lbd"} & flags.keys()
+        assert flags["--model_name"] == pairs(pretrain)["--output_dir"]
+        assert (flags["--learning_rate"], flags["--num_epochs"]) == ("4e-5", "3")
+        assert flags["--train_file"] == f"datasets/{name}_train.jsonl"
+        assert pairs(evaluation)["--model_name"] == flags["--output_dir"]
+        assert pairs(evaluation)["--input_file"] == f"datasets/{name}_test.jsonl"
+        assert {"--plain", "--startswith"} <= pairs(evaluation).keys()
+    outs = [pairs(argv)["--output_dir"] for argv in calls if "--output_dir" in argv]
+    assert len(set(outs)) == 6
+    assert all(pairs(argv)["--finetune_seed"] == "23" for argv in calls[5:] if "finetune.py" in argv)
+    project.run("run_pretrain", "shapes/big", "8e-5", "1", "-", "2", "82,23", "0.5", FINETUNE_LR="4e-5",
+                FINETUNE_EPOCHS="3")  # fmt: skip
+    assert project.calls() == []  # all of it is done
+
+
+def test_pretraining_s_regular_arm_has_no_jepa_flags(project):
+    assert project.run("run_pretrain", "shapes/big", ARM="regular", SEEDS="82", DATASET="yelp").returncode == 0
+    pretrain, finetune, _ = project.calls()
+    assert {"--pretrain", "--plain", "--train_all", "--regular"} <= pairs(pretrain).keys()
+    assert not {"--predictors", "--lbd"} & pairs(pretrain).keys()
+    assert pairs(finetune)["--model_name"] == pairs(pretrain)["--output_dir"]
+
+
+def test_the_embedded_model_keeps_its_settings_in_both_steps_of_pretraining(project):
+    assert project.run("run_pretrain", SEEDS="82", DATASET="yelp").returncode == 0
+    pretrain, finetune, _ = project.calls()
+    assert "--pretrain" in pretrain and "--pretrain" not in finetune
+    for argv in (pretrain, finetune):
+        assert (pairs(argv)["--batch_size"], pairs(argv)["--learning_rate"]) == ("8", "1e-3")
+
+
+@pytest.mark.parametrize("variables", [{"ARM": "both"}, {"PRETRAIN_DATASET": "none"}, {"FINETUNE_LR": "x"}])
+def test_pretraining_names_what_is_wrong_before_anything_runs(project, variables):
+    done = project.run("run_pretrain", **variables)
+    assert (done.returncode, project.calls()) == (2, [])
+    assert next(iter(variables.values())) in done.stderr

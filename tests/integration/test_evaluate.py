@@ -16,8 +16,9 @@ from conftest import GOLDEN, MODELS, ROOT, call, message_row, weights, write_row
 
 import evaluate
 import finetune
+import generation
 from examples import Example, Problems, read_examples
-from scoring import TASKS
+from scoring import TASKS, Task, pure
 
 STEPS = 16
 USERS = [
@@ -83,13 +84,15 @@ def text_of(folder: Path, tokens: list[int]) -> str:
     return load(folder)[1].tokenizer.decode([t for t in tokens if t not in special_tokens(folder)])
 
 
-def slow_generation(folder: Path, example: Example, steps: int = STEPS) -> evaluate.Generation:
+def slow_generation(folder: Path, example: Example, steps: int = STEPS) -> generation.Generation:
     tokens, reason = slow_answer(folder, example, steps)
-    return evaluate.Generation(text_of(folder, tokens), reason)
+    return generation.Generation(text_of(folder, tokens), reason)
 
 
-def generated(folder: Path, examples: list[Example], batch_size: int, steps: int = STEPS) -> list[evaluate.Generation]:
-    answers = {e.id: g for batch in evaluate.generate(*load(folder), examples, batch_size, steps) for e, g in batch}
+def generated(
+    folder: Path, examples: list[Example], batch_size: int, steps: int = STEPS
+) -> list[generation.Generation]:
+    answers = {e.id: g for batch in generation.generate(*load(folder), examples, batch_size, steps) for e, g in batch}
     return [answers[e.id] for e in examples]
 
 
@@ -191,7 +194,7 @@ def test_neighbours_in_a_batch_do_not_change_an_answer(name, stopping):
     want = slow_generation(stopping[name], one)
     for batch in ([one, *other], [other[0], one], [one, one], [one]):
         prompts = [prompt_ids(stopping[name], e) for e in batch]
-        answers = evaluate.generate_batch(*load(stopping[name]), prompts, STEPS)
+        answers = generation.generate_batch(*load(stopping[name]), prompts, STEPS)
         assert answers[batch.index(one)] == want
 
 
@@ -223,15 +226,15 @@ def test_the_stop_token_counts_within_max_new_tokens(name, stopping):
     answers = {e: slow_answer(folder, e, STEPS) for e in EXAMPLES}
     example, tokens = next((e, tokens) for e, (tokens, reason) in answers.items() if reason == "stop" and tokens)
     text = slow_generation(folder, example).text
-    assert generated(folder, [example], 1, len(tokens) + 1) == [evaluate.Generation(text, "stop")]
-    assert generated(folder, [example], 1, len(tokens)) == [evaluate.Generation(text, "length")]
+    assert generated(folder, [example], 1, len(tokens) + 1) == [generation.Generation(text, "stop")]
+    assert generated(folder, [example], 1, len(tokens)) == [generation.Generation(text, "length")]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_max_new_tokens_is_the_longest_answer(name):
     golden = GOLDEN / "models" / name
     prompts = [prompt_ids(golden, e) for e in EXAMPLES[:4]]
-    rows = evaluate.next_tokens(*load(golden), prompts, 5)
+    rows = generation.next_tokens(*load(golden), prompts, 5)
     assert rows == [slow_answer(golden, e, 5)[0] for e in EXAMPLES[:4]]
     assert {len(r) for r in rows} == {5}
 
@@ -288,7 +291,9 @@ def test_generation_config_of_a_model_in_training_does_not_either(model):
     ours, renderer = evaluate.load(str(model), evaluate.Settings(dtype="float32"))
     ours.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=5.0, num_beams=3)
     prompts = [prompt_ids(model, e) for e in EXAMPLES[:4]]
-    assert evaluate.generate_batch(ours, renderer, prompts, STEPS) == [slow_generation(model, e) for e in EXAMPLES[:4]]
+    assert generation.generate_batch(ours, renderer, prompts, STEPS) == [
+        slow_generation(model, e) for e in EXAMPLES[:4]
+    ]
     assert ours.generation_config.repetition_penalty == 5.0
 
 
@@ -303,7 +308,7 @@ def test_generation_ends_as_soon_as_every_answer_has(tmp_path, model):
     longest = max(len(answers[e][0]) for e in stopping)
     steps, (ours, renderer) = [], load(folder)
     hook = ours.register_forward_pre_hook(lambda *_: steps.append(1))
-    evaluate.generate_batch(ours, renderer, [prompt_ids(folder, e) for e in stopping], 2 * STEPS)
+    generation.generate_batch(ours, renderer, [prompt_ids(folder, e) for e in stopping], 2 * STEPS)
     hook.remove()
     assert len(steps) == longest + 1
 
@@ -317,7 +322,7 @@ def test_a_stop_token_of_the_generation_config_stops_too(tmp_path):
         whole = slow_answer(golden, example, STEPS)[0]
         stops = stop_at in whole
         text = text_of(golden, whole[: whole.index(stop_at)] if stops else whole)
-        want.append(evaluate.Generation(text, "stop" if stops else "length"))
+        want.append(generation.Generation(text, "stop" if stops else "length"))
     assert generated(folder, EXAMPLES, 4) == want
     assert {g.stop_reason for g in want} == {"stop", "length"}
 
@@ -335,13 +340,13 @@ PROMPTS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_prompt_is_the_chat_up_to_the_answer_with_one_bos(name, tmp_path, monkeypatch):
-    seen, true = [], evaluate.generate_batch
+    seen, true = [], generation.generate_batch
 
     def watch(model, renderer, prompts, max_new_tokens):
         seen.extend(renderer.tokenizer.decode(p) for p in prompts)
         return true(model, renderer, prompts, max_new_tokens)
 
-    monkeypatch.setattr(evaluate, "generate_batch", watch)
+    monkeypatch.setattr(generation, "generate_batch", watch)
     data = write_rows(tmp_path / "synth_test.jsonl", [message_row("the question", "secret", "Be short.")])
     done = score(GOLDEN / "models" / name, data, tmp_path / "p.jsonl")
     assert done.code == 0, done.err
@@ -362,7 +367,7 @@ def test_a_tokenizer_that_adds_bos_itself_adds_no_second_one(plain, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     renderer = evaluate.load(str(folder), evaluate.Settings(plain=plain))[1]
     assert renderer.tokenizer("a").input_ids[0] == 0
-    ids = evaluate.tokenise(load(folder)[0], renderer, EXAMPLES)
+    ids = generation.tokenise(load(folder)[0], renderer, EXAMPLES)
     assert [(i[0], i.count(0)) for i in ids] == [(0, 1)] * len(EXAMPLES)
 
 
@@ -371,9 +376,9 @@ def test_plain_prompts_have_no_chat_format(tmp_path, monkeypatch):
 
     def watch(model, renderer, prompts, max_new_tokens):
         seen.extend(renderer.tokenizer.decode(p) for p in prompts)
-        return [evaluate.Generation("b", "stop")] * len(prompts)
+        return [generation.Generation("b", "stop")] * len(prompts)
 
-    monkeypatch.setattr(evaluate, "generate_batch", watch)
+    monkeypatch.setattr(generation, "generate_batch", watch)
     data = write_rows(tmp_path / "synth_test.jsonl", [message_row("the question", "secret", "Be short.")])
     assert score(GOLDEN / "models" / "llama3", data, tmp_path / "p.jsonl", "--plain").code == 0
     assert [s.removeprefix("<|begin_of_text|>") for s in seen] == ["the question<|perception|>"]
@@ -396,6 +401,8 @@ def test_predictions_and_metrics_say_the_same(model, data, tmp_path):
     for row, example in zip(rows, examples, strict=True):
         want = slow_generation(model, EXAMPLES[example.id - 1])
         said, answer = want.text.strip(), example.assistant.strip()
+        own = {k: row.pop(k) for k in ("dfa_equal", "failure") if k in row}
+        assert own["dfa_equal"] == (said == answer)  # the answers here are no regular expressions
         assert row == {"id": example.id, "prediction": want.text, "stop_reason": want.stop_reason,
                        "exact": said == answer, "startswith": said.startswith(answer)}  # fmt: skip
     metrics, n = metrics_of(tmp_path / "out"), len(rows)
@@ -405,15 +412,16 @@ def test_predictions_and_metrics_say_the_same(model, data, tmp_path):
     for name, count in hits.items():
         assert metrics[name] == count / n
         assert metrics["ci95"][name] == pytest.approx(wilson_by_hand(count, n))
-    assert (metrics["task"], metrics["n"], metrics["score"]) == ("synth", n, "exact")
+    assert (metrics["task"], metrics["n"], metrics["score"]) == ("synth", n, "dfa_equal")
+    assert metrics["dfa_equal"] == metrics["exact"]
     assert metrics["data_sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
     assert metrics["settings"]["max_new_tokens"] == STEPS and metrics["settings"]["model_name"] == str(model)
     assert metrics["versions"]["torch"] == torch.__version__
     # One table: a line for what it is, one of headings, one for each score with its interval.
     shown = [line.split() for line in done.out.splitlines()]
     assert shown[0] == ["synth,", "n", "=", str(n)]
-    assert [words[0] for words in shown[2:]] == ["exact", "startswith", "stop_rate"]
-    for words in shown[2:]:
+    assert [words[0] for words in shown[2:6]] == ["dfa_equal", "exact", "startswith", "stop_rate"]
+    for words in shown[3:6]:
         assert float(words[1]) == pytest.approx(100 * hits[words[0]] / n, abs=0.005)
         low, high = wilson_by_hand(hits[words[0]], n)
         assert words[2:] == [f"[{100 * low:.2f},", f"{100 * high:.2f}]"]
@@ -425,11 +433,12 @@ def test_startswith_becomes_the_headline_score(flag, data, tmp_path):
     done = score_file(predictions(tmp_path / "p.jsonl", data), data, flag)
     assert done.code == 0, done.err
     assert metrics_of(tmp_path)["score"] == "startswith"
-    assert [line.split()[0] for line in done.out.splitlines()[2:]] == ["startswith", "exact"]
+    assert [line.split()[0] for line in done.out.splitlines()[2:5]] == ["startswith", "dfa_equal", "exact"]
 
 
 def test_a_tasks_own_score_is_the_headline_and_stands_beside_the_others(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "lengths", lambda p, a: {"same_length": len(p) == len(a)})
+    score = pure(lambda p, example: {"same_length": len(p) == len(example.assistant)})
+    monkeypatch.setitem(TASKS, "lengths", Task(("same_length",), score))
     rows = [{"id": i, "prediction": "something elsf", "stop_reason": "stop"} for i in range(1, len(USERS) + 1)]
     done = score_file(write_rows(tmp_path / "p.jsonl", rows), data, "--task", "lengths")
     assert done.code == 0, done.err
@@ -582,7 +591,7 @@ def test_as_a_script_from_another_folder(data, tmp_path):
 
 
 def interrupt_after(monkeypatch, batches: int) -> None:
-    left, true = [batches], evaluate.generate_batch
+    left, true = [batches], generation.generate_batch
 
     def stop(*args):
         if not left[0]:
@@ -590,17 +599,17 @@ def interrupt_after(monkeypatch, batches: int) -> None:
         left[0] -= 1
         return true(*args)
 
-    monkeypatch.setattr(evaluate, "generate_batch", stop)
+    monkeypatch.setattr(generation, "generate_batch", stop)
 
 
 def count_prompts(monkeypatch) -> list[int]:
-    sizes, true = [], evaluate.generate_batch
+    sizes, true = [], generation.generate_batch
 
     def count(model, renderer, prompts, max_new_tokens):
         sizes.append(len(prompts))
         return true(model, renderer, prompts, max_new_tokens)
 
-    monkeypatch.setattr(evaluate, "generate_batch", count)
+    monkeypatch.setattr(generation, "generate_batch", count)
     return sizes
 
 
@@ -749,14 +758,14 @@ def test_two_output_files_in_one_folder_leave_each_others_metrics_alone(model, d
 
 
 def test_metrics_that_came_meanwhile_are_not_replaced(model, data, tmp_path, monkeypatch):
-    true = evaluate.generate_batch
+    true = generation.generate_batch
 
     def meanwhile(*args):
         (tmp_path / "metrics.json").write_text('{"settings": {"output_file": "other.jsonl"}}')
         return true(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "generate_batch", meanwhile)
+        patch.setattr(generation, "generate_batch", meanwhile)
         done = score(model, data, tmp_path / "p.jsonl")
     assert done.code == 2 and "written meanwhile" in done.err
     assert metrics_of(tmp_path) == {"settings": {"output_file": "other.jsonl"}}
@@ -835,14 +844,14 @@ def test_all_wrong_flags_are_named_at_once(data, tmp_path):
                 "--max_new_tokens", 0, "--max_examples", -1, "--nosplit_data", "--process_split", "test", "--test_size",
                 "1.5", "--task", "nothing", "--plain", "--split_tune_untune", "--dtype", "float32")  # fmt: skip
     assert done.code == 2
-    for name in ("--model_name and --score_only", "--batch_size 0", "--max_new_tokens 0", "--max_examples -1",
-                 "--nosplit_data", "--test_size 1.5", "--task nothing", "--plain: not with --score_only",
-                 "--dtype: not with --score_only", "--split_tune_untune: only with --original_model_name"):  # fmt: skip
+    for name in ("--model_name, --score_only and --score_gold", "--batch_size 0", "--max_new_tokens 0", "--dtype",
+                 "--max_examples -1", "--nosplit_data", "--test_size 1.5", "--task nothing", "--plain",
+                 "not with --score_only", "--split_tune_untune: only with --original_model_name"):  # fmt: skip
         assert name in done.err
     assert all(line.startswith("evaluate.py: error: ") for line in done.err.splitlines())
     done = call("evaluate", "--test_size", "0.5", "--split_seed", 3)
     assert done.code == 2
-    for name in ("--input_file", "--model_name and --score_only", "--test_size: only with", "--split_seed: only with"):
+    for name in ("--input_file", "--model_name, --score_only and", "--test_size, --split_seed: only with"):
         assert name in done.err
     done = call("evaluate", "--model_name", GOLDEN / "models" / "llama3", "--input_file", data)
     assert done.code == 2 and "--output_file is missing" in done.err
@@ -896,19 +905,18 @@ def test_a_name_that_is_not_a_tasks_needs_the_task(name, data, tmp_path, monkeyp
     assert metrics_of(tmp_path)["task"] == "text"
 
 
-def test_a_numbers_task_is_never_scored_as_plain_text(data, tmp_path, monkeypatch):
-    """`datasets/gsm8k_test.jsonl`: its own scores or a refusal, not the exact match of a path that begins otherwise."""
+def test_a_numbers_task_is_never_scored_as_plain_text(tmp_path, monkeypatch):
+    """`datasets/gsm8k_test.jsonl` has its own scores, not the exact match of a path that begins otherwise."""
     monkeypatch.chdir(tmp_path)
     Path("datasets").mkdir()
-    shutil.copy(data, "datasets/gsm8k_test.jsonl")
-    predictions(Path("p.jsonl"), data)
-    monkeypatch.delitem(TASKS, "gsm8k", raising=False)
-    done = score_file("p.jsonl", "datasets/gsm8k_test.jsonl")
-    assert done.code == 2 and "--task: datasets/gsm8k_test.jsonl does not name its task" in done.err
-    monkeypatch.setitem(TASKS, "gsm8k", lambda p, a: {"number": False})
+    write_rows(Path("datasets/gsm8k_test.jsonl"), [message_row("How many?", "2 × 500 = 1,000\n#### 1,000")])
+    write_rows(Path("p.jsonl"), [{"id": 1, "prediction": "#### 1000.0"}])
     assert score_file("p.jsonl", "datasets/gsm8k_test.jsonl").code == 0
     metrics = metrics_of(tmp_path)
-    assert (metrics["task"], metrics["score"], metrics["number"]) == ("gsm8k", "number", 0)
+    assert (metrics["task"], metrics["score"], metrics["number"], metrics["exact"]) == ("gsm8k", "number", 1, 0)
+    monkeypatch.delitem(TASKS, "gsm8k")
+    done = score_file("p.jsonl", "datasets/gsm8k_test.jsonl", "--overwrite")
+    assert done.code == 2 and "--task: datasets/gsm8k_test.jsonl does not name its task" in done.err
 
 
 def test_the_flag_wins_over_the_name(data, tmp_path):
@@ -979,7 +987,9 @@ def test_an_adapter_answers_as_the_model_it_is_merged_into(tmp_path):
 def test_process_split_is_the_split_of_finetune(share, seed, regex_rows):
     ours = {"input_file": str(regex_rows), "test_size": share, "split_seed": seed}
     theirs = finetune.Settings(data_file=str(regex_rows), eval_split=share, split_seed=seed)
-    parts = [evaluate.load_rows(evaluate.Settings(process_split=part, **ours)) for part in ("train", "test")]
+    parts = [
+        evaluate.load_rows(evaluate.Settings(process_split=part, **ours), Problems()) for part in ("train", "test")
+    ]
     assert tuple(parts) == finetune.load_examples(theirs, Problems())
     assert len(parts[1]) == 120 * share
 

@@ -468,7 +468,7 @@ def test_held_out_rows_keep_their_views_under_loss_dropout(data, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--lr_scheduler_type", "cosine_with_min_lr"), ("--optim", "adamw_bnb_8bit"), ("--adam_beta2", 2)],
+    [("--lr_scheduler_type", "cosine_with_min_lr"), ("--optim", "galore_adamw"), ("--adam_beta2", 2)],
     ids=["scheduler", "optimiser", "beta"],
 )
 def test_what_the_trainer_refuses_is_said_before_anything_is_written(data, tmp_path, flags):

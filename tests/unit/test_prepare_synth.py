@@ -1,7 +1,6 @@
 """The SYNTH generator: the committed files are its output, and each row is what datasets/README.md says."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -13,20 +12,15 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "datasets"))
+
+import prepare
+import synth_grammar
+
 ROOT = Path(__file__).resolve().parents[2]
 DATASETS = ROOT / "datasets"
 SCRIPT = DATASETS / "prepare.py"
 NAMES = ("synth_train.jsonl", "synth_test.jsonl")
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-prepare = load_script()
 
 
 def run(*arguments, **environment):
@@ -57,7 +51,7 @@ def test():
 def test_generator_reproduces_the_committed_files(tmp_path):
     done = run("synth", "--out_dir", tmp_path, PYTHONHASHSEED="7")
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["SHA256SUMS", *sorted(NAMES)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SHA256SUMS", "manifest.json", *sorted(NAMES)]
     committed = dict(
         reversed(line.split("  ", 1)) for line in (DATASETS / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     )
@@ -220,7 +214,7 @@ def test_each_description_reads_as_its_regex_and_each_rule_occurs(train, test):
 
 def test_every_wording_of_the_table_occurs_in_train(train):
     text = "\n".join(description for description, _ in train)
-    for rule in prepare.RULES:
+    for rule in synth_grammar.RULES:
         for wording in rule.wordings:
             pattern = re.sub(r"\b[xyz]\b", ".+", re.escape(wording).replace(r"\ ", " "))
             assert re.search(re.sub(r"\bN\b", r"\\d", pattern), text), wording
@@ -230,7 +224,7 @@ def test_a_description_has_one_regex():
     rng = random.Random(11)
     regexes = {}
     for _ in range(20_000):
-        phrase = prepare.draw_phrase(rng, "S", 3)
+        phrase = synth_grammar.draw_phrase(rng, "S", 3)
         assert regexes.setdefault(phrase.words, phrase.regex) == phrase.regex
     assert len(regexes) > 10_000
 
@@ -238,7 +232,7 @@ def test_a_description_has_one_regex():
 def test_strings_are_named_in_order_of_appearance(train):
     for description, regex in train:
         for text in (re.findall(r"'(\w+)'", description), re.findall("dog|truck|ring|lake", regex)):
-            assert list(dict.fromkeys(text)) == list(prepare.STRINGS)[: len(set(text))], (description, regex)
+            assert list(dict.fromkeys(text)) == list(synth_grammar.STRINGS)[: len(set(text))], (description, regex)
 
 
 def test_arguments_of_and_and_or_are_distinct(train):
@@ -251,7 +245,7 @@ def test_arguments_of_and_and_or_are_distinct(train):
 
 def test_choose_keeps_to_the_weights():
     rng = random.Random(3)
-    drawn = Counter(prepare.choose(rng, [("often", 3), ("never", 0), ("seldom", 1)]) for _ in range(4000))
+    drawn = Counter(synth_grammar.choose(rng, [("often", 3), ("never", 0), ("seldom", 1)]) for _ in range(4000))
     assert set(drawn) == {"often", "seldom"}
     assert 2850 < drawn["often"] < 3150  # five standard deviations are 137
 
@@ -296,7 +290,7 @@ def test_interruption_leaves_the_old_file_and_no_partial_one(tmp_path, monkeypat
     else:
         monkeypatch.setattr(prepare.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        prepare.main(["synth", "--out_dir", str(tmp_path)])
+        prepare.main(["synth", "--out_dir", str(tmp_path), "--overwrite"])
     monkeypatch.undo()
     assert [entry.name for entry in tmp_path.iterdir()] == ["synth_train.jsonl"]
     assert path.read_text(encoding="utf-8") == "old\n"

@@ -192,3 +192,27 @@ def test_line_is_one_line(tmp_path, capsys):
 def test_runs_on_other_data_or_evaluated_otherwise_are_never_averaged(tmp_path, capsys, changes):
     assert main([make_run(tmp_path / "a", 82, 0.2), make_run(tmp_path / "b", 23, 0.6, **changes)]) == 0
     assert capsys.readouterr().out.count("mean (n = 1)") == 2
+
+
+def test_runs_from_models_pretrained_by_their_own_seeds_are_one_arm(tmp_path, capsys):
+    def pretrained(seed: int, lbd: float) -> str:
+        folder = tmp_path / f"paraphrase-tiny-lbd{lbd}-s{seed}"
+        folder.mkdir()
+        (folder / "args.json").write_text(json.dumps(JEPA | {"lbd": lbd, "finetune_seed": seed}))
+        return str(folder)
+
+    runs = [
+        make_run(tmp_path / f"{seed}-{lbd}", seed, exact, REGULAR | {"model_name": pretrained(seed, lbd)})
+        for lbd, seed, exact in ((0.5, 82, 0.5), (0.5, 23, 0.6), (2.0, 82, 0.7), (2.0, 23, 0.8))
+    ]
+    assert main(runs) == 0
+    out = rows(capsys.readouterr().out)
+    assert [row[0] for row in out if len(row) == 1] == [
+        f"synth (200 examples), paraphrase-tiny-lbd{lbd}, regular" for lbd in ("0.5", "2.0")
+    ]
+    assert [row[1] for row in out if row[0].startswith("mean")] == ["55.00 ± 7.07", "75.00 ± 7.07"]
+
+
+def test_answers_that_were_chosen_have_no_stop_rate(tmp_path, capsys):
+    assert main([make_run(tmp_path / "a", 82, 0.5, stop_rate=None, scores=["choice"], choice=0.5)]) == 0
+    assert rows(capsys.readouterr().out)[1] == ["seed", "exact %", "startswith %", "choice %", "train s"]

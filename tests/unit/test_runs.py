@@ -52,8 +52,9 @@ def test_damaged_json_names_its_file(tmp_path):
 def test_provenance_tells_commit_versions_and_data(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text("abc")
-    facts = runs.provenance([str(data)])
-    assert facts["data_sha256"][str(data)] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert runs.sha256(data) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    facts = runs.provenance({str(data): runs.sha256(data)})
+    assert facts["data_sha256"] == {str(data): runs.sha256(data)}
     assert {"torch", "transformers", "python"} <= facts["versions"].keys()
     assert facts["git_commit"] is None or len(facts["git_commit"]) == 40
 

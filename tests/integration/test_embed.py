@@ -1,0 +1,244 @@
+"""Embeddings of views are what training reads, whatever the model, the template, the batch or the order."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, MODELS, ROOT
+from peft.tuners.lora import LoraLayer
+
+import embeddings
+import finetune
+from examples import Example, ExampleError, Problems, Renderer
+from runs import UsageError
+
+TINY = "tiny"
+WORDS = (
+    "a vowel",
+    "x",
+    "lines with the word dog 3 times or more, " * 5,
+    "naïve 你好 🙂",
+    "  spaces  ",
+    "two\nlines",
+    "a",
+)
+EXAMPLES = [
+    Example("Write it.", user, f"(.*{user[::-1]}.*)" * (1 + i % 3), f"rows:{i}", i)
+    for i, user in enumerate(WORDS, start=1)
+]
+PLACES = {
+    "k=0": {},
+    "k=3": {"predictors": 3},
+    "front_pred": {"predictors": 2, "front_pred": True},
+    "last_token": {"predictors": 1, "last_token": -1},
+    "plain": {"predictors": 2, "plain": True},
+}
+
+
+def settings(name: str, **flags: object) -> finetune.Settings:
+    folder = ROOT / "models" / "tiny" if name == TINY else GOLDEN / "models" / name
+    return finetune.Settings(model_name=str(folder), pretrain=name == TINY, lm_labels="answer", max_length=900, **flags)
+
+
+@cache
+def loaded(name: str):
+    """(model, HeadInput, tokenizer), tiny with random weights."""
+    s = settings(name, plain=True)
+    torch.manual_seed(0)
+    tokenizer = finetune.load_tokenizer(s)
+    model = finetune.load_model(s, tokenizer).eval()
+    return model, finetune.HeadInput(model), tokenizer
+
+
+def renderer(name: str, **flags: object) -> Renderer:
+    return Renderer(loaded(name)[2], settings(name, **flags))
+
+
+@torch.no_grad()
+def training_reads(name: str, layout: str = "separate", model=None, head=None, **flags: object) -> torch.Tensor:
+    """The views (2, P, D) that the JEPA loss gets."""
+    r = renderer(name, **flags)
+    items = finetune.SegmentDataset(EXAMPLES, r, Problems()).items
+    batch = finetune.Collator(layout, r.tokenizer.pad_token_id, 256)(items)
+    return (head or loaded(name)[1]).read(model or loaded(name)[0], batch)[1]
+
+
+@torch.no_grad()
+def one_at_a_time(name: str, layer: int, read, **flags: object) -> torch.Tensor:
+    """`read` of each view's own hidden states (T, D) and its view token, without a batch: (2, P, D)."""
+    model, _, tokenizer = loaded(name)
+    pairs = finetune.encode_views(renderer(name, **flags), EXAMPLES)
+    states = [
+        [
+            read(model(torch.tensor(v.ids)[None], output_hidden_states=True).hidden_states[layer][0], v.view)
+            for v in pair
+        ]
+        for pair in pairs
+    ]
+    return torch.stack([torch.stack(side) for side in zip(*states, strict=True)])
+
+
+def close(some: tuple[torch.Tensor, ...], others: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+    for a, b in zip(some, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", sorted(PLACES))
+@pytest.mark.parametrize("name", [*MODELS, TINY])
+def test_the_last_layer_at_the_view_token_is_what_training_reads(name, place):
+    views = embeddings.embed(loaded(name)[0], renderer(name, **PLACES[place]), EXAMPLES, batch_size=4)
+    close(views, training_reads(name, **PLACES[place]))
+    close(views, training_reads(name, "packed", **PLACES[place]))
+    assert not torch.allclose(views[0], views[1], atol=1e-2)
+
+
+def test_reverse_pred_keeps_text_and_code_apart():
+    flags = {"predictors": 2, "reverse_pred": True}
+    text, code = embeddings.embed(loaded(TINY)[0], renderer(TINY, **flags), EXAMPLES, batch_size=4)
+    close((code, text), training_reads(TINY, **flags))
+    plain = embeddings.embed(loaded(TINY)[0], renderer(TINY), EXAMPLES, batch_size=4)
+    torch.testing.assert_close(text, plain[0], rtol=1e-5, atol=1e-5)  # the user turn, which has no predictors here
+    assert not torch.allclose(code, plain[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3, 4, -1, -2, -5])
+def test_every_layer_and_pooling_is_that_of_a_view_alone(layer):
+    pools = {"last": lambda hidden, at: hidden[at], "mean": lambda h, at: h.mean(dim=0), "cls": lambda h, at: h[0]}
+    assert pools.keys() == embeddings.POOLINGS.keys()
+    for pooling, read in pools.items():
+        views = embeddings.embed(loaded(TINY)[0], renderer(TINY, predictors=1), EXAMPLES, 3, layer, pooling)
+        close(views, one_at_a_time(TINY, layer, read, predictors=1))
+
+
+def test_layer_zero_is_the_embedding_of_the_view_token_and_the_last_has_its_norm():
+    model, _, tokenizer = loaded(TINY)
+    text, _ = embeddings.embed(model, renderer(TINY, predictors=2), EXAMPLES, 4, layer=0)
+    predictor = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("<|predictor_1|>")]
+    close((text,), predictor.detach().expand(1, len(EXAMPLES), -1))
+    last, fourth = (embeddings.embed(model, renderer(TINY), EXAMPLES, 4, layer)[0] for layer in (-1, 4))
+    assert last.equal(fourth)  # four layers and the embedding layer
+    torch.testing.assert_close(last.square().mean(dim=1), torch.ones(len(EXAMPLES)), rtol=1e-3, atol=1e-3)
+
+
+def test_batches_and_order_do_not_matter():
+    model, r = loaded(TINY)[0], renderer(TINY, predictors=1)
+    for pooling in embeddings.POOLINGS:
+        views = embeddings.embed(model, r, EXAMPLES, 1, pooling=pooling)
+        for batch_size in (2, 5, 100):
+            close(views, embeddings.embed(model, r, EXAMPLES, batch_size, pooling=pooling))
+        turned = embeddings.embed(model, r, EXAMPLES[::-1], 3, pooling=pooling)
+        close(views, [side.flip(0) for side in turned])
+
+
+def test_batches_are_of_like_lengths_and_neither_logits_nor_other_layers_are_kept():
+    model = loaded(TINY)[0]
+    rows, heads = [], []
+    hooks = [
+        model.get_decoder().register_forward_pre_hook(lambda m, a, k: rows.append(k), with_kwargs=True),
+        model.get_output_embeddings().register_forward_pre_hook(lambda m, a: heads.append(a)),
+    ]
+    try:
+        embeddings.embed(model, renderer(TINY), EXAMPLES, 4)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert not heads and not any(k["output_hidden_states"] for k in rows)
+    rows = [k["attention_mask"] for k in rows]
+    lengths = [row.sum(dim=1).tolist() for row in rows]
+    assert [len(batch) for batch in lengths] == [4, 4, 4, 2]
+    assert sum(lengths, []) == sorted(sum(lengths, []), reverse=True)
+    assert [row.shape[1] for row in rows] == [batch[0] for batch in lengths]
+
+
+def test_embeddings_are_float32_without_gradients_and_without_dropout(capsys):
+    s = settings("llama3", lora=True)
+    tokenizer = finetune.load_tokenizer(s)
+    model = finetune.load_model(s, tokenizer).train()
+    shake(model)
+    r = Renderer(tokenizer, s)
+    first, second = (embeddings.embed(model.train(), r, EXAMPLES, 4) for _ in range(2))
+    assert first[0].equal(second[0]) and first[1].equal(second[1])
+    assert not first[0].requires_grad and not first[0].is_inference()
+    assert capsys.readouterr().err.count("14/14") == 2  # one bar each
+    half = embeddings.embed(model.to(torch.bfloat16), r, EXAMPLES, 4)
+    mean = embeddings.embed(model, r, EXAMPLES, 4, pooling="mean")
+    assert max((a - b).abs().mean() for a, b in zip(half, first, strict=True)) < 0.05
+    assert {x.dtype for x in (*first, *half, *mean)} == {torch.float32}
+    assert {x.device.type for x in first} == {"cpu"}
+
+
+def shake(model: torch.nn.Module) -> None:
+    """Gives an adapter, which starts as nothing, an effect."""
+    draw = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and "default" in module.lora_B:
+            weight = module.lora_B["default"].weight
+            weight.data = torch.randn(weight.shape, generator=draw) / 5
+
+
+def test_an_adapter_is_part_of_the_model():
+    flags = {"predictors": 2, "lora": True}
+    s = settings("llama3", **flags)
+    torch.manual_seed(0)
+    model = finetune.load_model(s, loaded("llama3")[2])
+    shake(model)
+    r = renderer("llama3", **flags)
+    views = embeddings.embed(model, r, EXAMPLES, 4)
+    close(views, training_reads("llama3", model=model.eval(), head=finetune.HeadInput(model), **flags))
+    with torch.no_grad(), model.disable_adapter():
+        bare = embeddings.embed(model, r, EXAMPLES, 4)
+    merged = embeddings.embed(model.merge_and_unload(), r, EXAMPLES, 4)
+    assert not torch.allclose(views[0], bare[0], atol=1e-2)
+    for a, b in zip(views, merged, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_views_of_their_own_are_embedded_instead_of_the_turns():
+    model, r = loaded(TINY)[0], renderer(TINY)
+    turns = [dataclasses.replace(e, user=f"Which? {e.user}", assistant="B") for e in EXAMPLES]
+    own = [dataclasses.replace(t, text=e.user, code=e.assistant) for t, e in zip(turns, EXAMPLES, strict=True)]
+    close(embeddings.embed(model, r, own, 4), embeddings.embed(model, r, EXAMPLES, 4))
+
+
+@pytest.mark.parametrize("layer", [5, -6, 100])
+def test_a_layer_that_is_not_there_is_refused(layer):
+    with pytest.raises(UsageError, match=f"--embedding_layer {layer} is not in -5 to 4"):
+        embeddings.embed(loaded(TINY)[0], renderer(TINY), EXAMPLES, 4, layer)
+
+
+def test_a_view_that_cannot_be_encoded_is_named():
+    model = loaded(TINY)[0]
+    with pytest.raises(ExampleError, match=r"rows:\d: the text view has \d+ tokens, no --last_token -40"):
+        embeddings.embed(model, renderer(TINY, last_token=-40), EXAMPLES, 4)
+    long = dataclasses.replace(EXAMPLES[2], assistant="[0-9] " * 1000)
+    r = renderer(TINY)
+    r = Renderer(r.tokenizer, dataclasses.replace(r.s, max_length=sys.maxsize))
+    with pytest.raises(ExampleError, match=r"rows:3: a view has \d+ tokens, the model's context 1024"):
+        embeddings.embed(model, r, [EXAMPLES[0], long], 4)
+
+
+def test_embeddings_that_overflow_are_refused():
+    model = copy.deepcopy(loaded("chatml")[0])
+    model.get_decoder().norm.weight.data.fill_(torch.inf)
+    with pytest.raises(UsageError, match="not finite.*--dtype float32"):
+        embeddings.embed(model, renderer("chatml"), EXAMPLES, 4)
+
+
+def test_embed_measure_export_and_draw_together(tmp_path: Path):
+    text, code = embeddings.embed(loaded(TINY)[0], renderer(TINY, predictors=1), EXAMPLES, 4)
+    said = embeddings.similarity(text, code, seed=1)
+    loss, pairs = finetune.jepa_loss(*training_reads(TINY, predictors=1))
+    assert said["cosine"] == pytest.approx(1 - loss.item() / pairs, abs=1e-5)
+    embeddings.export(tmp_path / "v.safetensors", text, code, [e.id for e in EXAMPLES], {"layer": -1})
+    from safetensors.torch import load_file
+
+    assert load_file(tmp_path / "v.safetensors")["code"].equal(code)
+    groups = embeddings.t_sne_groups("in_n_out", text, code, EXAMPLES)
+    drawn = embeddings.t_sne(tmp_path / "v.png", groups, seed=1, title="tiny")
+    assert [len(xy) for xy in drawn.values()] == [7, 7]
