@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jinja2 import TemplateError
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import finetune
 from examples import Example, ExampleError, Renderer
@@ -41,40 +45,135 @@ def context(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that all prompts begin with (the system turn, mostly), and the cache that a model has behind them."""
+
+    ids: list[int]
+    cache: DynamicCache  # of one row
+
+    def repeated(self, rows: int) -> DynamicCache:
+        """A cache of so many rows, to go on from."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+WORTHWHILE = 4  # tokens; a shorter prefix costs as much to copy as to compute
+ROUND = 8  # tokens of the first round of generation
+
+
 @torch.no_grad()
-def next_tokens(model: Any, renderer: Renderer, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Greedy tokens behind each prompt, up to and with the first stop token; arguments as in generate_batch."""
-    pad, stops, width = renderer.tokenizer.pad_token_id, stop_ids(model, renderer), max(map(len, prompts))
-    limit, most = context(model), sys.maxsize if max_new_tokens == -1 else max_new_tokens
-    room = [min(most, limit - len(p)) if limit else min(most, 8192) for p in prompts]
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)  # (B, T)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # (B, T)
-    greedy = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=min(room),
-                              eos_token_id=stops, pad_token_id=pad, use_cache=True)  # fmt: skip
-    # Whatever `generate` is not told it would take from the model's own settings (suppressed tokens, a least length …).
+def shared_prefix(model: Any, prompts: list[list[int]], pad: int) -> Prefix | None:
+    """What all prompts begin with, encoded once, where that is worth it and the model can go on from there.
+
+    Shorter prompts are then padded behind the prefix. That is no matter where attention looks at the mask and the
+    positions alone, and changes the outputs where it counts cache entries (sliding windows, some ALiBi) or where layers
+    carry a state along the row: the model is asked, with the longest and the shortest prompt.
+    """
+    ids = os.path.commonprefix([prompt[:-1] for prompt in prompts])  # at least one token is left to encode
+    if len(ids) < WORTHWHILE or len(prompts) < 2:
+        return None
+    cache = DynamicCache(config=model.config)
+    cache = model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+    cache = getattr(cache, "past_key_values", None)
+    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    prefix = Prefix(ids, cache)
+    probe = [max(prompts, key=len), min(prompts, key=len)]
+    plain, reused = (last_logits(model, probe, pad, p) for p in (None, prefix))  # (2, V)
+    differ = ((reused - plain).norm(dim=-1) / plain.norm(dim=-1)).max().item()
+    return prefix if differ < (1e-4 if model.dtype == torch.float32 else 5e-2) else None
+
+
+def padded(prompts: list[list[int]], pad: int, prefix: Prefix | None, device: Any) -> dict[str, Any]:
+    """Prompts as input_ids and attention_mask (B, T), padded on the left, or between the prefix and what follows."""
+    width, shared = max(map(len, prompts)), len(prefix.ids) if prefix else 0
+    gaps = [width - len(p) for p in prompts]
+    ids = [p[:shared] + [pad] * gap + p[shared:] for p, gap in zip(prompts, gaps, strict=True)]
+    mask = [[1] * shared + [0] * gap + [1] * (width - gap - shared) for gap in gaps]
+    inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+    return inputs | ({"past_key_values": prefix.repeated(len(prompts))} if prefix else {})
+
+
+def last_logits(model: Any, prompts: list[list[int]], pad: int, prefix: Prefix | None) -> torch.Tensor:
+    """Logits (B, V) of the first token behind each prompt."""
+    # The tokens are asked of `generate`, so that positions and masks are those of every later step.
+    one = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=pad, use_cache=True,
+                           output_logits=True, return_dict_in_generate=True)  # fmt: skip
+    with own_settings_aside(model):
+        return model.generate(**padded(prompts, pad, prefix, model.device), generation_config=one).logits[0].float()
+
+
+@contextlib.contextmanager
+def own_settings_aside(model: Any) -> Iterator[None]:
+    """Whatever `generate` is not told it would take from the model's own settings (suppressed tokens, …)."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)[:, width:].tolist()
+        yield
     finally:
         model.generation_config = own
-    ends = [next((t + 1 for t, token in enumerate(row) if token in stops), None) for row in rows]
-    rows = [row[:end] for row, end in zip(rows, ends, strict=True)]
-    # At the end of the context the longest prompt has the least room; the others go on without it.
-    more = [i for i, end in enumerate(ends) if end is None and room[i] > min(room)]
-    if more:
-        left = -1 if max_new_tokens == -1 else max_new_tokens - min(room)
-        for i, rest in zip(more, next_tokens(model, renderer, [prompts[i] + rows[i] for i in more], left), strict=True):
-            rows[i] += rest
+
+
+@torch.no_grad()
+def next_tokens(
+    model: Any, renderer: Renderer, prompts: list[list[int]], max_new_tokens: int, prefix: Prefix | None = None
+) -> list[list[int]]:
+    """Greedy tokens behind each prompt, up to and with the first stop token; arguments as in generate_batch.
+
+    Generation goes in rounds, each twice as long as the one before. Between them the rows that are done leave the
+    batch, so that a long answer does not keep the short ones in it.
+    """
+    pad, stops, limit = renderer.tokenizer.pad_token_id, stop_ids(model, renderer), context(model)
+    most = sys.maxsize if max_new_tokens == -1 else max_new_tokens
+    room = [min(most, limit - len(p)) if limit else min(most, 8192) for p in prompts]
+    rows: list[list[int]] = [[] for _ in prompts]
+    live, inputs, length = list(range(len(prompts))), padded(prompts, pad, prefix, model.device), ROUND
+    while live:
+        width, least = inputs["input_ids"].shape[1], min(room[i] - len(rows[i]) for i in live)
+        # A model whose cache cannot be thinned out goes on as far as it can: it would encode all anew.
+        steps = min(length, least) if can_select(inputs.get("past_key_values")) or not rows[live[0]] else least
+        greedy = GenerationConfig(
+            do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=steps, eos_token_id=stops,
+            pad_token_id=pad, use_cache=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        with own_settings_aside(model):
+            out = model.generate(**inputs, generation_config=greedy)
+        for i, tokens in zip(live, out.sequences[:, width:].tolist(), strict=True):
+            end = next((t + 1 for t, token in enumerate(tokens) if token in stops), None)
+            rows[i] += tokens[:end]
+        going = [k for k, i in enumerate(live) if rows[i][-1] not in stops and len(rows[i]) < room[i]]
+        live, length = [live[k] for k in going], 2 * length
+        if live and can_select(out.past_key_values):
+            inputs = thinned(inputs["attention_mask"], out, torch.tensor(going, device=model.device))
+        elif live:
+            inputs = padded([prompts[i] + rows[i] for i in live], pad, prefix, model.device)
     return rows
 
 
-def generate_batch(model: Any, renderer: Renderer, prompts: list[list[int]], max_new_tokens: int) -> list[Generation]:
-    """Greedy answers to a batch of tokenised prompts, padded on the left.
+def can_select(cache: Any) -> bool:
+    """Whether rows of a cache can be left out, so that generation goes on with the others."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return isinstance(cache, DynamicCache) and all(type(layer) in kinds for layer in cache.layers)
+
+
+def thinned(mask: torch.Tensor, out: Any, rows: torch.Tensor) -> dict[str, Any]:
+    """What `generate` takes to go on with some `rows` of a batch: mask (B, T), `out` what it gave for that batch."""
+    out.past_key_values.batch_select_indices(rows)
+    ids = out.sequences[rows]  # (B', T')
+    mask = F.pad(mask[rows], (0, ids.shape[1] - mask.shape[1]), value=1)  # (B', T')
+    return {"input_ids": ids, "attention_mask": mask, "past_key_values": out.past_key_values}
+
+
+def generate_batch(
+    model: Any, renderer: Renderer, prompts: list[list[int]], max_new_tokens: int, prefix: Prefix | None = None
+) -> list[Generation]:
+    """Greedy answers to a batch of tokenised prompts, which begin with the prefix where there is one.
 
     Each is at most max_new_tokens long (−1: any length) and ends with the model's context.
     """
     stops, answers = stop_ids(model, renderer), []
-    for row in next_tokens(model, renderer, prompts, max_new_tokens):
+    for row in next_tokens(model, renderer, prompts, max_new_tokens, prefix):
         stopped = row[-1] in stops
         text = row[:-1] if stopped else row
         text = renderer.tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -119,8 +218,9 @@ def generate(
     Raises ExampleError for a prompt that fills the model's context, unless `prompts` are given.
     """
     prompts = prompts or tokenise(model, renderer, examples)
+    prefix = shared_prefix(model, prompts, renderer.tokenizer.pad_token_id)
     for batch in batches(examples, [len(p) for p in prompts], batch_size, done):
-        answers = generate_batch(model, renderer, [prompts[i] for i in batch], max_new_tokens)
+        answers = generate_batch(model, renderer, [prompts[i] for i in batch], max_new_tokens, prefix)
         yield [(examples[i], a) for i, a in zip(batch, answers, strict=True) if examples[i].id not in done]
 
 

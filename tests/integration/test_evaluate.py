@@ -342,9 +342,9 @@ PROMPTS = {
 def test_the_prompt_is_the_chat_up_to_the_answer_with_one_bos(name, tmp_path, monkeypatch):
     seen, true = [], generation.generate_batch
 
-    def watch(model, renderer, prompts, max_new_tokens):
+    def watch(model, renderer, prompts, *rest):
         seen.extend(renderer.tokenizer.decode(p) for p in prompts)
-        return true(model, renderer, prompts, max_new_tokens)
+        return true(model, renderer, prompts, *rest)
 
     monkeypatch.setattr(generation, "generate_batch", watch)
     data = write_rows(tmp_path / "synth_test.jsonl", [message_row("the question", "secret", "Be short.")])
@@ -374,7 +374,7 @@ def test_a_tokenizer_that_adds_bos_itself_adds_no_second_one(plain, tmp_path):
 def test_plain_prompts_have_no_chat_format(tmp_path, monkeypatch):
     seen = []
 
-    def watch(model, renderer, prompts, max_new_tokens):
+    def watch(model, renderer, prompts, *rest):
         seen.extend(renderer.tokenizer.decode(p) for p in prompts)
         return [generation.Generation("b", "stop")] * len(prompts)
 
@@ -605,9 +605,9 @@ def interrupt_after(monkeypatch, batches: int) -> None:
 def count_prompts(monkeypatch) -> list[int]:
     sizes, true = [], generation.generate_batch
 
-    def count(model, renderer, prompts, max_new_tokens):
+    def count(model, renderer, prompts, *rest):
         sizes.append(len(prompts))
-        return true(model, renderer, prompts, max_new_tokens)
+        return true(model, renderer, prompts, *rest)
 
     monkeypatch.setattr(generation, "generate_batch", count)
     return sizes
