@@ -1,0 +1,94 @@
+"""Answers to the same prompts: one at a time, in padded batches, and as evaluate.py gives them. One table, one JSON.
+
+    python benchmarks/bench_eval.py --model_name runs/RUN --input_file datasets/synth_test.jsonl --json eval.json
+
+The model should be a trained one: one that never stops measures nothing but --max_new_tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import interleave, percentiles, table, write
+from transformers.utils import logging as transformers_logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import evaluate  # noqa: E402
+import generation  # noqa: E402
+from examples import Example, Problems, read_examples  # noqa: E402
+from runs import sha256  # noqa: E402
+
+
+def padded_batches(
+    model: Any, renderer: Any, examples: list[Example], prompts: list[list[int]], batch_size: int, max_new_tokens: int
+) -> dict[int, str]:
+    """Plain `generate` on batches padded on the left, in the order of the file: the usual way. Answers by id."""
+    tokenizer, stops, answers = renderer.tokenizer, generation.stop_ids(model, renderer), {}
+    for begin in range(0, len(examples), batch_size):
+        inputs = generation.padded(prompts[begin : begin + batch_size], tokenizer.pad_token_id, None, model.device)
+        rows = model.generate(
+            **inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        for example, row in zip(examples[begin:], rows[:, inputs["input_ids"].shape[1] :].tolist(), strict=False):
+            end = next((t for t, token in enumerate(row) if token in stops), len(row))
+            answers[example.id] = tokenizer.decode(row[:end], skip_special_tokens=True)
+    return answers
+
+
+def ours(model: Any, renderer: Any, examples: list[Example], prompts: list[list[int]], **sizes: int) -> dict[int, str]:
+    """evaluate.py's way. Answers by id."""
+    batches = generation.generate(model, renderer, examples, prompts=prompts, **sizes)
+    return {example.id: answer.text for batch in batches for example, answer in batch}
+
+
+def main() -> int:
+    """Exit code 1 where the arms do not answer alike."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name", required=True, help="trained model or run folder")
+    parser.add_argument("--input_file", required=True, help="rows to answer")
+    parser.add_argument("--rows", type=int, default=256, help="how many of them (default 256)")
+    parser.add_argument("--batch_size", type=int, default=64, help="prompts at a time (default 64)")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens (default 128)")
+    parser.add_argument("--repeats", type=int, default=5, help="times each arm is timed (default 5)")
+    parser.add_argument("--json", help="file for the figures and where they come from")
+    args = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+    settings = evaluate.Settings(model_name=args.model_name, input_file=args.input_file, task="text")
+    model, renderer = evaluate.load(args.model_name, settings)
+    examples = read_examples(args.input_file, Problems())[: args.rows]
+    prompts = generation.tokenise(model, renderer, examples)
+    usual = partial(padded_batches, model, renderer, examples, prompts, max_new_tokens=args.max_new_tokens)
+    with torch.inference_mode():
+        arms = {
+            "one at a time": partial(usual, batch_size=1),
+            "padded batches": partial(usual, batch_size=args.batch_size),
+            "evaluate.py": partial(
+                ours, model, renderer, examples, prompts, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
+            ),
+        }
+        answers = {name: arm() for name, arm in arms.items()}
+        seconds = {name: percentiles(times) for name, times in interleave(arms, args.repeats).items()}
+    one, results = seconds["one at a time"]["p50"], []
+    for name, times in seconds.items():
+        tokens = len("".join(answers[name].values()))
+        results.append(
+            {"arm": name, "examples/s": len(examples) / times["p50"], "× one at a time": one / times["p50"], **times,
+             "characters": tokens, "differ": sum(answers[name][i] != t for i, t in answers["one at a time"].items())}
+        )  # fmt: skip
+    print(table(results))
+    shape = {"weights": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype), **vars(args)}
+    write(args.json, {args.input_file: sha256(args.input_file)}, shape=shape, results=results)
+    return int(any(row["differ"] for row in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Seconds that execution match takes for a file of gold queries, each a query, a tab and a db_id, against themselves.
+
+    python benchmarks/bench_scoring.py --spider_path spider_data --gold spider_data/dev_gold.sql --json scoring.json
+
+Nothing is remembered between queries: each runs twice, as a prediction that differs from its gold would make it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from timing import interleave, percentiles, table, write
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from examples import Example, ExampleError  # noqa: E402
+from runs import sha256  # noqa: E402
+from sql import ExecutionMatch, spider_databases  # noqa: E402
+
+
+def score_all(databases: Path, lines: list[str]) -> int:
+    """How many of the queries equal themselves; a comment behind the prediction makes it another text."""
+    equal = 0
+    with ExecutionMatch(databases) as match:
+        for number, line in enumerate(lines, start=1):
+            query, db_id = line.split("\t")
+            example = Example(None, f"For db_id:[{db_id}]\n\nWhich?", query, f"line {number}", number)
+            try:
+                equal += bool(match(query + " --", example)["execution"])
+            except ExampleError:  # a database that is not here
+                continue
+    return equal
+
+
+def main() -> None:
+    """Prints the table, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--spider_path", type=Path, default=ROOT / "spider_data.zip", help="folder or zip of Spider")
+    parser.add_argument("--gold", type=Path, required=True, help="file of gold queries")
+    parser.add_argument("--repeats", type=int, default=5, help="times that all are scored (default 5)")
+    parser.add_argument("--json", help="file for the figures and where they come from")
+    args = parser.parse_args()
+    databases = spider_databases(args.spider_path, ROOT / "datasets" / "spider_databases")
+    lines = args.gold.read_text(encoding="utf-8").splitlines()
+    score = partial(score_all, databases, lines)
+    seconds = interleave({"execution match": score}, args.repeats)
+    results = [{"arm": name, "queries": len(lines), "equal": score(), **percentiles(s)} for name, s in seconds.items()]
+    print(table(results))
+    write(args.json, {str(args.gold): sha256(args.gold)}, results=results)
+
+
+if __name__ == "__main__":
+    main()
