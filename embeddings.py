@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from examples import Example, ExampleError, Renderer
-from finetune import Segment, encode_views
+from finetune import Segment, encode_chats, encode_views
 from generation import context
 from runs import UsageError, write_json
 
@@ -47,6 +47,10 @@ def view_segments(model: Any, renderer: Renderer, examples: list[Example]) -> tu
     Raises ExampleError for a view that cannot be rendered or is longer than the model's context.
     """
     limit, views = context(model), encode_views(renderer, examples)
+    if renderer.s.text_view == "in_chat":
+        chats = encode_chats(renderer, examples)
+        texts = [chat if isinstance(chat, ValueError) else chat.text_view for chat in chats]
+        views = [(text, code) for text, (_, code) in zip(texts, views, strict=True)]
     for example, view in ((e, v) for e, pair in zip(examples, views, strict=True) for v in pair):
         if isinstance(view, ValueError):
             raise ExampleError(f"{example.source}: {view}")

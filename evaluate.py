@@ -228,7 +228,8 @@ def load(name: str, s: Settings) -> tuple[Any, Renderer]:
     if adapter:
         base = s.original_model_name or read_json(folder / "adapter_config.json")["base_model_name_or_path"]
     has_tokenizer = (folder / "tokenizer_config.json").is_file() or not folder.is_dir()
-    views = {k: trained[k] for k in ("predictors", "front_pred", "reverse_pred", "last_token") if k in trained}
+    flags = ("predictors", "front_pred", "reverse_pred", "last_token", "text_view") if s.embeds else ()
+    views = {k: trained[k] for k in flags if k in trained}
     render_as = finetune.Settings(
         model_name=name if has_tokenizer else s.original_model_name or base, revision=s.revision, plain=s.plain,
         max_length=sys.maxsize, lm_labels="answer_text" if s.task and TASKS[s.task].choices else "answer", **views,

@@ -295,11 +295,15 @@ def predictor_token(i: int) -> str:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text as the model sees it; `start` and `end` are the character offsets of its content."""
+    """A text as the model sees it; `start` and `end` are the character offsets of its content.
+
+    `user` are the offsets of a chat's user turn, where the Text view is read there.
+    """
 
     text: str
     start: int
     end: int
+    user: tuple[int, int] | None = None
 
 
 class Renderer:
@@ -311,7 +315,7 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: Any, s: Any):
-        """`s`: settings with model_name, plain, train_all, predictors, front_pred and reverse_pred.
+        """`s`: settings with model_name, plain, train_all, predictors, front_pred, reverse_pred and text_view.
 
         Raises UsageError where there is no chat template or it does not show a turn's content.
         """
@@ -346,11 +350,12 @@ class Renderer:
         except TemplateError:
             return False
 
-    def _place(self, messages: list[dict]) -> Rendered:
-        """Renders messages and finds the last one's content. Raises ValueError where it cannot be located."""
-        content = messages[-1]["content"]
-        text = self._render(messages)
-        before, _, after = self._render([*messages[:-1], messages[-1] | {"content": CONTENT}]).partition(CONTENT)
+    def _place(self, messages: list[dict], turn: int = -1) -> Rendered:
+        """Renders messages and finds the content of a turn. Raises ValueError where it cannot be located."""
+        content = messages[turn]["content"]
+        text, other = self._render(messages), list(messages)
+        other[turn] = messages[turn] | {"content": CONTENT}
+        before, _, after = self._render(other).partition(CONTENT)
         start, end = len(before), len(text) - len(after)
         if not (text.startswith(before) and text.endswith(after) and text[start:end].strip() == content.strip()):
             raise ValueError("the content cannot be located in the rendered chat template")
@@ -362,10 +367,13 @@ class Renderer:
 
     def chat(self, example: Example) -> Rendered:
         """The whole chat; its content is the answer (with --plain --train_all the user text)."""
+        in_chat = self.s.text_view == "in_chat"
         if self.s.plain and self.s.train_all:
             return self._plain("", example.user, END_OF_TURN)
         if self.s.plain:
-            return self._plain(example.user + PERCEPTION, example.assistant, END_OF_TURN)
+            chat = self._plain(example.user + PERCEPTION, example.assistant, END_OF_TURN)
+            user = (len(self.prefix), len(self.prefix) + len(example.user))
+            return dataclasses.replace(chat, user=user) if in_chat else chat
         system, user = [], example.user
         if example.system is not None and self.system_turn:
             system = [{"role": "system", "content": example.system}]
@@ -373,6 +381,9 @@ class Renderer:
             user = f"{example.system}\n\n{user}"
         turns = [{"role": "user", "content": user}, {"role": "assistant", "content": example.assistant}]
         chat = self._place([*system, *turns])
+        if in_chat:
+            asked = self._place([*system, *turns], turn=-2)
+            chat = dataclasses.replace(chat, user=(asked.start, asked.end))
         # A template's space in front of the answer belongs to the answer: tokenizers join the two, and a prompt that
         # ended with it would be a context no training example has.
         return dataclasses.replace(chat, start=len(chat.text[: chat.start].rstrip(" ")))

@@ -126,6 +126,12 @@ class Settings:
     infonce: bool = flag(False, "contrast a text with the micro-batch's codes, temperature 0.07", METHOD)
     front_pred: bool = flag(False, "predictor tokens in front of the view's content", METHOD)
     reverse_pred: bool = flag(False, "the assistant turn is the first view and takes the predictors", METHOD)
+    text_view: Literal["alone", "in_chat"] = flag(
+        "alone",
+        "where the Text view is read: alone, or behind the user turn of the chat itself, which saves its tokens: "
+        "a variant of the method, whose Text view also sees the system turn",
+        METHOD,
+    )
     jepa_ratio: float = flag(1.0, "share of examples that get the JEPA term (1 − the paper's LD rate)", METHOD)
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "tokens under the language-model loss; default answer: the answer and its end-of-turn token", METHOD
@@ -228,7 +234,8 @@ def check_data(s: Settings, r: Refusals) -> None:
 def check_method(s: Settings, r: Refusals) -> None:
     """The loss, the views and their layout."""
     views = (
-        "lbd predictors last_token jepa_l2 jepa_mse infonce front_pred reverse_pred jepa_ratio additive_mask same_flop"
+        "lbd predictors last_token jepa_l2 jepa_mse infonce front_pred reverse_pred text_view jepa_ratio additive_mask "
+        "same_flop"
     )
     r.only_if(not s.regular, views, "not with --regular, which has no views")
     r.refuse(s.regular and s.layout == "additive", "--layout additive: not with --regular, which has no views")
@@ -247,6 +254,11 @@ def check_method(s: Settings, r: Refusals) -> None:
     dense = s.attn_implementation in (None, "sdpa", "eager")
     additive = layout_of(s) == "additive"
     r.refuse(additive and not dense, f"--attn_implementation {s.attn_implementation}: not with --layout additive")
+    if s.text_view == "in_chat":
+        r.only_if(False, "front_pred reverse_pred last_token", "not with --text_view in_chat")
+        r.refuse(s.plain and s.train_all, "--text_view in_chat: not with --plain --train_all, whose chat has no answer")
+        kernel = f"--attn_implementation {s.attn_implementation}: not with --predictors and --text_view in_chat"
+        r.refuse(s.predictors > 0 and not dense, f"{kernel}, whose predictor tokens need a mask of their own")
 
 
 def check_training(s: Settings, r: Refusals) -> None:
@@ -332,12 +344,38 @@ def default_output_dir(s: Settings) -> str:
 
 @dataclass(frozen=True)
 class Segment:
-    """A chat or a view as tokens. `ids` and `labels` are (T,); `view` is where the view is read, None for a chat."""
+    """A chat or a view as tokens. `ids` and `labels` are (T,); `view` is where the view is read.
+
+    A chat has no view, or with --text_view in_chat the Text view. Its predictor tokens then stand at the chat's end
+    (the last `branch` tokens) but branch off behind its first `stem` tokens: they have the positions that follow those,
+    see nothing else of the chat, and nothing else sees them.
+    """
 
     kind: Literal["chat", "text_view", "code_view"]
     ids: np.ndarray
     labels: np.ndarray
     view: int | None = None
+    stem: int = 0
+    branch: int = 0
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Position ids (T,)."""
+        trunk = np.arange(len(self.ids) - self.branch)
+        return np.concatenate([trunk, self.stem + np.arange(self.branch)])
+
+    @property
+    def without_view(self) -> Segment:
+        """The chat as regular fine-tuning has it."""
+        end = len(self.ids) - self.branch
+        return Segment(self.kind, self.ids[:end], self.labels[:end])
+
+    @property
+    def text_view(self) -> Segment:
+        """The Text view of a chat with one, as a segment of its own: what the view sees and no more."""
+        end = len(self.ids) - self.branch
+        ids = np.concatenate([self.ids[: self.stem], self.ids[end:]])
+        return Segment("text_view", ids, np.zeros(len(ids), dtype=bool), len(ids) - 1)
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -422,7 +460,14 @@ def _encode(renderer: Renderer, kind: str, texts: list[Rendered | ValueError]) -
             raise ValueError(f"the {kind.replace('_', ' ')} has {len(ids)} tokens, over --max_length {s.max_length}")
         first, stop = content_tokens(offsets, rendered)
         if kind == "chat":
-            return Segment("chat", ids, label_tokens(tokenizer, s.lm_labels, ids, first, stop))
+            labels = label_tokens(tokenizer, s.lm_labels, ids, first, stop)
+            if rendered.user is None:
+                return Segment("chat", ids, labels)
+            _, stem = content_tokens(offsets, Rendered(rendered.text, *rendered.user))
+            branch = tokenizer.convert_tokens_to_ids([predictor_token(i) for i in range(s.predictors, 0, -1)])
+            ids = np.concatenate([ids, np.asarray(branch, dtype=np.int64)])
+            labels = np.concatenate([labels, np.zeros(len(branch), dtype=bool)])
+            return Segment("chat", ids, labels, len(ids) - 1 if branch else stem - 1, stem, len(branch))
         view = stop - 1 if s.last_token is None else len(ids) + s.last_token
         if view < 0:
             raise ValueError(f"the {kind.replace('_', ' ')} has {len(ids)} tokens, no --last_token {s.last_token}")
@@ -433,13 +478,18 @@ def _encode(renderer: Renderer, kind: str, texts: list[Rendered | ValueError]) -
 
 def end_of_turn(renderer: Renderer) -> int | None:
     """Id of the special token that ends the assistant turn, None where the template has none."""
-    s = dataclasses.replace(renderer.s, train_all=False, lm_labels="answer")
+    s = dataclasses.replace(renderer.s, train_all=False, lm_labels="answer", text_view="alone")
     segment = encode_chats(Renderer(renderer.tokenizer, s), [Example(None, "a", "b", "the chat template", 0)])[0]
     return None if isinstance(segment, ValueError) else int(segment.ids[segment.labels][-1])
 
 
+def without_views(item: tuple[Segment, ...]) -> tuple[Segment]:
+    """What regular fine-tuning has of an example."""
+    return (item[0].without_view,)
+
+
 class SegmentDataset(torch.utils.data.Dataset):
-    """Examples as tuples of segments: (chat,) or (chat, text view, code view).
+    """Examples as tuples of segments: (chat,), (chat, text view, code view), or in_chat (chat with view, code view).
 
     Items are asked for by (epoch, index); index −1 is an empty item that fills up the last batch. With `dropout` the
     items of --jepa_ratio's share alone have views.
@@ -453,12 +503,16 @@ class SegmentDataset(torch.utils.data.Dataset):
             part = examples[begin : begin + 1000]
             chats = encode_chats(renderer, part)
             views = encode_views(renderer, part) if self.s.jepa else [()] * len(part)
+            if self.s.text_view == "in_chat":
+                views = [pair[1:] for pair in views]
             for example, chat, pair in zip(part, chats, views, strict=True):
                 bad = next((x for x in (chat, *pair) if isinstance(x, ValueError)), None)
+                if bad is None and self.s.text_view == "in_chat" and example.text is not None:
+                    bad = ValueError("its Text view is no part of the chat, which --text_view in_chat needs")
                 if bad is not None:
                     problems.add(example.source, str(bad))
                     continue
-                self.items.append((chat, *pair))
+                self.items.append((chat, *pair) if pair else (chat.without_view,))
                 self.examples.append(example)
         if not self.items:
             raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
@@ -473,7 +527,8 @@ class SegmentDataset(torch.utils.data.Dataset):
         # Random JEPA-loss dropout (paper section 3.3): decided by seed, epoch and row, so that layouts, batch sizes
         # and ranks agree on it and a dropped pair is never encoded.
         draw = np.random.default_rng([self.s.finetune_seed, epoch, index]) if self.ratio < 1 else None
-        return self.items[index][:1] if draw is not None and draw.random() >= self.ratio else self.items[index]
+        item = self.items[index]
+        return without_views(item) if draw is not None and draw.random() >= self.ratio else item
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -508,7 +563,7 @@ def separate_rows(items: list[tuple[Segment, ...]], tokens_per_row: int) -> list
 
 
 def additive_rows(items: list[tuple[Segment, ...]], tokens_per_row: int) -> list[Row]:
-    """The chat in a row of its own, the two views of an example sharing another."""
+    """The chat in a row of its own, the views of an example sharing another."""
     return [list(row) for item in items for row in (item[:1], item[1:]) if row]
 
 
@@ -534,7 +589,8 @@ class Collator:
     """Lays out the segments of a micro-batch in rows.
 
     Returns `input_ids`, `position_ids` (R, T) restarting at 0 for each segment; `attention_mask`: None when packed
-    (transformers then builds the block-diagonal mask from the positions), (R, T) when separate, (R, 1, T, T) additive;
+    (transformers then builds the block-diagonal mask from the positions), (R, T) when separate, (R, 1, T, T) additive
+    and wherever predictor tokens branch off a chat;
     `label_at` (2, N) row and column whose hidden state predicts `label_ids` (N,); `view_at` (2, 2, P) row and column of
     the first and the second view; `tokens` (4,) counts of chat, text view, code view and padding.
     """
@@ -555,7 +611,7 @@ class Collator:
             for number, segment in enumerate(row):
                 end = begin + len(segment.ids)
                 ids[r, begin:end], owner[r, begin:end] = segment.ids, number
-                positions[r, begin:end] = np.arange(end - begin)
+                positions[r, begin:end] = segment.positions
                 place[id(segment)] = (r, begin)
                 begin = end
             positions[r, begin:] = np.arange(width - begin)  # padding is a segment of its own
@@ -565,30 +621,36 @@ class Collator:
         for item in items:
             for segment in item:
                 r, begin = place[id(segment)]
-                counts[segment.kind] += len(segment.ids)
+                counts[segment.kind] += len(segment.ids) - segment.branch
+                counts["text_view"] += segment.branch
                 if segment.view is not None:
                     view_at[segment.kind == "code_view"].append((r, begin + segment.view))
                 targets = np.flatnonzero(segment.labels[1:]) + 1  # the first token has no predecessor to predict it
                 label_at += [(r, begin + t - 1) for t in targets]
                 label_ids += segment.ids[targets].tolist()
         padding = ids.size - sum(counts.values())
+        branched = [(*place[id(segment)], segment) for item in items for segment in item if segment.branch]
         return {
             "input_ids": torch.from_numpy(ids),
             "position_ids": torch.from_numpy(positions),
-            "attention_mask": self._mask(torch.from_numpy(owner)),
+            "attention_mask": self._mask(torch.from_numpy(owner), branched),
             "label_at": torch.tensor(label_at, dtype=torch.long).reshape(-1, 2).T,  # (2, N)
             "label_ids": torch.tensor(label_ids, dtype=torch.long),  # (N,)
             "view_at": torch.tensor(view_at, dtype=torch.long).reshape(2, -1, 2).movedim(2, 0),  # (2, 2, P)
             "tokens": torch.tensor([*counts.values(), padding]),
         }
 
-    def _mask(self, owner: torch.Tensor) -> torch.Tensor | None:
-        if self.layout == "packed":
+    def _mask(self, owner: torch.Tensor, branched: list[tuple[int, int, Segment]]) -> torch.Tensor | None:
+        """`owner`: each token's segment (R, T); `branched`: row, first column and segment of each with a branch."""
+        if self.layout == "packed" and not branched:
             return None
-        if self.layout == "separate":
+        if self.layout == "separate" and not branched:
             return (owner >= 0).long()  # (R, T)
         causal = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool).tril()
         allowed = (owner[:, :, None] == owner[:, None, :]) & causal  # (R, T, T)
+        for r, begin, segment in branched:
+            end = begin + len(segment.ids)
+            allowed[r, end - segment.branch : end, begin + segment.stem : end - segment.branch] = False
         return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]  # (R, 1, T, T)
 
 
@@ -689,8 +751,10 @@ def check_layout(model: torch.nn.Module, head: HeadInput, items: list[tuple[Segm
     Models whose layers carry state along the row (Mamba, linear attention, convolutions) fail.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    if collator.layout == "additive" and window and max(len(x.ids) for item in items for x in item) > window:
-        raise UsageError(f"--layout additive: its mask would hide the model's sliding window of {window} tokens")
+    branches, longest = (max(f(x) for item in items for x in item) for f in (lambda x: x.branch, lambda x: len(x.ids)))
+    if (collator.layout == "additive" or branches) and window and longest > window:
+        asked = "--text_view in_chat with --predictors" if branches else "--layout additive"
+        raise UsageError(f"{asked}: its mask would hide the model's sliding window of {window} tokens")
     device, training = next(model.parameters()).device, model.training
     flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
     precision = torch.autocast(device.type, torch.bfloat16, enabled=flash)  # flash kernels know half precision alone
@@ -716,7 +780,7 @@ def check_layout(model: torch.nn.Module, head: HeadInput, items: list[tuple[Segm
     keep = [torch.ones(len(x), dtype=torch.bool, device=device) for x in shared]
     keep[0][mine] = row[0].kind != "chat"
     for k, kind in ((1, "text_view"), (2, "code_view")):
-        if row[0].kind == kind:
+        if row[0].view is not None and kind == ("text_view" if row[0].kind == "chat" else row[0].kind):
             keep[k][owner] = False
     leak = differ([a[m] for a, m in zip(changed, keep, strict=True)], [b[m] for b, m in zip(shared, keep, strict=True)])
     model.train(training)
@@ -1044,8 +1108,11 @@ def first_row(renderer: Renderer, dataset: SegmentDataset) -> dict[str, str | No
     row = dict.fromkeys(("chat", "label_text", "text_view", "code_view", "text_view_token", "code_view_token"))
     row |= {"chat": renderer.chat(example).text, "label_text": decode(chat.ids[chat.labels])}
     if views:
-        texts = renderer.views(example)
-        row |= {"text_view": texts[0].text, "code_view": texts[1].text}
+        views = views if chat.view is None else [chat.text_view, *views]
+        texts = [view.text for view in renderer.views(example)]
+        if chat.view is not None:
+            texts[0] = decode(views[0].ids)
+        row |= {"text_view": texts[0], "code_view": texts[1]}
         row |= {f"{v.kind}_token": decode([v.ids[v.view]]) for v in views}
     return row
 
@@ -1080,7 +1147,7 @@ def flop_share(model: Any, head: HeadInput, dataset: SegmentDataset, collator: C
         with FlopCounterMode(display=False) as counter:
             for begin in range(0, min(len(dataset), 4 * s.batch_size), s.batch_size):
                 items = dataset.items[begin : begin + s.batch_size]
-                batch = on_device(collator([item if views else item[:1] for item in items]), model.device)
+                batch = on_device(collator([item if views else without_views(item) for item in items]), model.device)
                 logits, (text, code) = head.read(model, batch)
                 (lm_loss(logits, batch["label_ids"])[0] + jepa_loss(text, code, s.distance)[0]).backward()
         spent.append(counter.get_total_flops())

@@ -1,0 +1,288 @@
+"""Training steps on the same rows, weights, precision and optimiser, laid out in every way a user could choose.
+
+    pip install -r requirements-bench.txt        # TRL's arms; they are left out where trl is not installed
+    python benchmarks/bench_step.py --input_file datasets/synth_train.jsonl --json step.json
+
+Arms: the reference implementation's way (three rows an example, padded to 512, logits and all layers' hidden states
+everywhere); the additive mask, a row an example for the two views; packed, as finetune.py does by default; regular
+fine-tuning packed; TRL's SFTTrainer, padded to the longest row and packed. A step is collation, forward, backward,
+clipping and AdamW. `useful` tokens are those of chats and views without padding. FLOPs are torch's count of the model's
+own forward and backward pass, `of matmul` their rate over that of a large matrix product timed in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import interleave, percentiles, table, write
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, LlamaConfig
+from transformers.utils import logging as transformers_logging
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import finetune  # noqa: E402
+from runs import sha256  # noqa: E402
+
+# The CPU's shape has about 5 M weights; the other is Llama-3.2-1B's.
+SHAPES = {
+    "5m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,
+           "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "llama-3.2-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+                     "tie_word_embeddings": True, "rope_theta": 500000.0},
+}  # fmt: skip
+PADDED = 512  # tokens of each of the reference's rows
+
+
+@dataclass
+class Arm:
+    """One way to take a step: `batches` hold the examples of each step, `loss` lays them out and runs the model."""
+
+    model: torch.nn.Module
+    batches: list[Any]
+    loss: Callable[[torch.nn.Module, Any], torch.Tensor]
+    examples: int  # in all batches
+    useful: int  # tokens in all batches, without padding
+    bf16: bool
+
+    def __post_init__(self) -> None:
+        fused = next(self.model.parameters()).is_cuda
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused or None)
+
+    def __call__(self) -> None:
+        """All the steps."""
+        for batch in self.batches:
+            self.backward(batch)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def backward(self, batch: Any) -> None:
+        """Forward and backward pass of one batch."""
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(self.model, batch)
+        loss.backward()
+
+    def flops(self) -> float:
+        """Of the forward and backward passes of all batches."""
+        with FlopCounterMode(display=False) as counter:
+            for batch in self.batches:
+                self.backward(batch)
+        self.optimizer.zero_grad()
+        return float(counter.get_total_flops())
+
+
+def ours(parts: finetune.Parts, model: torch.nn.Module, s: finetune.Settings) -> Callable:
+    """The loss of finetune.py with the layout of `parts`, on a model of its own."""
+    head = finetune.HeadInput(model)
+
+    def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
+        batch = finetune.on_device(parts.collator(items), next(model.parameters()).device)
+        logits, (text, code) = head.read(model, batch)
+        lm, labels = finetune.lm_loss(logits, batch["label_ids"])
+        total = lm / max(1, labels)
+        if s.jepa:
+            jepa, pairs = finetune.jepa_loss(text, code, s.distance)
+            total = total + s.lbd * jepa / max(1, pairs)
+        return total
+
+    return loss
+
+
+def reference_loss(pad_id: int, lbd: float) -> Callable:
+    """The reference implementation's way to the same loss: what its three padded rows an example cost."""
+
+    def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
+        segments = [segment for kind in range(3) for segment in (item[kind] for item in items)]
+        device, n = next(model.parameters()).device, len(items)
+        ids = torch.full((3 * n, PADDED), pad_id)  # (3B, T)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        for r, segment in enumerate(segments):
+            ids[r, : len(segment.ids)] = torch.from_numpy(segment.ids)
+            mask[r, : len(segment.ids)] = 1
+            chosen = torch.from_numpy(segment.labels)
+            labels[r, : len(chosen)][chosen] = torch.from_numpy(segment.ids)[chosen]
+        out = model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device),
+            output_hidden_states=True, use_cache=False,
+        )  # fmt: skip
+        views = torch.tensor([segment.view for segment in segments[n:]], device=device)
+        hidden = out.hidden_states[-1][n:].float()[torch.arange(2 * n, device=device), views]  # (2B, D)
+        return out.loss + lbd * (1 - F.cosine_similarity(hidden[:n], hidden[n:], dim=-1)).mean()
+
+    return loss
+
+
+def trl_arm(args: argparse.Namespace, parts: finetune.Parts, packing: bool, folder: str) -> Arm:
+    """TRL's SFTTrainer on the same chats, labels on the answers; its own collator, loss and metrics."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    def turns(example: Any) -> dict[str, list]:
+        system = [{"role": "system", "content": example.system}] if example.system else []
+        user, answer = (
+            {"role": r, "content": c} for r, c in (("user", example.user), ("assistant", example.assistant))
+        )
+        return {"prompt": [*system, user], "completion": [answer]}
+
+    rows = args.steps * args.batch_size
+    config = SFTConfig(
+        output_dir=folder, per_device_train_batch_size=1 if packing else args.batch_size, packing=packing,
+        max_length=PADDED, report_to=[], bf16=args.dtype == "bfloat16", use_cpu=args.device == "cpu",
+        gradient_checkpointing=False, dataset_num_proc=1, disable_tqdm=True, seed=1, dataloader_pin_memory=False,
+    )  # fmt: skip
+    model = copy.deepcopy(parts.model)
+    data = Dataset.from_list([turns(e) for e in parts.train_set.examples[:rows]])
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=parts.renderer.tokenizer)
+    batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
+    trainer.accelerator.backward = lambda loss, **_: None  # the Arm's own loss.backward() follows
+    model.train()
+    useful = sum(len(item[0].ids) for item in parts.train_set.items[:rows])
+    return Arm(model, batches, lambda m, b: trainer.compute_loss(m, dict(b)), rows, useful, args.dtype == "bfloat16")
+
+
+def arm_of(name: str, args: argparse.Namespace, folder: str) -> Arm | None:
+    """The arm of that name, None where its package is not installed."""
+    regular = name.startswith(("regular", "TRL"))
+    s = finetune.Settings(
+        train_file=args.input_file, model_name=folder, pretrain=True, predictors=0 if regular else 1, lbd=1.0,
+        regular=regular, layout="additive" if name == "additive" else "packed", lm_labels="answer",
+        max_length=PADDED, batch_size=args.batch_size, tokens_per_row=args.tokens_per_row, finetune_seed=1,
+        dry_run=args.steps * args.batch_size,
+    )  # fmt: skip
+    parts = finetune.prepare(s, torch.device(args.device))
+    parts.model.train()
+    if name.startswith("TRL"):
+        if importlib.util.find_spec("trl") is None:
+            return None
+        return trl_arm(args, parts, name == "TRL packed", folder)
+    items = parts.train_set.items
+    batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
+    pad = parts.renderer.tokenizer.pad_token_id
+    loss = reference_loss(pad, s.lbd) if name == "reference's way" else ours(parts, parts.model, s)
+    useful = sum(len(segment.ids) for item in items for segment in item)
+    return Arm(parts.model, batches, loss, len(items), useful, args.dtype == "bfloat16")
+
+
+ARMS = ("reference's way", "additive", "packed", "regular packed", "TRL padded", "TRL packed")
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of several."""
+    n, times = 8192 if device == "cuda" else 2048, []
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(10):
+        begin = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(times)
+
+
+def peak_memory(name: str, args: argparse.Namespace, folder: str) -> float:
+    """MB that an arm's steps take beyond its loaded model: of a CPU measured in a process of its own."""
+    arm = arm_of(name, args, folder)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        arm()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is held now
+    before = _peak_kilobytes()
+    arm()
+    return (_peak_kilobytes() - before) / 1e3
+
+
+def _peak_kilobytes() -> int:
+    """The most memory that this process has held since its peak was reset (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+
+
+def write_shape(args: argparse.Namespace, folder: str) -> None:
+    """A model folder without weights: the shape's configuration and the tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, **SHAPES[args.shape]).save_pretrained(folder)
+
+
+def flags() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input_file", default=str(ROOT / "datasets" / "synth_train.jsonl"), help="rows to train on")
+    parser.add_argument("--tokenizer", default=str(ROOT / "models" / "tiny"), help="tokenizer with a chat template")
+    parser.add_argument("--shape", choices=SHAPES, default="5m", help="of the model, with random weights (default 5m)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    parser.add_argument("--batch_size", type=int, default=16, help="examples a step (default 16)")
+    parser.add_argument("--steps", type=int, default=4, help="steps that are timed together (default 4)")
+    parser.add_argument("--repeats", type=int, default=5, help="times that each arm's steps are timed (default 5)")
+    parser.add_argument("--tokens_per_row", type=int, default=0, help="of packed rows (default: finetune.py's)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")
+    parser.add_argument("--json", help="file for the figures and where they come from")
+    parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
+    return parser
+
+
+def results(args: argparse.Namespace, arms: dict[str, Arm], folder: str) -> Iterator[dict[str, Any]]:
+    """A line of the table an arm."""
+    seconds = interleave(arms, args.repeats)
+    rate = matmul_rate(args.device, getattr(torch, args.dtype))
+    rates = {name: arms[name].examples / statistics.median(times) for name, times in seconds.items()}
+    for name, arm in arms.items():
+        command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
+        memory = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        median = statistics.median(seconds[name])
+        yield {
+            "arm": name,
+            "examples/s": rates[name],
+            **{
+                f"× {other}": rates[name] / rates[other]
+                for other in ("reference's way", "TRL padded")
+                if other in rates
+            },
+            "useful tokens/s": arm.useful / median,
+            "ms/token": 1e3 * median / arm.useful,
+            "of matmul": arm.flops() / median / rate,
+            "peak MB": json.loads(memory),
+            **{k: v / args.steps for k, v in percentiles(seconds[name]).items()},
+        }
+
+
+def main() -> None:
+    """Prints the table, writes the JSON."""
+    args = flags().parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        write_shape(args, folder)
+        if args.memory_of:
+            return print(json.dumps(peak_memory(args.memory_of, args, folder)))
+        arms = {name: arm for name in args.arms if (arm := arm_of(name, args, folder))}
+        lines = list(results(args, arms, folder))
+        weights = sum(p.numel() for p in next(iter(arms.values())).model.parameters())
+    print(table(lines))
+    shape = vars(args) | {"weights": weights}
+    write(args.json, {args.input_file: sha256(args.input_file)}, shape=shape, results=lines)
+
+
+if __name__ == "__main__":
+    main()
