@@ -63,6 +63,8 @@ class Sandbox:
 
     def call(self, *arguments: Any) -> Any:
         """The function's result. Raises Failure where it raised one itself, or did not end, or the child died."""
+        if self._child is not None and self._child.poll() is not None:
+            self.close()  # it died between two calls: not this one's failure
         if self._child is None:
             self._child = subprocess.Popen(
                 [sys.executable, "-I", str(Path(__file__).resolve()), self.function, str(self.memory)],

@@ -46,8 +46,9 @@ DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tok
 REASONS = {sqlite3.SQLITE_TOOBIG: "too_large", sqlite3.SQLITE_CANTOPEN: "no_database",
            sqlite3.SQLITE_NOTADB: "no_database", sqlite3.SQLITE_CORRUPT: "no_database"}  # fmt: skip
 
-# Comments, string literals and quoted names. A doubled quote ends one and begins the next, which blanks both.
-QUOTED = re.compile(r"""(--[^\n]*|/\*.*?(?:\*/|\Z))|'[^']*'?|"[^"]*"?|`[^`]*`?|\[[^\]]*\]?""", re.DOTALL)
+# Comments, string literals and quoted names. A doubled quote ends one and begins the next, which blanks both. To SQLite
+# a comment may lack its end, but `/*` as the very last of a text is a slash and a star.
+QUOTED = re.compile(r"""(--[^\n]*|/\*(?=.).*?(?:\*/|\Z))|'[^']*'?|"[^"]*"?|`[^`]*`?|\[[^\]]*\]?""", re.DOTALL)
 DB_ID = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}"  # a plain name: no separators, no dots
 
 
@@ -197,7 +198,8 @@ class ExecutionMatch:
         """`seconds` bounds each query."""
         self.databases = databases
         self._sandbox = Sandbox("sql:execute", seconds)
-        self._result = functools.lru_cache(maxsize=32)(self._run)
+        # A result can take 100 MB, six times what it counts for; a query that comes again comes soon.
+        self._result = functools.lru_cache(maxsize=4)(self._run)
 
     def __enter__(self) -> ExecutionMatch:
         return self
