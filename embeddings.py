@@ -23,6 +23,7 @@ from examples import Example, ExampleError, Renderer
 from finetune import Segment, encode_chats, encode_views
 from generation import context
 from runs import UsageError, write_json
+from scoring import STARS
 
 # Letters: P pairs, R rows of a batch, T tokens in a row, D hidden size.
 
@@ -32,8 +33,8 @@ POOLINGS = {
     "mean": lambda hidden, mask, view_at: (hidden.float() * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True),
     "cls": lambda hidden, mask, view_at: hidden[:, 0],
 }
-CLASSES = ("Very Good", "Good", "Mediocre", "Bad", "Very Bad")  # answers of yelp; rotten_tomatoes has two of them
-T_SNE_TYPES = {"in_n_out": ("Text", "Code"), "paraphrase": ("sentence", "paraphrase"), "rotten_tomatoes": CLASSES}
+# rotten_tomatoes has two of yelp's classes.
+T_SNE_TYPES = {"in_n_out": ("Text", "Code"), "paraphrase": ("sentence", "paraphrase"), "rotten_tomatoes": STARS}
 MINIMUM_POINTS = 10  # fewer have no neighbourhoods to keep
 MARKS = (("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#E69F00", "D"), ("#CC79A7", "v"))  # Okabe and Ito's
 

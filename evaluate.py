@@ -16,7 +16,7 @@ import json
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,11 +40,12 @@ from examples import (
     split_examples,
 )
 from generation import Generation, choose, encode_choices, generate, stop_ids, tokenise
-from predictions import begin_output, owner, read_rows, write_rows
-from runs import UsageError, flag, parse_flags, read_json, sha256, versions, write_json
-from scoring import TASKS, score_text, wilson
+from predictions import begin_output, check_free, owner, read_rows, write_rows
+from runs import UsageError, flag, folder_sha256, parse_flags, provenance, read_json, sha256, write_json
+from scoring import TASKS, Scorer, score_text, wilson
 
 HERE = Path(__file__).resolve().parent
+GOLD_RIGHT = 0.9  # of the rows' own answers must count as right: published sets have a few that fail
 MODEL, DATA, GENERATION, EMBEDDING, OUTPUT = "Model", "Data", "Generation", "Embeddings", "Output"
 
 
@@ -150,6 +151,7 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
     r.only_if(not s.embeds, ANSWERING.replace("batch_size ", ""), "not with --similarity, --t_sne, --export_embeddings")
     r.only_if(s.embeds, "embedding_layer embedding_pooling", "only with --similarity, --t_sne or --export_embeddings")
     r.only_if(s.t_sne, "t_sne_type", "only with --t_sne")
+    r.only_if(s.similarity or s.t_sne or not s.embeds, "output_file", "not with --export_embeddings alone")
     r.refuse(s.batch_size < 1, f"--batch_size {s.batch_size} is not positive")
     wrong_length = s.max_new_tokens < 1 and s.max_new_tokens != -1
     r.refuse(wrong_length, f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
@@ -178,9 +180,12 @@ def check_output(s: Settings, r: finetune.Refusals) -> str | None:
         output = str(Path(s.model_name) / "eval" / dataset_name(s.input_file or "") / file)
     needed = bool(s.model_name) and (s.similarity or s.t_sne or not s.embeds)
     r.refuse(needed and not output, "--output_file is missing (only a run folder has a place of its own for it)")
+    read = {Path(p).resolve() for p in (s.input_file, s.score_only) if p}
+    for flag_, path in (("output_file", output), ("export_embeddings", s.export_embeddings)):
+        r.refuse(bool(path) and Path(path).resolve() in read, f"--{flag_} {path} is also read")
     if output:
-        read = {Path(p).resolve() for p in (s.input_file, s.score_only) if p}
-        r.refuse(Path(output).resolve() in read, f"--output_file {output} is also read")
+        same = bool(s.export_embeddings) and Path(s.export_embeddings).resolve() == Path(output).resolve()
+        r.refuse(same, f"--export_embeddings {output}: --output_file is the same file")
         taken = Path(output).name == "metrics.json"
         r.refuse(taken, f"--output_file {output}: metrics.json is the name of the file beside it")
     return output
@@ -212,7 +217,7 @@ def check_run(name: str, s: Settings) -> dict[str, Any]:
     split = (trained["eval_split"], trained["split_seed"])
     if s.process_split and trained["data_file"] and split != (s.test_size, s.split_seed):
         raise UsageError(f"--model_name {name} was split by --test_size {split[0]} --split_seed {split[1]}")
-    if s.fields and trained["text_field"] and trained["system"] != s.system:
+    if s.fields and trained.get("text_field") and trained["system"] != s.system:
         raise UsageError(f"--model_name {name} was trained with --system {trained['system']!r}")
     return trained
 
@@ -273,9 +278,6 @@ def load_options(s: Settings) -> tuple[dict[str, Any], str]:
 # ---------------------------------------------------------------------------------------------------------- score
 
 
-Scorer = Callable[[str, Example], dict[str, bool | str]]
-
-
 def scored_row(example: Example, answer: Generation, score: Scorer) -> dict[str, Any]:
     """One line of predictions.jsonl; `id` is the row's line number in the input file, counted from 1."""
     row = {"id": example.id, "prediction": answer.text, "stop_reason": answer.stop_reason}
@@ -284,17 +286,24 @@ def scored_row(example: Example, answer: Generation, score: Scorer) -> dict[str,
     return row | score_text(answer.text, example.assistant) | score(answer.text, example)
 
 
-@contextlib.contextmanager
-def scorer(s: Settings) -> Iterator[Scorer]:
-    """Opens what the task needs to score. Raises UsageError where Spider's databases are not to be found."""
-    databases = None
-    if TASKS[s.task].needs_databases:
-        from sql import spider_databases
+def databases_of(s: Settings) -> Path | None:
+    """The folder of Spider's databases, None for a task without. Raises UsageError where there are none."""
+    if not TASKS[s.task].needs_databases:
+        return None
+    from sql import spider_databases
 
-        path = Path(s.spider_path)
-        here = path if path.exists() or path.is_absolute() else HERE / path
-        databases = spider_databases(here, HERE / "datasets" / "spider_databases")
-    with TASKS[s.task].start(databases) as score:
+    path = Path(s.spider_path)
+    here = path if path.exists() or path.is_absolute() else HERE / path
+    return spider_databases(here, HERE / "datasets" / "spider_databases")
+
+
+@contextlib.contextmanager
+def scorer(s: Settings, examples: list[Example]) -> Iterator[Scorer]:
+    """Opens what the task needs to score. Raises ExampleError for an example that names no database there is."""
+    with TASKS[s.task].start(databases_of(s)) as score:
+        if TASKS[s.task].needs_databases:
+            for example in examples:
+                score.database(example)
         yield score
 
 
@@ -347,7 +356,7 @@ def answer(
         stop_ids(model, renderer)
         answers = partial(generate, model, renderer, examples, s.batch_size, s.max_new_tokens, prompts=prompts)
     with contextlib.ExitStack() as stack:
-        score = stack.enter_context(scorer(s))
+        score = stack.enter_context(scorer(s, examples))
         rows = begin_output(path, identity, s.overwrite)
         done = {row["id"] for row in rows}
         file = stack.enter_context(open(path, "a", encoding="utf-8"))
@@ -372,8 +381,19 @@ def score_file(examples: list[Example], s: Settings) -> list[dict[str, Any]]:
             tail = "" if "no" in what.split() else f", which {s.input_file} does not have"
             raise UsageError(f"--score_only {s.score_only} {what} {len(ids)} rows (ids {shown}){tail}")
     answers = [Generation(given[e.id]["prediction"], given[e.id].get("stop_reason")) for e in examples]
-    with scorer(s) as score:
+    with scorer(s, examples) as score:
         return [scored_row(e, a, score) for e, a in zip(examples, tqdm(answers, unit="row"), strict=True)]
+
+
+def check_gold(metrics: dict[str, Any], s: Settings) -> None:
+    """Prints how the rows' own answers score. Raises UsageError where too many of them count as wrong."""
+    print(table(metrics))
+    headline = (*metrics["scores"], "exact")[0]
+    if metrics[headline] < GOLD_RIGHT:
+        raise UsageError(
+            f"{s.input_file}: only {100 * metrics[headline]:.1f} % of its own answers are right by {headline}: "
+            "the rows do not belong to this task or these databases"
+        )
 
 
 def load_rows(s: Settings, problems: Problems) -> list[Example]:
@@ -399,14 +419,17 @@ def run(s: Settings) -> None:
     examples = load_rows(s, problems)
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "overwrite"}
     identity = {"settings": settings, "data_sha256": data_sha256(s.input_file)}
-    record = identity | {"skipped_examples": len(problems.messages), "versions": versions(), "argv": sys.argv}
+    if s.task and (databases := databases_of(s)):
+        identity["databases_sha256"] = folder_sha256(databases)
+    record = provenance({}) | {"skipped_examples": len(problems.messages)} | identity
     if s.embeds:
         return run_embeddings(s, examples, record)
     if s.score_gold:
-        with scorer(s) as score:
+        with scorer(s, examples) as score:
             rows = [scored_row(e, Generation(e.assistant, None), score) for e in examples]
-        return print(table(summarise(rows, s)))
+        return check_gold(summarise(rows, s), s)
     path, marks = Path(s.output_file), [s.output_file]
+    check_free(path, s.overwrite)
     if s.score_only:
         identity["predictions_sha256"] = sha256(s.score_only) if Path(s.score_only).is_file() else None
         rows = score_file(examples, s)
@@ -442,16 +465,12 @@ def run_embeddings(s: Settings, examples: list[Example], record: dict[str, Any])
 
     drawing = Path(s.output_file).with_name(f"t_sne_{s.t_sne_type}.png") if s.t_sne else None
     figures, vectors = (Path(p) if p else None for p in (s.similarity and s.output_file, s.export_embeddings))
-    for path in (drawing, figures, vectors):
+    for path in (drawing, drawing and drawing.with_suffix(".json"), figures, vectors):
         if path and path.exists() and not s.overwrite:
             raise UsageError(f"{path} exists; give --overwrite")
     model, renderer = load(s.model_name, s)
     where = {"model": s.model_name, "layer": s.embedding_layer, "pooling": s.embedding_pooling}
     text, code = embeddings.embed(model, renderer, examples, s.batch_size, s.embedding_layer, s.embedding_pooling)
-    if drawing:
-        groups = embeddings.t_sne_groups(s.t_sne_type, text, code, examples)
-        embeddings.t_sne(drawing, groups, seed=42, title=f"{Path(s.model_name).name}, {dataset_name(s.input_file)}")
-        print(drawing)
     if vectors:
         ids = [example.id for example in examples]
         embeddings.export(vectors, text, code, ids, where | {"data_sha256": record["data_sha256"]})
@@ -461,6 +480,10 @@ def run_embeddings(s: Settings, examples: list[Example], record: dict[str, Any])
         figures.parent.mkdir(parents=True, exist_ok=True)
         write_json(figures, where | measured | record)
         print("\n".join(f"{k:25}{v:.6g}" for k, v in measured.items() if isinstance(v, (int, float))))
+    if drawing:  # last: what it cannot draw costs nothing else
+        groups = embeddings.t_sne_groups(s.t_sne_type, text, code, examples)
+        embeddings.t_sne(drawing, groups, seed=42, title=f"{Path(s.model_name).name}, {dataset_name(s.input_file)}")
+        print(drawing)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -479,7 +502,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("evaluate.py: interrupted; the same command goes on from here", file=sys.stderr)
+        way = " without --overwrite" if settings.overwrite else ""
+        goes_on = settings.model_name and not settings.embeds
+        hint = f"; the same command{way} goes on from here" if goes_on else ""
+        print(f"evaluate.py: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 

@@ -168,6 +168,9 @@ def _csv_rows(path: str) -> Rows:
         csv.field_size_limit(max(csv.field_size_limit(), Path(path).stat().st_size))
         reader = csv.DictReader(file, strict=True)
         try:
+            names = reader.fieldnames or []
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ExampleError(f"{path}:1: the field {twice[0]!r} stands there twice")
             for number, row in enumerate(reader, start=1):
                 yield f"{path}:{reader.line_num}", number, lambda row=row: _whole(row)
         except (csv.Error, UnicodeDecodeError) as error:

@@ -61,19 +61,25 @@ def owner(metrics: Path) -> str | None:
         return "something else"
 
 
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raises UsageError where a finished evaluation stands in a predictions file's place."""
+    metrics = path.with_name("metrics.json")
+    if owner(metrics) not in (None, path.name):
+        raise UsageError(f"{metrics} belongs to {owner(metrics)}; give an --output_file in another folder")
+    if metrics.exists() and not overwrite:
+        raise UsageError(f"{metrics} exists, an evaluation was finished here; give --overwrite or another folder")
+
+
 def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
     """Prepares the output files; returns the rows that an interrupted evaluation of the same kind left.
 
     Raises UsageError where other results stand in their place, unless they are to be overwritten.
     """
     metrics, mark = path.with_name("metrics.json"), path.with_name(path.name + ".settings.json")
-    if owner(metrics) not in (None, path.name):
-        raise UsageError(f"{metrics} belongs to {owner(metrics)}; give an --output_file in another folder")
+    check_free(path, overwrite)
     if overwrite:
         for old in (path, mark, metrics):
             old.unlink(missing_ok=True)
-    if metrics.exists():
-        raise UsageError(f"{metrics} exists, an evaluation was finished here; give --overwrite or another folder")
     if path.exists():
         before = read_json(mark) if mark.exists() else None
         if before != json.loads(json.dumps(identity)):

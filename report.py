@@ -34,6 +34,7 @@ class Result:
     task: str
     n: int  # examples
     columns: dict[str, float]
+    failures: dict[str, int]  # answers without a result to score, by reason
 
     def arm(self) -> str:
         """Equal for results that may be averaged: same settings, same data, same evaluation and scores."""
@@ -66,7 +67,9 @@ def pretraining(model_name: str) -> dict[str, Any] | None:
     path = Path(model_name) / "args.json"
     if not path.is_file():
         return None
-    return {name: value for name, value in read_json(path).items() if name not in NO_SETTING}
+    rows = read_json(path.with_name("run.json")).get("data_sha256", {})
+    settings = {name: value for name, value in read_json(path).items() if name not in NO_SETTING}
+    return settings | {"data_sha256": sorted(rows.values())}
 
 
 def read_run(run: Path) -> list[Result]:
@@ -97,9 +100,11 @@ def read_run(run: Path) -> list[Result]:
             "pretraining": before,
             "train data": sorted(trained_on.values()),
             "test data": field(metrics, "data_sha256", str, path),
+            "databases": metrics.get("databases_sha256"),
             "evaluation": {name: value for name, value in evaluation.items() if name not in NO_EVALUATION},
         }
-        results.append(Result(run, seed, settings, made, path.parent.name, task, n, columns))
+        failures = field(metrics, "failures", dict, path) if "failures" in metrics else {}
+        results.append(Result(run, seed, settings, made, path.parent.name, task, n, columns, failures))
     if not results:
         raise UsageError(f"{run}: not evaluated (it has no eval/*/metrics.json)")
     return results
@@ -127,7 +132,13 @@ def read_runs(runs: list[Path]) -> tuple[list[Result], list[str]]:
 def line(result: Result) -> str:
     """One run on one line."""
     scores = (f"{h.split()[0]} {value:.2f} {h.split()[1]}" for h, value in result.columns.items())
-    return "  ".join([result.dataset, f"seed {result.seed}", *scores])
+    return "  ".join([result.dataset, f"seed {result.seed}", *scores, *without_a_result(result)])
+
+
+def without_a_result(result: Result) -> list[str]:
+    """One text on how many answers gave nothing that could be scored, and why; none where all did."""
+    reasons = ", ".join(f"{n} {reason}" for reason, n in result.failures.items())
+    return [f"without a result: {reasons}"] if reasons else []
 
 
 def mean_sd(values: list[float]) -> str:
@@ -154,7 +165,8 @@ def table(arm: list[Result]) -> str:
     foot = f"mean ± sd (n = {len(arm)})" if len(arm) > 1 else "mean (n = 1)"
     rows.append([foot, *(mean_sd([r.columns[name] for r in arm]) for name in arm[0].columns)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines + [f"seed {r.seed} {text}" for r in arm for text in without_a_result(r)])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,12 +10,13 @@ TINY_LR=1e-3 TINY_EPOCHS=2 TINY_FLAGS=(--batch_size 8 --grad_accum 1 --warmup_st
 usage() {
   cat <<HELP
 usage: bash run.sh run_jepa|run_regular|run_pretrain [ARGUMENT…] [-- FLAG…]
+       bash run.sh run_pretrain [ARGUMENT…] -- FLAG… -- FLAG…
 With each seed, trains on datasets/DATASET_train.jsonl, evaluates on datasets/DATASET_test.jsonl and prints a line; then
 mean ± sd. What is done is skipped, what was interrupted goes on. Paths are seen from the project's folder.
 
 run_pretrain is the paper's pretraining: from random weights of the model's shape on PRETRAIN_DATASET (paraphrase)
 without the chat format, with the JEPA loss, or without it with ARM=regular; then regular fine-tuning of that model on
-each DATASET and an evaluation by startswith.
+each DATASET and an evaluation by startswith. FLAGs behind a second -- go to the fine-tuning, those before it not.
 
 Arguments, all optional, in this order ('-': the default); the variable in brackets sets the default:
   model          [MODEL]        $TINY
@@ -191,21 +192,25 @@ run_datasets() { # seed, extra flags
 run_regular() { regular && run_datasets "$@"; }
 run_jepa() { jepa && run_datasets "$@"; }
 
-run_pretrain() { # seed, extra flags
-  local model=$model learning_rate=$learning_rate epochs=$epochs base
+run_pretrain() { # seed, extra flags of the pretraining
+  local model=$model learning_rate=$learning_rate epochs=$epochs base name
+  for name in $datasets; do
+    data "$name"
+    [[ " $checked " = *" $name "* ]] || { check_scoring ${later[@]+"${later[@]}"} && checked+=" $name"; }
+  done
   data "$pretrain_dataset" train
   "$pretrain_arm"
-  flags+=(--pretrain --plain --train_all)
+  flags+=(--pretrain --plain --train_all) details+=-pretrain
   base=$(run_folder "$@")
   train_seed "$1" "$base" "${@:2}"
   regular
-  flags+=(--plain)
+  flags+=(--plain) details+=-plain
   model=$base learning_rate=$finetune_lr epochs=$finetune_epochs
-  run_datasets "$@"
+  run_datasets "$1" ${later[@]+"${later[@]}"}
 }
 
 main() {
-  local arm=${1:-} given=() runs=() checked="" usual_dataset=synth usual_flags=() seed name
+  local arm=${1:-} given=() extra=() later=() runs=() checked="" usual_dataset=synth usual_flags=() seed
   [[ " $* " != *" --help "* ]] || { usage && exit; }
   [[ $arm =~ ^run_(jepa|regular|pretrain)$ ]] ||
     fail "unknown function '$arm': run_jepa, run_regular or run_pretrain (see --help)"
@@ -214,6 +219,9 @@ main() {
   [ "${#given[@]}" -le 8 ] || fail "too many arguments: $arm takes 8, the next is '${given[8]}'"
   [ $# -eq 0 ] || shift # the --
   [[ ! " $* " =~ " "--(output_dir|dry_run)[=" "] ]] || fail "--${BASH_REMATCH[1]} is not for run.sh; call finetune.py"
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do extra+=("$1") && shift; done
+  [ $# -eq 0 ] || [ "$arm" = run_pretrain ] || fail "a second -- is for run_pretrain alone"
+  [ $# -eq 0 ] || later=("${@:2}")
   [ "$arm" != run_pretrain ] || usual_dataset=rotten_tomatoes,yelp
   settings ${given[@]+"${given[@]}"}
   trap 'stop 130' INT
@@ -223,7 +231,7 @@ main() {
     unset PYTHONHOME PYTHONPATH # of another environment
     supervise bash setup.sh
   fi
-  for seed in $seeds; do "$arm" "$seed" "$@"; done
+  for seed in $seeds; do "$arm" "$seed" ${extra[@]+"${extra[@]}"}; done
   "$python" report.py "${runs[@]}"
 }
 

@@ -17,11 +17,13 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 MEGABYTE = 1 << 20
+READY = b"ready\n"  # the child's first line
 
 
 class Failure(Exception):
@@ -66,11 +68,7 @@ class Sandbox:
         if self._child is not None and self._child.poll() is not None:
             self.close()  # it died between two calls: not this one's failure
         if self._child is None:
-            self._child = subprocess.Popen(
-                [sys.executable, "-I", str(Path(__file__).resolve()), self.function, str(self.memory)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                env={}, bufsize=0, start_new_session=True,
-            )  # fmt: skip
+            self._start()
         try:
             line = self._exchange(json.dumps([self.seconds, *arguments]).encode() + b"\n")
         except Failure:
@@ -84,10 +82,25 @@ class Sandbox:
             raise Failure(reply["failure"])
         return reply["result"]
 
+    def _start(self) -> None:
+        """Starts the child. Raises OSError with what it printed where it cannot work, no answer's fault."""
+        with tempfile.TemporaryFile() as errors:
+            self._child = subprocess.Popen(
+                [sys.executable, "-I", str(Path(__file__).resolve()), self.function, str(self.memory)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                env={}, bufsize=0, start_new_session=True,
+            )  # fmt: skip
+            if self._child.stdout.readline() == READY:
+                return
+            self.close()
+            errors.seek(0)
+            said = (errors.read().decode(errors="replace").strip() or "it says nothing").splitlines()[-1]
+        raise OSError(f"the process for {self.function} does not start with {sys.executable}: {said}")
+
     def _exchange(self, request: bytes) -> bytes:
         """Writes the request and reads the one line that answers it."""
         child, line = self._child, bytearray()
-        deadline = time.monotonic() + self.seconds + 5  # the child starts, reads, and ends itself before that
+        deadline = time.monotonic() + self.seconds + 5  # the child reads, and ends itself before that
         for pipe in (child.stdin, child.stdout):
             os.set_blocking(pipe.fileno(), False)
         with selectors.DefaultSelector() as ready:
@@ -126,13 +139,17 @@ def serve(function: str, memory: int) -> None:
     import resource
 
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints, prints nowhere
     module, _, name = function.partition(":")
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     work = getattr(importlib.import_module(module), name)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for printed in (1, 2):
+        os.dup2(nowhere, printed)
     for limit, value in (("RLIMIT_AS", memory), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
         with contextlib.suppress(ValueError, OSError):  # not every system has every limit
             resource.setrlimit(getattr(resource, limit), (value, value))
+    replies.write(READY)
+    replies.flush()
     for request in sys.stdin.buffer:
         seconds, *arguments = json.loads(request)
         signal.setitimer(signal.ITIMER_REAL, seconds)  # without a handler the alarm ends the process at once

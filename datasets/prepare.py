@@ -77,12 +77,16 @@ def write_dataset(out_dir: Path, name: str, parts: Parts, entry: dict[str, Any],
     examples = {"train": parts.train, "test": parts.test}
     contents = {out_dir / f"{name}_{part}.jsonl": rows_file(rows) for part, rows in examples.items() if rows}
     changed = {p: content for p, content in contents.items() if not p.exists() or p.read_bytes() != content}
-    kept = [str(path) for path in changed if path.exists()]
+    # A part that is no longer made would go on being used, beside rows it does not belong to.
+    stale = [p for part in examples if (p := out_dir / f"{name}_{part}.jsonl").exists() and p not in contents]
+    kept = [str(path) for path in (*changed, *stale) if path.exists()]
     if kept and not overwrite:
-        raise UsageError(f"{' and '.join(kept)} would be replaced by other rows; give --overwrite or another --out_dir")
+        raise UsageError(f"{' and '.join(kept)} would be replaced; give --overwrite or another --out_dir")
     manifest_path = out_dir / "manifest.json"
     manifest = read_json(manifest_path) if manifest_path.exists() else {}
     write_together(changed)
+    for path in stale:
+        path.unlink()
     files = {p.name: {"rows": content.count(b"\n"), "sha256": sha256(p)} for p, content in contents.items()}
     manifest[name] = {**entry, "split": parts.split, "files": files}
     write_json(manifest_path, dict(sorted(manifest.items())))
@@ -126,6 +130,8 @@ def report(paths: list[Path], parts: Parts, problems: Problems) -> None:
 def prepare_all(args: argparse.Namespace) -> int:
     """Prepares every dataset; one that cannot be done is reported and does not keep the others from being done."""
     failed = []
+    if args.source and not args.source.is_dir():
+        raise UsageError(f"--source {args.source}: there is no such folder")
     for name in DATASETS:
         source_path = args.source and args.source / name
         try:
@@ -174,13 +180,16 @@ def prepare_own(args: argparse.Namespace) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """Prints the report; 1 where something leaks, unless that is allowed. Raises ExampleError, UsageError."""
     given = [Path(target) for target in args.rows]
+    if args.max_tokens is not None and not args.tokenizer:
+        raise UsageError("--max_tokens: only with --tokenizer")
+    max_tokens = 512 if args.max_tokens is None else args.max_tokens
     if len(given) > 2:
         raise UsageError("check takes a name, a file, or a train and a test file")
     if len(given) == 2 or given[0].is_file():
         paths = dict(zip(("train", "test"), given, strict=False))
     else:
         paths = check.find_parts(args.rows[0], HERE)
-    lines, leak = check.check(paths, args.max_tokens, args.tokenizer)
+    lines, leak = check.check(paths, max_tokens, args.tokenizer)
     print("\n".join(lines))
     return 1 if leak and not args.allow else 0
 
@@ -236,7 +245,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     checking = command("check", "repeats, leaks between train and test, and long rows; exit code 1 for a leak")
     checking.add_argument("rows", nargs="+", metavar="NAME|FILE", help="dataset, file, or a train and a test file")
-    checking.add_argument("--max_tokens", type=int, default=512, help="longest chat that is not reported (default 512)")
+    checking.add_argument("--max_tokens", type=int, help="longest chat that is not reported (default 512)")
     checking.add_argument("--tokenizer", help="model folder or hub name whose tokens are counted (default: none are)")
     checking.add_argument("--allow", action="store_true", help="exit code 0 for a leak too")
     return parser

@@ -9,6 +9,7 @@ import re
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,8 @@ class SpiderFiles:
                 return (self.path / self.folder / name).read_bytes()
             with zipfile.ZipFile(self.path) as archive:
                 return archive.read(self.folder + name)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        # RuntimeError: encrypted, or a compression that Python does not know; EOFError: cut short
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
             raise ExampleError(f"{self.place(name)}: cannot be read ({_first_line(error)})") from None
 
     def place(self, name: str) -> str:

@@ -679,3 +679,31 @@ def test_pretraining_names_what_is_wrong_before_anything_runs(project, variables
     done = project.run("run_pretrain", **variables)
     assert (done.returncode, project.calls()) == (2, [])
     assert next(iter(variables.values())) in done.stderr
+
+
+def test_flags_of_pretraining_and_of_fine_tuning_are_kept_apart(project):
+    done = project.run("run_pretrain", "--", "--jepa_mse", "--", "--weight_decay", "0.1", SEEDS="82", DATASET="yelp")
+    assert done.returncode == 0, done.stderr
+    pretrain, finetune, _ = project.calls()
+    assert "--jepa_mse" in pretrain and "--weight_decay" not in pretrain
+    assert pairs(finetune)["--weight_decay"] == "0.1" and "--jepa_mse" not in finetune
+    done = project.run("run_jepa", "--", "--jepa_mse", "--", "--weight_decay", "0.1")
+    assert (done.returncode, project.calls()) == (2, []) and "a second --" in done.stderr
+
+
+def test_a_pretrained_run_is_never_taken_for_a_fine_tuned_one(project):
+    flags = ("models/tiny", "1e-3", "2", "-", "1", "82", "1")
+    assert project.run("run_jepa", *flags, "synth").returncode == 0
+    project.calls()
+    assert project.run("run_pretrain", *flags, "yelp", PRETRAIN_DATASET="synth").returncode == 0
+    pretrain, finetune, _ = project.calls()
+    assert "--train_all" in pretrain
+    base = pairs(finetune)["--model_name"]
+    assert project.run("run_regular", base, "1e-3", "2", "-", "-", "82", "-", "yelp").returncode == 0
+    again, _ = project.calls()
+    assert "--plain" not in again and pairs(again)["--output_dir"] != pairs(finetune)["--output_dir"]
+
+
+def test_test_rows_are_checked_before_pretraining(project):
+    done = project.run("run_pretrain", SEEDS="82", DATASET="yelp", STUB="unscorable")
+    assert (done.returncode, project.calls()) == (2, [])

@@ -1042,3 +1042,67 @@ def test_split_tune_untune_goes_on_where_it_was_interrupted(model, data, tmp_pat
     assert score(model, data, tmp_path / "p.jsonl", *flags).code == 0
     assert sum(sizes) == len(USERS) - 3
     assert metrics_of(tmp_path)["untuned"]["n"] == len(USERS)
+
+
+# ---------------------------------------------------------------------------------------------- the rows and the task
+
+
+def spider_rows(path: Path, *pairs: tuple[str, str]) -> Path:
+    rows = [message_row(f"For db_id:[{db_id}]\n\nWhich?", query, "Convert.") for db_id, query in pairs]
+    return write_rows(path, rows)
+
+
+def test_own_answers_are_scored_and_rows_of_another_task_are_refused(tmp_path):
+    good = write_rows(tmp_path / "synth_test.jsonl", [message_row("a", "x&y"), message_row("b", ".*")])
+    done = call("evaluate", "--score_gold", "--input_file", good)
+    assert done.code == 0 and "dfa_equal          100.00" in done.out
+    bad = write_rows(
+        tmp_path / "turk_test.jsonl", [message_row("a", "x("), message_row("b", "))"), message_row("c", "[")]
+    )
+    done = call("evaluate", "--score_gold", "--input_file", bad, "--task", "gsm8k")
+    assert done.code == 2 and "only 0.0 % of its own answers are right by number" in done.err
+
+
+def test_an_unknown_database_costs_no_results(model, tmp_path):
+    good = spider_rows(tmp_path / "spider_test.jsonl", ("town_library", "SELECT 1"))
+    flags = ("--model_name", model, "--max_new_tokens", 2, "--output_file", tmp_path / "out" / "p.jsonl")
+    assert call("evaluate", *flags, "--input_file", good).code == 0
+    metrics = metrics_of(tmp_path / "out")
+    assert len(metrics["databases_sha256"]) == 64 and "git_commit" in metrics
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    spider_rows(good, ("town_library", "SELECT 1"), ("nowhere", "SELECT 1"))
+    done = call("evaluate", *flags, "--input_file", good, "--overwrite")
+    assert done.code == 2 and "spider_test.jsonl:2: db_id 'nowhere'" in done.err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_finished_evaluation_is_refused_before_the_model_is_loaded(model, data, tmp_path, monkeypatch):
+    assert score(model, data, tmp_path / "p.jsonl").code == 0
+    monkeypatch.setattr(evaluate, "load", None)
+    done = score(model, data, tmp_path / "p.jsonl")
+    assert done.code == 2 and "an evaluation was finished here" in done.err
+
+
+def test_a_sandbox_that_does_not_start_is_an_error_and_no_wrong_answer(tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "synth_test.jsonl", [message_row("a", "x|y")])
+    predictions = tmp_path / "p.jsonl"
+    predictions.write_text('{"id": 1, "prediction": "y|x"}\n')
+    monkeypatch.setattr("sandbox.sys.executable", "/bin/false")
+    done = call("evaluate", "--score_only", predictions, "--input_file", rows)
+    assert done.code == 1 and "regexes:dfa_equal does not start with /bin/false" in done.err
+    assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--export_embeddings", "{}/e", "--output_file", "{}/o"], "--output_file: not with --export_embeddings alone"),
+        (["--similarity", "--export_embeddings", "{}/o", "--output_file", "{}/o"], "--output_file is the same file"),
+        (["--export_embeddings", "{}/rows.jsonl", "--overwrite"], "rows.jsonl is also read"),
+    ],
+)
+def test_embeddings_go_to_no_file_that_is_another_s(flags, named, model, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [message_row("a", "b")])
+    flags = [flag.format(tmp_path) for flag in flags]
+    done = call("evaluate", "--model_name", model, "--input_file", rows, *flags)
+    assert done.code == 2 and named in done.err and sorted(tmp_path.iterdir()) == [rows]

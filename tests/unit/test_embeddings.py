@@ -253,7 +253,7 @@ def test_t_sne_writes_the_coordinates_beside_the_picture(tmp_path):
     assert record["seed"] == 7 and record["title"] == "$ of \\frac$" and record["perplexity"] == 4
 
 
-@pytest.mark.parametrize("groups", [{"Text": 3, "Code": 4}, {name: 3 for name in embeddings.CLASSES}])
+@pytest.mark.parametrize("groups", [{"Text": 3, "Code": 4}, {name: 3 for name in embeddings.STARS}])
 def test_every_group_is_seen_in_a_colour_and_a_shape_of_its_own(groups):
     draw = np.random.default_rng(0)
     alone = set()

@@ -218,3 +218,9 @@ def test_rows_are_json_lines_whatever_the_ending(tmp_path):
     path = tmp_path / "rows.txt"
     path.write_text(json.dumps({"question": "q", "code": "c"}) + "\n")
     assert read(path)[0][0].user == "q"
+
+
+def test_a_field_that_a_csv_names_twice_is_refused(tmp_path):
+    (tmp_path / "mine.csv").write_text("question,code,code\na,b,z\n")
+    with pytest.raises(ExampleError, match="mine.csv:1: the field 'code' stands there twice"):
+        read(tmp_path / "mine.csv")

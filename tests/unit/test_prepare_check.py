@@ -181,3 +181,9 @@ def test_find_parts_prefers_the_path_over_the_folder_of_datasets(tmp_path):
         write_rows(folder / "a_train.jsonl", [message_row("q", "a")])
     assert check.find_parts(str(tmp_path / "a"), other) == {"train": tmp_path / "a_train.jsonl"}
     assert check.find_parts("a", other) == {"train": other / "a_train.jsonl"}
+
+
+def test_a_token_budget_without_a_tokenizer_is_refused(tmp_path, capsys):
+    write_parts(tmp_path, [("a?", "b")], [("c?", "d")])
+    done = run(capsys, "check", tmp_path / "mine", "--max_tokens", 10)
+    assert done.code == 2 and "--max_tokens: only with --tokenizer" in done.err

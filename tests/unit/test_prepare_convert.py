@@ -632,3 +632,13 @@ def test_draw_takes_each_row_with_the_same_chance_and_none_twice():
     assert convert.draw(values, 20) == convert.draw(iter(values), 20)
     assert convert.draw(values, 0) == values and sorted(convert.draw(values, 99)) == values
     assert convert.draw(values, 5) == convert.draw(values, 20)[:5]
+
+
+def test_a_damaged_zip_is_named(tmp_path, out, capsys):
+    path = write_spider(tmp_path / "spider.zip", spider_rows("a", 40), spider_rows("b", 2))
+    data = bytearray(path.read_bytes())
+    begin = data.index(b"train_spider.json") + 40
+    data[begin : begin + 200] = bytes(200)
+    path.write_bytes(data)
+    done = run(capsys, "spider", "--source", path, "--out_dir", out)
+    assert done.code == 2 and "cannot be read" in done.err and list(out.iterdir()) == []

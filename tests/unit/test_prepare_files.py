@@ -272,3 +272,20 @@ def test_help_of_each_dataset_names_its_source_and_licence(name, capsys):
 def test_pinned_commits_are_whole_hashes():
     for address in (convert.GSM8K, convert.SPIDER, convert.ROTTEN_TOMATOES, convert.YELP, convert.NQ_OPEN):
         assert len(address.partition("@")[2]) == 40
+
+
+def test_all_refuses_a_source_that_is_not_there(out, capsys, tmp_path):
+    done = run(capsys, "all", "--source", tmp_path / "typo", "--out_dir", out)
+    assert done.code == 2 and "typo: there is no such folder" in done.err and list(out.iterdir()) == []
+
+
+def test_a_part_that_is_no_longer_made_goes_with_overwrite_and_is_kept_without(tmp_path, out, capsys):
+    rows = write_csv(tmp_path / "mine.csv", [(f"q{i}", f"a{i}", "n") for i in range(4)])
+    flags = ("own", "--name", "mine", "--train_file", rows, "--text_field", "ask", "--code_field", "sql")
+    flags += ("--out_dir", out)
+    assert run(capsys, *flags, "--test_size", 0.5).code == 0
+    before = (out / "mine_train.jsonl").read_bytes()
+    done = run(capsys, *flags)
+    assert done.code == 2 and "mine_test.jsonl" in done.err and (out / "mine_train.jsonl").read_bytes() == before
+    assert run(capsys, *flags, "--overwrite").code == 0
+    assert not (out / "mine_test.jsonl").exists() and len(users(out / "mine_train.jsonl")) == 4

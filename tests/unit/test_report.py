@@ -195,10 +195,11 @@ def test_runs_on_other_data_or_evaluated_otherwise_are_never_averaged(tmp_path, 
 
 
 def test_runs_from_models_pretrained_by_their_own_seeds_are_one_arm(tmp_path, capsys):
-    def pretrained(seed: int, lbd: float) -> str:
+    def pretrained(seed: int, lbd: float, rows: str = "abc") -> str:
         folder = tmp_path / f"paraphrase-tiny-lbd{lbd}-s{seed}"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "args.json").write_text(json.dumps(JEPA | {"lbd": lbd, "finetune_seed": seed}))
+        (folder / "run.json").write_text(json.dumps({"data_sha256": {"paraphrase_train.jsonl": rows}}))
         return str(folder)
 
     runs = [
@@ -211,6 +212,19 @@ def test_runs_from_models_pretrained_by_their_own_seeds_are_one_arm(tmp_path, ca
         f"synth (200 examples), paraphrase-tiny-lbd{lbd}, regular" for lbd in ("0.5", "2.0")
     ]
     assert [row[1] for row in out if row[0].startswith("mean")] == ["55.00 ± 7.07", "75.00 ± 7.07"]
+    pretrained(23, 0.5, rows="other")
+    assert main(runs[:2]) == 0
+    assert "±" not in capsys.readouterr().out, "models pretrained on other rows are no one arm"
+
+
+def test_answers_without_a_result_are_shown(tmp_path, capsys):
+    run = make_run(tmp_path / "a", 82, 0.5, failures={"timeout": 3, "states": 1})
+    assert main([run]) == 0
+    assert "seed 82 without a result: 3 timeout, 1 states" in capsys.readouterr().out
+    assert main(["--line", run]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("without a result: 3 timeout, 1 states")
+    assert main([make_run(tmp_path / "b", 82, 0.5)]) == 0
+    assert "without" not in capsys.readouterr().out
 
 
 def test_answers_that_were_chosen_have_no_stop_rate(tmp_path, capsys):
