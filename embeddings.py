@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from examples import Example, ExampleError, Renderer
+from examples import Example, ExampleError, Problems, Renderer
 from finetune import Segment, encode_chats, encode_views
 from generation import context
 from runs import UsageError, write_json
@@ -59,6 +59,20 @@ def view_segments(model: Any, renderer: Renderer, examples: list[Example]) -> tu
             raise ExampleError(f"{example.source}: a view has {len(view.ids)} tokens, the model's context {limit}")
     first, second = (list(side) for side in zip(*views, strict=True))
     return (second, first) if renderer.s.reverse_pred else (first, second)
+
+
+def usable(model: Any, renderer: Renderer, examples: list[Example], problems: Problems) -> list[Example]:
+    """The examples whose views can be encoded. Raises ExampleError for another one unless `problems` skips those."""
+    good = []
+    for example in examples:
+        try:
+            view_segments(model, renderer, [example])
+            good.append(example)
+        except ExampleError as error:
+            problems.add(example.source, str(error).removeprefix(f"{example.source}: "))
+    if not good:
+        raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
+    return good
 
 
 def hidden_states(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int) -> torch.Tensor:

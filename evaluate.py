@@ -343,18 +343,20 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def answer(
-    name: str, examples: list[Example], s: Settings, path: Path, identity: dict[str, Any]
+    name: str, examples: list[Example], s: Settings, path: Path, identity: dict[str, Any], problems: Problems
 ) -> list[dict[str, Any]]:
     """Answers all examples with a model, writing each batch as it comes; returns the rows in the order of ids."""
     (model, renderer), choices = load(name, s), TASKS[s.task].choices
     # Whatever is wrong with the examples is refused before anything is replaced.
     if choices:
-        encoded = encode_choices(model, renderer, examples, choices)
+        examples, encoded = encode_choices(model, renderer, examples, choices, problems)
         answers = partial(choose, model, renderer, examples, choices, s.batch_size, encoded=encoded)
     else:
-        prompts = tokenise(model, renderer, examples)
+        examples, prompts = tokenise(model, renderer, examples, problems)
         stop_ids(model, renderer)
         answers = partial(generate, model, renderer, examples, s.batch_size, s.max_new_tokens, prompts=prompts)
+    if not examples:
+        raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
     with contextlib.ExitStack() as stack:
         score = stack.enter_context(scorer(s, examples))
         rows = begin_output(path, identity, s.overwrite)
@@ -401,8 +403,6 @@ def load_rows(s: Settings, problems: Problems) -> list[Example]:
     examples = read_examples(s.input_file, problems, s.fields)
     if s.process_split:
         examples = split_examples(examples, s.test_size, s.split_seed)[s.process_split == "test"]
-    if problems.report():
-        print(problems.report(), file=sys.stderr)
     return examples[: s.max_examples or None]
 
 
@@ -421,12 +421,14 @@ def run(s: Settings) -> None:
     identity = {"settings": settings, "data_sha256": data_sha256(s.input_file)}
     if s.task and (databases := databases_of(s)):
         identity["databases_sha256"] = folder_sha256(databases)
-    record = provenance({}) | {"skipped_examples": len(problems.messages)} | identity
+    record = provenance({}) | identity
     if s.embeds:
-        return run_embeddings(s, examples, record)
+        return run_embeddings(s, examples, record, problems)
     if s.score_gold:
         with scorer(s, examples) as score:
             rows = [scored_row(e, Generation(e.assistant, None), score) for e in examples]
+        if problems.report():
+            print(problems.report(), file=sys.stderr)
         return check_gold(summarise(rows, s), s)
     path, marks = Path(s.output_file), [s.output_file]
     check_free(path, s.overwrite)
@@ -436,12 +438,16 @@ def run(s: Settings) -> None:
         begin_output(path, identity, s.overwrite)
         write_rows(path, rows)
     else:
-        rows = answer(s.model_name, examples, s, path, identity | {"model": model_mark(s.model_name)})
+        rows = answer(s.model_name, examples, s, path, identity | {"model": model_mark(s.model_name)}, problems)
+    record["skipped_examples"] = len(problems.messages)
+    if problems.report():
+        print(problems.report(), file=sys.stderr)
     metrics = summarise(rows, s)
     if s.split_tune_untune:
         other = path.with_name("untuned") / path.name
         mark = identity | {"model": model_mark(s.original_model_name)}
-        untuned = answer(s.original_model_name, examples, dataclasses.replace(s, original_model_name=None), other, mark)
+        plain = dataclasses.replace(s, original_model_name=None)
+        untuned = answer(s.original_model_name, examples, plain, other, mark, Problems(s.skip_bad_examples))
         headline = metrics["score"]
         right = {row["id"] for row in untuned if row[headline]}
         parts = {"right": [r for r in rows if r["id"] in right], "wrong": [r for r in rows if r["id"] not in right]}
@@ -459,7 +465,7 @@ def run(s: Settings) -> None:
             print(f"\nrows the untuned model got {part}: " + table(scores))
 
 
-def run_embeddings(s: Settings, examples: list[Example], record: dict[str, Any]) -> None:
+def run_embeddings(s: Settings, examples: list[Example], record: dict[str, Any], problems: Problems) -> None:
     """Embeds the views, writes what the flags ask for, prints the figures. Refuses to replace files."""
     import embeddings
 
@@ -469,6 +475,11 @@ def run_embeddings(s: Settings, examples: list[Example], record: dict[str, Any])
         if path and path.exists() and not s.overwrite:
             raise UsageError(f"{path} exists; give --overwrite")
     model, renderer = load(s.model_name, s)
+    if s.skip_bad_examples:
+        examples = embeddings.usable(model, renderer, examples, problems)
+    record["skipped_examples"] = len(problems.messages)
+    if problems.report():
+        print(problems.report(), file=sys.stderr)
     where = {"model": s.model_name, "layer": s.embedding_layer, "pooling": s.embedding_pooling}
     text, code = embeddings.embed(model, renderer, examples, s.batch_size, s.embedding_layer, s.embedding_pooling)
     if vectors:

@@ -18,7 +18,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import finetune
-from examples import Example, ExampleError, Renderer
+from examples import Example, Problems, Renderer
 
 
 @dataclass(frozen=True)
@@ -181,20 +181,29 @@ def generate_batch(
     return answers
 
 
-def tokenise(model: Any, renderer: Renderer, examples: list[Example]) -> list[list[int]]:
-    """The prompts as token ids. Raises ExampleError for one the template refuses or that fills the model's context."""
-    texts = []
+def tokenise(
+    model: Any, renderer: Renderer, examples: list[Example], problems: Problems | None = None
+) -> tuple[list[Example], list[list[int]]]:
+    """(examples, their prompts as token ids), without those the template refuses or that fill the model's context.
+
+    Raises ExampleError for such a one unless `problems` skips them.
+    """
+    problems = problems or Problems()
+    good, texts = [], []
     for example in examples:
         try:
             texts.append(renderer.prompt(example))
+            good.append(example)
         except (ValueError, TemplateError) as error:
-            raise ExampleError(f"{example.source}: {error}") from None
-    prompts = renderer.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    limit = context(model) or sys.maxsize
-    for example, tokens in zip(examples, map(len, prompts), strict=True):
-        if tokens >= limit:
-            raise ExampleError(f"{example.source}: the prompt's {tokens} tokens fill the model's context of {limit}")
-    return prompts
+            problems.add(example.source, str(error))
+    prompts = renderer.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    limit, fitting = context(model) or sys.maxsize, []
+    for example, prompt in zip(good, prompts, strict=True):
+        if len(prompt) < limit:
+            fitting.append((example, prompt))
+        else:
+            problems.add(example.source, f"the prompt's {len(prompt)} tokens fill the model's context of {limit}")
+    return [example for example, _ in fitting], [prompt for _, prompt in fitting]
 
 
 def batches(examples: list[Example], lengths: list[int], size: int, done: set[int]) -> Iterator[list[int]]:
@@ -217,7 +226,8 @@ def generate(
 
     Raises ExampleError for a prompt that fills the model's context, unless `prompts` are given.
     """
-    prompts = prompts or tokenise(model, renderer, examples)
+    if prompts is None:
+        examples, prompts = tokenise(model, renderer, examples)
     prefix = shared_prefix(model, prompts, renderer.tokenizer.pad_token_id)
     for batch in batches(examples, [len(p) for p in prompts], batch_size, done):
         answers = generate_batch(model, renderer, [prompts[i] for i in batch], max_new_tokens, prefix)
@@ -228,23 +238,27 @@ def generate(
 
 
 def encode_choices(
-    model: Any, renderer: Renderer, examples: list[Example], choices: tuple[str, ...]
-) -> list[list[finetune.Segment]]:
-    """Each example's chat with each choice for its answer, cut behind that; `renderer` labels the answer's text.
+    model: Any, renderer: Renderer, examples: list[Example], choices: tuple[str, ...], problems: Problems | None = None
+) -> tuple[list[Example], list[list[finetune.Segment]]]:
+    """(examples, the chat of each with each choice for its answer, cut behind that); `renderer` labels answers' texts.
 
-    Raises ExampleError for one the template refuses or that is longer than the model's context.
+    Raises ExampleError for one the template refuses or that is longer than the model's context, unless `problems` skips
+    them.
     """
-    limit, encoded = context(model) or sys.maxsize, []
+    problems = problems or Problems()
+    limit, good, encoded = context(model) or sys.maxsize, [], []
     for example in examples:
         chats = finetune.encode_chats(renderer, [dataclasses.replace(example, assistant=c) for c in choices])
-        for chat in chats:
-            if isinstance(chat, ValueError):
-                raise ExampleError(f"{example.source}: {chat}")
-            if len(chat.ids) > limit:
-                raise ExampleError(f"{example.source}: {len(chat.ids)} tokens, over the model's context of {limit}")
+        reason = next((str(chat) for chat in chats if isinstance(chat, ValueError)), None)
+        if reason is None and (most := max(len(chat.ids) for chat in chats)) > limit:
+            reason = f"{most} tokens, over the model's context of {limit}"
+        if reason is not None:
+            problems.add(example.source, reason)
+            continue
+        good.append(example)
         ends = [int(chat.labels.nonzero()[0][-1]) + 1 for chat in chats]
         encoded.append([finetune.Segment("chat", c.ids[:e], c.labels[:e]) for c, e in zip(chats, ends, strict=True)])
-    return encoded
+    return good, encoded
 
 
 def share_prompt(chats: list[finetune.Segment]) -> bool:
@@ -261,7 +275,8 @@ def choose(
 
     A choice's log-likelihood is Σ log p(token | all before it) over its tokens behind the whole prompt, in nats.
     """
-    encoded = encoded or encode_choices(model, renderer, examples, choices)
+    if encoded is None:
+        examples, encoded = encode_choices(model, renderer, examples, choices)
     collator = finetune.Collator("separate", renderer.tokenizer.pad_token_id, sys.maxsize)
     with contextlib.closing(finetune.HeadInput(model)) as head:
         for batch in batches(examples, [len(e[0].ids) for e in encoded], batch_size, done):

@@ -65,7 +65,7 @@ def main() -> int:
     settings = evaluate.Settings(model_name=args.model_name, input_file=args.input_file, task="text")
     model, renderer = evaluate.load(args.model_name, settings)
     examples = read_examples(args.input_file, Problems())[: args.rows]
-    prompts = generation.tokenise(model, renderer, examples)
+    examples, prompts = generation.tokenise(model, renderer, examples)
     usual = partial(padded_batches, model, renderer, examples, prompts, max_new_tokens=args.max_new_tokens)
     with torch.inference_mode():
         arms = {

@@ -367,7 +367,7 @@ def test_a_tokenizer_that_adds_bos_itself_adds_no_second_one(plain, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     renderer = evaluate.load(str(folder), evaluate.Settings(plain=plain))[1]
     assert renderer.tokenizer("a").input_ids[0] == 0
-    ids = generation.tokenise(load(folder)[0], renderer, EXAMPLES)
+    _, ids = generation.tokenise(load(folder)[0], renderer, EXAMPLES)
     assert [(i[0], i.count(0)) for i in ids] == [(0, 1)] * len(EXAMPLES)
 
 
@@ -1106,3 +1106,20 @@ def test_embeddings_go_to_no_file_that_is_another_s(flags, named, model, tmp_pat
     flags = [flag.format(tmp_path) for flag in flags]
     done = call("evaluate", "--model_name", model, "--input_file", rows, *flags)
     assert done.code == 2 and named in done.err and sorted(tmp_path.iterdir()) == [rows]
+
+
+@pytest.mark.parametrize("kind", ["generate", "choose", "embed"])
+def test_examples_that_do_not_fit_the_context_can_be_left_out(kind, model, tmp_path):
+    folder = copy_model(model, tmp_path / "short", {"max_position_embeddings": 120})
+    answers = {"generate": "a", "choose": "B", "embed": "a"}
+    rows = [message_row("short?", answers[kind]), message_row("long " * 300, answers[kind])]
+    data = write_rows(tmp_path / ("hellaswag_test.jsonl" if kind == "choose" else "synth_test.jsonl"), rows)
+    flags = ["--model_name", folder, "--input_file", data, "--output_file", tmp_path / "out" / "p.jsonl"]
+    flags += ["--similarity"] if kind == "embed" else ["--max_new_tokens", 2] if kind == "generate" else []
+    done = call("evaluate", *flags)
+    assert done.code == 2 and f"{data.name}:2: " in done.err and not (tmp_path / "out").exists()
+    done = call("evaluate", *flags, "--skip_bad_examples")
+    assert done.code == 0 and f"skipped 1 bad examples: {data}:2: " in done.err
+    written = tmp_path / "out" / ("p.jsonl" if kind == "embed" else "metrics.json")
+    metrics = json.loads(written.read_text())
+    assert (metrics["n"], metrics["skipped_examples"]) == (1, 1)
