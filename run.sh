@@ -227,6 +227,8 @@ main() {
   trap 'stop 130' INT
   trap 'stop 143' TERM
   python=${PYTHON_BIN:-.venv/bin/python}
+  # Threads that wait busily make a step several times slower as soon as anything else wants a core.
+  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
   if [ -z "${PYTHON_BIN:-}" ]; then
     unset PYTHONHOME PYTHONPATH # of another environment
     supervise bash setup.sh
