@@ -490,7 +490,9 @@ def run_embeddings(s: Settings, examples: list[Example], record: dict[str, Any],
         measured = embeddings.similarity(text, code, seed=42)
         figures.parent.mkdir(parents=True, exist_ok=True)
         write_json(figures, where | measured | record)
-        print("\n".join(f"{k:25}{v:.6g}" for k, v in measured.items() if isinstance(v, (int, float))))
+        print("\n".join(f"{k:34}{v:.6g}" for k, v in measured.items() if isinstance(v, (int, float))))
+        if measured["least_squares_error"] is None:
+            print(f"no least-squares error: it needs more pairs than the {measured['dims']} dimensions")
     if drawing:  # last: what it cannot draw costs nothing else
         groups = embeddings.t_sne_groups(s.t_sne_type, text, code, examples)
         embeddings.t_sne(drawing, groups, seed=42, title=f"{Path(s.model_name).name}, {dataset_name(s.input_file)}")

@@ -225,7 +225,7 @@ class ExecutionMatch:
             raise ExampleError(f"{example.source}: db_id {db_id[:100]!r} is no plain name")
         path = self.databases / db_id / f"{db_id}.sqlite"
         if not path.is_file():
-            raise ExampleError(f"{example.source}: db_id {db_id!r}: there is no {path}")
+            raise ExampleError(f"{example.source}: db_id {db_id!r}: there is no {path} (--spider_path)")
         return path
 
     def __call__(self, prediction: str, example: Example) -> dict[str, bool | str]:

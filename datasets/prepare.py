@@ -87,6 +87,7 @@ def write_dataset(out_dir: Path, name: str, parts: Parts, entry: dict[str, Any],
     write_together(changed)
     for path in stale:
         path.unlink()
+        print(f"{path}: removed, since there is no such part any more")
     files = {p.name: {"rows": content.count(b"\n"), "sha256": sha256(p)} for p, content in contents.items()}
     manifest[name] = {**entry, "split": parts.split, "files": files}
     write_json(manifest_path, dict(sorted(manifest.items())))

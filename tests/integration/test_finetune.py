@@ -645,3 +645,8 @@ def test_data_file_is_split_by_share_and_seed(data, tmp_path):
     assert sorted(e.id for part in parts for e in part) == list(range(1, 25))
     assert parts[1] != finetune.load_examples(finetune.Settings(data_file=str(data), eval_split=0.25, split_seed=1),
                                               finetune.Problems())[1]  # fmt: skip
+
+
+def test_a_dry_run_of_nothing_trains_nothing(data, tmp_path):
+    done = train_to_the_end(data, tmp_path / "run", "--regular", "--dry_run", 0)
+    assert done.code == 2 and "--dry_run 0 would score nothing" in done.err and not (tmp_path / "run").exists()

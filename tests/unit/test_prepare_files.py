@@ -287,5 +287,5 @@ def test_a_part_that_is_no_longer_made_goes_with_overwrite_and_is_kept_without(t
     before = (out / "mine_train.jsonl").read_bytes()
     done = run(capsys, *flags)
     assert done.code == 2 and "mine_test.jsonl" in done.err and (out / "mine_train.jsonl").read_bytes() == before
-    assert run(capsys, *flags, "--overwrite").code == 0
+    assert "mine_test.jsonl: removed" in run(capsys, *flags, "--overwrite").out
     assert not (out / "mine_test.jsonl").exists() and len(users(out / "mine_train.jsonl")) == 4
