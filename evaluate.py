@@ -74,7 +74,7 @@ class Settings:
     system: str | None = flag(None, "system turn of such rows; default: none", DATA)
     task: str | None = flag(None, f"how to score ({', '.join(TASKS)}); default: told by the file's base name", DATA)
     spider_path: str = flag("spider_data.zip", "task spider: folder or zip of Spider, with its databases", DATA)
-    nosplit_data: bool = flag(False, "use the whole file (which is the default)", DATA)
+    nosplit_data: bool = flag(False, "use the whole file, also one that the run was trained on a part of", DATA)
     process_split: Literal["train", "test"] | None = flag(
         None, "use one part of a file that finetune.py took as --data_file", DATA
     )
@@ -209,7 +209,8 @@ def check_run(name: str, s: Settings) -> dict[str, Any]:
     run = run_folder(name)
     if run is None:
         return {}
-    status, trained = read_json(run / "run.json").get("status"), read_json(run / "args.json")
+    record, trained = read_json(run / "run.json"), read_json(run / "args.json")
+    status = record.get("status")
     if status != "finished":
         raise UsageError(f"--model_name {name}: the run is {status}, not finished")
     if trained["plain"] != s.plain:
@@ -217,6 +218,12 @@ def check_run(name: str, s: Settings) -> dict[str, Any]:
     split = (trained["eval_split"], trained["split_seed"])
     if s.process_split and trained["data_file"] and split != (s.test_size, s.split_seed):
         raise UsageError(f"--model_name {name} was split by --test_size {split[0]} --split_seed {split[1]}")
+    whole = bool(trained["data_file"] and s.input_file) and not (s.process_split or s.nosplit_data)
+    if whole and data_sha256(s.input_file) in record.get("data_sha256", {}).values():
+        raise UsageError(
+            f"--model_name {name} was trained on a part of {s.input_file}: give --process_split test, "
+            "or --nosplit_data for all of its rows"
+        )
     if s.fields and trained.get("text_field") and trained["system"] != s.system:
         raise UsageError(f"--model_name {name} was trained with --system {trained['system']!r}")
     return trained

@@ -1123,3 +1123,15 @@ def test_examples_that_do_not_fit_the_context_can_be_left_out(kind, model, tmp_p
     written = tmp_path / "out" / ("p.jsonl" if kind == "embed" else "metrics.json")
     metrics = json.loads(written.read_text())
     assert (metrics["n"], metrics["skipped_examples"]) == (1, 1)
+
+
+def test_a_file_that_was_split_for_training_is_not_scored_whole_unasked(tmp_path):
+    data = write_rows(tmp_path / "synth_all.jsonl", [message_row(f"q{i}", f"a{i}") for i in range(10)])
+    base = ("--model_name", GOLDEN / "models" / "llama3", "--output_dir", tmp_path / "run")
+    assert call("finetune", *base, "--data_file", data, "--max_steps", 1, "--regular").code == 0
+    flags = ("--model_name", tmp_path / "run", "--input_file", data, "--task", "synth", "--max_new_tokens", 1)
+    done = call("evaluate", *flags)
+    assert done.code == 2 and "was trained on a part of" in done.err and "--process_split test" in done.err
+    for extra, n in (("--process_split", "test"), 2), (("--nosplit_data",), 10):
+        done = call("evaluate", *flags, *extra, "--overwrite")
+        assert done.code == 0 and metrics_of(tmp_path / "run" / "eval" / "synth_all")["n"] == n, done.err
