@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -1401,6 +1402,9 @@ def main(argv: list[str] | None = None) -> int:
         settings = check_settings(settings, given)
         with contextlib.closing(Run(settings.output_dir, dataclasses.asdict(settings))) as run:
             train(settings, state, run)
+        # The wrapped model holds gloo's threads in reference cycles; one that still has work to let go of when the
+        # interpreter ends would abort it.
+        gc.collect()
     except (UsageError, ExampleError) as error:
         for line in str(error).splitlines() if state.is_main_process else ():
             _say(f"finetune.py: error: {line}")

@@ -18,9 +18,9 @@ import runs
 ROWS = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 3)) for i in range(13)]
 
 
-def launch(processes: int, out: Path, data: Path, *flags: object) -> Path:
+def launch(processes: int, out: Path, data: Path, *flags: object, script: Path = ROOT / "finetune.py") -> Path:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
-    command = [sys.executable, *torchrun, ROOT / "finetune.py", "--train_file", data, "--output_dir", out]
+    command = [sys.executable, *torchrun, script, "--train_file", data, "--output_dir", out]
     command += ["--model_name", GOLDEN / "models" / "llama3", "--learning_rate", "1e-3", "--num_epochs", 2, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -62,3 +62,17 @@ def test_a_mistake_ends_all_processes(tmp_path):
         launch(2, one, data, "--regular")
     assert str(error.value).count("exists; give --resume") == 1  # said by the main process alone
     assert [p.name for p in one.iterdir()] == ["mine.txt"]
+
+
+def test_no_thread_of_the_process_group_outlives_training(tmp_path):
+    """Such a thread, caught at work by the end of the interpreter, aborts the process (torch #179291)."""
+    watched = tmp_path / "watched.py"
+    watched.write_text(
+        "import glob, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import finetune\n"
+        "code = finetune.main()\n"
+        "threads = [open(name).read().strip() for name in glob.glob('/proc/self/task/*/comm')]\n"
+        "assert code == 0 and not [t for t in threads if 'gloo' in t], threads\n"
+    )
+    launch(2, tmp_path / "run", write_rows(tmp_path / "rows.jsonl", ROWS), "--regular", script=watched)
