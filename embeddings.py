@@ -19,11 +19,12 @@ from safetensors.torch import save
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from examples import Example, ExampleError, Problems, Renderer
-from finetune import Segment, encode_chats, encode_views
+from examples import Example, ExampleError, Problems
 from generation import context
+from rendering import Renderer
 from runs import UsageError, write_json
 from scoring import STARS
+from segments import Segment, encode_chats, encode_views
 
 # Letters: P pairs, R rows of a batch, T tokens in a row, D hidden size.
 

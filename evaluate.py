@@ -28,20 +28,12 @@ from transformers import BitsAndBytesConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
 import finetune
-from examples import (
-    Example,
-    ExampleError,
-    Fields,
-    Problems,
-    Renderer,
-    data_sha256,
-    dataset_name,
-    read_examples,
-    split_examples,
-)
+import loading
+from examples import Example, ExampleError, Fields, Problems, data_sha256, dataset_name, read_examples, split_examples
 from generation import Generation, choose, encode_choices, generate, stop_ids, tokenise
 from predictions import begin_output, check_free, owner, read_rows, write_rows
-from runs import UsageError, flag, folder_sha256, parse_flags, provenance, read_json, sha256, write_json
+from rendering import Renderer
+from runs import UsageError, first_line, flag, folder_sha256, parse_flags, provenance, read_json, sha256, write_json
 from scoring import TASKS, Scorer, score_text, wilson
 
 HERE = Path(__file__).resolve().parent
@@ -246,22 +238,22 @@ def load(name: str, s: Settings) -> tuple[Any, Renderer]:
         model_name=name if has_tokenizer else s.original_model_name or base, revision=s.revision, plain=s.plain,
         max_length=sys.maxsize, lm_labels="answer_text" if s.task and TASKS[s.task].choices else "answer", **views,
     )  # fmt: skip
-    tokenizer = finetune.load_tokenizer(render_as, predictors=False)
+    tokenizer = loading.load_tokenizer(render_as, predictors=False)
     renderer = Renderer(tokenizer, render_as)
     options, device = load_options(s)
     set_seed(42)  # rows of tokens that a model lacks (--plain) are drawn at random
     try:
         if adapter and s.revision is None:
             options["revision"] = read_json(folder / "adapter_config.json").get("revision")
-        model = finetune.load_weights(base, **options)
+        model = loading.load_weights(base, **options)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         if adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, name)
-    except finetune.LOADING_ERRORS as error:
-        raise UsageError(f"--model_name {name} cannot be loaded: {finetune.first_line(error)}") from None
+    except loading.LOADING_ERRORS as error:
+        raise UsageError(f"--model_name {name} cannot be loaded: {first_line(error)}") from None
     return (model if "device_map" in options else model.to(device)).eval(), renderer
 
 

@@ -12,20 +12,16 @@ or as two fields of any JSONL, CSV or Parquet file or hub dataset, named by `Fie
 from __future__ import annotations
 
 import csv
-import dataclasses
 import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
-from runs import UsageError, sha256
+from runs import sha256
 
 ROLES = (["system", "user", "assistant"], ["user", "assistant"])
 HUB = re.compile(
@@ -151,15 +147,21 @@ def parse_fields(row: Any, source: str, number: int, fields: Fields) -> Example:
     return Example(fields.system, row[fields.text], row[fields.code], source, number)
 
 
+def parse_example(row: Any, source: str, number: int, fields: Fields | None) -> Example:
+    """A row → Example, in the project's own format without `fields`. Raises ValueError with the reason."""
+    return parse_fields(row, source, number, fields) if fields else parse_messages(row, source, number)
+
+
 Rows = Iterator[tuple[str, int, Callable[[], Any]]]  # place, number, and a function that gives or refuses the row
 
 
 def _jsonl_rows(path: str) -> Rows:
-    # Split on the newline byte alone: str.splitlines would also break at U+2028 inside a JSON string.
-    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield f"{path}:{number}", number, lambda line=line: parse_json(line)
+    # As bytes, so that lines end at newlines alone: text would also break at U+2028 inside a JSON string.
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield f"{path}:{number}", number, lambda line=line: parse_json(line)
 
 
 def _csv_rows(path: str) -> Rows:
@@ -198,16 +200,17 @@ def _parquet_rows(path: str) -> Rows:
         raise ExampleError(f"{path}: not Parquet ({str(error).splitlines()[0]})") from None
 
 
-def _hub_rows(path: str) -> Rows:
+def _hub_rows(path: str, streaming: bool = False) -> Rows:
     from datasets import ClassLabel, load_dataset
     from datasets.exceptions import DatasetsError
 
     place = HUB.fullmatch(path)
     try:
-        data = load_dataset(place["name"], place["config"], split=place["split"], revision=place["revision"])
+        where = {"split": place["split"], "revision": place["revision"]} | ({"streaming": True} if streaming else {})
+        data = load_dataset(place["name"], place["config"], **where)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ExampleError(f"{path}: cannot be loaded from the hub ({str(error).splitlines()[0]})") from None
-    labels = {name: kind for name, kind in data.features.items() if isinstance(kind, ClassLabel)}
+    labels = {name: kind for name, kind in (data.features or {}).items() if isinstance(kind, ClassLabel)}
     for number, row in enumerate(data, start=1):
         names = {k: kind.int2str(row[k]) for k, kind in labels.items() if row[k] is not None and row[k] >= 0}
         yield f"{path}: row {number}", number, lambda row=row, names=names: row | names
@@ -218,10 +221,13 @@ def is_hub(path: str) -> bool:
     return HUB.fullmatch(path) is not None and not Path(path).exists()
 
 
-def read_rows(path: str) -> Rows:
-    """The rows of a JSONL, CSV or Parquet file (told by its ending) or a hub dataset, in order."""
+def read_rows(path: str, streaming: bool = False) -> Rows:
+    """The rows of a JSONL, CSV or Parquet file (told by its ending) or a hub dataset, in order.
+
+    Files are read row by row; with `streaming` a hub dataset is too, instead of being fetched first.
+    """
     if is_hub(path):
-        return _hub_rows(path)
+        return _hub_rows(path, streaming)
     return {".csv": _csv_rows, ".parquet": _parquet_rows}.get(Path(path).suffix.lower(), _jsonl_rows)(path)
 
 
@@ -235,9 +241,7 @@ def read_examples(path: str, problems: Problems, fields: Fields | None = None) -
     try:
         for source, number, row in read_rows(path):
             try:
-                examples.append(
-                    parse_fields(row(), source, number, fields) if fields else parse_messages(row(), source, number)
-                )
+                examples.append(parse_example(row(), source, number, fields))
             except ValueError as error:
                 problems.add(source, str(error))
     except OSError as error:
@@ -276,140 +280,3 @@ def dataset_name(path: str) -> str:
     """A data file's base name without its part: datasets/synth_test.jsonl → synth; of a hub dataset its NAME."""
     stem = HUB.fullmatch(path)["name"].split("/")[1] if is_hub(path) else Path(path).stem
     return next((stem.removesuffix(p) for p in ("_train", "_test", "_dev", "_val") if stem.endswith(p)), stem)
-
-
-# ------------------------------------------------------------------------------------------------------ rendering
-
-CONTENT = "\ue000\ue001\ue002"  # stands in for a turn's content to find where the template puts it
-PERCEPTION, END_OF_TURN = "<|perception|>", "<|eot_id|>"
-PINNED_DATE = datetime(2024, 7, 26)  # the date that Llama-3.x's own template falls back to
-# Stands in front of a template and hides transformers' strftime_now, which is today's date.
-DATE_MACRO = (
-    "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(f" | replace('%{c}', '{PINNED_DATE.strftime('%' + c)}')" for c in "aAbBcdHIjmMpSxXyY")
-    + " }}{%- endmacro -%}"
-)
-
-
-def predictor_token(i: int) -> str:
-    """The i-th predictor token, counted from 1."""
-    return f"<|predictor_{i}|>"
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A text as the model sees it; `start` and `end` are the character offsets of its content.
-
-    `user` are the offsets of a chat's user turn, where the Text view is read there.
-    """
-
-    text: str
-    start: int
-    end: int
-    user: tuple[int, int] | None = None
-
-
-class Renderer:
-    """Renders chats and views with the tokenizer's own chat template, or with --plain without one.
-
-    The template is asked, not the model's name: one that refuses or drops the system turn gets the system text in front
-    of the user's, separated by a blank line; one that cannot begin with an assistant turn gets the Code view as a user
-    turn (as the reference implementation does for Gemma).
-    """
-
-    def __init__(self, tokenizer: Any, s: Any):
-        """`s`: settings with model_name, plain, train_all, predictors, front_pred, reverse_pred and text_view.
-
-        Raises UsageError where there is no chat template or it does not show a turn's content.
-        """
-        self.tokenizer, self.s = tokenizer, s
-        # What the tokenizer puts in front of bare text; templates write it themselves.
-        bos = tokenizer.bos_token_id
-        self.prefix = tokenizer.bos_token if bos is not None and tokenizer("a").input_ids[:1] == [bos] else ""
-        if s.plain:
-            return
-        if not tokenizer.chat_template:
-            raise UsageError(
-                f"--model_name {s.model_name}: its tokenizer has no chat template; give --plain or add one"
-            )
-        user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        self.system_turn = self._shows([{"role": "system", "content": CONTENT}, user, assistant])
-        self.assistant_first = self._shows([{"role": "assistant", "content": CONTENT}])
-        if not self._shows([{"role": "user", "content": CONTENT}, assistant]):
-            raise UsageError(f"--model_name {s.model_name}: the chat template does not show the user turn")
-
-    def _render(self, messages: list[dict]) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            enable_thinking=False,
-            date_string=PINNED_DATE.strftime("%d %b %Y"),
-            chat_template=DATE_MACRO + self.tokenizer.chat_template,
-        )
-
-    def _shows(self, messages: list[dict]) -> bool:
-        try:
-            return CONTENT in self._render(messages)
-        except TemplateError:
-            return False
-
-    def _place(self, messages: list[dict], turn: int = -1) -> Rendered:
-        """Renders messages and finds the content of a turn. Raises ValueError where it cannot be located."""
-        content = messages[turn]["content"]
-        text, other = self._render(messages), list(messages)
-        other[turn] = messages[turn] | {"content": CONTENT}
-        before, _, after = self._render(other).partition(CONTENT)
-        start, end = len(before), len(text) - len(after)
-        if not (text.startswith(before) and text.endswith(after) and text[start:end].strip() == content.strip()):
-            raise ValueError("the content cannot be located in the rendered chat template")
-        return Rendered(text, start, end)
-
-    def _plain(self, before: str, content: str, after: str) -> Rendered:
-        before = self.prefix + before
-        return Rendered(before + content + after, len(before), len(before) + len(content))
-
-    def chat(self, example: Example) -> Rendered:
-        """The whole chat; its content is the answer (with --plain --train_all the user text)."""
-        in_chat = self.s.text_view == "in_chat"
-        if self.s.plain and self.s.train_all:
-            return self._plain("", example.user, END_OF_TURN)
-        if self.s.plain:
-            chat = self._plain(example.user + PERCEPTION, example.assistant, END_OF_TURN)
-            user = (len(self.prefix), len(self.prefix) + len(example.user))
-            return dataclasses.replace(chat, user=user) if in_chat else chat
-        system, user = [], example.user
-        if example.system is not None and self.system_turn:
-            system = [{"role": "system", "content": example.system}]
-        elif example.system is not None:
-            user = f"{example.system}\n\n{user}"
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": example.assistant}]
-        chat = self._place([*system, *turns])
-        if in_chat:
-            asked = self._place([*system, *turns], turn=-2)
-            chat = dataclasses.replace(chat, user=(asked.start, asked.end))
-        # A template's space in front of the answer belongs to the answer: tokenizers join the two, and a prompt that
-        # ended with it would be a context no training example has.
-        return dataclasses.replace(chat, start=len(chat.text[: chat.start].rstrip(" ")))
-
-    def views(self, example: Example) -> tuple[Rendered, Rendered]:
-        """(first, second): the Text and the Code view, or with --reverse_pred the other way round."""
-        views = [("user", example.text or example.user), ("assistant", example.code or example.assistant)]
-        (role, content), (other_role, other_content) = views[::-1] if self.s.reverse_pred else views
-        k = self.s.predictors
-        if self.s.front_pred:
-            content = "".join(predictor_token(i) for i in range(1, k + 1)) + content
-        else:
-            content += "".join(predictor_token(i) for i in range(k, 0, -1))
-        return self._view(role, content), self._view(other_role, other_content)
-
-    def _view(self, role: str, content: str) -> Rendered:
-        if self.s.plain:
-            return self._plain("", content, "")
-        return self._place([{"role": role if self.assistant_first else "user", "content": content}])
-
-    def prompt(self, example: Example) -> str:
-        """What a model is asked with: the chat as it was trained, up to the answer."""
-        if self.s.plain:
-            return self.prefix + example.user + PERCEPTION
-        chat = self.chat(dataclasses.replace(example, assistant="a"))
-        return chat.text[: chat.start]

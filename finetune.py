@@ -5,7 +5,7 @@
     python finetune.py --train_file datasets/synth_train.jsonl --model_name models/tiny --pretrain \\
         --predictors 1 --lbd 1 --learning_rate 2e-3 --num_epochs 3 --batch_size 16 --grad_accum 1
 
-The file is the method, top to bottom: flags, rendering, segments, layouts, losses, trainer, main.
+The file is the method, top to bottom: flags, layouts, losses, trainer, main; segments.py says what is encoded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,13 +33,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from jinja2 import TemplateError
-from safetensors import SafetensorError
+from accelerate.data_loader import DataLoaderShard
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -50,31 +49,30 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 
-from examples import (
-    END_OF_TURN,
-    PERCEPTION,
-    Example,
-    ExampleError,
-    Fields,
-    Problems,
-    Rendered,
-    Renderer,
-    data_sha256,
-    dataset_name,
-    predictor_token,
-    read_examples,
-    split_examples,
-)
+from examples import Example, ExampleError, Fields, Problems, data_sha256, dataset_name, read_examples, split_examples
+from loading import load_model, load_tokenizer
+from rendering import Renderer
 from runs import (
     VOLATILE,
     Run,
     UsageError,
+    first_line,
     flag,
     mark_checkpoint,
     parse_flags,
     provenance,
+    read_json,
     whole_checkpoints,
+    write_json,
     write_text,
+)
+from segments import (
+    MicroBatches,
+    Segment,
+    SegmentDataset,
+    SegmentStream,
+    end_of_turn,
+    without_views,
 )
 
 # ---------------------------------------------------------------------------------------------------------- flags
@@ -101,6 +99,10 @@ class Settings:
     system: str | None = flag(None, "system turn of such rows; default: none", DATA)
     max_length: int = flag(512, "longest chat or view in tokens; a longer example is an error, never cut", DATA)
     skip_bad_examples: bool = flag(False, "leave bad examples out, count and report them", DATA)
+    streaming: bool = flag(False, "read and tokenise --train_file as it is needed, for data larger than memory", DATA)
+    preprocessing_num_workers: int = flag(
+        0, "processes that tokenise; 0: one for each 10,000 examples, at most the cores", DATA
+    )
 
     model_name: str | None = flag(None, "model folder or hub name", MODEL)
     revision: str | None = flag(None, "commit of a hub model", MODEL)
@@ -113,7 +115,8 @@ class Settings:
     )
     attn_implementation: str | None = flag(None, "attention kernel of transformers (sdpa, flash_attention_2 …)", MODEL)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass", MODEL)
-    torch_compile: bool = flag(False, "compile the model", MODEL)
+    torch_compile: bool = flag(False, "compile the model; rows are padded to multiples of 64 tokens", MODEL)
+    use_liger_kernel: bool = flag(False, "kernels of the package liger-kernel, on a GPU", MODEL)
 
     regular: bool = flag(False, "regular fine-tuning: no JEPA term and no views", METHOD)
     predictors: int = flag(0, "predictor tokens behind the Text view, 0 to 10", METHOD)
@@ -143,6 +146,9 @@ class Settings:
     )
 
     batch_size: int = flag(4, "examples a micro-batch, per device", BATCH)
+    tokens_per_batch: int = flag(
+        0, "tokens a micro-batch, per device, views included: as many examples as have so many on average", BATCH
+    )
     grad_accum: int = flag(4, "micro-batches an optimiser step", BATCH)
     layout: Literal["packed", "separate", "additive"] | None = flag(
         None, "how segments share rows; never changes the numbers; default packed", BATCH
@@ -151,7 +157,9 @@ class Settings:
     tokens_per_row: int = flag(
         0, "packed: tokens a row; 0: 256 on a CPU, 4096 on a GPU, with flash attention one row", BATCH
     )
-    dataloader_num_workers: int = flag(0, "processes that lay out batches", BATCH)
+    dataloader_num_workers: int | None = flag(
+        None, "processes that lay out batches ahead; default 2 on a GPU (1 with --streaming), else 0", BATCH
+    )
 
     learning_rate: float = flag(2e-5, "peak learning rate", OPTIM)
     num_epochs: float = flag(4.0, "passes over the training rows", OPTIM)
@@ -160,7 +168,7 @@ class Settings:
     warmup_steps: float = flag(0.0, "linear warm-up in steps; below 1 a share of all steps", OPTIM)
     lr_scheduler_type: str = flag("linear", "schedule of transformers (linear, cosine, constant …)", OPTIM)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: not at all", OPTIM)
-    optim: str = flag("adamw_torch", "optimiser of transformers", OPTIM)
+    optim: str = flag("adamw_torch_fused", "optimiser of transformers", OPTIM)
     adam_beta2: float = flag(0.999, "AdamW's second beta", OPTIM)
     finetune_seed: int = flag(42, "seed of weights, data order and loss dropout", OPTIM)
     same_flop: bool = flag(False, "as many steps as spend what regular fine-tuning spends in --num_epochs", OPTIM)
@@ -174,7 +182,9 @@ class Settings:
     )
     eval_steps: int = flag(500, "steps between evaluations with --eval_strategy steps", RUN)
     eval_generate: int = flag(0, "also generate for N held-out rows and log exact match", RUN)
-    save_strategy: Literal["epoch", "steps", "no"] = flag("epoch", "when checkpoints are saved", RUN)
+    save_strategy: Literal["epoch", "steps", "no"] | None = flag(
+        None, "when checkpoints are saved; default epoch, with --streaming steps", RUN
+    )
     save_steps: int = flag(500, "steps between checkpoints with --save_strategy steps", RUN)
     save_total_limit: int = flag(1, "whole checkpoints kept", RUN)
     logging_steps: int = flag(1, "steps a line of metrics.jsonl", RUN)
@@ -226,10 +236,18 @@ def check_data(s: Settings, r: Refusals) -> None:
     r.only_if(bool(s.data_file), "eval_split", "only with --data_file")
     r.only_if(bool(s.data_file or s.val_fraction), "split_seed", "only with --data_file or --val_fraction")
     r.only_if(held_out, "eval_strategy eval_steps eval_generate", "there are no held-out rows")
-    r.only_if(s.eval_strategy == "steps", "eval_steps", "only with --eval_strategy steps")
+    in_steps = s.eval_strategy == "steps" or (s.eval_strategy is None and s.streaming)
+    r.only_if(in_steps, "eval_steps", "only with --eval_strategy steps")
     r.only_if(s.eval_strategy != "no", "eval_generate", "not with --eval_strategy no")
     r.refuse(not 0 < s.eval_split < 1, f"--eval_split {s.eval_split} is not between 0 and 1")
     r.refuse(not 0 <= s.val_fraction < 1, f"--val_fraction {s.val_fraction} is not in 0 to 1")
+    if s.streaming:
+        whole = "data_file val_fraction num_epochs same_flop preprocessing_num_workers"
+        r.only_if(False, whole, "not with --streaming, which never has all rows at hand")
+        r.refuse(s.max_steps == -1 and not s.dry_run, "--streaming: give --max_steps, its rows have no last one")
+        epochs = [n for n in ("save_strategy", "eval_strategy") if getattr(s, n) == "epoch"]
+        r.refuse(bool(epochs), f"--{' and --'.join(epochs)} epoch: not with --streaming, which has steps alone")
+        r.refuse((s.dataloader_num_workers or 0) > 1, "--dataloader_num_workers: at most 1 with --streaming")
 
 
 def check_method(s: Settings, r: Refusals) -> None:
@@ -243,7 +261,10 @@ def check_method(s: Settings, r: Refusals) -> None:
     r.only_if(s.predictors > 0, "front_pred reverse_pred", "only with --predictors")
     r.refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
     r.refuse(s.jepa_l2 + s.jepa_mse + s.infonce > 1, "give one of --jepa_l2, --jepa_mse and --infonce")
-    r.refuse(s.infonce and s.batch_size == 1, "--infonce: not with --batch_size 1, which leaves nothing to contrast")
+    alone = s.batch_size == 1 and not s.tokens_per_batch
+    r.refuse(s.infonce and alone, "--infonce: not with --batch_size 1, which leaves nothing to contrast")
+    r.only_if(not s.tokens_per_batch, "batch_size", "not together with --tokens_per_batch")
+    r.only_if(layout_of(s) == "packed", "tokens_per_batch", "only with --layout packed")
     r.refuse(not 0 <= s.predictors <= 10, f"--predictors {s.predictors} is not in 0 to 10")
     r.refuse(s.last_token is not None and s.last_token >= 0, f"--last_token {s.last_token} is not negative")
     r.refuse(not 0 <= s.jepa_ratio <= 1, f"--jepa_ratio {s.jepa_ratio} is not in 0 to 1")
@@ -268,7 +289,12 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, whose random base would not be saved")
     r.refuse(s.dtype == "float16" and not torch.cuda.is_available(), "--dtype float16 needs a GPU")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
-    r.only_if(s.save_strategy == "steps", "save_steps", "only with --save_strategy steps")
+    if s.use_liger_kernel:
+        missing = importlib.util.find_spec("liger_kernel") is None
+        r.refuse(missing, "--use_liger_kernel: install the package liger-kernel first")
+        r.refuse(not torch.cuda.is_available(), "--use_liger_kernel needs a GPU")
+    in_steps = s.save_strategy == "steps" or (s.save_strategy is None and s.streaming)
+    r.only_if(in_steps, "save_steps", "only with --save_strategy steps")
     r.only_if(not r.given & {"num_epochs", "same_flop"}, "max_steps", "not together with --num_epochs or --same_flop")
     r.refuse(s.resume and s.overwrite, "give one of --resume and --overwrite")
     r.refuse("dry_run" in r.given and s.dry_run == 0, "--dry_run 0 would score nothing; leave it out to train")
@@ -287,8 +313,9 @@ def check_training(s: Settings, r: Refusals) -> None:
 
 POSITIVE = ("batch_size grad_accum lora_rank max_length save_steps eval_steps logging_steps save_total_limit "
             "learning_rate num_epochs").split()  # fmt: skip
-NOT_NEGATIVE = ("lbd gamma finetune_seed split_seed eval_generate dry_run tokens_per_row max_grad_norm warmup_steps "
-                "weight_decay dataloader_num_workers").split()  # fmt: skip
+NOT_NEGATIVE = ("lbd gamma finetune_seed split_seed eval_generate dry_run tokens_per_row tokens_per_batch "
+                "max_grad_norm warmup_steps weight_decay dataloader_num_workers "
+                "preprocessing_num_workers").split()  # fmt: skip
 
 
 def check_settings(s: Settings, given: set[str]) -> Settings:
@@ -302,16 +329,18 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
     for name in (*POSITIVE, *NOT_NEGATIVE):
         value = getattr(s, name)
         r.refuse(name in POSITIVE and not value > 0, f"--{name} {value} is not positive")
-        r.refuse(name in NOT_NEGATIVE and not value >= 0, f"--{name} {value} is negative")
-        r.refuse(math.isinf(value), f"--{name} is not finite")
+        r.refuse(name in NOT_NEGATIVE and not (value or 0) >= 0, f"--{name} {value} is negative")
+        r.refuse(math.isinf(value or 0), f"--{name} is not finite")
     if r:
         raise UsageError("\n".join(r))
+    held_out = s.data_file or s.eval_file or s.val_fraction
     resolved = dataclasses.replace(
         s,
         layout=layout_of(s),
         additive_mask=layout_of(s) == "additive",
         lm_labels=s.lm_labels or ("all" if s.train_all else "answer"),
-        eval_strategy=s.eval_strategy or ("epoch" if s.data_file or s.eval_file or s.val_fraction else "no"),
+        eval_strategy=s.eval_strategy or ("no" if not held_out else "steps" if s.streaming else "epoch"),
+        save_strategy=s.save_strategy or ("steps" if s.streaming else "epoch"),
     )
     return dataclasses.replace(resolved, output_dir=s.output_dir or default_output_dir(resolved))
 
@@ -335,222 +364,11 @@ def default_output_dir(s: Settings) -> str:
         "layout": "packed",
         "lm_labels": "answer",
         "eval_strategy": "no",
+        "save_strategy": "epoch",
     }
     others = {k: v for k, v in dataclasses.asdict(s).items() if k not in named | VOLATILE and v != usual[k]}
     mark = "-x" + hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8] if others else ""
     return f"runs/{dataset}-{Path(s.model_name).name}-{method}-lr{s.learning_rate:g}{mark}-s{s.finetune_seed}"
-
-
-# ------------------------------------------------------------------------------------------------------- segments
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A chat or a view as tokens. `ids` and `labels` are (T,); `view` is where the view is read.
-
-    A chat has no view, or with --text_view in_chat the Text view. Its predictor tokens then stand at the chat's end
-    (the last `branch` tokens) but branch off behind its first `stem` tokens: they have the positions that follow those,
-    see nothing else of the chat, and nothing else sees them.
-    """
-
-    kind: Literal["chat", "text_view", "code_view"]
-    ids: np.ndarray
-    labels: np.ndarray
-    view: int | None = None
-    stem: int = 0
-    branch: int = 0
-
-    @property
-    def positions(self) -> np.ndarray:
-        """Position ids (T,)."""
-        trunk = np.arange(len(self.ids) - self.branch)
-        return np.concatenate([trunk, self.stem + np.arange(self.branch)])
-
-    @property
-    def without_view(self) -> Segment:
-        """The chat as regular fine-tuning has it."""
-        end = len(self.ids) - self.branch
-        return Segment(self.kind, self.ids[:end], self.labels[:end])
-
-    @property
-    def text_view(self) -> Segment:
-        """The Text view of a chat with one, as a segment of its own: what the view sees and no more."""
-        end = len(self.ids) - self.branch
-        ids = np.concatenate([self.ids[: self.stem], self.ids[end:]])
-        return Segment("text_view", ids, np.zeros(len(ids), dtype=bool), len(ids) - 1)
-
-
-def _tokenize(tokenizer: Any, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Token ids (T,) and character offsets (T, 2) of texts that already hold their special tokens."""
-    out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    return [
-        (np.asarray(i, dtype=np.int64), np.asarray(o, dtype=np.int64).reshape(-1, 2))
-        for i, o in zip(out["input_ids"], out["offset_mapping"], strict=True)
-    ]
-
-
-def content_tokens(offsets: np.ndarray, r: Rendered) -> tuple[int, int]:
-    """[first, stop): the tokens of a rendered text's content, by offsets (T, 2).
-
-    Byte-level tokenizers trim white space off their offsets, so a token of spaces has no width; it belongs to what
-    stands before it. Raises ValueError where a token holds both content and the template's own text.
-    """
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    inside, behind = ends > r.start, (starts >= r.end) & (ends > starts)
-    first = int(inside.argmax()) if inside.any() else len(starts)
-    stop = int(behind.argmax()) if behind.any() else len(starts)
-    if first >= stop:
-        raise ValueError("no token of the content can be located")
-    if r.text[starts[first] : r.start].strip() or r.text[r.end : max(ends[first:stop])].strip():
-        raise ValueError("a token joins the content with the chat template's text, so it cannot be located")
-    return first, stop
-
-
-def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of all special tokens."""
-    return set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-
-
-def label_tokens(tokenizer: Any, scope: str, ids: np.ndarray, first: int, stop: int) -> np.ndarray:
-    """Which tokens (T,) are labels: --lm_labels. Raises ValueError where no special token ends the answer."""
-    labels = np.zeros(len(ids), dtype=bool)
-    if scope == "all":
-        return ~labels
-    if scope == "reference":
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return ids != pad
-    if scope == "answer":
-        special = special_ids(tokenizer)
-        ends = [t for t in range(stop, len(ids)) if int(ids[t]) in special]
-        if not ends:
-            raise ValueError(
-                "the chat template ends the answer without a special token, so a model could not learn to stop; "
-                "mend the template or give --lm_labels answer_text"
-            )
-        stop = ends[0] + 1
-    labels[first:stop] = True
-    return labels
-
-
-def encode_chats(renderer: Renderer, examples: list[Example]) -> list[Segment | ValueError]:
-    """The chat segment of each example, or why there is none."""
-    return _encode(renderer, "chat", [_try(renderer.chat, e) for e in examples])
-
-
-def encode_views(renderer: Renderer, examples: list[Example]) -> list[tuple[Segment | ValueError, ...]]:
-    """The two view segments of each example, or why there are none."""
-    views = [_try(renderer.views, e) for e in examples]
-    first, second = ([v if isinstance(v, ValueError) else v[i] for v in views] for i in (0, 1))
-    return list(zip(_encode(renderer, "text_view", first), _encode(renderer, "code_view", second), strict=True))
-
-
-def _try(function: Any, *args: Any) -> Any:
-    try:
-        return function(*args)
-    except ValueError as error:
-        return error
-    except TemplateError as error:
-        return ValueError(f"the chat template refuses the example ({error})")
-
-
-def _encode(renderer: Renderer, kind: str, texts: list[Rendered | ValueError]) -> list[Segment | ValueError]:
-    s, tokenizer = renderer.s, renderer.tokenizer
-    tokens = iter(_tokenize(tokenizer, [r.text for r in texts if isinstance(r, Rendered)] or [""]))
-
-    def segment(rendered: Rendered, ids: np.ndarray, offsets: np.ndarray) -> Segment:
-        if len(ids) > s.max_length:
-            raise ValueError(f"the {kind.replace('_', ' ')} has {len(ids)} tokens, over --max_length {s.max_length}")
-        first, stop = content_tokens(offsets, rendered)
-        if kind == "chat":
-            labels = label_tokens(tokenizer, s.lm_labels, ids, first, stop)
-            if rendered.user is None:
-                return Segment("chat", ids, labels)
-            _, stem = content_tokens(offsets, Rendered(rendered.text, *rendered.user))
-            branch = tokenizer.convert_tokens_to_ids([predictor_token(i) for i in range(s.predictors, 0, -1)])
-            ids = np.concatenate([ids, np.asarray(branch, dtype=np.int64)])
-            labels = np.concatenate([labels, np.zeros(len(branch), dtype=bool)])
-            return Segment("chat", ids, labels, len(ids) - 1 if branch else stem - 1, stem, len(branch))
-        view = stop - 1 if s.last_token is None else len(ids) + s.last_token
-        if view < 0:
-            raise ValueError(f"the {kind.replace('_', ' ')} has {len(ids)} tokens, no --last_token {s.last_token}")
-        return Segment(kind, ids, np.zeros(len(ids), dtype=bool), view)
-
-    return [r if isinstance(r, ValueError) else _try(segment, r, *next(tokens)) for r in texts]
-
-
-def end_of_turn(renderer: Renderer) -> int | None:
-    """Id of the special token that ends the assistant turn, None where the template has none."""
-    s = dataclasses.replace(renderer.s, train_all=False, lm_labels="answer", text_view="alone")
-    segment = encode_chats(Renderer(renderer.tokenizer, s), [Example(None, "a", "b", "the chat template", 0)])[0]
-    return None if isinstance(segment, ValueError) else int(segment.ids[segment.labels][-1])
-
-
-def without_views(item: tuple[Segment, ...]) -> tuple[Segment]:
-    """What regular fine-tuning has of an example."""
-    return (item[0].without_view,)
-
-
-class SegmentDataset(torch.utils.data.Dataset):
-    """Examples as tuples of segments: (chat,), (chat, text view, code view), or in_chat (chat with view, code view).
-
-    Items are asked for by (epoch, index); index −1 is an empty item that fills up the last batch. With `dropout` the
-    items of --jepa_ratio's share alone have views.
-    """
-
-    def __init__(self, examples: list[Example], renderer: Renderer, problems: Problems, dropout: bool = False):
-        """Raises ExampleError for an example that cannot be used, unless `problems` skips those."""
-        self.s, self.items, self.examples = renderer.s, [], []
-        self.ratio = self.s.jepa_ratio if dropout else 1.0
-        for begin in range(0, len(examples), 1000):
-            part = examples[begin : begin + 1000]
-            chats = encode_chats(renderer, part)
-            views = encode_views(renderer, part) if self.s.jepa else [()] * len(part)
-            if self.s.text_view == "in_chat":
-                views = [pair[1:] for pair in views]
-            for example, chat, pair in zip(part, chats, views, strict=True):
-                bad = next((x for x in (chat, *pair) if isinstance(x, ValueError)), None)
-                if bad is None and self.s.text_view == "in_chat" and example.text is not None:
-                    bad = ValueError("its Text view is no part of the chat, which --text_view in_chat needs")
-                if bad is not None:
-                    problems.add(example.source, str(bad))
-                    continue
-                self.items.append((chat, *pair) if pair else (chat.without_view,))
-                self.examples.append(example)
-        if not self.items:
-            raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Segment, ...]:
-        epoch, index = key
-        if index < 0:
-            return ()
-        # Random JEPA-loss dropout (paper section 3.3): decided by seed, epoch and row, so that layouts, batch sizes
-        # and ranks agree on it and a dropped pair is never encoded.
-        draw = np.random.default_rng([self.s.finetune_seed, epoch, index]) if self.ratio < 1 else None
-        item = self.items[index]
-        return without_views(item) if draw is not None and draw.random() >= self.ratio else item
-
-
-class EpochSampler(torch.utils.data.Sampler):
-    """(epoch, index) pairs in an order decided by seed and epoch, filled up with index −1 to whole batches.
-
-    Filling up instead of repeating rows keeps every rank in step without counting an example twice.
-    """
-
-    def __init__(self, size: int, multiple: int, seed: int, shuffle: bool):
-        self.size, self.multiple, self.seed, self.shuffle, self.epoch = size, multiple, seed, shuffle, 0
-
-    def __len__(self) -> int:
-        return math.ceil(self.size / self.multiple) * self.multiple
-
-    def __iter__(self):
-        order = (
-            np.random.default_rng([self.seed, self.epoch]).permutation(self.size) if self.shuffle else range(self.size)
-        )
-        yield from ((self.epoch, int(i)) for i in order)
-        yield from [(self.epoch, -1)] * (len(self) - self.size)
 
 
 # -------------------------------------------------------------------------------------------------------- layouts
@@ -590,30 +408,39 @@ LAYOUTS = {"separate": separate_rows, "additive": additive_rows, "packed": packe
 class Collator:
     """Lays out the segments of a micro-batch in rows.
 
-    Returns `input_ids`, `position_ids` (R, T) restarting at 0 for each segment; `attention_mask`: None when packed
-    (transformers then builds the block-diagonal mask from the positions), (R, T) when separate, (R, 1, T, T) additive
-    and wherever predictor tokens branch off a chat;
-    `label_at` (2, N) row and column whose hidden state predicts `label_ids` (N,); `view_at` (2, 2, P) row and column of
-    the first and the second view; `tokens` (4,) counts of chat, text view, code view and padding.
+    Returns `input_ids`, `position_ids` (R, T) restarting at 0 for each segment; `spans` (3, R, T), of each token its
+    segment's number in the row (−1: padding) and two columns: in its segment it sees those before the first and those
+    from the second on; `label_at` (2, N) row and column whose hidden state predicts `label_ids` (N,); `view_at`
+    (2, 2, P) row and column of the first and the second view; `targets` (2,) = N, P; `tokens` (4,) counts of chat, text
+    view, code view and padding; `boundaries` (S + 1,) where segments and padding begin in all rows as one, the last of
+    them its end, and `longest` of them; `mask`: what tells segments of a row apart, `padding` alone where each has a
+    row of its own, their `positions`, or nothing less than a `dense` mask. Rows are padded to a multiple of `multiple`
+    tokens.
     """
 
     layout: str
     pad_id: int
     tokens_per_row: int
+    multiple: int = 1
 
-    def __call__(self, items: list[tuple[Segment, ...]]) -> dict[str, torch.Tensor | None]:
+    def __call__(self, items: Sequence[tuple[Segment, ...]]) -> dict[str, Any]:
+        items = list(items)  # the same segments each time they are looked at
         rows = LAYOUTS[self.layout](items, self.tokens_per_row) or [[]]
         width = max(1, max(sum(len(s.ids) for s in row) for row in rows))
+        width = math.ceil(width / self.multiple) * self.multiple
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)  # (R, T)
         positions = np.zeros((len(rows), width), dtype=np.int64)  # (R, T)
-        owner = np.full((len(rows), width), -1, dtype=np.int64)  # (R, T), number of the segment in its row
+        spans = np.zeros((3, len(rows), width), dtype=np.int64)
+        spans[0] = -1
         place = {}
         for r, row in enumerate(rows):
             begin = 0
             for number, segment in enumerate(row):
                 end = begin + len(segment.ids)
-                ids[r, begin:end], owner[r, begin:end] = segment.ids, number
+                ids[r, begin:end], spans[0, r, begin:end] = segment.ids, number
                 positions[r, begin:end] = segment.positions
+                # Predictor tokens see the chat up to their stem and each other.
+                spans[1:, r, end - segment.branch : end] = [[begin + segment.stem], [end - segment.branch]]
                 place[id(segment)] = (r, begin)
                 begin = end
             positions[r, begin:] = np.arange(width - begin)  # padding is a segment of its own
@@ -631,29 +458,41 @@ class Collator:
                 label_at += [(r, begin + t - 1) for t in targets]
                 label_ids += segment.ids[targets].tolist()
         padding = ids.size - sum(counts.values())
-        branched = [(*place[id(segment)], segment) for item in items for segment in item if segment.branch]
+        dense = self.layout == "additive" or any(s.branch for row in rows for s in row)
+        boundaries = np.append(np.flatnonzero(positions == 0), positions.size)
         return {
+            "mask": "dense" if dense else "padding" if self.layout == "separate" else "positions",
+            "boundaries": torch.from_numpy(boundaries.astype(np.int32)),
+            "longest": int(np.diff(boundaries).max()),
             "input_ids": torch.from_numpy(ids),
             "position_ids": torch.from_numpy(positions),
-            "attention_mask": self._mask(torch.from_numpy(owner), branched),
+            "spans": torch.from_numpy(spans),
             "label_at": torch.tensor(label_at, dtype=torch.long).reshape(-1, 2).T,  # (2, N)
             "label_ids": torch.tensor(label_ids, dtype=torch.long),  # (N,)
             "view_at": torch.tensor(view_at, dtype=torch.long).reshape(2, -1, 2).movedim(2, 0),  # (2, 2, P)
+            "targets": torch.tensor([len(label_ids), len(view_at[0])]),
             "tokens": torch.tensor([*counts.values(), padding]),
         }
 
-    def _mask(self, owner: torch.Tensor, branched: list[tuple[int, int, Segment]]) -> torch.Tensor | None:
-        """`owner`: each token's segment (R, T); `branched`: row, first column and segment of each with a branch."""
-        if self.layout == "packed" and not branched:
-            return None
-        if self.layout == "separate" and not branched:
-            return (owner >= 0).long()  # (R, T)
-        causal = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool).tril()
-        allowed = (owner[:, :, None] == owner[:, None, :]) & causal  # (R, T, T)
-        for r, begin, segment in branched:
-            end = begin + len(segment.ids)
-            allowed[r, end - segment.branch : end, begin + segment.stem : end - segment.branch] = False
-        return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]  # (R, 1, T, T)
+
+def collate(collator: Collator, micro_batches: list[list[tuple[Segment, ...]]]) -> dict[str, Any]:
+    """What a DataLoader needs whose items are whole micro-batches."""
+    return collator(micro_batches[0])
+
+
+def collate_stream(collator: Collator, micro_batch: tuple[list[tuple[Segment, ...]], Any]) -> dict[str, Any]:
+    """The same for a stream; `place` says where it goes on behind this micro-batch."""
+    items, place = micro_batch
+    return collator(items) | {"place": place}
+
+
+def may_see(spans: torch.Tensor) -> torch.Tensor:
+    """Which tokens see which (R, T, T), from a batch's `spans` (3, R, T)."""
+    owner, before, behind = spans[:, :, :, None]  # (R, T, 1) each
+    key = torch.arange(spans.shape[-1], device=spans.device)  # (T,)
+    causal = key <= key[:, None]  # (T, T)
+    # Both columns are 0 where a token sees all of its segment.
+    return (owner == owner.transpose(1, 2)) & causal & ((key < before) | (key >= behind))
 
 
 # --------------------------------------------------------------------------------------------------------- losses
@@ -662,6 +501,9 @@ class Collator:
 def lm_loss(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(sum, count) of the next-token cross-entropy in nats: logits (N, V) at the labels, label_ids (N,)."""
     return F.cross_entropy(logits.float(), label_ids, reduction="sum"), len(label_ids)
+
+
+SLICE = 2**26  # logits held at once, 256 MiB in float32; their gradient and softmax take as much again each
 
 
 def _infonce(text: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
@@ -701,17 +543,22 @@ def view_statistics(text: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tenso
 
 
 class HeadInput:
-    """Hands the output layer only what is needed, so that logits exist at labels alone.
+    """Hands the output layer only what is needed, so that logits exist at labels alone, and at most SLICE at once.
 
     A forward pre-hook on the model's output layer: everything before it runs as in any forward of the (wrapped) model.
-    Outside of `read` it does nothing, so generation works as ever.
+    Outside of `read` and `losses` it does nothing, so generation works as ever.
     """
 
     def __init__(self, model: torch.nn.Module):
-        self.batch: dict[str, torch.Tensor] | None = None
+        config, taken = model.config.get_text_config(), inspect.signature(_forward_of(model)).parameters
+        self.batch: dict[str, Any] | None = None
         self.views: torch.Tensor | None = None
-        self.accepts_positions = "position_ids" in inspect.signature(_forward_of(model)).parameters
-        self._hook = model.get_output_embeddings().register_forward_pre_hook(self._pick)
+        self.vocabulary, self.slices = config.vocab_size, False
+        self.accepts_positions, self.accepts_more = "position_ids" in taken, "kwargs" in taken
+        self.kernel = getattr(config, "_attn_implementation", None) or ""
+        self.windowed = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        self._layer = model.get_output_embeddings()
+        self._hook = self._layer.register_forward_pre_hook(self._pick)
 
     def close(self) -> None:
         """Takes the hook off the model."""
@@ -724,20 +571,79 @@ class HeadInput:
         self.views = hidden[view_at[0], view_at[1]]  # (2, P, D)
         return (hidden[label_at[0], label_at[1]][None], *args[1:])  # (1, N, D)
 
-    def read(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits at the labels (N, V) and hidden states at the views (2, P, D), by one forward pass of `model`.
+    def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model's forward takes.
 
-        use_cache=False and, when packed, attention_mask=None: otherwise packed segments would see each other.
+        transformers tells packed segments apart by their positions, with attention_mask=None and use_cache=False alone.
+        Finding the segments makes the host wait for the device in each forward pass, so they are told where possible.
         """
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
         if self.accepts_positions:
             inputs["position_ids"] = batch["position_ids"]
+        if batch["mask"] == "padding":
+            inputs["attention_mask"] = (batch["spans"][0] >= 0).long()  # (R, T)
+        elif batch["mask"] == "dense" or (self.kernel == "sdpa" and not self.windowed):
+            seen = may_see(batch["spans"])[:, None]  # (R, 1, T, T)
+            lowest = torch.finfo(torch.float32).min
+            inputs["attention_mask"] = seen if self.kernel == "sdpa" else torch.where(seen, 0.0, lowest)
+        elif "flash" in self.kernel and self.accepts_more:
+            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch["boundaries"])
+            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), batch["longest"])
+        return inputs
+
+    def read(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits at the labels (N, V) and hidden states at the views (2, P, D), by one forward pass of `model`."""
         self.batch = batch
         try:
-            logits = model(**inputs).logits[0]  # (N, V)
+            logits = model(**self._inputs(batch)).logits[0]  # (N, V)
             return logits, self.views
         finally:
             self.batch = self.views = None
+
+    def losses(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of `lm_loss` and hidden states at the views (2, P, D), by one forward pass of `model`.
+
+        Where there would be more than SLICE logits they are made a slice at a time, and again in the backward pass.
+        """
+        if not (self.slices and len(batch["label_ids"]) * self.vocabulary > SLICE):
+            logits, views = self.read(model, batch)
+            return lm_loss(logits, batch["label_ids"])[0], views
+        # Within the layer's own call, since wrappers that shard its weights gather them for that call.
+        whole, own = self._layer.forward, vars(self._layer).get("forward")
+        self._layer.forward = partial(self._sliced, whole)
+        try:
+            losses, views = self.read(model, batch)  # (N, 1)
+        finally:
+            del self._layer.forward
+            if own is not None:
+                self._layer.forward = own
+        return losses.sum(), views
+
+    def _sliced(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """In place of logits the cross-entropy of each label (1, N, 1), from hidden states (1, N, D)."""
+
+        def nll(hidden: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(layer(hidden).float(), label_ids, reduction="none")
+
+        size = max(1, SLICE // self.vocabulary)
+        parts = zip(hidden[0].split(size), self.batch["label_ids"].split(size), strict=True)
+        return torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in parts])[None, :, None]
+
+
+@torch.no_grad()
+def check_slices(model: torch.nn.Module, head: HeadInput, batch: dict[str, Any]) -> None:
+    """Finds out whether logits can be made a slice at a time: not where the model does more to them than its layer."""
+    global SLICE
+    usual, training = SLICE, model.training
+    model.eval()
+    try:
+        whole, _ = head.losses(model, batch)
+        head.slices, SLICE = True, head.vocabulary
+        sliced, _ = head.losses(model, batch)
+    finally:
+        SLICE = usual
+        model.train(training)
+    head.slices = torch.allclose(whole, sliced, rtol=1e-2 if whole.dtype == torch.bfloat16 else 1e-3)
 
 
 def _forward_of(model: torch.nn.Module) -> Any:
@@ -764,8 +670,12 @@ def check_layout(model: torch.nn.Module, head: HeadInput, items: list[tuple[Segm
 
     def read(items: list[tuple[Segment, ...]], layout: str) -> list[torch.Tensor]:
         batch = dataclasses.replace(collator, layout=layout, tokens_per_row=sys.maxsize)(items)
-        with precision:
-            logits, views = head.read(model, on_device(batch, device))
+        try:
+            with precision:
+                logits, views = head.read(model, on_device(batch, device))
+        except (RuntimeError, ValueError, IndexError) as error:
+            where = f"{type(model).__name__} cannot be laid out as {layout}"
+            raise UsageError(f"{where} ({first_line(error)}); give --layout separate") from None
         return [logits.float(), *views.float()]  # (N, V), (P, D), (P, D)
 
     def differ(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
@@ -794,14 +704,14 @@ def check_layout(model: torch.nn.Module, head: HeadInput, items: list[tuple[Segm
         )
 
 
-def on_device(batch: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor | None]:
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch of the collator, moved."""
-    return {name: value if value is None else value.to(device) for name, value in batch.items()}
+    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- trainer
 
-STATISTICS = ("lm_sum", "labels", "jepa_sum", "pairs", "cosine_sum", "spread_sum", "spread_pairs",
+STATISTICS = ("lm_sum", "jepa_sum", "cosine_sum", "spread_sum", "labels", "pairs", "spread_pairs",
               "chat", "text_view", "code_view", "padding")  # fmt: skip
 
 
@@ -814,7 +724,8 @@ class JepaTrainer(Trainer):
         self.s, self.head, self.generate = settings, head, generate
         # Tells the Trainer that the loss is already scaled for gradient accumulation.
         self.model_accepts_loss_kwargs = True
-        self.sampler: EpochSampler | None = None
+        self.sampler: MicroBatches | None = None
+        self.place: Any = None  # behind the last micro-batch of a stream
         self.statistics = torch.zeros(len(STATISTICS), dtype=torch.float64, device=self.args.device)
         self.seen_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self._step_loss = torch.zeros((), device=self.args.device)
@@ -822,24 +733,36 @@ class JepaTrainer(Trainer):
 
     # -- data
 
-    def _sampler_of(self, dataset: SegmentDataset, batch_size: int, shuffle: bool) -> EpochSampler:
-        return EpochSampler(len(dataset), batch_size * self.args.world_size, self.s.finetune_seed, shuffle)
+    def _sampler_of(self, dataset: SegmentDataset, shuffle: bool) -> MicroBatches:
+        sizes = {"batch_size": self.s.batch_size, "tokens": self.s.tokens_per_batch}
+        return MicroBatches(dataset.items.lengths, self.s.finetune_seed, shuffle, self.args.world_size, **sizes)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        self.sampler = self._sampler_of(self.train_dataset, self.args.train_batch_size, shuffle=True)
+    def _get_train_sampler(self, train_dataset: Any = None) -> MicroBatches:
+        self.sampler = self._sampler_of(self.train_dataset, shuffle=True)
         return self.sampler
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> EpochSampler:
-        return self._sampler_of(eval_dataset, self.args.eval_batch_size, shuffle=False)
+    def _get_eval_sampler(self, eval_dataset: Any) -> MicroBatches:
+        return self._sampler_of(eval_dataset, shuffle=False)
+
+    def get_train_dataloader(self) -> Any:
+        """Of a stream: each process reads its own share of the rows, so nothing is dealt out by accelerate."""
+        if not self.s.streaming:
+            return super().get_train_dataloader()
+        return DataLoaderShard(
+            self.train_dataset, device=self.args.device, batch_size=None,
+            collate_fn=partial(collate_stream, self.data_collator.args[0]), _non_blocking=True,
+            num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory,
+        )  # fmt: skip
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
         """The step's micro-batches and the label tokens and pairs (2,) in all of them, over all ranks."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        counts = [(len(b["label_ids"]), b["view_at"].shape[-1]) for b in batches]
-        counts = torch.tensor([*counts, (0, 0)], dtype=torch.float64).sum(dim=0).to(device)
-        tokens = sum((b["tokens"][:3].sum() for b in batches), counts.new_zeros(()))
-        counts = self.accelerator.reduce(torch.stack([*counts, tokens]), "sum")
+        counts = [torch.cat([b["targets"], b["tokens"][:3].sum()[None]]) for b in batches]
+        counts = torch.stack([*counts, torch.zeros(3, dtype=torch.long, device=device)]).sum(dim=0).double()  # (3,)
+        counts = self.accelerator.reduce(counts, "sum")
         self.seen_tokens += counts[2]
+        if batches:
+            self.place = batches[-1].get("place")
         return batches, counts[:2].clamp(min=1).float()
 
     # -- loss
@@ -848,18 +771,18 @@ class JepaTrainer(Trainer):
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         """This micro-batch's share of gamma · L_LM + lbd · L_JEPA over the step; `num_items_in_batch` (2,) as above."""
-        logits, (text, code) = self.head.read(model, inputs)
-        lm_sum, labels = lm_loss(logits, inputs["label_ids"])
+        lm_sum, (text, code) = self.head.losses(model, inputs)
         loss = self.s.gamma * lm_sum / num_items_in_batch[0]
-        zero = lm_sum.new_zeros(())
-        jepa_sum, pairs, cosine, spread = zero, 0, zero, zero
+        pairs, zero = len(text), lm_sum.new_zeros(())
+        jepa_sum, cosine, spread = zero, zero, zero
         if self.s.jepa:
-            jepa_sum, pairs = jepa_loss(text, code, self.s.distance)
+            jepa_sum, _ = jepa_loss(text, code, self.s.distance)
             loss = loss + self.s.lbd * jepa_sum / num_items_in_batch[1]
             cosine, spread = view_statistics(text, code)
-        spread, spread_pairs = (spread, pairs) if pairs > 1 else (zero, 0)
-        values = [lm_sum.detach(), labels, jepa_sum.detach(), pairs, cosine, spread, spread_pairs, *inputs["tokens"]]
-        self.statistics += torch.stack([torch.as_tensor(v, dtype=torch.float64, device=loss.device) for v in values])
+        sums = torch.stack([x.detach().float() for x in (lm_sum, jepa_sum, cosine, spread if pairs > 1 else zero)])
+        spread_pairs = inputs["targets"][1:] * (pairs > 1)
+        # Made of what is on the device already: to bring a number there would make the host wait.
+        self.statistics += torch.cat([sums.double(), inputs["targets"], spread_pairs, inputs["tokens"]])
         self._step_loss = self._step_loss + loss.detach()
         return loss * self.args.world_size  # the ranks' gradients are averaged, the loss is a sum over ranks
 
@@ -946,10 +869,18 @@ class JepaTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        if self.s.streaming:
+            place = {"place": self.place, "processes": self.args.world_size}
+            write_json(stream_file(Path(self.args.output_dir), self.state.global_step, self.args.process_index), place)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
             rotate_checkpoints(self.args.output_dir, limit)
+
+
+def stream_file(run: Path, step: int, process: int) -> Path:
+    """Where a checkpoint keeps the place of a process in its stream."""
+    return run / f"checkpoint-{step}" / f"stream-{process}.json"
 
 
 class Watch(TrainerCallback):
@@ -970,7 +901,8 @@ class Watch(TrainerCallback):
         self.file = open(path, "a", encoding="utf-8")  # closed in on_train_end
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.sampler.epoch = int(state.epoch or 0)
+        if self.trainer.sampler is not None:  # a stream counts its own
+            self.trainer.sampler.epoch = int(state.epoch or 0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.require_finite_loss()
@@ -1006,90 +938,20 @@ class Bar(ProgressCallback):
 # ----------------------------------------------------------------------------------------------------------- main
 
 
-def load_tokenizer(s: Settings, predictors: bool = True) -> Any:
-    """The model's tokenizer with the special tokens the method needs. Raises UsageError where there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(s.model_name, revision=s.revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--model_name {s.model_name}: its tokenizer cannot be loaded ({first_line(error)})") from None
-    if not tokenizer.is_fast:
-        raise UsageError(f"--model_name {s.model_name}: its tokenizer gives no character offsets (not a fast one)")
-    # Always all ten, in both arms: softmax over another vocabulary would be another loss.
-    wanted = [predictor_token(i) for i in range(1, 11)] if predictors else []
-    wanted += [PERCEPTION, END_OF_TURN] if s.plain else []
-    missing = [t for t in wanted if t not in tokenizer.get_vocab()]
-    tokenizer.add_tokens(missing, special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or END_OF_TURN
-    return tokenizer
-
-
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
-
-
-def load_weights(name: str, **options: Any) -> Any:
-    """A pretrained causal language model. Raises ValueError where weights are missing, one of LOADING_ERRORS else."""
-    model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    if loading["missing_keys"]:  # transformers fills them with random numbers
-        raise ValueError(f"weights are missing ({', '.join(sorted(loading['missing_keys'])[:3])} …)")
-    return model
-
-
-def load_model(s: Settings, tokenizer: Any) -> Any:
-    """The causal language model in float32, its embeddings as long as the tokenizer, with --lora an adapter on top.
-
-    Raises UsageError where it cannot be loaded.
-    """
-    try:
-        options = {"dtype": torch.float32}
-        if s.attn_implementation:
-            options["attn_implementation"] = s.attn_implementation
-        if s.pretrain:
-            config = AutoConfig.from_pretrained(s.model_name, revision=s.revision)
-            model = AutoModelForCausalLM.from_config(config, **options)
-        else:
-            model = load_weights(s.model_name, revision=s.revision, **options)
-    except LOADING_ERRORS as error:
-        hint = "" if s.pretrain else " (without weights, give --pretrain)"
-        raise UsageError(f"--model_name {s.model_name} cannot be loaded{hint}: {first_line(error)}") from None
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    if model.config.get_text_config() is not model.config:
-        # A multimodal model's other towers get no gradient here, and DDP would wait for it.
-        text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in text)
-    return add_adapter(model, s, tokenizer) if s.lora else model
-
-
-def add_adapter(model: Any, s: Settings, tokenizer: Any) -> Any:
-    """The model under a LoRA adapter on its text layers' projections; the added tokens' embedding rows train too."""
-    from peft import LoraConfig, get_peft_model
-
-    inside = {id(module) for module in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
-    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and id(m) in inside]
-    usual = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    # Some models join these (qkv_proj) or name them otherwise (c_attn): then all linear layers.
-    if usual <= {name.rpartition(".")[2] for name in linear}:
-        linear = [name for name in linear if name.rpartition(".")[2] in usual]
-    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()).rpartition(".")[2]
-    added = [predictor_token(i) for i in range(1, s.predictors + 1)] if s.jepa else []
-    added += [PERCEPTION, END_OF_TURN] if s.plain else []
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=s.lora_rank,
-        lora_alpha=2 * s.lora_rank,
-        lora_dropout=0.1,
-        target_modules=linear or "all-linear",
-        # Without this the predictor tokens would stay at their random start.
-        trainable_token_indices={embedding: tokenizer.convert_tokens_to_ids(added)} if added else None,
-    )
-    return get_peft_model(model, config, revision=s.revision)
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message without what libraries append to it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def load_data(s: Settings, renderer: Renderer, problems: Problems) -> tuple[SegmentDataset, SegmentDataset | None]:
+    """(training, held-out) data sets of the settings' files; of a stream the first rows stand for the training data."""
+    options = {"processes": s.preprocessing_num_workers, "cached": not s.dry_run}
+    if s.streaming:
+        first = SegmentStream(s.train_file, renderer, Problems(s.skip_bad_examples), batch_size=1).first(
+            s.dry_run or 4 * s.batch_size
+        )
+        examples, held_out = first, read_examples(s.eval_file, problems, s.fields) if s.eval_file else []
+    else:
+        examples, held_out = load_examples(s, problems)
+    train_set = SegmentDataset(examples[: s.dry_run or None], renderer, problems, dropout=True, **options)
+    if s.dry_run or not held_out:
+        return train_set, None
+    return train_set, SegmentDataset(held_out, renderer, problems, **options)
 
 
 def load_examples(s: Settings, problems: Problems) -> tuple[list[Example], list[Example]]:
@@ -1122,9 +984,9 @@ def first_row(renderer: Renderer, dataset: SegmentDataset) -> dict[str, str | No
 def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
     """Scores the first rows as one micro-batch in float32, with gradient."""
     model, dataset = parts.model.eval(), parts.train_set
-    batch = parts.collator([dataset[0, i] for i in range(len(dataset))])
-    logits, (text, code) = parts.head.read(model, batch)
-    lm_sum, labels = lm_loss(logits, batch["label_ids"])
+    batch = parts.collator(dataset[0, range(len(dataset))])
+    lm_sum, (text, code) = parts.head.losses(model, batch)
+    labels = len(batch["label_ids"])
     jepa_sum, pairs = jepa_loss(text, code, s.distance)
     lm, jepa = lm_sum / max(1, labels), jepa_sum / max(1, pairs)
     total = s.gamma * lm + s.lbd * jepa if s.jepa else s.gamma * lm
@@ -1144,15 +1006,17 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
 
 def flop_share(model: Any, head: HeadInput, dataset: SegmentDataset, collator: Collator, s: Settings) -> float:
     """FLOPs of a regular step over those of a step with --jepa_ratio, counted by torch on the first micro-batches."""
-    spent = []
-    for views in (False, True):
-        with FlopCounterMode(display=False) as counter:
-            for begin in range(0, min(len(dataset), 4 * s.batch_size), s.batch_size):
-                items = dataset.items[begin : begin + s.batch_size]
-                batch = on_device(collator([item if views else without_views(item) for item in items]), model.device)
-                logits, (text, code) = head.read(model, batch)
-                (lm_loss(logits, batch["label_ids"])[0] + jepa_loss(text, code, s.distance)[0]).backward()
-        spent.append(counter.get_total_flops())
+    sizes = {"batch_size": s.batch_size, "tokens": s.tokens_per_batch}
+    groups = itertools.islice(MicroBatches(dataset.items.lengths, s.finetune_seed, False, **sizes), 4)
+    spent = [0, 0]
+    for _, indices in groups:
+        items = [dataset.items[i] for i in indices]
+        for views in (False, True):
+            with FlopCounterMode(display=False) as counter:
+                batch = on_device(collator(items if views else [without_views(item) for item in items]), model.device)
+                lm_sum, (text, code) = head.losses(model, batch)
+                (lm_sum + jepa_loss(text, code, s.distance)[0]).backward()
+            spent[views] += counter.get_total_flops()
     model.zero_grad()
     regular, jepa = spent
     return regular / (regular + s.jepa_ratio * (jepa - regular))
@@ -1164,8 +1028,9 @@ def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     arguments = TrainingArguments(
         output_dir=s.output_dir,
-        per_device_train_batch_size=s.batch_size,
-        per_device_eval_batch_size=s.batch_size,
+        # Its items are whole micro-batches.
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
         gradient_accumulation_steps=s.grad_accum,
         learning_rate=s.learning_rate,
         num_train_epochs=s.num_epochs,
@@ -1182,6 +1047,7 @@ def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device
         fp16=s.dtype == "float16",
         **{checkpointing: s.gradient_checkpointing},
         torch_compile=s.torch_compile,
+        use_liger_kernel=s.use_liger_kernel,
         eval_strategy=s.eval_strategy,
         eval_steps=s.eval_steps,
         save_strategy=s.save_strategy,
@@ -1194,8 +1060,10 @@ def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device
         report_to=s.report_to.split(","),
         run_name=Path(s.output_dir).name,
         remove_unused_columns=False,
-        dataloader_num_workers=s.dataloader_num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=workers(s, device),
+        dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},
+        ignore_data_skip=s.streaming,  # a stream goes on by itself
         ddp_find_unused_parameters=False,
         label_names=["label_ids"],
     )
@@ -1204,16 +1072,23 @@ def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device
     return arguments
 
 
+def workers(s: Settings, device: torch.device) -> int:
+    """Processes that lay out micro-batches ahead of the device."""
+    usual = (1 if s.streaming else 2) if device.type == "cuda" else 0
+    return usual if s.dataloader_num_workers is None else s.dataloader_num_workers
+
+
 def describe(s: Settings, parts: Parts) -> str:
     """The start block: what will be trained on what, and the first example as the model sees it."""
     weights = sum(p.numel() for p in parts.model.parameters())
     trainable = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
     row = first_row(parts.renderer, parts.train_set)
+    rows = "a stream" if s.streaming else f"{len(parts.train_set)} examples"
     method = f"JEPA, λ {s.lbd:g}, γ {s.gamma:g}, k {s.predictors}, {s.distance}" if s.jepa else "regular"
     lines = [
         f"model    {s.model_name}, {weights / 1e6:.2f} M weights, {trainable / 1e6:.2f} M trained",
         f"method   {method}; labels: {s.lm_labels}; layout: {s.layout}",
-        f"data     {len(parts.train_set)} examples, {len(parts.held_out or ())} held out",
+        f"data     {rows}, {len(parts.held_out or ())} held out",
         f"chat     {row['chat']!r}",
         f"labels   {row['label_text']!r}",
     ]
@@ -1224,10 +1099,11 @@ def describe(s: Settings, parts: Parts) -> str:
 
 @dataclass
 class Parts:
-    """What a run is made of, all of it checked."""
+    """What a run is made of, all of it checked; of a stream `train_set` holds the first rows."""
 
     renderer: Renderer
     train_set: SegmentDataset
+    stream: SegmentStream | None
     held_out: SegmentDataset | None
     model: Any
     head: HeadInput
@@ -1235,12 +1111,17 @@ class Parts:
     problems: Problems
 
 
-def prepare(s: Settings, device: torch.device) -> Parts:
-    """Loads, checks and encodes everything. Raises UsageError and ExampleError; writes nothing."""
+def prepare(s: Settings, state: PartialState) -> Parts:
+    """Loads, checks and encodes everything. Raises UsageError and ExampleError; writes nothing but a token cache."""
+    device = torch.device("cpu") if s.dry_run else state.device
     problems, tokenizer = Problems(s.skip_bad_examples), load_tokenizer(s)
     renderer = Renderer(tokenizer, s)
-    examples, held_out = load_examples(s, problems)
-    train_set = SegmentDataset(examples[: s.dry_run or None], renderer, problems, dropout=True)
+    with state.local_main_process_first():  # the others find its token cache
+        train_set, held_out = load_data(s, renderer, problems)
+    stream = None
+    if s.streaming:
+        where = {"process": state.process_index, "processes": state.num_processes}
+        stream = SegmentStream(s.train_file, renderer, problems, s.batch_size, s.tokens_per_batch, **where)
     set_seed(s.finetune_seed)
     model = load_model(s, tokenizer).to(device)
     # A dense mask is quadratic in the row, so short rows win on a CPU; flash kernels want one long row.
@@ -1248,14 +1129,19 @@ def prepare(s: Settings, device: torch.device) -> Parts:
     parts = Parts(
         renderer=renderer,
         train_set=train_set,
-        held_out=SegmentDataset(held_out, renderer, problems) if held_out and not s.dry_run else None,
+        stream=stream,
+        held_out=held_out,
         model=model,
         head=HeadInput(model),
-        collator=Collator(s.layout, tokenizer.pad_token_id, tokens_per_row),
+        # Few widths, so that --torch_compile meets few shapes.
+        collator=Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, multiple=64 if s.torch_compile else 1),
         problems=problems,
     )
+    items = train_set.items[:3]
     if s.layout != "separate":
-        check_layout(model, parts.head, train_set.items[:3], parts.collator)
+        check_layout(model, parts.head, items, parts.collator)
+    if not s.torch_compile:  # which would compile anew for each number of slices
+        check_slices(model, parts.head, on_device(parts.collator(items[:1]), device))
     return parts
 
 
@@ -1264,7 +1150,9 @@ def build_trainer(s: Settings, parts: Parts, state: PartialState) -> JepaTrainer
     on_gpu, steps = state.device.type == "cuda", s.max_steps
     bf16 = s.dtype == "bfloat16" or (s.dtype == "auto" and on_gpu and torch.cuda.is_bf16_supported())
     if s.same_flop and s.jepa:
-        micro_batches = math.ceil(len(parts.train_set) / (s.batch_size * state.num_processes))
+        sizes = {"batch_size": s.batch_size, "tokens": s.tokens_per_batch}
+        micro_batches = MicroBatches(parts.train_set.items.lengths, 0, False, state.num_processes, **sizes)
+        micro_batches = len(micro_batches) // state.num_processes
         with torch.autocast(state.device.type, torch.bfloat16, enabled=bf16):
             share = flop_share(parts.model, parts.head, parts.train_set, parts.collator, s)
         steps = max(1, round(math.ceil(micro_batches / s.grad_accum) * s.num_epochs * share))
@@ -1274,9 +1162,9 @@ def build_trainer(s: Settings, parts: Parts, state: PartialState) -> JepaTrainer
         trainer = JepaTrainer(
             model=parts.model,
             args=arguments,
-            train_dataset=parts.train_set,
+            train_dataset=parts.stream or parts.train_set,
             eval_dataset=parts.held_out,
-            data_collator=parts.collator,
+            data_collator=partial(collate, parts.collator),
             processing_class=parts.renderer.tokenizer,
             settings=s,
             head=parts.head,
@@ -1293,7 +1181,7 @@ def train(s: Settings, state: PartialState, run: Run) -> None:
     """A whole run: checks everything, starts the run folder, trains, saves."""
     if not s.dry_run:
         run.check(s.resume, s.overwrite)
-    parts = prepare(s, torch.device("cpu") if s.dry_run else state.device)
+    parts = prepare(s, state)
     if s.dry_run:
         _say(parts.problems.report())
         print(json.dumps(dry_run(s, parts), ensure_ascii=False))
@@ -1317,6 +1205,8 @@ def train(s: Settings, state: PartialState, run: Run) -> None:
             damaged = sorted({p.name for p in run.path.glob("checkpoint-*")} - {p.name for p in checkpoints})
             _say(f"not whole, left aside: {', '.join(damaged)}" if damaged else None)
             _say(f"resuming from {checkpoints[-1].name if checkpoints else 'the start: no whole checkpoint'}")
+        if s.streaming and checkpoints:
+            go_on(parts.stream, checkpoints[-1])
         run_trainer(trainer, checkpoints[-1:])
         trainer.save_model()
         if s.merge and state.is_main_process:
@@ -1337,6 +1227,15 @@ def train(s: Settings, state: PartialState, run: Run) -> None:
         _say(f"finished {trainer.state.global_step} steps, {tokens} tokens: {shown}")
     state.wait_for_everyone()  # a process that leaves first would tear the others' connections down
     state.destroy_process_group()
+
+
+def go_on(stream: SegmentStream, checkpoint: Path) -> None:
+    """Sets a stream to where a checkpoint left it. Raises UsageError where there were more or fewer processes."""
+    path = stream_file(checkpoint.parent, int(checkpoint.name.rpartition("-")[2]), stream.process)
+    kept = read_json(path) if path.is_file() else {"processes": "fewer"}
+    if kept["processes"] != stream.processes:
+        raise UsageError(f"{checkpoint} was written by {kept['processes']} processes, not {stream.processes}")
+    stream.place = tuple(kept["place"])
 
 
 def run_trainer(trainer: JepaTrainer, checkpoints: list[Path]) -> None:

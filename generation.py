@@ -18,7 +18,9 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import finetune
-from examples import Example, Problems, Renderer
+import segments
+from examples import Example, Problems
+from rendering import Renderer
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def stop_ids(model: Any, renderer: Renderer) -> list[int]:
     """The template's end-of-turn token and every other token that ends generation."""
     eos = model.generation_config.eos_token_id
     known = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    return sorted((known | {finetune.end_of_turn(renderer), renderer.tokenizer.eos_token_id}) - {None})
+    return sorted((known | {segments.end_of_turn(renderer), renderer.tokenizer.eos_token_id}) - {None})
 
 
 def context(model: Any) -> int | None:
@@ -239,7 +241,7 @@ def generate(
 
 def encode_choices(
     model: Any, renderer: Renderer, examples: list[Example], choices: tuple[str, ...], problems: Problems | None = None
-) -> tuple[list[Example], list[list[finetune.Segment]]]:
+) -> tuple[list[Example], list[list[segments.Segment]]]:
     """(examples, the chat of each with each choice for its answer, cut behind that); `renderer` labels answers' texts.
 
     Raises ExampleError for one the template refuses or that is longer than the model's context, unless `problems` skips
@@ -248,7 +250,7 @@ def encode_choices(
     problems = problems or Problems()
     limit, good, encoded = context(model) or sys.maxsize, [], []
     for example in examples:
-        chats = finetune.encode_chats(renderer, [dataclasses.replace(example, assistant=c) for c in choices])
+        chats = segments.encode_chats(renderer, [dataclasses.replace(example, assistant=c) for c in choices])
         reason = next((str(chat) for chat in chats if isinstance(chat, ValueError)), None)
         if reason is None and (most := max(len(chat.ids) for chat in chats)) > limit:
             reason = f"{most} tokens, over the model's context of {limit}"
@@ -257,11 +259,11 @@ def encode_choices(
             continue
         good.append(example)
         ends = [int(chat.labels.nonzero()[0][-1]) + 1 for chat in chats]
-        encoded.append([finetune.Segment("chat", c.ids[:e], c.labels[:e]) for c, e in zip(chats, ends, strict=True)])
+        encoded.append([segments.Segment("chat", c.ids[:e], c.labels[:e]) for c, e in zip(chats, ends, strict=True)])
     return good, encoded
 
 
-def share_prompt(chats: list[finetune.Segment]) -> bool:
+def share_prompt(chats: list[segments.Segment]) -> bool:
     """Whether the choices are single tokens behind the same prompt, so that one forward pass of it tells them all."""
     return all(c.labels.sum() == 1 for c in chats) and len({c.ids[:-1].tobytes() for c in chats}) == 1
 
@@ -269,7 +271,7 @@ def share_prompt(chats: list[finetune.Segment]) -> bool:
 @torch.no_grad()
 def choose(
     model: Any, renderer: Renderer, examples: list[Example], choices: tuple[str, ...], batch_size: int,
-    done: set[int] = frozenset(), encoded: list[list[finetune.Segment]] | None = None,
+    done: set[int] = frozenset(), encoded: list[list[segments.Segment]] | None = None,
 ) -> Iterator[list[tuple[Example, Generation]]]:  # fmt: skip
     """The most likely of the choices for each example, batch by batch; leaves out ids in `done`.
 

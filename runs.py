@@ -25,12 +25,17 @@ from typing import Any, Literal
 CHECKPOINT_MARK = "complete.json"
 # Settings without a part in the numbers: a resumed run may change them, and no arm is told apart by them.
 VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "logging_steps",
-            "dataloader_num_workers"}  # fmt: skip
+            "dataloader_num_workers", "preprocessing_num_workers"}  # fmt: skip
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")
 
 
 class UsageError(Exception):
     """Wrong flags or folders: printed as one message, exit code 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message without what libraries append to it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def flag(default: Any, help: str, group: str, *aliases: str) -> Any:

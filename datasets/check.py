@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from examples import Example, Problems, Renderer, read_examples
+from examples import Example, Problems, read_examples
+from rendering import Renderer
 from runs import UsageError
 
 SHOWN = 5  # line numbers in the report

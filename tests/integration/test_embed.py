@@ -15,7 +15,10 @@ from peft.tuners.lora import LoraLayer
 
 import embeddings
 import finetune
-from examples import Example, ExampleError, Problems, Renderer
+import loading
+import segments
+from examples import Example, ExampleError, Problems
+from rendering import Renderer
 from runs import UsageError
 
 TINY = "tiny"
@@ -51,8 +54,8 @@ def loaded(name: str):
     """(model, HeadInput, tokenizer), tiny with random weights."""
     s = settings(name, plain=True)
     torch.manual_seed(0)
-    tokenizer = finetune.load_tokenizer(s)
-    model = finetune.load_model(s, tokenizer).eval()
+    tokenizer = loading.load_tokenizer(s)
+    model = loading.load_model(s, tokenizer).eval()
     return model, finetune.HeadInput(model), tokenizer
 
 
@@ -64,7 +67,7 @@ def renderer(name: str, **flags: object) -> Renderer:
 def training_reads(name: str, layout: str = "separate", model=None, head=None, **flags: object) -> torch.Tensor:
     """The views (2, P, D) that the JEPA loss gets."""
     r = renderer(name, **flags)
-    items = finetune.SegmentDataset(EXAMPLES, r, Problems()).items
+    items = segments.SegmentDataset(EXAMPLES, r, Problems()).items
     batch = finetune.Collator(layout, r.tokenizer.pad_token_id, 256)(items)
     return (head or loaded(name)[1]).read(model or loaded(name)[0], batch)[1]
 
@@ -73,7 +76,7 @@ def training_reads(name: str, layout: str = "separate", model=None, head=None, *
 def one_at_a_time(name: str, layer: int, read, **flags: object) -> torch.Tensor:
     """`read` of each view's own hidden states (T, D) and its view token, without a batch: (2, P, D)."""
     model, _, tokenizer = loaded(name)
-    pairs = finetune.encode_views(renderer(name, **flags), EXAMPLES)
+    pairs = segments.encode_views(renderer(name, **flags), EXAMPLES)
     states = [
         [
             read(model(torch.tensor(v.ids)[None], output_hidden_states=True).hidden_states[layer][0], v.view)
@@ -158,8 +161,8 @@ def test_batches_are_of_like_lengths_and_neither_logits_nor_other_layers_are_kep
 
 def test_embeddings_are_float32_without_gradients_and_without_dropout(capsys):
     s = settings("llama3", lora=True)
-    tokenizer = finetune.load_tokenizer(s)
-    model = finetune.load_model(s, tokenizer).train()
+    tokenizer = loading.load_tokenizer(s)
+    model = loading.load_model(s, tokenizer).train()
     shake(model)
     r = Renderer(tokenizer, s)
     first, second = (embeddings.embed(model.train(), r, EXAMPLES, 4) for _ in range(2))
@@ -186,7 +189,7 @@ def test_an_adapter_is_part_of_the_model():
     flags = {"predictors": 2, "lora": True}
     s = settings("llama3", **flags)
     torch.manual_seed(0)
-    model = finetune.load_model(s, loaded("llama3")[2])
+    model = loading.load_model(s, loaded("llama3")[2])
     shake(model)
     r = renderer("llama3", **flags)
     views = embeddings.embed(model, r, EXAMPLES, 4)

@@ -17,6 +17,7 @@ from conftest import GOLDEN, MODELS, ROOT, call, message_row, weights, write_row
 import evaluate
 import finetune
 import generation
+import segments
 from examples import Example, Problems, read_examples
 from scoring import TASKS, Task, pure
 
@@ -70,7 +71,7 @@ def slow_answer(folder: Path, example: Example, steps: int) -> tuple[list[int], 
     begin = len(ids)
     for _ in range(steps):
         token = int(model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].argmax())
-        if token == finetune.end_of_turn(renderer):
+        if token == segments.end_of_turn(renderer):
             return ids[begin:], "stop"
         ids = [*ids, token]
     return ids[begin:], "length"
@@ -128,7 +129,7 @@ def stopping(tmp_path_factory):
     for name in MODELS:
         golden = GOLDEN / "models" / name
         folders[name] = copy_model(golden, tmp_path_factory.mktemp("models") / name)
-        change_head(folders[name], finetune.end_of_turn(load(golden)[1]), often_said(golden), 1.02)
+        change_head(folders[name], segments.end_of_turn(load(golden)[1]), often_said(golden), 1.02)
     return folders
 
 
@@ -302,7 +303,7 @@ def test_generation_ends_as_soon_as_every_answer_has(tmp_path, model):
     folder = copy_model(model, tmp_path / "no_eos", generation={"eos_token_id": None})
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|im_start|>"}))
-    assert load(folder)[1].tokenizer.eos_token_id != finetune.end_of_turn(load(folder)[1]) == 4
+    assert load(folder)[1].tokenizer.eos_token_id != segments.end_of_turn(load(folder)[1]) == 4
     answers = {e: slow_answer(folder, e, STEPS) for e in EXAMPLES}
     stopping = [e for e, (_, reason) in answers.items() if reason == "stop"]
     longest = max(len(answers[e][0]) for e in stopping)

@@ -16,6 +16,7 @@ import torch
 from conftest import GOLDEN, ROOT, call, dry_run, message_row, same_weights, weights, write_rows
 
 import finetune
+import loading
 import runs
 
 ROWS = [message_row(f"lines with the number {i} and word {i * i}", f"({i}).*[{i * i}]") for i in range(24)]
@@ -320,7 +321,7 @@ def test_lora_trains_the_predictor_rows_and_merges(data, tmp_path, model):
     adapter = weights(run, "adapter_model.safetensors")
     rows = next(v for k, v in adapter.items() if "trainable_tokens" in k)
     base = weights(GOLDEN / "models" / model)["model.embed_tokens.weight"]
-    ids = finetune.load_tokenizer(finetune.Settings(model_name=str(run))).convert_tokens_to_ids(
+    ids = loading.load_tokenizer(finetune.Settings(model_name=str(run))).convert_tokens_to_ids(
         ["<|predictor_1|>", "<|predictor_2|>"]
     )
     assert rows.shape[0] == 2 and not torch.allclose(rows, base[ids])
@@ -381,7 +382,7 @@ def test_a_model_without_room_for_the_new_tokens_grows(data, tmp_path):
 
 def test_the_saved_model_stops_where_it_was_trained_to(data, tmp_path):
     run = train(data, tmp_path / "run", "--regular", "--max_steps", 1, model="chatml")
-    end = finetune.load_tokenizer(finetune.Settings(model_name=str(run))).convert_tokens_to_ids("<|im_end|>")
+    end = loading.load_tokenizer(finetune.Settings(model_name=str(run))).convert_tokens_to_ids("<|im_end|>")
     assert end in json.loads((run / "generation_config.json").read_text())["eos_token_id"]
 
 

@@ -11,7 +11,11 @@ from conftest import GOLDEN, MODELS, call, dry_run, message_row, weights, write_
 
 import embeddings
 import finetune
-from examples import Problems, Renderer, read_examples
+import loading
+import rendering
+import segments
+from examples import Problems, read_examples
+from rendering import Renderer
 
 ROWS = str(GOLDEN / "regex_rows.jsonl")
 EXAMPLES = read_examples(ROWS, Problems())[:6]
@@ -21,16 +25,16 @@ EXAMPLES = read_examples(ROWS, Problems())[:6]
 def loaded(name: str):
     """(model, HeadInput, tokenizer)"""
     s = finetune.Settings(model_name=str(GOLDEN / "models" / name))
-    tokenizer = finetune.load_tokenizer(s)
-    model = finetune.load_model(s, tokenizer).eval()
+    tokenizer = loading.load_tokenizer(s)
+    model = loading.load_model(s, tokenizer).eval()
     return model, finetune.HeadInput(model), tokenizer
 
 
-def dataset(name: str, k: int, **flags: object) -> finetune.SegmentDataset:
+def dataset(name: str, k: int, **flags: object) -> segments.SegmentDataset:
     s = finetune.Settings(
         model_name=str(GOLDEN / "models" / name), lm_labels="answer", predictors=k, text_view="in_chat", **flags
     )
-    return finetune.SegmentDataset(EXAMPLES, Renderer(loaded(name)[2], s), Problems(), dropout=True)
+    return segments.SegmentDataset(EXAMPLES, Renderer(loaded(name)[2], s), Problems(), dropout=True)
 
 
 @torch.no_grad()
@@ -46,7 +50,7 @@ def read(name: str, items: list, layout: str = "packed") -> tuple[torch.Tensor, 
 def test_the_chat_is_as_without_a_view_and_the_view_as_without_the_answer(name, k, layout):
     items = dataset(name, k).items
     logits, (text, _) = read(name, items, layout)
-    plain, _ = read(name, [finetune.without_views(item) for item in items], "separate")
+    plain, _ = read(name, [segments.without_views(item) for item in items], "separate")
     torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-5)
     # The view as a row of its own: what stands in front of it in the chat, and the predictor tokens.
     alone = [item[0].text_view for item in items]
@@ -64,7 +68,7 @@ def test_the_view_ends_with_the_user_turn_s_text_or_the_predictors(name, k):
     tokenizer = loaded(name)[2]
     for example, (chat, code) in zip(EXAMPLES, dataset(name, k).items, strict=True):
         text = tokenizer.decode(chat.text_view.ids)
-        predictors = "".join(finetune.predictor_token(i) for i in range(k, 0, -1))
+        predictors = "".join(rendering.predictor_token(i) for i in range(k, 0, -1))
         assert text.endswith(example.user + predictors) and example.assistant not in text
         assert chat.branch == k and code.kind == "code_view"
         assert tokenizer.decode(chat.without_view.ids).count("<|predictor_") == 0
@@ -90,7 +94,7 @@ def test_layouts_agree_and_only_the_code_view_and_the_predictors_cost_tokens(k):
 
 def test_dropped_pairs_have_neither_view_nor_predictors():
     data = dataset("llama3", 2, jepa_ratio=0.5, finetune_seed=3)
-    drawn = [data[0, i] for i in range(len(data))]
+    drawn = data[0, range(len(data))]
     kept = [len(item) == 2 for item in drawn]
     assert {True, False} == set(kept)
     for item, keep, whole in zip(drawn, kept, data.items, strict=True):
@@ -145,6 +149,6 @@ def test_a_text_view_of_its_own_is_refused_by_line(tmp_path):
 
 def test_plain_chats_have_it_too():
     data = dataset("llama3", 1, plain=True)
-    tokenizer = finetune.load_tokenizer(dataclasses.replace(data.s))
+    tokenizer = loading.load_tokenizer(dataclasses.replace(data.s))
     chat = data.items[0][0]
     assert tokenizer.decode(chat.text_view.ids).endswith(EXAMPLES[0].user + "<|predictor_1|>")

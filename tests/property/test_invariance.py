@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import finetune
+import loading
+import rendering
+import segments
 from examples import Example, Problems
 
 text = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=30)
@@ -24,14 +27,14 @@ quick = settings(max_examples=15, deadline=None, suppress_health_check=list(Heal
 @cache
 def model_and_tokenizer(name: str):
     s = finetune.Settings(model_name=str(GOLDEN / "models" / name))
-    tokenizer = finetune.load_tokenizer(s)
-    model = finetune.load_model(s, tokenizer).eval()
+    tokenizer = loading.load_tokenizer(s)
+    model = loading.load_model(s, tokenizer).eval()
     return model, finetune.HeadInput(model), tokenizer
 
 
-def items_of(name: str, examples: list[Example], k: int = 1, **flags) -> list[tuple[finetune.Segment, ...]]:
+def items_of(name: str, examples: list[Example], k: int = 1, **flags) -> list[tuple[segments.Segment, ...]]:
     s = finetune.Settings(model_name=name, predictors=k, lm_labels="answer", max_length=1000, **flags)
-    return finetune.SegmentDataset(examples, finetune.Renderer(model_and_tokenizer(name)[2], s), Problems()).items
+    return segments.SegmentDataset(examples, rendering.Renderer(model_and_tokenizer(name)[2], s), Problems()).items
 
 
 def score(name: str, items: list, layout: str, tokens_per_row: int = 64, distance: str = "cosine") -> dict:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import finetune
-from finetune import Collator, Segment
+import segments
+from finetune import Collator
+from segments import Segment
 
 
 def items(lengths: list[tuple[int, int, int]]) -> list[tuple[Segment, ...]]:
@@ -57,19 +61,38 @@ def test_packed_rows_are_few_and_within_the_budget():
     assert [len(s.ids) for s in alone[0]] == [30]
 
 
-def test_packed_padding_is_a_segment_of_its_own_and_there_is_no_mask():
+def test_packed_padding_is_a_segment_of_its_own():
     batch = Collator("packed", pad_id=0, tokens_per_row=16)(items([(9, 4, 3), (5, 1, 1)]))
-    assert batch["attention_mask"] is None
+    assert batch["mask"] == "positions"
     row, padding = batch["position_ids"][-1].tolist(), int((batch["input_ids"][-1] == 0).sum())
     assert padding == 9 and row[-9:] == list(range(9))
+    assert batch["boundaries"].tolist() == [0, 9, 14, 15, 16, 20, 23, 32] and batch["longest"] == 9
 
 
-def test_additive_mask_is_block_diagonal_and_causal():
-    batch = Collator("additive", pad_id=-7, tokens_per_row=0)(items([(5, 2, 3)]))
-    mask = batch["attention_mask"][:, 0] == 0  # (R, T, T)
-    assert mask[0].equal(torch.ones(5, 5).tril().bool())
-    two, three = torch.ones(2, 2).tril().bool(), torch.ones(3, 3).tril().bool()
-    assert mask[1].equal(torch.block_diag(two, three).bool())
+def test_rows_are_padded_to_a_multiple():
+    batch = Collator("packed", pad_id=0, tokens_per_row=16, multiple=12)(items([(9, 4, 3), (5, 1, 1)]))
+    assert batch["input_ids"].shape == (2, 24)
+    assert batch["tokens"].tolist() == [14, 5, 4, 25]
+
+
+@pytest.mark.parametrize("layout", ["additive", "packed"])
+def test_mask_is_block_diagonal_and_causal(layout):
+    batch = Collator(layout, pad_id=-7, tokens_per_row=5)(items([(5, 2, 3)]))
+    assert batch["mask"] == {"additive": "dense", "packed": "positions"}[layout]
+    seen = finetune.may_see(batch["spans"])  # (R, T, T)
+    assert seen[0].equal(torch.ones(5, 5).tril().bool())
+    blocks = sorted((2, 3), reverse=layout == "packed")
+    assert seen[1].equal(torch.block_diag(*(torch.ones(n, n).tril() for n in blocks)).bool())
+
+
+def test_what_branches_off_sees_its_stem_and_itself_and_nothing_sees_it():
+    chat = Segment("chat", np.arange(6), np.zeros(6, dtype=bool), view=5, stem=2, branch=2)
+    other = Segment("code_view", np.arange(3), np.zeros(3, dtype=bool), view=2)
+    batch = Collator("packed", pad_id=0, tokens_per_row=10)([(chat, other)])
+    expected = torch.block_diag(torch.ones(6, 6).tril(), torch.ones(3, 3).tril()).bool()
+    expected[4:6, 2:4] = False  # the chat behind the stem
+    assert batch["mask"] == "dense" and finetune.may_see(batch["spans"])[0].equal(expected)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 0, 1, 2]]
 
 
 def test_an_empty_micro_batch_still_has_a_row():
@@ -79,15 +102,30 @@ def test_an_empty_micro_batch_still_has_a_row():
         assert batch["label_ids"].shape == (0,) and batch["view_at"].shape == (2, 2, 0)
 
 
-def test_sampler_is_seeded_by_epoch_and_fills_up_whole_batches():
-    sampler = finetune.EpochSampler(size=10, multiple=4, seed=1, shuffle=True)
+@pytest.mark.parametrize("tokens", [0, 60])
+def test_micro_batches_are_seeded_by_epoch_and_as_many_for_each_process(tokens):
+    lengths = np.array([8, 9, 30, 4, 5, 6, 17, 8, 12, 3])
+    sampler = segments.MicroBatches(lengths, 1, True, processes=2, batch_size=4, tokens=tokens)
     first = list(sampler)
     sampler.epoch = 1
     second = list(sampler)
-    assert len(first) == len(sampler) == 12
-    assert sorted(i for _, i in first) == sorted(i for _, i in second) == [-1, -1, *range(10)]
-    assert [i for _, i in first] != [i for _, i in second]
-    assert {e for e, _ in second} == {1}
-    again = finetune.EpochSampler(size=10, multiple=4, seed=1, shuffle=True)
-    assert list(again) == first
-    assert list(finetune.EpochSampler(10, 4, 2, True)) != first
+    assert len(first) == len(second) == len(sampler) == (2 if tokens else 4)
+    assert sorted(i for _, part in first for i in part) == sorted(i for _, part in second for i in part) == [*range(10)]
+    assert first != second and {e for e, _ in second} == {1}
+    assert list(segments.MicroBatches(lengths, 1, True, processes=2, batch_size=4, tokens=tokens)) == first
+    assert list(segments.MicroBatches(lengths, 2, True, processes=2, batch_size=4, tokens=tokens)) != first
+    if not tokens:
+        assert [len(part) for _, part in first] == [4, 4, 2, 0]
+    ordered = segments.MicroBatches(lengths, 1, False, batch_size=4, tokens=tokens)
+    assert [i for _, part in ordered for i in part] == [*range(10)]
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=300), st.integers(1, 2000), st.integers(1, 4))
+def test_micro_batches_of_a_token_budget_are_of_like_length(lengths, tokens, processes):
+    lengths = np.array(lengths)
+    parts = list(segments.MicroBatches(lengths, 0, True, processes=processes, tokens=tokens))
+    sums = [int(lengths[part].sum()) for _, part in parts]
+    mean = lengths.sum() / len(parts)
+    assert len(parts) % processes == 0 and sum(sums) == lengths.sum() and mean <= tokens
+    assert all(abs(n - mean) <= lengths.max() for n in sums)
+    assert sorted(i for _, part in parts for i in part) == [*range(len(lengths))]

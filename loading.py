@@ -1,0 +1,93 @@
+"""Loading: the tokenizer with the method's special tokens, the model's weights, a LoRA adapter on top."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from rendering import END_OF_TURN, PERCEPTION, predictor_token
+from runs import UsageError, first_line
+
+
+def load_tokenizer(s: Any, predictors: bool = True) -> Any:
+    """The model's tokenizer with the special tokens the method needs. Raises UsageError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(s.model_name, revision=s.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--model_name {s.model_name}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    if not tokenizer.is_fast:
+        raise UsageError(f"--model_name {s.model_name}: its tokenizer gives no character offsets (not a fast one)")
+    # Always all ten, in both arms: softmax over another vocabulary would be another loss.
+    wanted = [predictor_token(i) for i in range(1, 11)] if predictors else []
+    wanted += [PERCEPTION, END_OF_TURN] if s.plain else []
+    missing = [t for t in wanted if t not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or END_OF_TURN
+    return tokenizer
+
+
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+
+
+def load_weights(name: str, **options: Any) -> Any:
+    """A pretrained causal language model. Raises ValueError where weights are missing, one of LOADING_ERRORS else."""
+    model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    if loading["missing_keys"]:  # transformers fills them with random numbers
+        raise ValueError(f"weights are missing ({', '.join(sorted(loading['missing_keys'])[:3])} …)")
+    return model
+
+
+def load_model(s: Any, tokenizer: Any) -> Any:
+    """The causal language model in float32, its embeddings as long as the tokenizer, with --lora an adapter on top.
+
+    Raises UsageError where it cannot be loaded.
+    """
+    try:
+        options = {"dtype": torch.float32}
+        if s.attn_implementation:
+            options["attn_implementation"] = s.attn_implementation
+        if s.pretrain:
+            config = AutoConfig.from_pretrained(s.model_name, revision=s.revision)
+            model = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            model = load_weights(s.model_name, revision=s.revision, **options)
+    except LOADING_ERRORS as error:
+        hint = "" if s.pretrain else " (without weights, give --pretrain)"
+        raise UsageError(f"--model_name {s.model_name} cannot be loaded{hint}: {first_line(error)}") from None
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    if model.config.get_text_config() is not model.config:
+        # A multimodal model's other towers get no gradient here, and DDP would wait for it.
+        text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in text)
+    return add_adapter(model, s, tokenizer) if s.lora else model
+
+
+def add_adapter(model: Any, s: Any, tokenizer: Any) -> Any:
+    """The model under a LoRA adapter on its text layers' projections; the added tokens' embedding rows train too."""
+    from peft import LoraConfig, get_peft_model
+
+    inside = {id(module) for module in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and id(m) in inside]
+    usual = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    # Some models join these (qkv_proj) or name them otherwise (c_attn): then all linear layers.
+    if usual <= {name.rpartition(".")[2] for name in linear}:
+        linear = [name for name in linear if name.rpartition(".")[2] in usual]
+    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()).rpartition(".")[2]
+    added = [predictor_token(i) for i in range(1, s.predictors + 1)] if s.jepa else []
+    added += [PERCEPTION, END_OF_TURN] if s.plain else []
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=s.lora_rank,
+        lora_alpha=2 * s.lora_rank,
+        lora_dropout=0.1,
+        target_modules=linear or "all-linear",
+        # Without this the predictor tokens would stay at their random start.
+        trainable_token_indices={embedding: tokenizer.convert_tokens_to_ids(added)} if added else None,
+    )
+    return get_peft_model(model, config, revision=s.revision)
