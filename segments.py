@@ -211,7 +211,7 @@ def encode_columns(columns: dict[str, list], renderer: Renderer) -> dict[str, li
 
 
 def cache_key(renderer: Renderer, examples: list[Example]) -> str:
-    """SHA-256 of all that decides how these examples are encoded: texts, tokenizer, template, flags, code, versions."""
+    """Start of the SHA-256 of all that decides how these examples are encoded: texts, tokenizer, template, flags, code, versions."""
     tokenizer, here = renderer.tokenizer, Path(__file__).parent
     digest = hashlib.sha256()
     what = {name: getattr(renderer.s, name) for name in ENCODING_FLAGS}
@@ -224,7 +224,7 @@ def cache_key(renderer: Renderer, examples: list[Example]) -> str:
         digest.update((here / name).read_bytes())
     for example in examples:
         digest.update(repr([getattr(example, name) for name in TEXTS]).encode())
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]  # `datasets` allows 64 characters, with what it adds for each process
 
 
 def encode_all(renderer: Renderer, examples: list[Example], processes: int = 0, cached: bool = False) -> Any:
@@ -247,7 +247,7 @@ def encode_all(renderer: Renderer, examples: list[Example], processes: int = 0, 
         fn_kwargs={"renderer": renderer}, num_proc=processes if processes > 1 else None, desc="tokenise",
     )  # fmt: skip
     bar = contextlib.nullcontext() if len(examples) >= A_PROCESS else _no_bar(datasets)
-    with bar:
+    with bar, _no_threads() if processes > 1 else contextlib.nullcontext():
         if cached and len(examples) >= FEW:
             key = cache_key(renderer, examples)
             path = Path(datasets.config.HF_DATASETS_CACHE) / "llm-jepa" / f"{key}.arrow"
@@ -267,6 +267,19 @@ def _no_bar(datasets: Any) -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _no_threads() -> Iterator[None]:
+    """For processes that are forked here: a tokenizer's threads do not survive that, and would be waited for."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 class Items(Sequence):
@@ -412,13 +425,14 @@ class SegmentStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[tuple[list[tuple[Segment, ...]], Place]]:
         """Raises ExampleError at a row that cannot be used, unless `problems` skips those."""
         batch, size, last = [], 0, self.place
-        for item, place in self._items():
-            length = sum(len(segment.ids) for segment in item)
-            if batch and (size + length > self.tokens if self.tokens else len(batch) == self.batch_size):
-                yield batch, last
-                batch, size = [], 0
-            batch.append(item)
-            size, last = size + length, place
+        with _no_threads() if torch.utils.data.get_worker_info() else contextlib.nullcontext():
+            for item, place in self._items():
+                length = sum(len(segment.ids) for segment in item)
+                if batch and (size + length > self.tokens if self.tokens else len(batch) == self.batch_size):
+                    yield batch, last
+                    batch, size = [], 0
+                batch.append(item)
+                size, last = size + length, place
 
     def _blocks(self) -> Iterator[list[tuple[str, int, Callable[[], Any]]]]:
         rows = read_rows(self.path, streaming=True)
