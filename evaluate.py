@@ -84,6 +84,11 @@ class Settings:
     skip_bad_examples: bool = flag(False, "leave bad examples out, count and report them", DATA)
 
     batch_size: int = flag(64, "prompts answered at a time", GENERATION)
+    tokens_per_batch: int = flag(
+        0,
+        "instead: as many prompts at a time as, padded, have so many tokens, at least one; 0: --batch_size",
+        GENERATION,
+    )
     max_new_tokens: int = flag(128, "longest answer in tokens; -1: up to the model's context", GENERATION)
     plain: bool = flag(False, "no chat format: user<|perception|>", GENERATION)
     startswith: bool = flag(False, "startswith is the headline score instead of exact", GENERATION, "--statswith")
@@ -124,9 +129,10 @@ class Settings:
         return self.similarity or self.t_sne or self.export_embeddings is not None
 
 
-ANSWERING = "task spider_path batch_size max_new_tokens startswith split_tune_untune"  # flags that embedding has not
+ANSWERING = "task spider_path max_new_tokens startswith split_tune_untune"  # flags that embedding has not
 LOADING = ("model_name original_model_name revision dtype attn_implementation load_in_8bit load_in_4bit device_map "
-           "batch_size max_new_tokens plain split_tune_untune similarity t_sne export_embeddings")  # fmt: skip
+           "batch_size tokens_per_batch max_new_tokens plain split_tune_untune similarity t_sne "
+           "export_embeddings")  # fmt: skip
 
 
 def check_settings(s: Settings, given: set[str]) -> Settings:
@@ -148,11 +154,13 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
     r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
     r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
     r.refuse(s.split_tune_untune and not s.original_model_name, "--split_tune_untune: only with --original_model_name")
-    r.only_if(not s.embeds, ANSWERING.replace("batch_size ", ""), "not with --similarity, --t_sne, --export_embeddings")
+    r.only_if(not s.embeds, ANSWERING, "not with --similarity, --t_sne, --export_embeddings")
     r.only_if(s.embeds, "embedding_layer embedding_pooling", "only with --similarity, --t_sne or --export_embeddings")
     r.only_if(s.t_sne, "t_sne_type", "only with --t_sne")
     r.only_if(s.similarity or s.t_sne or not s.embeds, "output_file", "not with --export_embeddings alone")
+    r.refuse({"batch_size", "tokens_per_batch"} <= given, "give one of --batch_size and --tokens_per_batch")
     r.refuse(s.batch_size < 1, f"--batch_size {s.batch_size} is not positive")
+    r.refuse(s.tokens_per_batch < 0, f"--tokens_per_batch {s.tokens_per_batch} is negative")
     wrong_length = s.max_new_tokens < 1 and s.max_new_tokens != -1
     r.refuse(wrong_length, f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
     r.refuse(s.max_examples < 0, f"--max_examples {s.max_examples} is negative")
@@ -370,7 +378,7 @@ def answer(
         done = {row["id"] for row in rows}
         file = stack.enter_context(open(path, "a", encoding="utf-8"))
         bar = stack.enter_context(tqdm(total=len(examples), initial=len(done), unit="row"))
-        for batch in answers(done=done):
+        for batch in answers(done=done, tokens_per_batch=s.tokens_per_batch):
             new = [scored_row(example, answer, score) for example, answer in batch]
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
             file.flush()
@@ -488,7 +496,10 @@ def run_embeddings(s: Settings, examples: list[Example], record: dict[str, Any],
     if problems.report():
         print(problems.report(), file=sys.stderr)
     where = {"model": s.model_name, "layer": s.embedding_layer, "pooling": s.embedding_pooling}
-    text, code = embeddings.embed(model, renderer, examples, s.batch_size, s.embedding_layer, s.embedding_pooling)
+    text, code = embeddings.embed(
+        model, renderer, examples, s.batch_size, s.embedding_layer, s.embedding_pooling,
+        tokens_per_batch=s.tokens_per_batch,
+    )  # fmt: skip
     if vectors:
         ids = [example.id for example in examples]
         embeddings.export(vectors, text, code, ids, where | {"data_sha256": record["data_sha256"]})

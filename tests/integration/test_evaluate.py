@@ -154,6 +154,12 @@ def score(model: object, data: object, output: object, *flags: object):
                 STEPS, "--batch_size", 3, "--dtype", "float32", *flags)  # fmt: skip
 
 
+def score_by_tokens(model: object, data: object, output: object, tokens: int):
+    """The same by a token budget."""
+    return call("evaluate", "--model_name", model, "--input_file", data, "--output_file", output, "--max_new_tokens",
+                STEPS, "--tokens_per_batch", tokens, "--dtype", "float32")  # fmt: skip
+
+
 def score_file(predictions: object, data: object, *flags: object):
     return call("evaluate", "--score_only", predictions, "--input_file", data, *flags)
 
@@ -641,6 +647,38 @@ def test_an_interrupted_evaluation_goes_on(batches, model, data, uninterrupted, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "p.jsonl"]
 
 
+@pytest.mark.parametrize("tokens", [1, 150, 100_000])
+def test_a_token_budget_changes_no_answer_and_no_score(tokens, model, data, uninterrupted, tmp_path, monkeypatch):
+    sizes = count_prompts(monkeypatch)
+    done = score_by_tokens(model, data, tmp_path / "p.jsonl", tokens)
+    assert done.code == 0, done.err
+    assert (tmp_path / "p.jsonl").read_bytes() == (uninterrupted / "p.jsonl").read_bytes()
+    assert metrics_of(tmp_path)["ci95"] == metrics_of(uninterrupted)["ci95"]
+    assert metrics_of(tmp_path)["settings"]["tokens_per_batch"] == tokens
+    if tokens == 150:  # more of the short prompts than of the long ones
+        assert 1 < sizes[-2] and sizes[0] == 1 < len(sizes) < len(USERS)
+    else:
+        assert sizes == ([1] * len(USERS) if tokens == 1 else [len(USERS)])
+
+
+def test_an_interrupted_evaluation_by_tokens_goes_on_with_the_same_batches(
+    model, data, uninterrupted, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        whole = count_prompts(patch)
+        assert score_by_tokens(model, data, tmp_path / "whole" / "p.jsonl", 150).code == 0
+    path = tmp_path / "parts" / "p.jsonl"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert score_by_tokens(model, data, path, 150).code == 130
+    refused = score(model, data, path)
+    assert refused.code == 2 and "was made otherwise" in refused.err
+    sizes = count_prompts(monkeypatch)
+    assert score_by_tokens(model, data, path, 150).code == 0
+    assert sizes == whole[2:]
+    assert path.read_bytes() == (uninterrupted / "p.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("cut", ["in a line", "in a character", "before the newline", "behind a line"])
 def test_a_line_cut_short_is_answered_again_and_whole_ones_are_kept(
     cut, model, data, uninterrupted, tmp_path, monkeypatch
@@ -853,8 +891,12 @@ def test_all_wrong_flags_are_named_at_once(data, tmp_path):
     assert done.code == 2
     for name in ("--input_file", "--model_name, --score_only and", "--test_size, --split_seed: only with"):
         assert name in done.err
-    done = call("evaluate", "--model_name", GOLDEN / "models" / "llama3", "--input_file", data)
+    flags = ("--model_name", GOLDEN / "models" / "llama3", "--input_file", data)
+    done = call("evaluate", *flags)
     assert done.code == 2 and "--output_file is missing" in done.err
+    done = call("evaluate", *flags, "--batch_size", 64, "--tokens_per_batch", -1)
+    assert done.code == 2 and "give one of --batch_size and --tokens_per_batch" in done.err
+    assert "--tokens_per_batch -1 is negative" in done.err
 
 
 def test_abbreviated_and_unknown_flags_are_refused(data):
