@@ -105,6 +105,17 @@ def test_a_token_budget_counts_the_rows_of_all_choices_and_changes_nothing(choic
     assert all((r + rows) * t > 500 for r, t in shapes[:-1]), "a batch takes what fits"
 
 
+def test_processes_share_the_examples():
+    model, renderer = load("llama3")
+    want = chosen(model, renderer, EXAMPLES, CHOICES, 2)
+    shares = [
+        [pair for batch in generation.choose(model, renderer, EXAMPLES, CHOICES, 2, share=(n, 3)) for pair in batch]
+        for n in range(3)
+    ]
+    assert sorted(len(share) for share in shares) == [2, 2, 3]
+    assert [a for _, a in sorted(sum(shares, []), key=lambda pair: pair[0].id)] == want
+
+
 def test_every_letter_of_the_prompt_counts():
     """A prompt cut anywhere (as to max_new_tokens) could not tell these two apart."""
     model, renderer = load("llama3")
