@@ -2,6 +2,7 @@
 
     python evaluate.py --model_name runs/RUN --input_file datasets/synth_test.jsonl
     python evaluate.py --score_only predictions.jsonl --input_file datasets/synth_test.jsonl
+    torchrun --nproc_per_node 8 evaluate.py --model_name runs/RUN --input_file datasets/synth_test.jsonl
     python evaluate.py --similarity --t_sne --model_name runs/RUN --input_file datasets/synth_test.jsonl
 
 Writes predictions.jsonl as it goes and metrics.json beside it; an interrupted evaluation goes on where it stopped.
