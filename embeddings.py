@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from examples import Example, ExampleError, Problems
-from generation import context
+from generation import batches, context
 from rendering import Renderer
 from runs import UsageError, write_json
 from scoring import STARS
@@ -94,12 +94,13 @@ def hidden_states(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int)
 
 
 def embed(
-    model: Any, renderer: Renderer, examples: list[Example], batch_size: int, layer: int = -1, pooling: str = "last"
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model: Any, renderer: Renderer, examples: list[Example], batch_size: int, layer: int = -1, pooling: str = "last",
+    *, tokens_per_batch: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Embeddings (P, D) of the Text and the Code views, float32 on the CPU, in the order of the examples.
 
-    Views are rendered by `renderer`, whose settings are those of training; `batch_size` of them, of like length, are
-    encoded at a time, each in a row of its own. Pooling `last` reads the view token, as the JEPA loss does; `mean`
+    Views are rendered by `renderer`, whose settings are those of training, and encoded in batches as in
+    `generation.batches`, each in a row of its own. Pooling `last` reads the view token, as the JEPA loss does; `mean`
     averages over all the view's tokens, those of template and predictors too; `cls` is the first token, which in a
     causal model has seen nothing of the view. The model is put in evaluation mode.
 
@@ -107,12 +108,12 @@ def embed(
     """
     text, code = view_segments(model, renderer, examples)
     segments, pad = text + code, renderer.tokenizer.pad_token_id
-    order = sorted(range(len(segments)), key=lambda i: -len(segments[i].ids))
     model.eval()
-    parts = []
+    parts, order = [], []
     with tqdm(total=len(segments), unit="view") as bar, torch.inference_mode():
-        for begin in range(0, len(order), batch_size):
-            batch = [segments[i] for i in order[begin : begin + batch_size]]
+        for indices in batches([len(s.ids) for s in segments], batch_size, tokens_per_batch):
+            batch = [segments[i] for i in indices]
+            order += indices
             ids = pad_sequence([torch.from_numpy(s.ids) for s in batch], batch_first=True, padding_value=pad)  # (R, T)
             mask = (torch.arange(ids.shape[1]) < torch.tensor([[len(s.ids)] for s in batch])).long()  # (R, T)
             hidden = hidden_states(model, ids.to(model.device), mask.to(model.device), layer)

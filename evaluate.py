@@ -2,6 +2,7 @@
 
     python evaluate.py --model_name runs/RUN --input_file datasets/synth_test.jsonl
     python evaluate.py --score_only predictions.jsonl --input_file datasets/synth_test.jsonl
+    torchrun --nproc_per_node 8 evaluate.py --model_name runs/RUN --input_file datasets/synth_test.jsonl
     python evaluate.py --similarity --t_sne --model_name runs/RUN --input_file datasets/synth_test.jsonl
 
 Writes predictions.jsonl as it goes and metrics.json beside it; an interrupted evaluation goes on where it stopped.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import json
+import io
 import signal
 import sys
 from collections import Counter
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, set_seed
 from transformers.utils import logging as transformers_logging
@@ -31,7 +33,7 @@ import finetune
 import loading
 from examples import Example, ExampleError, Fields, Problems, data_sha256, dataset_name, read_examples, split_examples
 from generation import Generation, choose, encode_choices, generate, stop_ids, tokenise
-from predictions import begin_output, check_free, owner, read_rows, write_rows
+from predictions import agreed, begin_output, check_free, collect, owner, processes, read_rows, write_rows
 from rendering import Renderer
 from runs import UsageError, first_line, flag, folder_sha256, parse_flags, provenance, read_json, sha256, write_json
 from scoring import TASKS, Scorer, score_text, wilson
@@ -76,6 +78,11 @@ class Settings:
     skip_bad_examples: bool = flag(False, "leave bad examples out, count and report them", DATA)
 
     batch_size: int = flag(64, "prompts answered at a time", GENERATION)
+    tokens_per_batch: int = flag(
+        0,
+        "instead: as many prompts at a time as, padded, have so many tokens, at least one; 0: --batch_size",
+        GENERATION,
+    )
     max_new_tokens: int = flag(128, "longest answer in tokens; -1: up to the model's context", GENERATION)
     plain: bool = flag(False, "no chat format: user<|perception|>", GENERATION)
     startswith: bool = flag(False, "startswith is the headline score instead of exact", GENERATION, "--statswith")
@@ -116,12 +123,14 @@ class Settings:
         return self.similarity or self.t_sne or self.export_embeddings is not None
 
 
-ANSWERING = "task spider_path batch_size max_new_tokens startswith split_tune_untune"  # flags that embedding has not
+SINGLE = "device_map score_only score_gold similarity t_sne export_embeddings"  # flags of a single process
+ANSWERING = "task spider_path max_new_tokens startswith split_tune_untune"  # flags that embedding has not
 LOADING = ("model_name original_model_name revision dtype attn_implementation load_in_8bit load_in_4bit device_map "
-           "batch_size max_new_tokens plain split_tune_untune similarity t_sne export_embeddings")  # fmt: skip
+           "batch_size tokens_per_batch max_new_tokens plain split_tune_untune similarity t_sne "
+           "export_embeddings")  # fmt: skip
 
 
-def check_settings(s: Settings, given: set[str]) -> Settings:
+def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings:
     """Resolves task and output file. Raises UsageError naming every wrong or inapplicable flag at once."""
     r = finetune.Refusals(given)
     r.refuse(not s.input_file, "--input_file is missing")
@@ -131,6 +140,7 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
     )
     r.only_if(not s.score_only, LOADING, "not with --score_only, which uses no model")
     r.only_if(not s.score_gold, LOADING + " output_file overwrite", "not with --score_gold, which writes nothing")
+    r.only_if(processes == 1, SINGLE, "not under torchrun, whose processes share out rows to answer")
     r.refuse(s.load_in_8bit and s.load_in_4bit, "give one of --load_in_8bit and --load_in_4bit")
     missing = (s.load_in_8bit or s.load_in_4bit) and importlib.util.find_spec("bitsandbytes") is None
     r.refuse(missing, f"--load_in_{8 if s.load_in_8bit else 4}bit: install the package bitsandbytes first")
@@ -140,11 +150,13 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
     r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
     r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
     r.refuse(s.split_tune_untune and not s.original_model_name, "--split_tune_untune: only with --original_model_name")
-    r.only_if(not s.embeds, ANSWERING.replace("batch_size ", ""), "not with --similarity, --t_sne, --export_embeddings")
+    r.only_if(not s.embeds, ANSWERING, "not with --similarity, --t_sne, --export_embeddings")
     r.only_if(s.embeds, "embedding_layer embedding_pooling", "only with --similarity, --t_sne or --export_embeddings")
     r.only_if(s.t_sne, "t_sne_type", "only with --t_sne")
     r.only_if(s.similarity or s.t_sne or not s.embeds, "output_file", "not with --export_embeddings alone")
+    r.refuse({"batch_size", "tokens_per_batch"} <= given, "give one of --batch_size and --tokens_per_batch")
     r.refuse(s.batch_size < 1, f"--batch_size {s.batch_size} is not positive")
+    r.refuse(s.tokens_per_batch < 0, f"--tokens_per_batch {s.tokens_per_batch} is negative")
     wrong_length = s.max_new_tokens < 1 and s.max_new_tokens != -1
     r.refuse(wrong_length, f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
     r.refuse(s.max_examples < 0, f"--max_examples {s.max_examples} is negative")
@@ -344,32 +356,29 @@ def table(metrics: dict[str, Any]) -> str:
 def answer(
     name: str, examples: list[Example], s: Settings, path: Path, identity: dict[str, Any], problems: Problems
 ) -> list[dict[str, Any]]:
-    """Answers all examples with a model, writing each batch as it comes; returns the rows in the order of ids."""
-    (model, renderer), choices = load(name, s), TASKS[s.task].choices
-    # Whatever is wrong with the examples is refused before anything is replaced.
-    if choices:
-        examples, encoded = encode_choices(model, renderer, examples, choices, problems)
-        answers = partial(choose, model, renderer, examples, choices, s.batch_size, encoded=encoded)
-    else:
-        examples, prompts = tokenise(model, renderer, examples, problems)
-        stop_ids(model, renderer)
-        answers = partial(generate, model, renderer, examples, s.batch_size, s.max_new_tokens, prompts=prompts)
-    if not examples:
-        raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
+    """Answers all examples with a model, writing each batch as it comes; returns the rows in the order of ids.
+
+    Of several processes each answers its share of the batches, and the main process returns the rows of all.
+    """
     with contextlib.ExitStack() as stack:
-        score = stack.enter_context(scorer(s, examples))
-        rows = begin_output(path, identity, s.overwrite)
-        done = {row["id"] for row in rows}
-        file = stack.enter_context(open(path, "a", encoding="utf-8"))
-        bar = stack.enter_context(tqdm(total=len(examples), initial=len(done), unit="row"))
-        for batch in answers(done=done):
-            new = [scored_row(example, answer, score) for example, answer in batch]
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
-            file.flush()
-            rows += new
-            bar.update(len(new))
-    write_rows(path, rows)
-    return sorted(rows, key=lambda r: r["id"])
+        with agreed():  # whatever is wrong with the examples is refused before anything is replaced
+            (model, renderer), choices = load(name, s), TASKS[s.task].choices
+            if choices:
+                examples, encoded = encode_choices(model, renderer, examples, choices, problems)
+                answers = partial(choose, model, renderer, examples, choices, s.batch_size, encoded=encoded)
+            else:
+                examples, prompts = tokenise(model, renderer, examples, problems)
+                stop_ids(model, renderer)
+                answers = partial(generate, model, renderer, examples, s.batch_size, s.max_new_tokens, prompts=prompts)
+            if not examples:
+                raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
+            score = stack.enter_context(scorer(s, examples))
+
+        def scored(done: set[int], share: tuple[int, int]) -> Iterator[list[dict[str, Any]]]:
+            for batch in answers(done=done, tokens_per_batch=s.tokens_per_batch, share=share):
+                yield [scored_row(example, answer, score) for example, answer in batch]
+
+        return collect(path, identity, s.overwrite, len(examples), scored)
 
 
 def score_file(examples: list[Example], s: Settings) -> list[dict[str, Any]]:
@@ -415,11 +424,14 @@ def model_mark(name: str) -> dict[str, Any]:
 def run(s: Settings) -> None:
     """A whole evaluation: answers or reads predictions, scores, writes, prints the table."""
     problems = Problems(s.skip_bad_examples)
-    examples = load_rows(s, problems)
-    settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "overwrite"}
-    identity = {"settings": settings, "data_sha256": data_sha256(s.input_file)}
-    if s.task and (databases := databases_of(s)):
-        identity["databases_sha256"] = folder_sha256(databases)
+    with agreed():
+        examples = load_rows(s, problems)
+        settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "overwrite"}
+        identity = {"settings": settings, "data_sha256": data_sha256(s.input_file)}
+        if s.task and (databases := databases_of(s)):
+            identity["databases_sha256"] = folder_sha256(databases)
+        if s.output_file and not s.embeds:
+            check_free(Path(s.output_file), s.overwrite)
     record = provenance({}) | identity
     if s.embeds:
         return run_embeddings(s, examples, record, problems)
@@ -429,8 +441,7 @@ def run(s: Settings) -> None:
         if problems.report():
             print(problems.report(), file=sys.stderr)
         return check_gold(summarise(rows, s), s)
-    path, marks = Path(s.output_file), [s.output_file]
-    check_free(path, s.overwrite)
+    path, marks, untuned = Path(s.output_file), [s.output_file], None
     if s.score_only:
         identity["predictions_sha256"] = sha256(s.score_only) if Path(s.score_only).is_file() else None
         rows = score_file(examples, s)
@@ -438,19 +449,22 @@ def run(s: Settings) -> None:
         write_rows(path, rows)
     else:
         rows = answer(s.model_name, examples, s, path, identity | {"model": model_mark(s.model_name)}, problems)
-    record["skipped_examples"] = len(problems.messages)
-    if problems.report():
-        print(problems.report(), file=sys.stderr)
-    metrics = summarise(rows, s)
     if s.split_tune_untune:
         other = path.with_name("untuned") / path.name
         mark = identity | {"model": model_mark(s.original_model_name)}
         plain = dataclasses.replace(s, original_model_name=None)
         untuned = answer(s.original_model_name, examples, plain, other, mark, Problems(s.skip_bad_examples))
+        marks.append(str(other))
+    if not PartialState().is_main_process:
+        return
+    record["skipped_examples"] = len(problems.messages)
+    if problems.report():
+        print(problems.report(), file=sys.stderr)
+    metrics = summarise(rows, s)
+    if untuned:
         headline = metrics["score"]
         right = {row["id"] for row in untuned if row[headline]}
         parts = {"right": [r for r in rows if r["id"] in right], "wrong": [r for r in rows if r["id"] not in right]}
-        marks.append(str(other))
         metrics["untuned"] = summarise(untuned, s)
         metrics["by_untuned"] = {k: summarise(part, s) if part else None for k, part in parts.items()}
     if owner(path.with_name("metrics.json")):
@@ -480,7 +494,10 @@ def run_embeddings(s: Settings, examples: list[Example], record: dict[str, Any],
     if problems.report():
         print(problems.report(), file=sys.stderr)
     where = {"model": s.model_name, "layer": s.embedding_layer, "pooling": s.embedding_pooling}
-    text, code = embeddings.embed(model, renderer, examples, s.batch_size, s.embedding_layer, s.embedding_pooling)
+    text, code = embeddings.embed(
+        model, renderer, examples, s.batch_size, s.embedding_layer, s.embedding_pooling,
+        tokens_per_batch=s.tokens_per_batch,
+    )  # fmt: skip
     if vectors:
         ids = [example.id for example in examples]
         embeddings.export(vectors, text, code, ids, where | {"data_sha256": record["data_sha256"]})
@@ -502,23 +519,27 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 scored, 1 failed, 2 wrong usage or data, 130 interrupted."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    settings, given = parse_flags(Settings, __doc__, argv)
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    try:
-        run(check_settings(settings, given))
-    except (UsageError, ExampleError) as error:
-        for line in str(error).splitlines():
-            print(f"evaluate.py: error: {line}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        way = " without --overwrite" if settings.overwrite else ""
-        goes_on = settings.model_name and not settings.embeds
-        hint = f"; the same command{way} goes on from here" if goes_on else ""
-        print(f"evaluate.py: interrupted{hint}", file=sys.stderr)
-        return 130
+    with processes() as state:
+        main_process = state.is_main_process  # which alone tells what all processes find
+        with contextlib.nullcontext() if main_process else contextlib.redirect_stderr(io.StringIO()):
+            settings, given = parse_flags(Settings, __doc__, argv)
+        try:
+            run(check_settings(settings, given, state.num_processes))
+        except (UsageError, ExampleError) as error:
+            for line in str(error).splitlines() if main_process else ():
+                print(f"evaluate.py: error: {line}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"evaluate.py: error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            way = " without --overwrite" if settings.overwrite else ""
+            goes_on = settings.model_name and not settings.embeds
+            hint = f"; the same command{way} goes on from here" if goes_on else ""
+            if main_process:
+                print(f"evaluate.py: interrupted{hint}", file=sys.stderr)
+            return 130
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -208,30 +209,53 @@ def tokenise(
     return [example for example, _ in fitting], [prompt for _, prompt in fitting]
 
 
-def batches(examples: list[Example], lengths: list[int], size: int, done: set[int]) -> Iterator[list[int]]:
-    """Indices of the examples by batch: like lengths together, the longest first; a batch wholly in `done` is left out.
+def batches(
+    lengths: list[int], batch_size: int, tokens_per_batch: int = 0, rows: list[int] | None = None
+) -> Iterator[list[int]]:
+    """Indices of `lengths` by batch: like lengths together, the longest first.
+
+    A batch has batch_size of them, or with tokens_per_batch one and as many more as keep rows × longest within that;
+    `rows` says how many rows each of them is, by default one.
+    """
+    batch: list[int] = []
+    taken = 0  # rows of the batch, which are padded to its first, the longest
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        more = rows[i] if rows else 1
+        full = (taken + more) * lengths[batch[0] if batch else i] > tokens_per_batch
+        if batch and (full if tokens_per_batch else len(batch) == batch_size):
+            yield batch
+            batch, taken = [], 0
+        batch.append(i)
+        taken += more
+    if batch:
+        yield batch
+
+
+def unanswered(
+    batches: Iterator[list[int]], examples: list[Example], done: set[int], share: tuple[int, int]
+) -> Iterator[list[int]]:
+    """The batches not wholly in `done` that fall to process n of N, where `share` is (n, N): every N-th of them.
 
     Batches are the same whatever is done already, so that a continued evaluation computes what one sitting would have.
     """
-    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
-    for begin in range(0, len(order), size):
-        batch = order[begin : begin + size]
-        if not all(examples[i].id in done for i in batch):
-            yield batch
+    left = (batch for batch in batches if not all(examples[i].id in done for i in batch))
+    return itertools.islice(left, share[0], None, share[1])
 
 
 def generate(
     model: Any, renderer: Renderer, examples: list[Example], batch_size: int, max_new_tokens: int,
     done: set[int] = frozenset(), prompts: list[list[int]] | None = None,
+    *, tokens_per_batch: int = 0, share: tuple[int, int] = (0, 1),
 ) -> Iterator[list[tuple[Example, Generation]]]:  # fmt: skip
-    """Answers batch by batch; leaves out ids in `done`.
+    """Answers batch by batch, those of this process's share; leaves out ids in `done`. Batches as in `batches`.
 
     Raises ExampleError for a prompt that fills the model's context, unless `prompts` are given.
     """
     if prompts is None:
         examples, prompts = tokenise(model, renderer, examples)
     prefix = shared_prefix(model, prompts, renderer.tokenizer.pad_token_id)
-    for batch in batches(examples, [len(p) for p in prompts], batch_size, done):
+    by_length = batches([len(p) for p in prompts], batch_size, tokens_per_batch)
+    for batch in unanswered(by_length, examples, done, share):
         answers = generate_batch(model, renderer, [prompts[i] for i in batch], max_new_tokens, prefix)
         yield [(examples[i], a) for i, a in zip(batch, answers, strict=True) if examples[i].id not in done]
 
@@ -272,26 +296,30 @@ def share_prompt(chats: list[segments.Segment]) -> bool:
 def choose(
     model: Any, renderer: Renderer, examples: list[Example], choices: tuple[str, ...], batch_size: int,
     done: set[int] = frozenset(), encoded: list[list[segments.Segment]] | None = None,
+    *, tokens_per_batch: int = 0, share: tuple[int, int] = (0, 1),
 ) -> Iterator[list[tuple[Example, Generation]]]:  # fmt: skip
-    """The most likely of the choices for each example, batch by batch; leaves out ids in `done`.
+    """The most likely of the choices for each example, batch by batch as in `generate`; leaves out ids in `done`.
 
     A choice's log-likelihood is Σ log p(token | all before it) over its tokens behind the whole prompt, in nats.
     """
     if encoded is None:
         examples, encoded = encode_choices(model, renderer, examples, choices)
+    rows = [chats[:1] if share_prompt(chats) else chats for chats in encoded]
+    lengths, counts = [max(len(chat.ids) for chat in row) for row in rows], [len(row) for row in rows]
+    by_length = batches(lengths, batch_size, tokens_per_batch, counts)
     collator = finetune.Collator("separate", renderer.tokenizer.pad_token_id, sys.maxsize)
     with contextlib.closing(finetune.HeadInput(model)) as head:
-        for batch in batches(examples, [len(e[0].ids) for e in encoded], batch_size, done):
-            items = [tuple(encoded[i][:1] if share_prompt(encoded[i]) else encoded[i]) for i in batch]
+        for batch in unanswered(by_length, examples, done, share):
+            items = [tuple(rows[i]) for i in batch]
             logits, _ = head.read(model, finetune.on_device(collator(items), model.device))
-            rows = iter(logits.float().log_softmax(-1).cpu())  # N × (V,), labels in the order of items
+            labels = iter(logits.float().log_softmax(-1).cpu())  # N × (V,), labels in the order of items
             answers = []
             for i in batch:
-                if share_prompt(encoded[i]):
-                    row = next(rows)
-                    sums = [float(row[c.ids[-1]]) for c in encoded[i]]
+                if len(rows[i]) < len(encoded[i]):
+                    label = next(labels)
+                    sums = [float(label[c.ids[-1]]) for c in encoded[i]]
                 else:
-                    sums = [sum(float(next(rows)[t]) for t in c.ids[c.labels]) for c in encoded[i]]
+                    sums = [sum(float(next(labels)[t]) for t in c.ids[c.labels]) for c in encoded[i]]
                 likelihoods = dict(zip(choices, sums, strict=True))
                 answers.append(Generation(max(likelihoods, key=likelihoods.__getitem__), None, likelihoods))
             yield [(examples[i], a) for i, a in zip(batch, answers, strict=True) if examples[i].id not in done]

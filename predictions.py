@@ -1,16 +1,28 @@
 """Predictions files: JSON objects, one a line, each with an `id`; written as they come, continued after a kill.
 
 While predictions.jsonl grows, predictions.jsonl.settings.json beside it says what is making it; when it is whole,
-metrics.json takes that file's place.
+metrics.json takes that file's place. Where torchrun starts several processes, the main one writes predictions.jsonl and
+process n predictions.jsonl.rankn, whose rows the main process takes over in the end, or at the next start.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import glob
 import json
 import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm import tqdm
+
+from examples import ExampleError
 from runs import UsageError, read_json, write_json
 
 
@@ -70,6 +82,31 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{metrics} exists, an evaluation was finished here; give --overwrite or another folder")
 
 
+def part_of(path: Path, process: int) -> Path:
+    """The file that a process writes its rows to, the main process to the predictions file itself."""
+    return path.with_name(f"{path.name}.rank{process}") if process else path
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of processes other than the main one that are there."""
+    return sorted(path.parent.glob(glob.escape(path.name) + ".rank*"))
+
+
+def merge(path: Path) -> list[dict[str, Any]]:
+    """Takes the rows of all processes' files into the predictions file; returns them in the order of ids.
+
+    A last line that a kill cut short is dropped. Raises UsageError for damaged files.
+    """
+    others, rows = parts(path), {}
+    for part in (path, *others):
+        # A kill between the two steps below leaves rows in both files.
+        rows |= {row["id"]: row for row in read_rows(part, repair=True)} if part.exists() else {}
+    write_rows(path, list(rows.values()))
+    for part in others:
+        part.unlink()
+    return [rows[id_] for id_ in sorted(rows)]
+
+
 def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
     """Prepares the output files; returns the rows that an interrupted evaluation of the same kind left.
 
@@ -78,14 +115,76 @@ def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> list[
     metrics, mark = path.with_name("metrics.json"), path.with_name(path.name + ".settings.json")
     check_free(path, overwrite)
     if overwrite:
-        for old in (path, mark, metrics):
+        for old in (*parts(path), path, mark, metrics):
             old.unlink(missing_ok=True)
-    if path.exists():
+    if path.exists() or parts(path):
         before = read_json(mark) if mark.exists() else None
         if before != json.loads(json.dumps(identity)):
             raise UsageError(f"--output_file {path} exists and was made otherwise; give --overwrite or another one")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(mark, identity)
-    rows = read_rows(path, repair=True) if path.exists() else []
-    write_rows(path, rows)
+    return merge(path)
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[PartialState]:
+    """This process's place among those that torchrun started; makes its GPU, if any, the one that "cuda" means."""
+    # gloo for GPUs too: rows go through files, NCCL gives up on a process that waits for a slow one, and it wants a
+    # GPU of its own for each process.
+    group = {"backend": "gloo", "timeout": timedelta(days=7)} if "LOCAL_RANK" in os.environ else {}
+    state = PartialState(cpu=not torch.cuda.is_available(), **group)
+    try:
+        yield state
+    finally:
+        # A thread of the group that still has work to let go of when the interpreter ends would abort it.
+        gc.collect()
+        state.destroy_process_group()
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """All processes leave the block together, and a mistake that one of them finds in it is raised in each."""
+    mistake = None
+    try:
+        yield
+    except (UsageError, ExampleError, OSError) as error:
+        mistake = error
+    found = [error for error in gather_object([mistake]) if error]
+    if found:
+        raise found[0]
+
+
+def collect(
+    path: Path, identity: dict[str, Any], overwrite: bool, total: int,
+    answer: Callable[[set[int], tuple[int, int]], Iterator[list[dict[str, Any]]]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Writes rows as they come and returns all `total` of them in the order of ids, in the main process alone.
+
+    `answer` gives rows a batch at a time, leaving out the ids of its first argument, those of an interrupted
+    evaluation; the second, (n, N), says that it is process n of N. Raises UsageError as `begin_output`, or where the
+    processes do not write to the same folder.
+    """
+    state, n = PartialState(), PartialState().num_processes
+    with agreed():
+        rows = begin_output(path, identity, overwrite) if state.is_main_process else []
+    done = broadcast_object_list([{row["id"] for row in rows}])[0]
+    shown = {"disable": not state.is_main_process, "desc": f"{n} processes, judged by the first" if n > 1 else None}
+    with (
+        open(part_of(path, state.process_index), "a", encoding="utf-8") as file,
+        tqdm(total=total, initial=len(done), unit="row", **shown) as bar,
+    ):
+        for batch in answer(done, (state.process_index, n)):
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch)
+            file.flush()
+            bar.update(min(n * len(batch), total - bar.n))
+        gather_object([None])  # every process has written its rows
+        bar.update(total - bar.n)
+    if not state.is_main_process:
+        return []
+    rows = merge(path)
+    if len(rows) < total:
+        raise UsageError(f"{path} lacks rows of other processes: all of them have to write to the same folder")
     return rows

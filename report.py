@@ -19,7 +19,7 @@ from typing import Any
 from runs import VOLATILE, UsageError, read_json
 
 NO_SETTING = {"finetune_seed"} | VOLATILE  # what runs of one arm may differ in
-NO_EVALUATION = {"model_name", "input_file", "output_file", "batch_size"}  # the same for their evaluations
+NO_EVALUATION = {"model_name", "input_file", "output_file", "batch_size", "tokens_per_batch"}  # and their evaluations
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,9 @@ def slow_likelihood(model, renderer, example: Example, choice: str) -> float:
     return sum(logits[t - 1, ids["input_ids"][t]].item() for t in answer)
 
 
-def chosen(model, renderer, examples, choices, batch_size) -> list[generation.Generation]:
-    found = {e.id: a for b in generation.choose(model, renderer, examples, choices, batch_size) for e, a in b}
+def chosen(model, renderer, examples, choices, batch_size, **sizes) -> list[generation.Generation]:
+    answers = generation.choose(model, renderer, examples, choices, batch_size, **sizes)
+    found = {e.id: a for batch in answers for e, a in batch}
     return [found[e.id] for e in examples]
 
 
@@ -81,6 +82,38 @@ def test_one_token_choices_cost_one_prompt_and_longer_ones_all(monkeypatch):
     rows.clear()
     chosen(model, renderer, EXAMPLES, LONG, 4)
     assert rows == [12, 9]
+
+
+@pytest.mark.parametrize("choices", [CHOICES, LONG], ids=["letters", "longer"])
+def test_a_token_budget_counts_the_rows_of_all_choices_and_changes_nothing(choices, monkeypatch):
+    model, renderer = load("llama3")
+    want = chosen(model, renderer, EXAMPLES, choices, 1)
+    shapes, forward = [], type(model).forward
+
+    def watching(self, input_ids=None, **kwargs):
+        shapes.append(tuple(input_ids.shape))
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", watching)
+    got = chosen(model, renderer, EXAMPLES, choices, 64, tokens_per_batch=500)
+    for one, other in zip(want, got, strict=True):
+        assert one.text == other.text
+        assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4)
+    rows = 1 if choices == CHOICES else len(choices)  # of each example
+    assert sum(r for r, _ in shapes) == rows * len(EXAMPLES) and len(shapes) > 1
+    assert all(r * t <= 500 or r == rows for r, t in shapes)
+    assert all((r + rows) * t > 500 for r, t in shapes[:-1]), "a batch takes what fits"
+
+
+def test_processes_share_the_examples():
+    model, renderer = load("llama3")
+    want = chosen(model, renderer, EXAMPLES, CHOICES, 2)
+    shares = [
+        [pair for batch in generation.choose(model, renderer, EXAMPLES, CHOICES, 2, share=(n, 3)) for pair in batch]
+        for n in range(3)
+    ]
+    assert sorted(len(share) for share in shares) == [2, 2, 3]
+    assert [a for _, a in sorted(sum(shares, []), key=lambda pair: pair[0].id)] == want
 
 
 def test_every_letter_of_the_prompt_counts():

@@ -135,11 +135,14 @@ def test_batches_and_order_do_not_matter():
         views = embeddings.embed(model, r, EXAMPLES, 1, pooling=pooling)
         for batch_size in (2, 5, 100):
             close(views, embeddings.embed(model, r, EXAMPLES, batch_size, pooling=pooling))
+        for tokens in (1, 200):
+            close(views, embeddings.embed(model, r, EXAMPLES, 64, pooling=pooling, tokens_per_batch=tokens))
         turned = embeddings.embed(model, r, EXAMPLES[::-1], 3, pooling=pooling)
         close(views, [side.flip(0) for side in turned])
 
 
-def test_batches_are_of_like_lengths_and_neither_logits_nor_other_layers_are_kept():
+@pytest.mark.parametrize("tokens", [0, 200])
+def test_batches_are_of_like_lengths_and_neither_logits_nor_other_layers_are_kept(tokens):
     model = loaded(TINY)[0]
     rows, heads = [], []
     hooks = [
@@ -147,14 +150,17 @@ def test_batches_are_of_like_lengths_and_neither_logits_nor_other_layers_are_kep
         model.get_output_embeddings().register_forward_pre_hook(lambda m, a: heads.append(a)),
     ]
     try:
-        embeddings.embed(model, renderer(TINY), EXAMPLES, 4)
+        embeddings.embed(model, renderer(TINY), EXAMPLES, 4, tokens_per_batch=tokens)
     finally:
         for hook in hooks:
             hook.remove()
     assert not heads and not any(k["output_hidden_states"] for k in rows)
     rows = [k["attention_mask"] for k in rows]
     lengths = [row.sum(dim=1).tolist() for row in rows]
-    assert [len(batch) for batch in lengths] == [4, 4, 4, 2]
+    if tokens:
+        assert all(len(batch) * batch[0] <= tokens < (len(batch) + 1) * batch[0] for batch in lengths[:-1])
+    else:
+        assert [len(batch) for batch in lengths] == [4, 4, 4, 2]
     assert sum(lengths, []) == sorted(sum(lengths, []), reverse=True)
     assert [row.shape[1] for row in rows] == [batch[0] for batch in lengths]
 

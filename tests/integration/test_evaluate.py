@@ -19,6 +19,7 @@ import finetune
 import generation
 import segments
 from examples import Example, Problems, read_examples
+from runs import UsageError
 from scoring import TASKS, Task, pure
 
 STEPS = 16
@@ -153,6 +154,12 @@ def score(model: object, data: object, output: object, *flags: object):
     """evaluate.py with a model, three rows a batch."""
     return call("evaluate", "--model_name", model, "--input_file", data, "--output_file", output, "--max_new_tokens",
                 STEPS, "--batch_size", 3, "--dtype", "float32", *flags)  # fmt: skip
+
+
+def score_by_tokens(model: object, data: object, output: object, tokens: int):
+    """The same by a token budget."""
+    return call("evaluate", "--model_name", model, "--input_file", data, "--output_file", output, "--max_new_tokens",
+                STEPS, "--tokens_per_batch", tokens, "--dtype", "float32")  # fmt: skip
 
 
 def score_file(predictions: object, data: object, *flags: object):
@@ -642,6 +649,38 @@ def test_an_interrupted_evaluation_goes_on(batches, model, data, uninterrupted, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "p.jsonl"]
 
 
+@pytest.mark.parametrize("tokens", [1, 150, 100_000])
+def test_a_token_budget_changes_no_answer_and_no_score(tokens, model, data, uninterrupted, tmp_path, monkeypatch):
+    sizes = count_prompts(monkeypatch)
+    done = score_by_tokens(model, data, tmp_path / "p.jsonl", tokens)
+    assert done.code == 0, done.err
+    assert (tmp_path / "p.jsonl").read_bytes() == (uninterrupted / "p.jsonl").read_bytes()
+    assert metrics_of(tmp_path)["ci95"] == metrics_of(uninterrupted)["ci95"]
+    assert metrics_of(tmp_path)["settings"]["tokens_per_batch"] == tokens
+    if tokens == 150:  # more of the short prompts than of the long ones
+        assert 1 < sizes[-2] and sizes[0] == 1 < len(sizes) < len(USERS)
+    else:
+        assert sizes == ([1] * len(USERS) if tokens == 1 else [len(USERS)])
+
+
+def test_an_interrupted_evaluation_by_tokens_goes_on_with_the_same_batches(
+    model, data, uninterrupted, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        whole = count_prompts(patch)
+        assert score_by_tokens(model, data, tmp_path / "whole" / "p.jsonl", 150).code == 0
+    path = tmp_path / "parts" / "p.jsonl"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert score_by_tokens(model, data, path, 150).code == 130
+    refused = score(model, data, path)
+    assert refused.code == 2 and "was made otherwise" in refused.err
+    sizes = count_prompts(monkeypatch)
+    assert score_by_tokens(model, data, path, 150).code == 0
+    assert sizes == whole[2:]
+    assert path.read_bytes() == (uninterrupted / "p.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("cut", ["in a line", "in a character", "before the newline", "behind a line"])
 def test_a_line_cut_short_is_answered_again_and_whole_ones_are_kept(
     cut, model, data, uninterrupted, tmp_path, monkeypatch
@@ -664,6 +703,47 @@ def test_a_line_cut_short_is_answered_again_and_whole_ones_are_kept(
         assert [(a["id"], b["prediction"]) for a, b in zip(want, got, strict=True) if a != b] == [
             (json.loads(fifth)["id"], json.loads(fifth)["prediction"])
         ]
+
+
+def test_rows_that_other_processes_left_are_taken_up_and_cut_ones_answered_again(
+    model, data, uninterrupted, tmp_path, monkeypatch
+):
+    path = tmp_path / "p[1].jsonl"  # no pattern
+    interrupted(model, data, path, monkeypatch, 3)
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(rows[:3]))
+    path.with_name(path.name + ".rank1").write_bytes(b"".join(rows[2:6]))  # one row stands in both
+    path.with_name(path.name + ".rank12").write_bytes(b"".join(rows[6:])[:-9])
+    sizes = count_prompts(monkeypatch)
+    done = score(model, data, path)
+    assert done.code == 0, done.err
+    assert sum(sizes) == len(USERS) - 6  # batches of three, wholly there or not
+    assert path.read_bytes() == (uninterrupted / "p.jsonl").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", path.name]
+
+
+@pytest.mark.parametrize("how", ["another evaluation's", "damaged"])
+def test_rows_of_other_processes_are_as_safe_as_those_of_the_main_one(how, model, data, tmp_path, monkeypatch):
+    path = tmp_path / "p.jsonl"
+    interrupted(model, data, path, monkeypatch, 2)
+    left = path.rename(path.with_name("p.jsonl.rank1"))
+    if how == "damaged":
+        left.write_bytes(left.read_bytes().replace(b"{", b"", 1))
+    before = snapshot(tmp_path)
+    flags = ("--max_new_tokens", STEPS + 1) if how != "damaged" else ()
+    done = score(model, data, path, *flags)
+    assert done.code == 2 and ("was made otherwise" if flags else f"{left}:1: not a JSON object") in done.err
+    assert snapshot(tmp_path) == before
+    done = score(model, data, path, *flags, "--overwrite")
+    assert done.code == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "p.jsonl"], done.err
+
+
+def test_rows_that_never_came_are_an_error_and_not_left_out_of_the_scores(model, data, tmp_path, monkeypatch):
+    """As where processes on several machines do not write to the same folder."""
+    monkeypatch.setattr(evaluate, "generate", lambda *a, **k: generation.generate(*a, **k | {"share": (0, 2)}))
+    done = score(model, data, tmp_path / "p.jsonl")
+    assert done.code == 2 and "lacks rows of other processes" in done.err
+    assert not (tmp_path / "metrics.json").exists() and len(lines(tmp_path / "p.jsonl")) == 6
 
 
 def test_an_evaluation_may_be_cut_short_again_and_again(model, data, uninterrupted, tmp_path, monkeypatch):
@@ -854,8 +934,23 @@ def test_all_wrong_flags_are_named_at_once(data, tmp_path):
     assert done.code == 2
     for name in ("--input_file", "--model_name, --score_only and", "--test_size, --split_seed: only with"):
         assert name in done.err
-    done = call("evaluate", "--model_name", GOLDEN / "models" / "llama3", "--input_file", data)
+    flags = ("--model_name", GOLDEN / "models" / "llama3", "--input_file", data)
+    done = call("evaluate", *flags)
     assert done.code == 2 and "--output_file is missing" in done.err
+    done = call("evaluate", *flags, "--batch_size", 64, "--tokens_per_batch", -1)
+    assert done.code == 2 and "give one of --batch_size and --tokens_per_batch" in done.err
+    assert "--tokens_per_batch -1 is negative" in done.err
+
+
+def test_flags_of_a_single_process_are_refused_together_under_torchrun():
+    flags = {"device_map": "auto", "score_only": "p", "score_gold": True, "similarity": True, "t_sne": True,
+             "export_embeddings": "e"}  # fmt: skip
+    settings = evaluate.Settings(input_file="synth_test.jsonl", **flags)
+    message = ", ".join(f"--{name}" for name in flags)
+    for processes in (1, 2):
+        with pytest.raises(UsageError) as error:
+            evaluate.check_settings(settings, set(flags), processes)
+        assert (f"{message}: not under torchrun" in str(error.value)) == (processes == 2)
 
 
 def test_abbreviated_and_unknown_flags_are_refused(data):

@@ -114,3 +114,34 @@ def test_a_prompt_near_the_end_of_the_context_does_not_end_the_others(monkeypatc
     longest = [*PREFIX, *([30] * 118)]  # 124 of 128 tokens
     got = generation.next_tokens(model, SimpleNamespace(tokenizer=TOKENIZER), [*asked, longest], 20)
     assert got == [alone(model, p, 20, {STOP}) for p in asked] + [alone(model, longest, 4, {STOP})]
+
+
+LENGTHS = [5, 40, 7, 7, 100, 1, 12, 30, 7]
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 60, 99, 100, 101, 10_000])
+def test_a_batch_takes_as_many_rows_as_fit_the_tokens_padded(tokens):
+    batches = list(generation.batches(LENGTHS, 64, tokens))
+    assert sorted(sum(batches, [])) == list(range(len(LENGTHS)))
+    flat = [LENGTHS[i] for i in sum(batches, [])]
+    assert flat == sorted(LENGTHS, reverse=True)
+    for batch in batches:
+        assert len(batch) * LENGTHS[batch[0]] <= tokens or len(batch) == 1
+    for batch in batches[:-1]:
+        assert (len(batch) + 1) * LENGTHS[batch[0]] > tokens
+
+
+def test_without_tokens_a_batch_has_so_many_rows():
+    assert [len(batch) for batch in generation.batches(LENGTHS, 4)] == [4, 4, 1]
+    assert list(generation.batches([], 4)) == list(generation.batches([], 4, 100)) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_processes_share_the_batches_that_are_left(processes):
+    examples = [SimpleNamespace(id=i) for i in range(len(LENGTHS))]
+    batches = list(generation.batches(LENGTHS, 2))
+    done = {*batches[1], batches[2][0]}  # a whole batch and half of another
+    shares = [list(generation.unanswered(iter(batches), examples, done, (n, processes))) for n in range(processes)]
+    left = [b for b in batches if b != batches[1]]
+    assert sorted(sum(shares, [])) == sorted(left)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

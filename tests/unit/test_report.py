@@ -194,6 +194,19 @@ def test_runs_on_other_data_or_evaluated_otherwise_are_never_averaged(tmp_path, 
     assert capsys.readouterr().out.count("mean (n = 1)") == 2
 
 
+def test_runs_evaluated_in_other_batches_are_averaged(tmp_path, capsys):
+    batches = {82: {"batch_size": 64}, 23: {"batch_size": 8, "tokens_per_batch": 0}, 37: {"tokens_per_batch": 4096}}
+    runs = []
+    for seed, sizes in batches.items():
+        run = Path(make_run(tmp_path / str(seed), seed, 0.5))
+        metrics = json.loads((run / METRICS).read_text())
+        metrics["settings"] |= sizes
+        (run / METRICS).write_text(json.dumps(metrics))
+        runs.append(str(run))
+    assert main(runs) == 0
+    assert "mean ± sd (n = 3)" in capsys.readouterr().out
+
+
 def test_runs_from_models_pretrained_by_their_own_seeds_are_one_arm(tmp_path, capsys):
     def pretrained(seed: int, lbd: float, rows: str = "abc") -> str:
         folder = tmp_path / f"paraphrase-tiny-lbd{lbd}-s{seed}"
