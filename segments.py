@@ -211,7 +211,7 @@ def encode_columns(columns: dict[str, list], renderer: Renderer) -> dict[str, li
 
 
 def cache_key(renderer: Renderer, examples: list[Example]) -> str:
-    """Start of the SHA-256 of all that decides how examples are encoded: texts, tokenizer, template, flags, versions."""
+    """Start of the SHA-256 of all that decides how examples are encoded: texts, tokenizer, flags, code, versions."""
     tokenizer, here = renderer.tokenizer, Path(__file__).parent
     digest = hashlib.sha256()
     what = {name: getattr(renderer.s, name) for name in ENCODING_FLAGS}
