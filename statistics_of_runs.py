@@ -115,9 +115,9 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def power(difference: float, sd: float, n: int, level: float) -> float:
-    """How often a two-sided paired t test shows a true difference, given the sd of the n differences."""
+    """How often a two-sided paired t test shows a true difference > 0 as one, given the sd of the n differences."""
     critical, noncentral = scipy.stats.t.ppf(1 - level / 2, n - 1), difference * math.sqrt(n) / sd
-    return float(scipy.stats.nct.sf(critical, n - 1, noncentral) + scipy.stats.nct.cdf(-critical, n - 1, noncentral))
+    return float(scipy.stats.nct.sf(critical, n - 1, noncentral))
 
 
 def detectable(sd: float, n: int, level: float = LEVEL) -> float:
@@ -173,7 +173,10 @@ def verdict(c: Comparison) -> str:
     said = f"{points(c.mean)} points {interval_text(c)}, n = {c.n}, {p} after Holm's correction over {c.family} "
     said += f"comparison{plural}"
     if c.differs:
-        return f"{c.arm} scores {'higher' if c.mean > 0 else 'lower'} than {c.reference}: {said}"
+        does, more, less = (
+            ("stops", "more often", "less often") if c.score == "stop_rate" else ("scores", "higher", "lower")
+        )
+        return f"{c.arm} {does} {more if c.mean > 0 else less} than {c.reference}: {said}"
     alone = f" (this comparison alone: {p_text(c.p_two_sided)})" if c.p_two_sided <= LEVEL else ""
     missed = f"a true difference below {c.detectable:.2f} points would have been missed more than one time in five"
     return f"no difference shown: {said}{alone}; {missed}"
@@ -193,5 +196,5 @@ def in_stopping(c: Comparison, comparisons: list[Comparison]) -> str:
         return ""
     return (
         f". This is a gain in stopping: the stop rate is {points(stops.mean)} points, while startswith shows no gain "
-        f"({points(begins.mean)} points {interval_text(begins)})"
+        f"({points(begins.mean)} points{f' {interval_text(begins)}' if begins.interval else ''})"
     )
