@@ -163,7 +163,7 @@ def grid(table: Table, drawn: Drawn) -> None:
 
 
 def heat_map(table: Table, cells: dict, ks: list[float], lbds: list[float]) -> Picture:
-    """The map: each cell's mean and n; cells without runs are hatched."""
+    """The map: each cell's mean and n; cells without runs are grey."""
     score = next(iter(cells.values()))[0].headline
     means = np.full((len(lbds), len(ks)), np.nan)
     for (k, lbd), arm in cells.items():
@@ -361,13 +361,15 @@ def embeddings(table: Table, drawn: Drawn) -> None:
     if 2 * int(first["n"]) < 10:  # fewer points have no neighbourhoods to keep
         drawn.missing.append(f"no t-SNE of the views: {2 * int(first['n'])} points are too few")
         return
-    drawn.pictures.append(t_sne(dict(itertools.islice(planes.items(), T_SNE_ARMS))))
+    drawn.pictures.append(t_sne(planes))
 
 
 def t_sne(planes: dict[str, tuple[int, np.ndarray, np.ndarray]]) -> Picture:
-    """A t-SNE plane for each arm: (seed, Text, Code) of a run, both views of the first T_SNE_PAIRS pairs."""
+    """A t-SNE plane for each of the first arms: (seed, Text, Code) of a run, both views of its first pairs."""
     from sklearn.manifold import TSNE
 
+    which = f", the first {T_SNE_ARMS} of {len(planes)}" if len(planes) > T_SNE_ARMS else ""
+    planes = dict(itertools.islice(planes.items(), T_SNE_ARMS))
     columns = min(3, len(planes))
     figure, panels = canvas(math.ceil(len(planes) / columns), columns, width=1 + 2.8 * columns)
     for axes in panels[len(planes) :]:
@@ -385,7 +387,6 @@ def t_sne(planes: dict[str, tuple[int, np.ndarray, np.ndarray]]) -> Picture:
         axes.set(xticks=[], yticks=[])
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, markerscale=2)
-    caption = (
-        f"t-SNE of the views of at most {T_SNE_PAIRS} pairs, one seed an arm; distances between planes mean nothing"
-    )
+    what = f"the views of at most {T_SNE_PAIRS} pairs, one seed an arm{which}"
+    caption = f"t-SNE of {what}; distances between planes mean nothing"
     return finish(figure, "t_sne", caption)

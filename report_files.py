@@ -57,13 +57,14 @@ def write_files(folder: Path, tables: list[Table], problems: list[str]) -> list[
         "left_out": problems + damaged,
         "datasets": [as_json(t, d.missing) for t, d in zip(tables, drawn, strict=True)],
     }
+    markdown, page = as_markdown(blocks), as_html(blocks)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output_dir {folder} cannot be made ({error})") from None
     write_json(folder / "report.json", record)
-    write_text(folder / "report.md", as_markdown(blocks))
-    write_text(folder / "report.html", as_html(blocks))
+    write_text(folder / "report.md", markdown)
+    write_text(folder / "report.html", page)
     return damaged
 
 
