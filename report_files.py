@@ -151,7 +151,7 @@ def as_json(table: Table, missing: list[str]) -> dict[str, Any]:
     return {
         "dataset": table.dataset,
         "reference": table.reference,
-        "comparisons": [dataclasses.asdict(c) for c in table.comparisons],
+        "comparisons": [dataclasses.asdict(c) | {"n": c.n} for c in table.comparisons],
         "not_compared": table.refused,
         "allowed": table.allowed,
         "missing_pictures": missing,
