@@ -93,11 +93,16 @@ def canvas(rows: int, columns: int, width: float = 8.0, height: float = 3.0) -> 
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
+def plain(text: str) -> str:
+    """Text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")
+
+
 def legend(figure: Figure, table: Table, arms: list[str], line: bool) -> None:
     """The arms' key below all axes, in as many columns as their names allow."""
     look, mark = styles(table), "linestyle" if line else "marker"
     handles = [
-        Line2D([], [], label=arm, color=look[arm]["color"], **{"linestyle": "none"} | {mark: look[arm][mark]})
+        Line2D([], [], label=plain(arm), color=look[arm]["color"], **{"linestyle": "none"} | {mark: look[arm][mark]})
         for arm in arms
     ]
     columns = max(1, min(4, 110 // (8 + max(map(len, arms)))))
@@ -124,7 +129,7 @@ def paired_dots(table: Table, drawn: Drawn) -> None:
             axes.scatter([x] * len(values), list(values.values()), s=28, **style)
             axes.hlines(np.mean(list(values.values())), x - 0.2, x + 0.2, color="black", linewidth=1.5, zorder=3)
         turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(by_arm) > 6 else {}
-        shown = [textwrap.fill(arm, 80 if turned else 60 // len(by_arm)) for arm in table.arms]
+        shown = [plain(textwrap.fill(arm, 80 if turned else 60 // len(by_arm))) for arm in table.arms]
         if wide and name != names[-1]:  # panels above one another share the lowest one's names
             shown = [""] * len(by_arm)
         axes.set_xticks(range(len(by_arm)), shown, **turned)
@@ -383,7 +388,7 @@ def t_sne(planes: dict[str, tuple[int, np.ndarray, np.ndarray]]) -> Picture:
         plane = TSNE(perplexity=near, init=init, method="exact", max_iter=500, random_state=0).fit_transform(points)
         for name, half, colour, marker in zip(("Text", "Code"), np.split(plane, 2), COLOURS, MARKERS, strict=False):
             axes.scatter(*half.T, s=8, color=colour, marker=marker, alpha=0.6, linewidths=0, label=name)
-        axes.set_title(textwrap.fill(f"{arm}, seed {seed}", 34), fontsize=9)
+        axes.set_title(plain(textwrap.fill(f"{arm}, seed {seed}", 34)), fontsize=9)
         axes.set(xticks=[], yticks=[])
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, markerscale=2)

@@ -128,7 +128,7 @@ def run_blocks(table: Table) -> list[Block]:
     for label, arm in table.arms.items():
         for r in arm:
             values = [f"{r.columns[name]:.2f}" if name in r.columns else "–" for name in names]
-            commit = str(r.origin["git_commit"])[:8] + ("+" if r.origin["git_dirty"] else "")
+            commit = str(r.origin["git_commit"] or "unknown")[:8] + ("+" if r.origin["git_dirty"] else "")
             rows.append([label, str(r.seed), *values, commit, str(r.run)])
     results = [(label, r) for label, arm in table.arms.items() for r in arm]
     failures = [f"{label}, seed {r.seed}, {text}" for label, r in results for text in without_a_result(r)]

@@ -460,6 +460,17 @@ def test_text_of_the_runs_is_no_markup(tmp_path, out):
     assert "<b>|x" in page.text and "b" not in {tag for tag, _ in page.elements}
 
 
+def test_text_of_the_runs_is_no_formula_and_not_long(tmp_path, out):
+    runs = both(tmp_path, system="It costs $5_{ or\n$6" + " and more" * 20)
+    export_views(runs[0], 20), export_views(runs[2], 20)
+    for run in runs:
+        log_steps(run, 20)
+    for run in runs[:2]:
+        change(run, "args.json", system=None)
+    assert main([*runs, "--output_dir", str(out), "--allow", "system"]) == 0
+    assert list(read(out)["arms"])[1] == "JEPA λ=1, k=1, system It costs $5_{ or $6 and more and more an"
+
+
 def test_answers_without_a_result_and_commits_are_shown(tmp_path, out):
     runs = both(tmp_path)
     change(runs[2], METRICS, failures={"timeout": 3})
