@@ -243,7 +243,7 @@ def labels(arms: list[list[Result]]) -> list[str]:
         for name, value in sorted(own.items()):
             alike = sum(other.get(name, value) == value for other in described)
             if name not in hidden and alike <= len(described) / 2:  # what most arms have goes without saying
-                text = " ".join(str(value).split())[: 8 if "data" in name else 40]
+                text = " ".join(str(value).strip("[']").split())[: 8 if "data" in name else 40]
                 shown += [name] if value is True else [] if value is None or value is False else [f"{name} {text}"]
         names.append(f"{'regular' if regular else 'JEPA'} {', '.join(shown)}".strip())
     runs = [arm[0].run.name for arm in arms]

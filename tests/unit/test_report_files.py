@@ -211,11 +211,12 @@ def test_arms_that_differ_in_more_are_refused_unless_allowed(tmp_path, out, caps
     assert "is compared though it differs in more than the method (--allow): " + said in text
 
 
-def test_one_run_of_an_arm_that_was_made_otherwise_is_enough(tmp_path, out, capsys):
+@pytest.mark.parametrize("odd", range(4))
+def test_one_run_of_an_arm_that_was_made_otherwise_is_enough(tmp_path, out, capsys, odd):
     runs = both(tmp_path)
-    change(runs[3], "run.json", git_commit="4d5fcd5")
+    change(runs[odd], "run.json", git_commit="4d5fcd5")
     assert main([*runs, "--output_dir", str(out)]) == 1
-    assert f"'4d5fcd5' in {runs[3]}" in capsys.readouterr().err
+    assert f"'4d5fcd5' in {runs[odd]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "value"), [("git_dirty", True), ("git_commit", None)])
@@ -238,6 +239,14 @@ def test_allow_takes_several_names_and_whole_groups(tmp_path, out):
     assert main([*command, "versions", "device", "--allow", "learning_rate"]) == 0
     assert [len(names) for names in read(out)["allowed"].values()] == [3]
     assert main([*command, "versions.torch", "dev", "learning_rate"]) == 2, "a part of a name is no name"
+
+
+def test_allow_means_the_whole_name(tmp_path, out, capsys):
+    runs = both(tmp_path, lora=True, lora_rank=4)
+    for run in runs[:2]:
+        change(run, "args.json", lora=True, lora_rank=16)
+    assert main([*runs, "--output_dir", str(out), "--allow", "lora"]) == 1
+    assert "lora_rank 16 in" in capsys.readouterr().err
 
 
 def test_unknown_names_to_allow_are_refused(tmp_path, out, capsys):
@@ -452,12 +461,13 @@ def test_the_page_needs_nothing_else_and_holds_every_picture(tmp_path, out):
 
 
 def test_text_of_the_runs_is_no_markup(tmp_path, out):
-    runs = both(tmp_path, model_name="<b>|x")
+    runs = both(tmp_path / "<i>", model_name="<b>|x")
     for run in runs[:2]:
         change(run, "args.json", model_name="<b>|x")
     assert main([*runs, "--output_dir", str(out)]) == 0
     page = Page((out / "report.html").read_text())
-    assert "<b>|x" in page.text and "b" not in {tag for tag, _ in page.elements}
+    assert "<b>|x" in page.text and runs[0] in page.text
+    assert not {"b", "i"} & {tag for tag, _ in page.elements}
 
 
 def test_text_of_the_runs_is_no_formula_and_not_long(tmp_path, out):
