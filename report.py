@@ -2,10 +2,16 @@
 
     python report.py runs/synth-tiny-jepa-*          one table an arm: a line a run, then mean ± sd
     python report.py --line runs/RUN                 the one line of one run
+    python report.py runs/* --output_dir report      also report.md, report.json and report.html, in the folder report
 
 Runs that differ in anything but their seed are different arms and are never averaged together. A run that is missing,
 unfinished, not evaluated or damaged is named on stderr with the reason and left out; the exit code is then 1.
+
+The files compare each dataset's arms with a reference arm, by seed: the regular one, or the one that --against names.
+Arms that differ in anything but the method are not compared; what differs is named, and the exit code is then 1.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -14,12 +20,20 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runs import VOLATILE, UsageError, read_json
 
+if TYPE_CHECKING:  # scipy and matplotlib are for --output_dir alone: run.sh asks for a line after every seed
+    from statistics_of_runs import Comparison
+
 NO_SETTING = {"finetune_seed"} | VOLATILE  # what runs of one arm may differ in
 NO_EVALUATION = {"model_name", "input_file", "output_file", "batch_size", "tokens_per_batch"}  # and their evaluations
+VIEWS = {"lbd", "predictors", "last_token", "jepa_l2", "jepa_mse", "infonce", "front_pred", "reverse_pred", "text_view",
+         "jepa_ratio", "same_flop"}  # fmt: skip
+METHOD = VIEWS | {"regular", "layout", "additive_mask"}  # what arms that are compared may differ in
+ORIGIN = ("git_commit", "git_dirty", "versions", "device", "threads", "processes", "skipped_examples")
+UNKNOWN_CODE = {"git_commit": None, "git_dirty": True}  # never shown to be the same code, equal or not
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,8 @@ class Result:
     n: int  # examples
     columns: dict[str, float]
     failures: dict[str, int]  # answers without a result to score, by reason
+    headline: str  # the score that stands for the others
+    origin: dict[str, Any]  # code, versions and machine; tells no arms apart
 
     def arm(self) -> str:
         """Equal for results that may be averaged: same settings, same data, same evaluation and scores."""
@@ -104,7 +120,12 @@ def read_run(run: Path) -> list[Result]:
             "evaluation": {name: value for name, value in evaluation.items() if name not in NO_EVALUATION},
         }
         failures = field(metrics, "failures", dict, path) if "failures" in metrics else {}
-        results.append(Result(run, seed, settings, made, path.parent.name, task, n, columns, failures))
+        origin = {name: record.get(name) for name in ORIGIN}
+        origin |= {f"evaluation.{name}": metrics.get(name) for name in ORIGIN}
+        headline = metrics.get("score") if metrics.get("score") in names else names[0]
+        results.append(
+            Result(run, seed, settings, made, path.parent.name, task, n, columns, failures, headline, origin)
+        )
     if not results:
         raise UsageError(f"{run}: not evaluated (it has no eval/*/metrics.json)")
     return results
@@ -169,22 +190,210 @@ def table(arm: list[Result]) -> str:
     return "\n".join(lines + [f"seed {r.seed} {text}" for r in arm for text in without_a_result(r)])
 
 
+# -------------------------------------------------------------------------------------------------------- compare
+
+
+@dataclass(frozen=True)
+class Table:
+    """A dataset's arms, the reference first where there is one, and what was compared with it."""
+
+    dataset: str
+    arms: dict[str, list[Result]]  # by label
+    reference: str | None
+    comparisons: list[Comparison]
+    refused: dict[str, str]  # arms that were not compared, and why
+    allowed: dict[str, list[str]]  # differences that --allow let through, by arm
+
+
+def flat(prefix: str, value: Any) -> dict[str, Any]:
+    """The leaves of nested dicts by their dotted names."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {name: leaf for key, part in value.items() for name, leaf in flat(f"{prefix}.{key}", part).items()}
+
+
+def facts(result: Result, origin: bool = True) -> dict[str, Any]:
+    """All that two results could differ in, by name: settings, data, evaluation; with `origin` code and machine too."""
+    made, settings = result.made, result.settings
+    before = made["pretraining"]  # says all of the model, whose name is its run folder's
+    parts = {name: value for name, value in settings.items() if not (before and name == "model_name")}
+    parts["pretrained"] = bool(before)
+    parts |= {name.replace(" ", "_"): value for name, value in made.items() if name != "pretraining" or before}
+    parts |= {"task": result.task, "n": result.n, "scores": list(scores(result))}
+    parts |= result.origin if origin else {}
+    return {name: leaf for key, part in parts.items() for name, leaf in flat(key, part).items()}
+
+
+def scores(result: Result) -> list[str]:
+    """Names of the result's scores, each once: the headline, the task's own, exact, startswith, stop_rate."""
+    names = [heading.removesuffix(" %") for heading in result.columns if heading.endswith(" %")]
+    own = [name for name in names if name not in ("exact", "startswith", "stop_rate")]
+    return [name for name in dict.fromkeys([result.headline, *own, *names]) if name in names]
+
+
+def labels(arms: list[list[Result]]) -> list[str]:
+    """A short name of each of a dataset's arms: its method, λ and k, and whatever else tells the arms apart."""
+    described, names = [facts(arm[0], origin=False) for arm in arms], []
+    for own in described:
+        regular, shown = own.get("regular"), []
+        for sign, name in () if regular else (("λ", "lbd"), ("k", "predictors")):
+            if isinstance(own.get(name), (int, float)):
+                shown.append(f"{sign}={own[name]:g}")
+        hidden = {"regular", "lbd", "predictors", "additive_mask", "scores"} | (VIEWS if regular else set())
+        for name, value in sorted(own.items()):
+            alike = sum(other.get(name, value) == value for other in described)
+            if name not in hidden and alike <= len(described) / 2:  # what most arms have goes without saying
+                text = " ".join(str(value).strip("[']").split())[: 8 if "data" in name else 40]
+                shown += [name] if value is True else [] if value is None or value is False else [f"{name} {text}"]
+        names.append(f"{'regular' if regular else 'JEPA'} {', '.join(shown)}".strip())
+    runs = [arm[0].run.name for arm in arms]
+    return [n if names.count(n) == 1 else f"{n} ({run})" for n, run in zip(names, runs, strict=True)]
+
+
+def differing(reference: list[Result], arm: list[Result]) -> dict[str, str]:
+    """By name, what the results differ in apart from the method, with both values and their runs.
+
+    Commits that are unknown, or that were changed when the run was made, count as differing: nothing shows the code.
+    """
+    first, found = reference[0], {}
+    expected = facts(first)
+    for result in [*reference, *arm]:
+        own = facts(result)
+        for name in (expected | own).keys():
+            if name.startswith("pretraining.") and own["pretrained"] != expected["pretrained"]:
+                continue  # said by `pretrained`
+            ours, theirs, last = own.get(name), expected.get(name), name.rsplit(".", 1)[-1]
+            unknown = last in UNKNOWN_CODE and ours == UNKNOWN_CODE[last]
+            is_method = name.removeprefix("pretraining.") in METHOD
+            if name not in found and not is_method and (unknown or ours != theirs):
+                found[name] = f"{name} {theirs!r} in {first.run} and {ours!r} in {result.run}"
+    return found
+
+
+def reference_of(dataset: str, arms: dict[str, list[Result]], against: str | None) -> str | None:
+    """Label of the arm the others are compared with; None where a dataset has one arm alone.
+
+    Raises UsageError where that is no single arm.
+    """
+
+    def is_regular(arm: list[Result]) -> bool:
+        return all(part.get("regular") for part in (arm[0].settings, arm[0].made["pretraining"]) if part)
+
+    if len(arms) == 1 and not against:
+        return None
+    named = [label for label, arm in arms.items() if against and any(r.run == Path(against) for r in arm)]
+    if not named and against:
+        named = [label for label, arm in arms.items() if against in label or any(against in r.run.name for r in arm)]
+    if not against:
+        named = [label for label, arm in arms.items() if is_regular(arm)]
+    if len(named) != 1:
+        what = f"--against {against} names" if against else "the regular arm is the reference, and there are"
+        raise UsageError(
+            f"{dataset}: {what} {len(named)} of its arms ({'; '.join(named or arms)}); "
+            "name one by --against, by its run folder or a part of its name"
+        )
+    return named[0]
+
+
+def compare_arms(results: list[Result], against: str | None, allow: set[str]) -> list[Table]:
+    """A table for each dataset. Raises UsageError where the reference arm or a name in `allow` is not known."""
+    from statistics_of_runs import compare, conclude
+
+    known = {name for result in results for name in facts(result)}
+    known |= {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
+    if allow - known:
+        raise UsageError(f"--allow {' '.join(sorted(allow - known))}: nothing of this name is recorded of these runs")
+    tables = []
+    for dataset in dict.fromkeys(r.dataset for r in results):
+        here = [arm for arm in grouped(results) if arm[0].dataset == dataset]
+        arms = dict(zip(labels(here), here, strict=True))
+        reference = reference_of(dataset, arms, against)
+        if reference:
+            arms = {reference: arms.pop(reference)} | arms
+        made = Table(dataset, arms, reference, [], {}, {})
+        for label, arm in list(arms.items())[1:]:
+            theirs, ours = ({r.seed: r for r in runs} for runs in (arms[reference], arm))
+            seeds = [seed for seed in ours if seed in theirs]
+            if not seeds:
+                made.refused[label] = f"no seed is in both {label} and {reference}"
+                continue
+            found = differing([theirs[s] for s in seeds], [ours[s] for s in seeds])
+            through = {name for name in found if any(f"{name}.".startswith(f"{a}.") for a in allow)}
+            if found.keys() - through:
+                made.refused[label] = "; ".join(text for name, text in found.items() if name not in through)
+                continue
+            if through:
+                made.allowed[label] = [found[name] for name in through]
+            for score in scores(theirs[seeds[0]]):
+                if all(f"{score} %" in r.columns for r in (arm[0], arms[reference][0])):
+                    values = ({seed: r.columns[f"{score} %"] for seed, r in side.items()} for side in (ours, theirs))
+                    made.comparisons.append(compare(label, reference, score, *values))
+        conclude(made.comparisons)
+        tables.append(made)
+    return tables
+
+
+def grouped(results: list[Result]) -> list[list[Result]]:
+    """The arms, in the order of their first results."""
+    arms: dict[str, list[Result]] = {}
+    for result in results:
+        arms.setdefault(result.arm(), []).append(result)
+    return list(arms.values())
+
+
+def write_report(results: list[Result], problems: list[str], options: argparse.Namespace) -> list[str]:
+    """Compares the arms and writes the three files. Returns what is left out of them, and why.
+
+    Raises UsageError where the arms cannot be compared or the folder is a run's or cannot be written.
+    """
+    from report_files import write_files
+
+    folder = options.output_dir
+    if (folder / "args.json").exists() or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"--output_dir {folder} is {'a run folder' if folder.is_dir() else 'no folder'}")
+    if not results:
+        return ["no run is left to report; nothing is written"]
+    tables = compare_arms(results, options.against, set(options.allow))
+    refused = [f"{t.dataset}: {label} is not compared: {why}" for t in tables for label, why in t.refused.items()]
+    refused += write_files(folder, tables, problems + refused)
+    print(f"written: {', '.join(str(folder / f'report.{end}') for end in ('md', 'json', 'html'))}")
+    return refused
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 all runs reported, 1 some left out, 2 wrong usage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--line", action="store_true", help="one line, of one run")
+    parser.add_argument(
+        "--output_dir", type=Path, metavar="DIR", help="write report.md, report.json and report.html into this folder"
+    )
+    parser.add_argument("--against", metavar="ARM", help="reference arm: one of its run folders, or a part of its name")
+    parser.add_argument(
+        "--allow", nargs="+", action="extend", default=[], metavar="NAME",
+        help="compare arms that differ in this too: a setting, git_commit, versions …, evaluation.NAME",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     if options.line and len(options.runs) > 1:
         parser.error(f"--line takes one run, not {len(options.runs)}")
+    if options.line and options.output_dir:
+        parser.error("--line: not with --output_dir")
+    if (options.against or options.allow) and not options.output_dir:
+        parser.error("--against and --allow: only with --output_dir")
     results, problems = read_runs(options.runs)
-    arms = [[r for r in results if r.arm() == arm] for arm in dict.fromkeys(r.arm() for r in results)]
+    arms = grouped(results)
     blocks = map(line, results) if options.line else (f"{title(arm, arms)}\n{table(arm)}\n" for arm in arms)
     for block in blocks:
         print(block)
-    for problem in problems:
+    wrong = []
+    if options.output_dir:
+        try:
+            problems += write_report(results, problems, options)
+        except (UsageError, OSError) as error:
+            wrong = [f"error: {error}"]
+    for problem in problems + wrong:
         print(f"report.py: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return 2 if wrong else 1 if problems else 0
 
 
 if __name__ == "__main__":

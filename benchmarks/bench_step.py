@@ -2,11 +2,15 @@
 
     pip install -r requirements-bench.txt        # TRL's arms; they are left out where trl is not installed
     python benchmarks/bench_step.py --input_file datasets/synth_train.jsonl --json step.json
+    python benchmarks/bench_step.py --growth growth.png --json growth.json
+
+With --growth the time of a packed step over its examples × 1, 2, 4, 8 and over the examples' length × 1, 2, 4, 8.
 
 Arms: the reference implementation's way (three rows an example, padded to 512, logits and all layers' hidden states
-everywhere); the additive mask, a row an example for the two views; packed, as finetune.py does by default; regular
-fine-tuning packed; TRL's SFTTrainer, padded to the longest row and packed. A step is collation, forward, backward,
-clipping and AdamW. `useful` tokens are those of chats and views without padding. FLOPs are torch's count of the model's
+everywhere); the additive mask, a row an example for the two views; packed, as finetune.py does by default; packed with
+the Text view in the chat; regular fine-tuning packed; TRL's SFTTrainer, padded to the longest row and packed. A step is
+collation, forward, backward, clipping and AdamW. `time/tokens` is an arm's time over that of regular packed, divided by
+the ratio of their useful tokens: 1 where the views cost what their tokens cost. `useful` tokens are those of chats and views without padding. FLOPs are torch's count of the model's
 own forward and backward pass, `of matmul` their rate over that of a large matrix product timed in the same run.
 """
 
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import importlib.util
 import json
 import statistics
@@ -26,8 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from timing import interleave, percentiles, table, write
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig
@@ -37,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
+import segments  # noqa: E402
 from runs import sha256  # noqa: E402
 
 # The CPU's shape has about 5 M weights; the other is Llama-3.2-1B's.
@@ -95,9 +103,8 @@ def ours(parts: finetune.Parts, model: torch.nn.Module, s: finetune.Settings) ->
 
     def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
         batch = finetune.on_device(parts.collator(items), next(model.parameters()).device)
-        logits, (text, code) = head.read(model, batch)
-        lm, labels = finetune.lm_loss(logits, batch["label_ids"])
-        total = lm / max(1, labels)
+        lm, (text, code) = head.losses(model, batch)
+        total = lm / max(1, len(batch["label_ids"]))
         if s.jepa:
             jepa, pairs = finetune.jepa_loss(text, code, s.distance)
             total = total + s.lbd * jepa / max(1, pairs)
@@ -164,16 +171,20 @@ def arm_of(name: str, args: argparse.Namespace, folder: str) -> Arm | None:
     s = finetune.Settings(
         train_file=args.input_file, model_name=folder, pretrain=True, predictors=0 if regular else 1, lbd=1.0,
         regular=regular, layout="additive" if name == "additive" else "packed", lm_labels="answer",
-        max_length=PADDED, batch_size=args.batch_size, tokens_per_row=args.tokens_per_row, finetune_seed=1,
-        dry_run=args.steps * args.batch_size,
+        text_view="in_chat" if name == "packed, in_chat" else "alone", attn_implementation=args.attn_implementation,
+        max_length=args.max_length, batch_size=args.batch_size, tokens_per_row=args.tokens_per_row, finetune_seed=1,
+        skip_bad_examples=True,
     )  # fmt: skip
-    parts = finetune.prepare(s, torch.device(args.device))
+    parts = finetune.prepare(s, PartialState())
+    parts.train_set.items = parts.train_set.items[: args.steps * args.batch_size]
     parts.model.train()
     if name.startswith("TRL"):
         if importlib.util.find_spec("trl") is None:
             return None
         return trl_arm(args, parts, name == "TRL packed", folder)
     items = parts.train_set.items
+    if len(items) < args.steps * args.batch_size:
+        raise SystemExit(f"{args.input_file} has {len(items)} usable rows, {args.steps} steps need more")
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
     pad = parts.renderer.tokenizer.pad_token_id
     loss = reference_loss(pad, s.lbd) if name == "reference's way" else ours(parts, parts.model, s)
@@ -181,7 +192,7 @@ def arm_of(name: str, args: argparse.Namespace, folder: str) -> Arm | None:
     return Arm(parts.model, batches, loss, len(items), useful, args.dtype == "bfloat16")
 
 
-ARMS = ("reference's way", "additive", "packed", "regular packed", "TRL padded", "TRL packed")
+ARMS = ("reference's way", "additive", "packed", "packed, in_chat", "regular packed", "TRL padded", "TRL packed")
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
@@ -234,7 +245,10 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=16, help="examples a step (default 16)")
     parser.add_argument("--steps", type=int, default=4, help="steps that are timed together (default 4)")
     parser.add_argument("--repeats", type=int, default=5, help="times that each arm's steps are timed (default 5)")
+    parser.add_argument("--max_length", type=int, default=PADDED, help="longer rows are left out (default 512)")
     parser.add_argument("--tokens_per_row", type=int, default=0, help="of packed rows (default: finetune.py's)")
+    parser.add_argument("--attn_implementation", help="attention kernel of this project's arms")
+    parser.add_argument("--growth", metavar="PNG", help="measure growth instead, and draw it into this file")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")
     parser.add_argument("--json", help="file for the figures and where they come from")
     parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
@@ -250,20 +264,73 @@ def results(args: argparse.Namespace, arms: dict[str, Arm], folder: str) -> Iter
         command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
         memory = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         median = statistics.median(seconds[name])
+        usual = arms.get("regular packed")
+        share = usual and median / statistics.median(seconds["regular packed"]) / (arm.useful / usual.useful)
         yield {
             "arm": name,
             "examples/s": rates[name],
             **{
                 f"× {other}": rates[name] / rates[other]
-                for other in ("reference's way", "TRL padded")
+                for other in ("reference's way", "TRL padded", "TRL packed")
                 if other in rates
             },
+            "time/tokens": share,
             "useful tokens/s": arm.useful / median,
-            "ms/token": 1e3 * median / arm.useful,
             "of matmul": arm.flops() / median / rate,
             "peak MB": json.loads(memory),
             **{k: v / args.steps for k, v in percentiles(seconds[name]).items()},
         }
+
+
+GROWTH = (1, 2, 4, 8)
+
+
+def longer(item: tuple[segments.Segment, ...], times: int) -> tuple[segments.Segment, ...]:
+    """The item with each of its segments repeated behind itself, as a longer text would be."""
+    return tuple(
+        dataclasses.replace(
+            x, ids=np.tile(x.ids, times), labels=np.tile(x.labels, times),
+            view=None if x.view is None else x.view + len(x.ids) * (times - 1),
+        )
+        for x in item
+    )  # fmt: skip
+
+
+def growth(args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
+    """The time of a packed step of more, and of longer, examples."""
+    args.steps = 8
+    arm, arms = arm_of("packed", args, folder), {}
+    for what, by in (("examples", 1), ("length", 0)):
+        for times in GROWTH:
+            batch = [item for part in arm.batches[: times if by else 1] for item in part]
+            batch = batch if by else [longer(item, times) for item in batch]
+            useful = sum(len(x.ids) for item in batch for x in item)
+            arms[f"{what} × {times}"] = dataclasses.replace(arm, batches=[batch], examples=len(batch), useful=useful)
+    seconds, lines = interleave(arms, args.repeats), []
+    for name, times in seconds.items():
+        first, median = seconds[name.split(" × ")[0] + " × 1"], statistics.median(times)
+        lines.append({
+            "step": name, "examples": arms[name].examples, "tokens": arms[name].useful,
+            "× time": median / statistics.median(first), "tokens/s": arms[name].useful / median, **percentiles(times),
+        })  # fmt: skip
+    return lines
+
+
+def draw(lines: list[dict[str, Any]], path: str) -> None:
+    """Time over tokens, on logarithmic axes, beside a straight line through each first point."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for what, colour, mark in (("examples", "#0072B2", "o"), ("length", "#D55E00", "^")):
+        some = [line for line in lines if line["step"].startswith(what)]
+        tokens, times = [x["tokens"] for x in some], [1e3 * x["p50"] for x in some]
+        axes.loglog(tokens, times, color=colour, marker=mark, label=f"more {what}" if what == "examples" else "longer")
+        axes.loglog(tokens, [times[0] * t / tokens[0] for t in tokens], color=colour, ls=":", lw=1)
+    axes.set(xlabel="tokens a step, views included", ylabel="time a step (ms, median)", title="A packed step")
+    axes.plot([], [], color="grey", ls=":", lw=1, label="in proportion to tokens")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -276,6 +343,11 @@ def main() -> None:
         write_shape(args, folder)
         if args.memory_of:
             return print(json.dumps(peak_memory(args.memory_of, args, folder)))
+        if args.growth:
+            lines = growth(args, folder)
+            draw(lines, args.growth)
+            print(table(lines))
+            return write(args.json, {args.input_file: sha256(args.input_file)}, shape=vars(args), results=lines)
         arms = {name: arm for name in args.arms if (arm := arm_of(name, args, folder))}
         lines = list(results(args, arms, folder))
         weights = sum(p.numel() for p in next(iter(arms.values())).model.parameters())

@@ -1,0 +1,89 @@
+"""Run folders as finetune.py and evaluate.py leave them, of made-up figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+REGULAR = {
+    "model_name": "models/tiny",
+    "learning_rate": 1e-3,
+    "regular": True,
+    "lbd": 0.1,
+    "predictors": 0,
+    "jepa_ratio": 1.0,
+    "text_view": "alone",
+    "layout": "packed",
+    "additive_mask": False,
+}
+JEPA = REGULAR | {"regular": False, "lbd": 1.0, "predictors": 1}
+ORIGIN = {
+    "git_commit": "df01d15302ad41e7a9a4b4abdfa05be1820da814",
+    "git_dirty": False,
+    "versions": {"python": "3.11.7", "torch": "2.13.0+cpu"},
+    "device": "x86_64",
+    "threads": 2,
+    "processes": 1,
+    "skipped_examples": 0,
+}
+
+
+def synthetic_run(
+    folder: Path, settings: dict, seed: int, scores: dict[str, float], dataset: str = "synth", **changes: object
+) -> Path:
+    """A finished run evaluated on `dataset`: `scores` in percent, `changes` replace keys of run.json."""
+    evaluation = folder / "eval" / dataset
+    evaluation.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(settings | {"finetune_seed": seed, "output_dir": str(folder)}))
+    record = ORIGIN | {"status": "finished", "wall_seconds": 120.0 + seed % 7 + 20 * (not settings["regular"])}
+    record |= {"data_sha256": {"datasets/synth_train.jsonl": "b0a8"}} | changes
+    (folder / "run.json").write_text(json.dumps(record))
+    fractions = {name: value / 100 for name, value in ({"startswith": 90.0, "stop_rate": 100.0} | scores).items()}
+    own = [name for name in fractions if name not in ("exact", "startswith", "stop_rate")]
+    metrics = ORIGIN | {"task": dataset, "n": 2000, "score": (*own, "exact")[0], "scores": own, "failures": {}}
+    metrics |= {"data_sha256": "5c44", "settings": {"model_name": str(folder), "max_new_tokens": 128}}
+    (evaluation / "metrics.json").write_text(json.dumps(metrics | fractions))
+    return folder
+
+
+def synthetic_arm(root: Path, name: str, settings: dict, exact: dict[int, float], **changes: object) -> list[str]:
+    """A run for each seed of `exact`, which maps it to the score in percent."""
+    return [str(synthetic_run(root / f"{name}-s{s}", settings, s, {"exact": e}, **changes)) for s, e in exact.items()]
+
+
+def change(run: Path | str, file: str, **changes: object) -> None:
+    """Replaces keys of one of the run's JSON files."""
+    path = Path(run) / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def log_steps(run: Path | str, steps: int = 400, flops: bool = True, seed: int = 0) -> None:
+    """Writes metrics.jsonl: losses that fall, views that collapse."""
+    rng = np.random.default_rng(seed)
+    jepa = not json.loads((Path(run) / "args.json").read_text())["regular"]
+    rows = []
+    for step in range(1, steps + 1):
+        row = {"step": step, "lm_loss": 0.05 + 6 * np.exp(-step / 60) * rng.uniform(0.8, 1.2), "epoch": step / steps}
+        if jepa:
+            loss = 1e-3 + np.exp(-step / 40) * rng.uniform(0.8, 1.2)
+            row |= {"jepa_loss": loss, "cosine": 1 - loss, "spread": loss / 3}
+        rows.append(row | ({"flops": step * 1e12 * (1 + jepa)} if flops else {}))
+    rows.append({"step": steps, "train_runtime": 123.0, "epoch": 1.0})
+    (Path(run) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def export_views(
+    run: Path | str, pairs: int = 40, dims: int = 16, seed: int = 0, dataset: str = "synth", **how
+) -> Path:
+    """Writes the embeddings of the run's views where report.py looks for them."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(seed)
+    text = rng.normal(size=(pairs, dims)).astype(np.float32)
+    code = (text + 0.3 * rng.normal(size=(pairs, dims))).astype(np.float32)
+    path = Path(run) / "eval" / dataset / "embeddings.safetensors"
+    metadata = {"model": str(run), "layer": "-1", "pooling": "last", "data_sha256": "5c44"} | how
+    save_file({"text": text, "code": code, "ids": np.arange(1, pairs + 1)}, path, metadata)
+    return path
