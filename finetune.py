@@ -1005,21 +1005,22 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
 
 
 def flop_share(model: Any, head: HeadInput, dataset: SegmentDataset, collator: Collator, s: Settings) -> float:
-    """FLOPs of a regular step over those of a step with --jepa_ratio, counted by torch on the first micro-batches."""
+    """FLOPs of regular fine-tuning over those of these settings, counted by torch on micro-batches of training."""
     sizes = {"batch_size": s.batch_size, "tokens": s.tokens_per_batch}
-    groups = itertools.islice(MicroBatches(dataset.items.lengths, s.finetune_seed, False, **sizes), 4)
-    spent = [0, 0]
-    for _, indices in groups:
-        items = [dataset.items[i] for i in indices]
-        for views in (False, True):
-            with FlopCounterMode(display=False) as counter:
-                batch = on_device(collator(items if views else [without_views(item) for item in items]), model.device)
-                lm_sum, (text, code) = head.losses(model, batch)
-                (lm_sum + jepa_loss(text, code, s.distance)[0]).backward()
-            spent[views] += counter.get_total_flops()
+    sampler, spent = MicroBatches(dataset.items.lengths, s.finetune_seed, True, **sizes), [0, 0]
+    count = 8 if s.jepa_ratio == 1 else 32  # which views are dropped is a matter of chance
+    for epoch in range(math.ceil(count / len(sampler))):
+        sampler.epoch = epoch
+        for key in itertools.islice(sampler, count):
+            items = dataset[key]
+            for views in (False, True):
+                batch = collator(items if views else [without_views(item) for item in items])
+                with FlopCounterMode(display=False) as counter:
+                    lm_sum, (text, code) = head.losses(model, on_device(batch, model.device))
+                    (lm_sum + jepa_loss(text, code, s.distance)[0]).backward()
+                spent[views] += counter.get_total_flops()
     model.zero_grad()
-    regular, jepa = spent
-    return regular / (regular + s.jepa_ratio * (jepa - regular))
+    return spent[False] / spent[True]
 
 
 def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device) -> TrainingArguments:

@@ -4,14 +4,15 @@
     python benchmarks/bench_step.py --input_file datasets/synth_train.jsonl --json step.json
     python benchmarks/bench_step.py --growth growth.png --json growth.json
 
-With --growth the time of a packed step over its examples × 1, 2, 4, 8 and over the examples' length × 1, 2, 4, 8.
-
 Arms: the reference implementation's way (three rows an example, padded to 512, logits and all layers' hidden states
 everywhere); the additive mask, a row an example for the two views; packed, as finetune.py does by default; packed with
 the Text view in the chat; regular fine-tuning packed; TRL's SFTTrainer, padded to the longest row and packed. A step is
-collation, forward, backward, clipping and AdamW. `time/tokens` is an arm's time over that of regular packed, divided by
-the ratio of their useful tokens: 1 where the views cost what their tokens cost. `useful` tokens are those of chats and views without padding. FLOPs are torch's count of the model's
-own forward and backward pass, `of matmul` their rate over that of a large matrix product timed in the same run.
+collation, forward, backward, clipping and AdamW. `useful` tokens are those of chats and views without padding.
+`time/tokens` is an arm's time over that of regular packed, divided by the ratio of their useful tokens: 1 where the
+views cost what their tokens cost. FLOPs are torch's count of the model's own forward and backward pass, `of matmul`
+their rate over that of a large matrix product timed in the same run.
+
+With --growth the time of a packed step over its examples × 1, 2, 4, 8 and over the examples' length × 1, 2, 4, 8.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def reference_loss(pad_id: int, lbd: float) -> Callable:
             ids[r, : len(segment.ids)] = torch.from_numpy(segment.ids)
             mask[r, : len(segment.ids)] = 1
             chosen = torch.from_numpy(segment.labels)
-            labels[r, : len(chosen)][chosen] = torch.from_numpy(segment.ids)[chosen]
+            labels[r, : len(chosen)][chosen] = torch.from_numpy(segment.ids).long()[chosen]
         out = model(
             input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device),
             output_hidden_states=True, use_cache=False,
