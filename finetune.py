@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
+import heapq
 import importlib.util
 import inspect
 import itertools
@@ -388,17 +389,23 @@ def additive_rows(items: list[tuple[Segment, ...]], tokens_per_row: int) -> list
 
 
 def packed_rows(items: list[tuple[Segment, ...]], tokens_per_row: int) -> list[Row]:
-    """All segments in few rows of `tokens_per_row` tokens (first fit, longest first); a longer one stands alone."""
-    rows: list[Row] = []
-    room: list[int] = []
-    for segment in sorted((s for item in items for s in item), key=lambda s: -len(s.ids)):
-        r = next((r for r, free in enumerate(room) if free >= len(segment.ids)), len(rows))
-        if r == len(rows):
-            rows.append([])
-            room.append(tokens_per_row)
-        rows[r].append(segment)
-        room[r] -= len(segment.ids)
-    return rows
+    """All segments in few rows of like length, of at most `tokens_per_row` tokens or the longest segment's.
+
+    Rows are as wide as the longest of them, so the longest segment goes first and each into the shortest row yet.
+    """
+    segments = sorted((s for item in items for s in item), key=lambda s: -len(s.ids))
+    lengths = [len(s.ids) for s in segments]
+    budget = max([tokens_per_row, *lengths[:1]])
+    for count in range(math.ceil(sum(lengths) / budget), len(segments) + 1):
+        rows: list[Row] = [[] for _ in range(count)]
+        filled = [(0, r) for r in range(count)]
+        for segment, length in zip(segments, lengths, strict=True):
+            tokens, r = filled[0]
+            rows[r].append(segment)
+            heapq.heapreplace(filled, (tokens + length, r))
+        if max(filled, default=(0, 0))[0] <= budget:
+            break
+    return rows if segments else []
 
 
 LAYOUTS = {"separate": separate_rows, "additive": additive_rows, "packed": packed_rows}

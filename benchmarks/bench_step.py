@@ -46,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
 import segments  # noqa: E402
+from examples import Problems, read_examples  # noqa: E402
 from runs import sha256  # noqa: E402
 
 # The CPU's shape has about 5 M weights; the other is Llama-3.2-1B's.
@@ -123,10 +124,11 @@ def reference_loss(pad_id: int, lbd: float) -> Callable:
         ids = torch.full((3 * n, PADDED), pad_id)  # (3B, T)
         labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
         for r, segment in enumerate(segments):
-            ids[r, : len(segment.ids)] = torch.from_numpy(segment.ids)
+            tokens = torch.tensor(segment.ids, dtype=torch.long)
+            ids[r, : len(tokens)] = tokens
             mask[r, : len(segment.ids)] = 1
-            chosen = torch.from_numpy(segment.labels)
-            labels[r, : len(chosen)][chosen] = torch.from_numpy(segment.ids).long()[chosen]
+            chosen = torch.tensor(segment.labels)
+            labels[r, : len(chosen)][chosen] = tokens[chosen]
         out = model(
             input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device),
             output_hidden_states=True, use_cache=False,
@@ -166,8 +168,8 @@ def trl_arm(args: argparse.Namespace, parts: finetune.Parts, packing: bool, fold
     return Arm(model, batches, lambda m, b: trainer.compute_loss(m, dict(b)), rows, useful, args.dtype == "bfloat16")
 
 
-def arm_of(name: str, args: argparse.Namespace, folder: str) -> Arm | None:
-    """The arm of that name, None where its package is not installed."""
+def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any] | None = None) -> Arm | None:
+    """The arm of that name, None where its package is not installed; arms with the same `shared` train one model."""
     regular = name.startswith(("regular", "TRL"))
     s = finetune.Settings(
         train_file=args.input_file, model_name=folder, pretrain=True, predictors=0 if regular else 1, lbd=1.0,
@@ -178,6 +180,7 @@ def arm_of(name: str, args: argparse.Namespace, folder: str) -> Arm | None:
     )  # fmt: skip
     parts = finetune.prepare(s, PartialState())
     parts.train_set.items = parts.train_set.items[: args.steps * args.batch_size]
+    parts.model = (shared if shared is not None else {}).setdefault("model", parts.model)
     parts.model.train()
     if name.startswith("TRL"):
         if importlib.util.find_spec("trl") is None:
@@ -209,14 +212,19 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(times)
 
 
+def peak_memory_gpu(arm: Arm) -> float:
+    """MB that an arm's steps take beyond its model, gradients and optimiser included."""
+    arm.optimizer.zero_grad()
+    arm.optimizer.state.clear()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    arm()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
 def peak_memory(name: str, args: argparse.Namespace, folder: str) -> float:
-    """MB that an arm's steps take beyond its loaded model: of a CPU measured in a process of its own."""
+    """The same of a CPU, in a process of its own."""
     arm = arm_of(name, args, folder)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        arm()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is held now
     before = _peak_kilobytes()
     arm()
@@ -232,6 +240,9 @@ def _peak_kilobytes() -> int:
 def write_shape(args: argparse.Namespace, folder: str) -> None:
     """A model folder without weights: the shape's configuration and the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    if args.vocabulary:
+        texts = (f"{e.system or ''}\n{e.user}\n{e.assistant}" for e in read_examples(args.input_file, Problems()))
+        tokenizer = tokenizer.train_new_from_iterator(texts, args.vocabulary, show_progress=False)
     tokenizer.save_pretrained(folder)
     LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, **SHAPES[args.shape]).save_pretrained(folder)
 
@@ -241,6 +252,7 @@ def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input_file", default=str(ROOT / "datasets" / "synth_train.jsonl"), help="rows to train on")
     parser.add_argument("--tokenizer", default=str(ROOT / "models" / "tiny"), help="tokenizer with a chat template")
+    parser.add_argument("--vocabulary", type=int, help="train the tokenizer anew on the rows, with so many tokens")
     parser.add_argument("--shape", choices=SHAPES, default="5m", help="of the model, with random weights (default 5m)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     parser.add_argument("--batch_size", type=int, default=16, help="examples a step (default 16)")
@@ -262,8 +274,11 @@ def results(args: argparse.Namespace, arms: dict[str, Arm], folder: str) -> Iter
     rate = matmul_rate(args.device, getattr(torch, args.dtype))
     rates = {name: arms[name].examples / statistics.median(times) for name, times in seconds.items()}
     for name, arm in arms.items():
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
-        memory = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        if args.device == "cuda":
+            memory = peak_memory_gpu(arm)
+        else:
+            command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
+            memory = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         median = statistics.median(seconds[name])
         usual = arms.get("regular packed")
         share = usual and median / statistics.median(seconds["regular packed"]) / (arm.useful / usual.useful)
@@ -278,7 +293,7 @@ def results(args: argparse.Namespace, arms: dict[str, Arm], folder: str) -> Iter
             "time/tokens": share,
             "useful tokens/s": arm.useful / median,
             "of matmul": arm.flops() / median / rate,
-            "peak MB": json.loads(memory),
+            "peak MB": memory,
             **{k: v / args.steps for k, v in percentiles(seconds[name]).items()},
         }
 
@@ -349,7 +364,8 @@ def main() -> None:
             draw(lines, args.growth)
             print(table(lines))
             return write(args.json, {args.input_file: sha256(args.input_file)}, shape=vars(args), results=lines)
-        arms = {name: arm for name in args.arms if (arm := arm_of(name, args, folder))}
+        shared: dict[str, Any] = {}
+        arms = {name: arm for name in args.arms if (arm := arm_of(name, args, folder, shared))}
         lines = list(results(args, arms, folder))
         weights = sum(p.numel() for p in next(iter(arms.values())).model.parameters())
     print(table(lines))

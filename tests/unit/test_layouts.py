@@ -53,26 +53,37 @@ def test_every_layout_holds_the_same_segments_labels_and_views(layout, tokens_pe
         assert ids[tuple(at)].tolist() == [int(item[kind].ids[-1]) for item in examples]
 
 
-def test_packed_rows_are_few_and_within_the_budget():
+def test_packed_rows_are_few_and_of_like_length():
     rows = finetune.packed_rows(items(LENGTHS), tokens_per_row=16)
-    assert all(sum(len(s.ids) for s in row) <= 16 for row in rows)
-    assert len(rows) == 4  # 53 tokens in rows of 16
-    alone = finetune.packed_rows(items([(30, 2, 2)]), tokens_per_row=16)
-    assert [len(s.ids) for s in alone[0]] == [30]
+    assert sorted(sum(len(s.ids) for s in row) for row in rows) == [13, 13, 13, 14]  # 53 tokens in rows of 16
+    longer = finetune.packed_rows(items([(30, 20, 2), (9, 9, 8)]), tokens_per_row=16)
+    assert [sum(len(s.ids) for s in row) for row in longer] == [30, 22, 26]  # the longest segment sets the width
+    (row,) = finetune.packed_rows(items(LENGTHS), tokens_per_row=10**9)
+    assert [len(s.ids) for s in row] == [12, 9, 7, 6, 5, 4, 3, 2, 2, 1, 1, 1]
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=60), st.integers(1, 200))
+def test_packed_rows_hold_every_segment_once_within_the_budget(lengths, tokens_per_row):
+    chats = [(Segment("chat", np.arange(n), np.zeros(n, dtype=bool)),) for n in lengths]
+    rows = finetune.packed_rows(chats, tokens_per_row)
+    assert sorted(id(s) for row in rows for s in row) == sorted(id(s) for (s,) in chats)
+    sums = [sum(len(s.ids) for s in row) for row in rows]
+    assert max(sums) <= max(tokens_per_row, *lengths) and min(sums) > 0
+    assert len(rows) <= 2 * sum(lengths) / max(tokens_per_row, *lengths) + 1
 
 
 def test_packed_padding_is_a_segment_of_its_own():
-    batch = Collator("packed", pad_id=0, tokens_per_row=16)(items([(9, 4, 3), (5, 1, 1)]))
+    batch = Collator("packed", pad_id=0, tokens_per_row=16)(items([(9, 4, 3), (4, 1, 1)]))
     assert batch["mask"] == "positions"
-    row, padding = batch["position_ids"][-1].tolist(), int((batch["input_ids"][-1] == 0).sum())
-    assert padding == 9 and row[-9:] == list(range(9))
-    assert batch["boundaries"].tolist() == [0, 9, 14, 15, 16, 20, 23, 32] and batch["longest"] == 9
+    assert batch["position_ids"].tolist() == [[*range(9), 0, 0], [*range(4), *range(4), *range(3)]]
+    assert batch["boundaries"].tolist() == [0, 9, 10, 11, 15, 19, 22] and batch["longest"] == 9
 
 
 def test_rows_are_padded_to_a_multiple():
     batch = Collator("packed", pad_id=0, tokens_per_row=16, multiple=12)(items([(9, 4, 3), (5, 1, 1)]))
-    assert batch["input_ids"].shape == (2, 24)
-    assert batch["tokens"].tolist() == [14, 5, 4, 25]
+    assert batch["input_ids"].shape == (2, 12)
+    assert batch["tokens"].tolist() == [14, 5, 4, 1]
+    assert batch["position_ids"][:, -1].tolist().count(0) >= 1
 
 
 @pytest.mark.parametrize("layout", ["additive", "packed"])

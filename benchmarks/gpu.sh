@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Every GPU figure of benchmarks/README.md in one go: a step of Llama-3.2-1B's shape in bfloat16 in every way and with
+# each attention kernel, how it grows, and generation. Results go to OUT, a file a table; a kernel that is not there is
+# named and passed over.
+#
+#     bash benchmarks/gpu.sh TOKENIZER [OUT]
+#
+# TOKENIZER: a folder with Llama 3's tokenizer. MODEL: a trained run, for generation; without it that is left out.
+# PYTHON_BIN, BATCH (examples a step) and REPEATS are read too.
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON_BIN:-.venv/bin/python} tokenizer=${1:?a folder with Llama 3\'s tokenizer} out=${2:-bench-gpu}
+batch=${BATCH:-16} repeats=${REPEATS:-5} failed=0
+mkdir -p "$out"
+"$python" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu.sh: error: no GPU")'
+
+bench() { # name, arguments of bench_step.py: its table and JSON
+  echo "== $1"
+  "$python" benchmarks/bench_step.py --tokenizer "$tokenizer" --shape llama-3.2-1b --dtype bfloat16 \
+    --batch_size "$batch" --repeats "$repeats" --json "$out/$1.json" "${@:2}" 2>"$out/$1.err" | tee "$out/$1.txt" ||
+    { echo "gpu.sh: $1 failed, see $out/$1.err" >&2 && failed=1; }
+}
+
+bench step
+for kernel in sdpa flex_attention flash_attention_2; do
+  for row in 1024 4096 16384; do
+    # Flash attention packs a micro-batch into one row, whatever it is told.
+    [ "$kernel" != flash_attention_2 ] || [ "$row" = 4096 ] || continue
+    limit=(--tokens_per_row "$row")
+    [ "$kernel" != flash_attention_2 ] || limit=()
+    arms=(packed "regular packed")
+    [ "$kernel" != sdpa ] || arms+=("packed, in_chat") # predictor tokens that branch off need a dense mask
+    bench "$kernel-$row" --arms "${arms[@]}" --attn_implementation "$kernel" ${limit[@]+"${limit[@]}"}
+  done
+done
+bench growth --growth "$out/growth.png"
+if [ -n "${MODEL:-}" ]; then
+  "$python" benchmarks/bench_eval.py --model_name "$MODEL" --input_file datasets/synth_test.jsonl --rows 2000 \
+    --batch_size 512 --repeats "$repeats" --json "$out/eval.json" | tee "$out/eval.txt" || failed=1
+fi
+exit "$failed"
