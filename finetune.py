@@ -1,6 +1,6 @@
 """Fine-tunes a causal language model on pairs of views with the LLM-JEPA objective (arXiv 2509.14252).
 
-    L = gamma * L_LM + lbd * d(h_text, h_code)
+    L = gamma * L_LM + lbd * d(h_text, h_code)  (+ stp_lbd * L_STP with --stp, arXiv 2602.22617)
 
     python finetune.py --train_file datasets/synth_train.jsonl --model_name models/tiny --pretrain \\
         --predictors 1 --lbd 1 --learning_rate 2e-3 --num_epochs 3 --batch_size 16 --grad_accum 1
@@ -68,6 +68,7 @@ from runs import (
     write_text,
 )
 from segments import (
+    POINTS,
     MicroBatches,
     Segment,
     SegmentDataset,
@@ -138,6 +139,19 @@ class Settings:
         METHOD,
     )
     jepa_ratio: float = flag(1.0, "share of examples that get the JEPA term (1 − the paper's LD rate)", METHOD)
+    stp: Literal["geodesic", "patch"] | None = flag(
+        None,
+        "add Semantic Tube Prediction, also to --regular: 1 − cos(h_t − h_r, h_r − h_s) of random tokens s < r < t, or "
+        "1 − cosine between a random span's part of the chat's path and the rest of it",
+        METHOD,
+    )
+    stp_lbd: float = flag(0.02, "weight of the --stp loss; 0 is without it", METHOD)
+    stp_spans: int = flag(1, "--stp: random triples or spans of an example", METHOD)
+    stp_part: Literal["content", "user", "answer", "chat"] = flag(
+        "content", "--stp: what of the chat they are drawn from; content: the user turn's and the answer's", METHOD
+    )
+    stp_max_length: int = flag(0, "--stp: longest span, or most tokens from s to t; 0: any", METHOD)
+    stp_warmup: float = flag(0.0, "--stp: linear warm-up of its weight in steps; below 1 a share of all steps", METHOD)
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "tokens under the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
@@ -201,6 +215,16 @@ class Settings:
     def jepa(self) -> bool:
         """Whether any example gets the JEPA term."""
         return not self.regular and self.lbd > 0 and self.jepa_ratio > 0
+
+    @property
+    def tube(self) -> str | None:
+        """The loss of Semantic Tube Prediction that is added, a key of TUBES, None where none is."""
+        return self.stp if self.stp_lbd > 0 else None
+
+    @property
+    def locates_user(self) -> bool:
+        """Whether the user turn's place in the chat is asked for."""
+        return self.text_view == "in_chat" or (bool(self.tube) and self.stp_part in ("content", "user"))
 
     @property
     def distance(self) -> str:
@@ -282,6 +306,11 @@ def check_method(s: Settings, r: Refusals) -> None:
         r.refuse(s.plain and s.train_all, "--text_view in_chat: not with --plain --train_all, whose chat has no answer")
         kernel = f"--attn_implementation {s.attn_implementation}: not with --predictors and --text_view in_chat"
         r.refuse(s.predictors > 0 and not dense, f"{kernel}, whose predictor tokens need a mask of their own")
+    r.only_if(bool(s.stp), "stp_lbd stp_spans stp_part stp_max_length stp_warmup", "only with --stp")
+    turn = s.plain and s.train_all and s.stp_part in ("user", "answer")
+    r.refuse(turn, f"--stp_part {s.stp_part}: not with --plain --train_all, whose chat is one text")
+    short = s.stp == "geodesic" and s.stp_max_length == 1
+    r.refuse(short, "--stp_max_length 1: --stp geodesic needs three tokens, the last two behind the first")
 
 
 def check_training(s: Settings, r: Refusals) -> None:
@@ -313,9 +342,9 @@ def check_training(s: Settings, r: Refusals) -> None:
 
 
 POSITIVE = ("batch_size grad_accum lora_rank max_length save_steps eval_steps logging_steps save_total_limit "
-            "learning_rate num_epochs").split()  # fmt: skip
-NOT_NEGATIVE = ("lbd gamma finetune_seed split_seed eval_generate dry_run tokens_per_row tokens_per_batch "
-                "max_grad_norm warmup_steps weight_decay dataloader_num_workers "
+            "stp_spans learning_rate num_epochs").split()  # fmt: skip
+NOT_NEGATIVE = ("lbd gamma stp_lbd stp_max_length stp_warmup finetune_seed split_seed eval_generate dry_run "
+                "tokens_per_row tokens_per_batch max_grad_norm warmup_steps weight_decay dataloader_num_workers "
                 "preprocessing_num_workers").split()  # fmt: skip
 
 
@@ -373,7 +402,8 @@ def default_output_dir(s: Settings) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- layouts
-# Letters: B examples, R rows, T tokens in a row, D hidden size, V vocabulary, N label tokens, P pairs.
+# Letters: B examples, R rows, T tokens in a row, D hidden size, V vocabulary, N label tokens, P pairs,
+# S spans of K points.
 
 Row = list[Segment]
 
@@ -418,7 +448,8 @@ class Collator:
     Returns `input_ids`, `position_ids` (R, T) restarting at 0 for each segment; `spans` (3, R, T), of each token its
     segment's number in the row (−1: padding) and two columns: in its segment it sees those before the first and those
     from the second on; `label_at` (2, N) row and column whose hidden state predicts `label_ids` (N,); `view_at`
-    (2, 2, P) row and column of the first and the second view; `targets` (2,) = N, P; `tokens` (4,) counts of chat, text
+    (2, 2, P) row and column of the first and the second view; `span_at` (2, K, S) row and column of each span's points,
+    K being `points`; `targets` (3,) = N, P, S; `tokens` (4,) counts of chat, text
     view, code view and padding; `boundaries` (S + 1,) where segments and padding begin in all rows as one, the last of
     them its end, and `longest` of them; `mask`: what tells segments of a row apart, `padding` alone where each has a
     row of its own, their `positions`, or nothing less than a `dense` mask. Rows are padded to a multiple of `multiple`
@@ -429,6 +460,7 @@ class Collator:
     pad_id: int
     tokens_per_row: int
     multiple: int = 1
+    points: int = 0
 
     def __call__(self, items: Sequence[tuple[Segment, ...]]) -> dict[str, Any]:
         items = list(items)  # the same segments each time they are looked at
@@ -452,7 +484,7 @@ class Collator:
                 begin = end
             positions[r, begin:] = np.arange(width - begin)  # padding is a segment of its own
 
-        label_at, label_ids, view_at = [], [], ([], [])
+        label_at, label_ids, view_at, span_at = [], [], ([], []), [np.zeros((0, self.points, 2), dtype=np.int64)]
         counts = dict.fromkeys(("chat", "text_view", "code_view"), 0)
         for item in items:
             for segment in item:
@@ -461,12 +493,15 @@ class Collator:
                 counts["text_view"] += segment.branch
                 if segment.view is not None:
                     view_at[segment.kind == "code_view"].append((r, begin + segment.view))
+                if self.points and segment.path is not None:
+                    span_at.append(np.stack([np.full_like(segment.path, r), begin + segment.path], axis=-1))
                 targets = np.flatnonzero(segment.labels[1:]) + 1  # the first token has no predecessor to predict it
                 label_at += [(r, begin + t - 1) for t in targets]
                 label_ids += segment.ids[targets].tolist()
         padding = ids.size - sum(counts.values())
         dense = self.layout == "additive" or any(s.branch for row in rows for s in row)
         boundaries = np.append(np.flatnonzero(positions == 0), positions.size)
+        span_at = torch.from_numpy(np.concatenate(span_at)).permute(2, 1, 0)  # (2, K, S)
         return {
             "mask": "dense" if dense else "padding" if self.layout == "separate" else "positions",
             "boundaries": torch.from_numpy(boundaries.astype(np.int32)),
@@ -477,7 +512,8 @@ class Collator:
             "label_at": torch.tensor(label_at, dtype=torch.long).reshape(-1, 2).T,  # (2, N)
             "label_ids": torch.tensor(label_ids, dtype=torch.long),  # (N,)
             "view_at": torch.tensor(view_at, dtype=torch.long).reshape(2, -1, 2).movedim(2, 0),  # (2, 2, P)
-            "targets": torch.tensor([len(label_ids), len(view_at[0])]),
+            "span_at": span_at,
+            "targets": torch.tensor([len(label_ids), len(view_at[0]), span_at.shape[2]]),
             "tokens": torch.tensor([*counts.values(), padding]),
         }
 
@@ -536,6 +572,36 @@ def jepa_loss(text: torch.Tensor, code: torch.Tensor, distance: str = "cosine") 
     return DISTANCES[distance](text.float(), code.float()).sum(), len(text)
 
 
+def _turn(step: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return 1 - F.cosine_similarity(step, other, dim=-1)  # (S,)
+
+
+def geodesic(path: torch.Tensor) -> torch.Tensor:
+    """1 − cos(h_t − h_r, h_r − h_s), (3, S, D) → (S,): 0 on a straight path (arXiv 2602.22617)."""
+    before, behind = path.diff(dim=0)  # (S, D) each
+    return _turn(behind, before)
+
+
+def patch(path: torch.Tensor) -> torch.Tensor:
+    """1 − cos(patch, before + after), (8, S, D) → (S,): four points in each of two parts (the released code's formula).
+
+    The patch is what the span moves the hidden state by, before + after what the rest of the parts does.
+    """
+    before, inside, after = path.unflatten(0, (2, 4)).diff(dim=1).sum(dim=0)  # (S, D) each
+    return _turn(inside, before + after)
+
+
+TUBES = {"geodesic": geodesic, "patch": patch}
+
+
+def stp_loss(path: torch.Tensor, tube: str) -> tuple[torch.Tensor, int]:
+    """(sum, count) over spans of Semantic Tube Prediction's loss, from hidden states (K, S, D) of one layer.
+
+    Gradients flow into all points. No spans give a zero that still carries a gradient graph.
+    """
+    return TUBES[tube](path.float()).sum(), path.shape[1]
+
+
 @torch.no_grad()
 def view_statistics(text: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of the pairs' cosines, spread × P) of the views' embeddings (P, D).
@@ -560,6 +626,7 @@ class HeadInput:
         config, taken = model.config.get_text_config(), inspect.signature(_forward_of(model)).parameters
         self.batch: dict[str, Any] | None = None
         self.views: torch.Tensor | None = None
+        self.path: torch.Tensor | None = None
         self.vocabulary, self.slices = config.vocab_size, False
         self.accepts_positions, self.accepts_more = "position_ids" in taken, "kwargs" in taken
         self.kernel = getattr(config, "_attn_implementation", None) or ""
@@ -576,6 +643,7 @@ class HeadInput:
             return None
         hidden, (label_at, view_at) = args[0], (self.batch["label_at"], self.batch["view_at"])  # (R, T, D)
         self.views = hidden[view_at[0], view_at[1]]  # (2, P, D)
+        self.path = hidden[self.batch["span_at"][0], self.batch["span_at"][1]]  # (K, S, D)
         return (hidden[label_at[0], label_at[1]][None], *args[1:])  # (1, N, D)
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -600,31 +668,34 @@ class HeadInput:
 
     def read(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits at the labels (N, V) and hidden states at the views (2, P, D), by one forward pass of `model`."""
+        return self._read(model, batch)[:2]
+
+    def _read(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         self.batch = batch
         try:
             logits = model(**self._inputs(batch)).logits[0]  # (N, V)
-            return logits, self.views
+            return logits, self.views, self.path
         finally:
-            self.batch = self.views = None
+            self.batch = self.views = self.path = None
 
-    def losses(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of `lm_loss` and hidden states at the views (2, P, D), by one forward pass of `model`.
+    def losses(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The sum of `lm_loss`, hidden states at the views (2, P, D) and the spans (K, S, D), by one forward pass.
 
         Where there would be more than SLICE logits they are made a slice at a time, and again in the backward pass.
         """
         if not (self.slices and len(batch["label_ids"]) * self.vocabulary > SLICE):
-            logits, views = self.read(model, batch)
-            return lm_loss(logits, batch["label_ids"])[0], views
+            logits, views, path = self._read(model, batch)
+            return lm_loss(logits, batch["label_ids"])[0], views, path
         # Within the layer's own call, since wrappers that shard its weights gather them for that call.
         whole, own = self._layer.forward, vars(self._layer).get("forward")
         self._layer.forward = partial(self._sliced, whole)
         try:
-            losses, views = self.read(model, batch)  # (N, 1)
+            losses, views, path = self._read(model, batch)  # (N, 1)
         finally:
             del self._layer.forward
             if own is not None:
                 self._layer.forward = own
-        return losses.sum(), views
+        return losses.sum(), views, path
 
     def _sliced(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
         """In place of logits the cross-entropy of each label (1, N, 1), from hidden states (1, N, D)."""
@@ -644,9 +715,9 @@ def check_slices(model: torch.nn.Module, head: HeadInput, batch: dict[str, Any])
     usual, training = SLICE, model.training
     model.eval()
     try:
-        whole, _ = head.losses(model, batch)
+        whole, *_ = head.losses(model, batch)
         head.slices, SLICE = True, head.vocabulary
-        sliced, _ = head.losses(model, batch)
+        sliced, *_ = head.losses(model, batch)
     finally:
         SLICE = usual
         model.train(training)
@@ -718,8 +789,8 @@ def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------------------------- trainer
 
-STATISTICS = ("lm_sum", "jepa_sum", "cosine_sum", "spread_sum", "labels", "pairs", "spread_pairs",
-              "chat", "text_view", "code_view", "padding")  # fmt: skip
+STATISTICS = ("lm_sum", "jepa_sum", "cosine_sum", "spread_sum", "stp_sum", "labels", "pairs", "spans",
+              "spread_pairs", "chat", "text_view", "code_view", "padding")  # fmt: skip
 
 
 class JepaTrainer(Trainer):
@@ -762,32 +833,44 @@ class JepaTrainer(Trainer):
         )  # fmt: skip
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
-        """The step's micro-batches and the label tokens and pairs (2,) in all of them, over all ranks."""
+        """The step's micro-batches and the label tokens, pairs and spans (3,) in all of them, over all ranks."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = [torch.cat([b["targets"], b["tokens"][:3].sum()[None]]) for b in batches]
-        counts = torch.stack([*counts, torch.zeros(3, dtype=torch.long, device=device)]).sum(dim=0).double()  # (3,)
+        counts = torch.stack([*counts, torch.zeros(4, dtype=torch.long, device=device)]).sum(dim=0).double()  # (4,)
         counts = self.accelerator.reduce(counts, "sum")
-        self.seen_tokens += counts[2]
+        self.seen_tokens += counts[3]
         if batches:
             self.place = batches[-1].get("place")
-        return batches, counts[:2].clamp(min=1).float()
+        return batches, counts[:3].clamp(min=1).float()
 
     # -- loss
+
+    def stp_weight(self, step: int) -> float:
+        """--stp_lbd, or what --stp_warmup has reached of it at an optimiser step counted from 1."""
+        steps = self.s.stp_warmup if self.s.stp_warmup >= 1 else self.s.stp_warmup * self.state.max_steps
+        return self.s.stp_lbd * min(1.0, step / max(1.0, steps))
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """This micro-batch's share of gamma · L_LM + lbd · L_JEPA over the step; `num_items_in_batch` (2,) as above."""
-        lm_sum, (text, code) = self.head.losses(model, inputs)
+        """This micro-batch's share of gamma · L_LM + lbd · L_JEPA + stp_lbd · L_STP over the step.
+
+        `num_items_in_batch` (3,) as above.
+        """
+        lm_sum, (text, code), path = self.head.losses(model, inputs)
         loss = self.s.gamma * lm_sum / num_items_in_batch[0]
         pairs, zero = len(text), lm_sum.new_zeros(())
-        jepa_sum, cosine, spread = zero, zero, zero
+        jepa_sum, cosine, spread, stp_sum = zero, zero, zero, zero
         if self.s.jepa:
             jepa_sum, _ = jepa_loss(text, code, self.s.distance)
             loss = loss + self.s.lbd * jepa_sum / num_items_in_batch[1]
             cosine, spread = view_statistics(text, code)
-        sums = torch.stack([x.detach().float() for x in (lm_sum, jepa_sum, cosine, spread if pairs > 1 else zero)])
-        spread_pairs = inputs["targets"][1:] * (pairs > 1)
+        if self.s.tube:
+            stp_sum, _ = stp_loss(path, self.s.tube)
+            loss = loss + self.stp_weight(self.state.global_step + 1) * stp_sum / num_items_in_batch[2]
+        sums = (lm_sum, jepa_sum, cosine, spread if pairs > 1 else zero, stp_sum)
+        sums = torch.stack([x.detach().float() for x in sums])
+        spread_pairs = inputs["targets"][1:2] * (pairs > 1)
         # Made of what is on the device already: to bring a number there would make the host wait.
         self.statistics += torch.cat([sums.double(), inputs["targets"], spread_pairs, inputs["tokens"]])
         self._step_loss = self._step_loss + loss.detach()
@@ -840,6 +923,9 @@ class JepaTrainer(Trainer):
                 logs |= {"jepa_loss": t["jepa_sum"] / max(1, t["pairs"]), "pairs": int(t["pairs"])}
                 logs |= {"cosine": t["cosine_sum"] / t["pairs"]} if t["pairs"] else {}
                 logs |= {"spread": t["spread_sum"] / t["spread_pairs"]} if t["spread_pairs"] else {}
+            if self.s.tube:
+                logs |= {"stp_loss": t["stp_sum"] / max(1, t["spans"]), "spans": int(t["spans"])}
+                logs |= {"stp_lbd": self.stp_weight(self.state.global_step)} if self.s.stp_warmup else {}
             if self.s.track_flop:
                 logs["flops"] = self.state.total_flos
         super().log(logs, start_time)
@@ -849,7 +935,7 @@ class JepaTrainer(Trainer):
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Losses of the held-out rows, each normalised over all of them, and with --eval_generate exact match."""
-        model, one = self.accelerator.unwrap_model(self.model), torch.ones(2, device=self.args.device)
+        model, one = self.accelerator.unwrap_model(self.model), torch.ones(3, device=self.args.device)
         model.eval()
         during_training, self.statistics = self.statistics, torch.zeros_like(self.statistics)
         step_loss = self._step_loss
@@ -862,6 +948,9 @@ class JepaTrainer(Trainer):
         if self.s.jepa:
             metrics |= {"loss": self.s.gamma * lm + self.s.lbd * jepa, "jepa_loss": jepa}
             metrics["cosine"] = t["cosine_sum"] / max(1, t["pairs"])
+        if self.s.tube:  # at its whole weight, whatever the warm-up, so that evaluations compare
+            metrics["stp_loss"] = t["stp_sum"] / max(1, t["spans"])
+            metrics["loss"] += self.s.stp_lbd * metrics["stp_loss"]
         if self.generate is not None:
             metrics |= self.generate(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -938,7 +1027,7 @@ class Bar(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs:
-            shown = ("lm_loss", "jepa_loss", "cosine", "eval_lm_loss", "eval_exact")
+            shown = ("lm_loss", "jepa_loss", "cosine", "stp_loss", "eval_lm_loss", "eval_exact")
             self.training_bar.set_postfix({k: f"{logs[k]:.4g}" for k in shown if k in logs}, refresh=False)
 
 
@@ -992,16 +1081,22 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
     """Scores the first rows as one micro-batch in float32, with gradient."""
     model, dataset = parts.model.eval(), parts.train_set
     batch = parts.collator(dataset[0, range(len(dataset))])
-    lm_sum, (text, code) = parts.head.losses(model, batch)
+    lm_sum, (text, code), path = parts.head.losses(model, batch)
     labels = len(batch["label_ids"])
     jepa_sum, pairs = jepa_loss(text, code, s.distance)
     lm, jepa = lm_sum / max(1, labels), jepa_sum / max(1, pairs)
     total = s.gamma * lm + s.lbd * jepa if s.jepa else s.gamma * lm
+    tube = {}
+    if s.tube:
+        stp_sum, spans = stp_loss(path, s.tube)
+        stp = stp_sum / max(1, spans)
+        total, tube = total + s.stp_lbd * stp, {"stp_loss": stp.item(), "spans": spans}
     total.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return {
         "lm_loss": lm.item(),
         "jepa_loss": jepa.item() if s.jepa else None,
+        **tube,
         "total_loss": total.item(),
         "grad_norm": torch.nn.utils.get_total_norm(gradients).item(),
         "label_tokens": labels,
@@ -1023,7 +1118,7 @@ def flop_share(model: Any, head: HeadInput, dataset: SegmentDataset, collator: C
             for views in (False, True):
                 batch = collator(items if views else [without_views(item) for item in items])
                 with FlopCounterMode(display=False) as counter:
-                    lm_sum, (text, code) = head.losses(model, on_device(batch, model.device))
+                    lm_sum, (text, code), _ = head.losses(model, on_device(batch, model.device))
                     (lm_sum + jepa_loss(text, code, s.distance)[0]).backward()
                 spent[views] += counter.get_total_flops()
     model.zero_grad()
@@ -1093,6 +1188,7 @@ def describe(s: Settings, parts: Parts) -> str:
     row = first_row(parts.renderer, parts.train_set)
     rows = "a stream" if s.streaming else f"{len(parts.train_set)} examples"
     method = f"JEPA, λ {s.lbd:g}, γ {s.gamma:g}, k {s.predictors}, {s.distance}" if s.jepa else "regular"
+    method += f" + STP {s.tube}, weight {s.stp_lbd:g}" if s.tube else ""
     lines = [
         f"model    {s.model_name}, {weights / 1e6:.2f} M weights, {trainable / 1e6:.2f} M trained",
         f"method   {method}; labels: {s.lm_labels}; layout: {s.layout}",
@@ -1142,7 +1238,9 @@ def prepare(s: Settings, state: PartialState) -> Parts:
         model=model,
         head=HeadInput(model),
         # Few widths, so that --torch_compile meets few shapes.
-        collator=Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, multiple=64 if s.torch_compile else 1),
+        collator=Collator(
+            s.layout, tokenizer.pad_token_id, tokens_per_row, 64 if s.torch_compile else 1, POINTS.get(s.tube, 0)
+        ),
         problems=problems,
     )
     items = train_set.items[:3]
@@ -1183,6 +1281,9 @@ def build_trainer(s: Settings, parts: Parts, state: PartialState) -> JepaTrainer
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)
     return trainer
+
+
+FINAL = ("lm_loss", "jepa_loss", "stp_loss", "eval_exact")  # what run.json says of the end
 
 
 def train(s: Settings, state: PartialState, run: Run) -> None:
@@ -1229,7 +1330,7 @@ def train(s: Settings, state: PartialState, run: Run) -> None:
         raise
     if state.is_main_process:
         log, tokens = trainer.state.log_history, int(trainer.seen_tokens)
-        final = {k: v for line in log for k, v in line.items() if k.endswith(("lm_loss", "jepa_loss", "eval_exact"))}
+        final = {k: v for line in log for k, v in line.items() if k.endswith(FINAL)}
         run.update("finished", steps=trainer.state.global_step, tokens=tokens, final=final)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in final.items())
         _say(f"finished {trainer.state.global_step} steps, {tokens} tokens: {shown}")

@@ -35,7 +35,7 @@ def predictor_token(i: int) -> str:
 class Rendered:
     """A text as the model sees it; `start` and `end` are the character offsets of its content.
 
-    `user` are the offsets of a chat's user turn, where the Text view is read there.
+    `user` are the offsets of a chat's user turn as the template shows it, where the settings ask for them.
     """
 
     text: str
@@ -53,7 +53,7 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: Any, s: Any):
-        """`s`: settings with model_name, plain, train_all, predictors, front_pred, reverse_pred and text_view.
+        """`s`: settings with model_name, plain, train_all, predictors, front_pred, reverse_pred and locates_user.
 
         Raises UsageError where there is no chat template or it does not show a turn's content.
         """
@@ -105,13 +105,12 @@ class Renderer:
 
     def chat(self, example: Example) -> Rendered:
         """The whole chat; its content is the answer (with --plain --train_all the user text)."""
-        in_chat = self.s.text_view == "in_chat"
         if self.s.plain and self.s.train_all:
             return self._plain("", example.user, END_OF_TURN)
         if self.s.plain:
             chat = self._plain(example.user + PERCEPTION, example.assistant, END_OF_TURN)
             user = (len(self.prefix), len(self.prefix) + len(example.user))
-            return dataclasses.replace(chat, user=user) if in_chat else chat
+            return dataclasses.replace(chat, user=user) if self.s.locates_user else chat
         system, user = [], example.user
         if example.system is not None and self.system_turn:
             system = [{"role": "system", "content": example.system}]
@@ -119,7 +118,7 @@ class Renderer:
             user = f"{example.system}\n\n{user}"
         turns = [{"role": "user", "content": user}, {"role": "assistant", "content": example.assistant}]
         chat = self._place([*system, *turns])
-        if in_chat:
+        if self.s.locates_user:
             asked = self._place([*system, *turns], turn=-2)
             chat = dataclasses.replace(chat, user=(asked.start, asked.end))
         # A template's space in front of the answer belongs to the answer: tokenizers join the two, and a prompt that

@@ -35,6 +35,9 @@ class Segment:
     A chat has no view, or with --text_view in_chat the Text view. Its predictor tokens then stand at the chat's end
     (the last `branch` tokens) but branch off behind its first `stem` tokens: they have the positions that follow those,
     see nothing else of the chat, and nothing else sees them.
+
+    Of a chat `answer` is the [first, stop) of its answer's content, `user` that of its user turn's where the settings
+    ask for it, and `path` (S, K) are the tokens at which --stp reads each of S spans, once they are drawn.
     """
 
     kind: Literal["chat", "text_view", "code_view"]
@@ -43,6 +46,9 @@ class Segment:
     view: int | None = None
     stem: int = 0
     branch: int = 0
+    user: tuple[int, int] = (0, 0)
+    answer: tuple[int, int] = (0, 0)
+    path: np.ndarray | None = None
 
     @property
     def positions(self) -> np.ndarray:
@@ -54,7 +60,8 @@ class Segment:
     def without_view(self) -> Segment:
         """The chat as regular fine-tuning has it."""
         end = len(self.ids) - self.branch
-        return Segment(self.kind, self.ids[:end], self.labels[:end])
+        rest = {"view": None, "stem": 0, "branch": 0}
+        return dataclasses.replace(self, ids=self.ids[:end], labels=self.labels[:end], **rest)
 
     @property
     def text_view(self) -> Segment:
@@ -147,13 +154,16 @@ def _encode(renderer: Renderer, kind: str, texts: list[Rendered | ValueError]) -
         first, stop = content_tokens(offsets, rendered)
         if kind == "chat":
             labels = label_tokens(tokenizer, s.lm_labels, ids, first, stop)
-            if rendered.user is None:
-                return Segment("chat", ids, labels)
-            _, stem = content_tokens(offsets, Rendered(rendered.text, *rendered.user))
+            turns = {"answer": (first, stop)}
+            if rendered.user is not None:
+                turns["user"] = content_tokens(offsets, Rendered(rendered.text, *rendered.user))
+            if s.text_view == "alone":
+                return Segment("chat", ids, labels, **turns)
+            stem = turns["user"][1]
             branch = tokenizer.convert_tokens_to_ids([predictor_token(i) for i in range(s.predictors, 0, -1)])
             ids = np.concatenate([ids, np.asarray(branch, dtype=np.int64)])
             labels = np.concatenate([labels, np.zeros(len(branch), dtype=bool)])
-            return Segment("chat", ids, labels, len(ids) - 1 if branch else stem - 1, stem, len(branch))
+            return Segment("chat", ids, labels, len(ids) - 1 if branch else stem - 1, stem, len(branch), **turns)
         view = stop - 1 if s.last_token is None else len(ids) + s.last_token
         if view < 0:
             raise ValueError(f"the {kind.replace('_', ' ')} has {len(ids)} tokens, no --last_token {s.last_token}")
@@ -164,7 +174,7 @@ def _encode(renderer: Renderer, kind: str, texts: list[Rendered | ValueError]) -
 
 def end_of_turn(renderer: Renderer) -> int | None:
     """Id of the special token that ends the assistant turn, None where the template has none."""
-    s = dataclasses.replace(renderer.s, train_all=False, lm_labels="answer", text_view="alone")
+    s = dataclasses.replace(renderer.s, train_all=False, lm_labels="answer", text_view="alone", stp=None)
     segment = encode_chats(Renderer(renderer.tokenizer, s), [Example(None, "a", "b", "the chat template", 0)])[0]
     return None if isinstance(segment, ValueError) else int(segment.ids[segment.labels][-1])
 
@@ -173,7 +183,7 @@ def end_of_turn(renderer: Renderer) -> int | None:
 
 TEXTS = ("system", "user", "assistant", "text", "code")  # what of an example is encoded
 ENCODING_FLAGS = ("plain", "train_all", "predictors", "front_pred", "reverse_pred", "text_view", "lm_labels",
-                  "max_length", "last_token", "jepa")  # fmt: skip
+                  "max_length", "last_token", "jepa", "locates_user")  # fmt: skip
 KINDS = ("chat", "text_view", "code_view")
 FEW = 5000  # examples; fewer are tokenised sooner than a cache is looked up
 A_PROCESS = 10_000  # examples that are worth a process of their own
@@ -204,7 +214,10 @@ def encode_columns(columns: dict[str, list], renderer: Renderer) -> dict[str, li
         error, item = (str(item), ()) if isinstance(item, ValueError) else (None, item)
         rows["ids"].append(np.concatenate([x.ids for x in item] or [np.empty(0)]).astype(np.int32))
         rows["labels"].append(np.concatenate([x.labels for x in item] or [np.empty(0)]).astype(np.uint8))
-        shapes = [(KINDS.index(x.kind), len(x.ids), -1 if x.view is None else x.view, x.stem, x.branch) for x in item]
+        shapes = [
+            (KINDS.index(x.kind), len(x.ids), -1 if x.view is None else x.view, x.stem, x.branch, *x.user, *x.answer)
+            for x in item
+        ]
         rows["shapes"].append(np.asarray(shapes, dtype=np.int32).reshape(-1))
         rows["error"].append(error)
     return rows
@@ -301,10 +314,11 @@ class Items(Sequence):
             return [self[i] for i in range(*index.indices(len(self)))]
         row, segments, begin = self._rows[index], [], 0
         ids, labels, shapes = (v[o[row] : o[row + 1]] for v, o in zip(self._values, self._offsets, strict=True))
-        for kind, length, view, stem, branch in shapes.reshape(-1, 5).tolist():
+        for kind, length, view, stem, branch, *turns in shapes.reshape(-1, 9).tolist():
             part = slice(begin, begin + length)
             view = None if view < 0 else view
-            segments.append(Segment(KINDS[kind], ids[part], labels[part].view(bool), view, stem, branch))
+            user, answer = tuple(turns[:2]), tuple(turns[2:])
+            segments.append(Segment(KINDS[kind], ids[part], labels[part].view(bool), view, stem, branch, user, answer))
             begin += length
         return tuple(segments)
 
@@ -327,6 +341,66 @@ def drop_views(item: tuple[Segment, ...], s: Any, epoch: int, number: int) -> tu
         return item
     draw = np.random.default_rng([s.finetune_seed, epoch, number]).random()
     return item if draw < s.jepa_ratio else without_views(item)
+
+
+POINTS = {"geodesic": 3, "patch": 8}  # tokens at which --stp reads a span
+
+
+def draw_spans(item: tuple[Segment, ...], s: Any, epoch: int, number: int) -> tuple[Segment, ...]:
+    """The item, its chat with --stp_spans random spans, or with none where it is too short for one.
+
+    Decided, like `drop_views`, by seed, epoch and number of the example.
+    """
+    if not s.tube:
+        return item
+    chat = item[0]
+    whole = (0, len(chat.ids) - chat.branch)
+    parts = {"content": (chat.user, chat.answer), "user": (chat.user,), "answer": (chat.answer,), "chat": (whole,)}
+    draw = {"geodesic": draw_triple, "patch": draw_patch}[s.tube]
+    rng = np.random.default_rng([s.finetune_seed, epoch, number, 1])  # the 1 makes it another than that of drop_views
+    drawn = [draw(rng, parts[s.stp_part], s.stp_max_length or whole[1]) for _ in range(s.stp_spans)]
+    path = np.array([points for points in drawn if points is not None], dtype=np.int64)
+    return (dataclasses.replace(chat, path=path.reshape(-1, POINTS[s.tube])), *item[1:])  # (S, K)
+
+
+def draw_triple(rng: np.random.Generator, parts: Sequence[tuple[int, int]], longest: int) -> np.ndarray | None:
+    """Tokens s < r < t (3,) of the parts, t at most `longest` tokens behind s, each triple as likely as another.
+
+    The parts, [first, stop) each, count as one text. None where there is no such triple.
+    """
+    tokens = np.concatenate([np.arange(*part) for part in parts])
+    reach = np.minimum(longest, np.arange(len(tokens))[::-1])  # tokens behind each that could be r or t
+    pairs = reach * (reach - 1) / 2
+    if not pairs.sum():
+        return None
+    first = rng.choice(len(tokens), p=pairs / pairs.sum())
+    behind = np.sort(rng.choice(reach[first], 2, replace=False))
+    return tokens[[first, *(first + 1 + behind)]]
+
+
+def draw_patch(rng: np.random.Generator, parts: Sequence[tuple[int, int]], longest: int) -> np.ndarray | None:
+    """Tokens (8,) at which a random span of the parts is read, four in each of two parts; None without such a span.
+
+    The span [a, b) has 1 to `longest` tokens of the parts as one text, but not all of them; a, then b, is drawn evenly.
+    The four tokens of a part are the one in front of it, the one in front of what the span has of it, the last of that,
+    and the part's last: as in the released code, a token's step on the path is from the one in front of it to itself,
+    and what stands between the parts has none. Nor has a chat's first token.
+    """
+    parts = [(max(1, first), max(1, first, stop)) for first, stop in parts]
+    count = sum(stop - first for first, stop in parts)
+    if count < 2:
+        return None
+    while True:
+        a = rng.integers(count)
+        b = rng.integers(a, min(count, a + longest)) + 1
+        if b - a < count:
+            break
+    points, begin = [], 0
+    for first, stop in parts:
+        inside = np.clip([begin, a, b, begin + stop - first], begin, begin + stop - first) - begin
+        points.append(first - 1 + inside)
+        begin += stop - first
+    return np.concatenate([*points, np.zeros(8 - 4 * len(points), dtype=np.int64)])
 
 
 class SegmentDataset(torch.utils.data.Dataset):
@@ -357,7 +431,8 @@ class SegmentDataset(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, Sequence[int]]) -> list[tuple[Segment, ...]]:
         epoch, indices = key
         items = [(i, self.items[i]) for i in indices]
-        return [drop_views(item, self.s, epoch, i) if self.dropout else item for i, item in items]
+        items = [(i, drop_views(item, self.s, epoch, i) if self.dropout else item) for i, item in items]
+        return [draw_spans(item, self.s, epoch, i) for i, item in items]
 
 
 class MicroBatches(torch.utils.data.Sampler):
@@ -453,7 +528,8 @@ class SegmentStream(torch.utils.data.IterableDataset):
                     for behind, (example, item) in enumerate(self._encoded([block[i] for i in chunk]), start + 1):
                         if item is not None:
                             found = True
-                            yield drop_views(item, self.s, epoch, example.id), (epoch, number, behind)
+                            item = drop_views(item, self.s, epoch, example.id)
+                            yield draw_spans(item, self.s, epoch, example.id), (epoch, number, behind)
             if not found:
                 raise ExampleError(f"{self.path}: no usable example for process {self.process}")
 

@@ -105,7 +105,7 @@ def ours(parts: finetune.Parts, model: torch.nn.Module, s: finetune.Settings) ->
 
     def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
         batch = finetune.on_device(parts.collator(items), next(model.parameters()).device)
-        lm, (text, code) = head.losses(model, batch)
+        lm, (text, code), _ = head.losses(model, batch)
         total = lm / max(1, len(batch["label_ids"]))
         if s.jepa:
             jepa, pairs = finetune.jepa_loss(text, code, s.distance)

@@ -91,10 +91,8 @@ def too_long(examples: list[Example], tokenizer_folder: str, max_tokens: int) ->
         raise UsageError(f"--tokenizer {tokenizer_folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
     if not tokenizer.chat_template:
         raise UsageError(f"--tokenizer {tokenizer_folder} has no chat template")
-    flags = dict.fromkeys(("plain", "train_all", "front_pred", "reverse_pred"), False)
-    renderer = Renderer(
-        tokenizer, SimpleNamespace(model_name=tokenizer_folder, predictors=0, text_view="alone", **flags)
-    )
+    flags = dict.fromkeys(("plain", "train_all", "front_pred", "reverse_pred", "locates_user"), False)
+    renderer = Renderer(tokenizer, SimpleNamespace(model_name=tokenizer_folder, predictors=0, **flags))
     texts = [renderer.chat(example).text for example in examples]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     return [e.id for e, length in zip(examples, lengths, strict=True) if length > max_tokens]

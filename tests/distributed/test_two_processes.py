@@ -35,8 +35,12 @@ def metrics(run: Path, key: str) -> list[float]:
 
 @pytest.mark.parametrize(
     "flags",
-    [("--regular",), ("--predictors", 1, "--lbd", 1, "--jepa_ratio", 0.5)],
-    ids=["regular", "jepa-ld"],
+    [
+        ("--regular",),
+        ("--predictors", 1, "--lbd", 1, "--jepa_ratio", 0.5),
+        ("--predictors", 1, "--lbd", 1, "--stp", "geodesic", "--stp_lbd", 1, "--stp_spans", 2),
+    ],
+    ids=["regular", "jepa-ld", "jepa-stp"],
 )
 def test_two_processes_equal_one(tmp_path, flags):
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
@@ -45,10 +49,10 @@ def test_two_processes_equal_one(tmp_path, flags):
     for batch, accum in ((4, 1), (1, 4)):
         two = launch(2, tmp_path / f"two-{batch}", data, *flags, "--batch_size", batch, "--grad_accum", accum)
         same_weights(one, two, rtol=1e-3, atol=2e-5)
-        for key in ("total", "lm_loss", "eval_loss"):
+        for key in ("total", "lm_loss", "stp_loss", "eval_loss"):
             assert metrics(two, key) == pytest.approx(metrics(one, key), rel=1e-5)
         assert metrics(two, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-4)
-        for key in ("tokens", "label_tokens", "pairs"):
+        for key in ("tokens", "label_tokens", "pairs", "spans"):
             assert metrics(two, key) == metrics(one, key)
         assert runs.read_json(two / "run.json")["processes"] == 2
 

@@ -38,7 +38,10 @@ def renderer(data: Path, **flags: object) -> Renderer:
 
 
 def tokens(items: list) -> list:
-    return [[(x.kind, x.ids.tolist(), x.labels.tolist(), x.view, x.stem, x.branch) for x in item] for item in items]
+    return [
+        [(x.kind, x.ids.tolist(), x.labels.tolist(), x.view, x.stem, x.branch, x.user, x.answer) for x in item]
+        for item in items
+    ]
 
 
 def train(data: Path, out: Path, *flags: object, code: int = 0) -> Path:
@@ -66,7 +69,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache" / "llm-jepa"
 
 
-@pytest.mark.parametrize("flags", [{}, {"lbd": 0}, {"text_view": "in_chat"}], ids=["alone", "regular", "in_chat"])
+@pytest.mark.parametrize("flags", [{}, {"lbd": 0}, {"text_view": "in_chat"}, {"stp": "patch"}], ids=str)
 def test_stored_segments_are_those_that_were_encoded(data, flags):
     examples, r = read_examples(str(data), Problems()), renderer(data, **flags)
     stored = segments.SegmentDataset(examples, r, Problems()).items
@@ -112,7 +115,7 @@ def test_a_dry_run_keeps_nothing(data, cache):
 @pytest.mark.parametrize(
     "flags",
     [{"predictors": 2}, {"lbd": 0}, {"lm_labels": "all"}, {"max_length": 99}, {"plain": True}, {"front_pred": True},
-     {"reverse_pred": True}, {"text_view": "in_chat"}, {"last_token": -2}],
+     {"reverse_pred": True}, {"text_view": "in_chat"}, {"last_token": -2}, {"stp": "patch"}],
     ids=str,
 )  # fmt: skip
 def test_a_flag_that_changes_tokens_changes_the_key(data, flags):
@@ -132,7 +135,7 @@ def test_text_tokenizer_and_template_change_the_key_and_seed_and_rate_do_not(dat
     assert segments.cache_key(r, examples) not in (key, with_token)
 
 
-@pytest.mark.parametrize("flags", [{}, {"text_view": "in_chat"}, {"plain": True}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"text_view": "in_chat"}, {"plain": True}, {"stp": "geodesic"}], ids=str)
 def test_the_key_knows_every_setting_that_encoding_asks_for(data, flags):
     asked, r = set(), renderer(data, **flags)
 

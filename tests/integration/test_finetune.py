@@ -128,7 +128,11 @@ def stop_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(finetune.Watch, "on_log", on_log)
 
 
-@pytest.mark.parametrize("flags", [JEPA, (*JEPA, "--lora", "--jepa_ratio", 0.5)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "flags",
+    [JEPA, (*JEPA, "--lora", "--jepa_ratio", 0.5), ("--regular", "--stp", "patch", "--stp_warmup", 0.9)],
+    ids=["full", "lora", "stp"],
+)
 def test_six_steps_stop_and_resume_to_eight_equal_eight_straight(data, tmp_path, monkeypatch, flags):
     flags = (*flags, "--max_steps", 8, "--save_strategy", "steps", "--save_steps", 6)
     straight = train(data, tmp_path / "straight", *flags)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import finetune
+import segments
 
 
 @pytest.fixture
@@ -77,3 +78,55 @@ def test_spread_is_zero_when_collapsed_and_one_when_orthogonal():
     assert finetune.view_statistics(torch.eye(4), torch.eye(4))[1].item() == pytest.approx(4)
     assert finetune.view_statistics(torch.eye(4), torch.eye(4))[0].item() == pytest.approx(4)
     assert finetune.view_statistics(torch.eye(4), -torch.eye(4))[0].item() == pytest.approx(-4)
+
+
+def path(*points: tuple[float, float]) -> torch.Tensor:
+    """(K, 1, 2)"""
+    return torch.tensor(points)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        (((0, 0), (1, 1), (3, 3)), 0),
+        (((1, 0), (2, 0), (0.5, 0)), 2),
+        (((0, 0), (2, 0), (2, 5)), 1),
+        (((5, 5), (6, 5), (7, 6)), 1 - 0.5**0.5),
+    ],
+    ids=["straight on", "reversal", "right angle", "half a right angle"],
+)
+def test_geodesic_is_one_minus_the_cosine_of_the_two_steps(points, expected):
+    total, count = finetune.stp_loss(path(*points), "geodesic")
+    assert (total.item(), count) == (pytest.approx(expected, abs=1e-6), 1)
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        # In the first part the patch moves by (2, 0), the rest by (1, 0) in front, (0, 1) behind, (0, 2) in the second.
+        (((0, 0), (1, 0), (3, 0), (3, 1), (9, 9), (9, 9), (9, 9), (9, 11)), 1 - 1 / 10**0.5),
+        # A patch over both parts: (1, 0) + (0, 1) against (0, −1) + (−1, 0).
+        (((0, 0), (0, -1), (1, -1), (1, -1), (4, 4), (4, 4), (4, 5), (3, 5)), 2),
+        (((0, 0), (1, 1), (2, 2), (3, 3), (0, 0), (0, 0), (0, 0), (0, 0)), 0),
+    ],
+    ids=["first part", "both parts", "straight on"],
+)
+def test_patch_is_one_minus_the_cosine_of_the_span_and_the_rest(points, expected):
+    total, count = finetune.stp_loss(path(*points), "patch")
+    assert (total.item(), count) == (pytest.approx(expected, abs=1e-6), 1)
+
+
+@pytest.mark.parametrize("tube", sorted(finetune.TUBES))
+def test_spans_are_summed_in_float32_and_reach_every_point_and_none_give_a_zero_with_a_graph(tube):
+    k = segments.POINTS[tube]
+    hidden = torch.randn(k, 6, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    total, count = finetune.stp_loss(hidden, tube)
+    apart = [finetune.stp_loss(hidden[:, [i]], tube)[0].item() for i in range(6)]
+    assert count == 6 and total.item() == pytest.approx(sum(apart), rel=1e-6)
+    total.backward()
+    assert (hidden.grad.abs().sum(dim=-1) > 0).all()
+    assert finetune.stp_loss(hidden.detach().to(torch.bfloat16), tube)[0].dtype == torch.float32
+    none = torch.zeros(k, 0, 7, requires_grad=True)
+    total, count = finetune.stp_loss(none, tube)
+    total.backward()
+    assert (total.item(), count) == (0.0, 0) and none.grad is not None
