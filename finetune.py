@@ -143,8 +143,8 @@ class Settings:
     plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
     reference_grad_scale: bool = flag(
         False,
-        "each micro-batch is normalised by itself and their sum not divided, as in the published JEPA trainer: loss and "
-        "gradients are about --grad_accum times those of the regular arm",
+        "each micro-batch is normalised by itself and their sum not divided, as in the published JEPA trainer: loss "
+        "and gradients are about --grad_accum times those of the regular arm",
         METHOD,
     )
     train_all: bool = flag(

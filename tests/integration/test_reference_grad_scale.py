@@ -1,4 +1,4 @@
-"""--reference_grad_scale: each micro-batch normalised by itself, their sum not divided, as the published trainer does."""
+"""--reference_grad_scale: micro-batches normalised by themselves, their sum not divided, as in the published trainer."""
 
 from __future__ import annotations
 
