@@ -45,7 +45,7 @@ def arm_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """An arm's cells in the order of preference between equals, which of them is picked, and which are equal to it."""
     cells = []
     for key in sorted({run["key"] for run in runs}):
-        mine = sorted((run for run in runs if run["key"] == key), key=lambda run: run["seed"])
+        mine = [run for run in runs if run["key"] == key]  # the first of them stands for the cell
         values = {run["seed"]: run["scores"][run["score"]] for run in mine}
         cells.append(
             dict(zip(KEY, key, strict=False))

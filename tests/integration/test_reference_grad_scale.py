@@ -1,4 +1,4 @@
-"""--reference_grad_scale: micro-batches normalised by themselves, their sum not divided, as in the published trainer."""
+"""--reference_grad_scale: each micro-batch is normalised by itself, as in the published trainer."""
 
 from __future__ import annotations
 
