@@ -1,4 +1,4 @@
-"""run.sh compare and sweep, JOBS and PROTOCOL=paper: what is trained, on what it is scored, how it stops and goes on."""
+"""run.sh compare and sweep, JOBS and PROTOCOL=paper: what is trained and scored on what, how it stops and goes on."""
 
 from __future__ import annotations
 
