@@ -34,7 +34,7 @@ checksum = lambda path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdiges
 if script == "sweep.py" or (script == "report.py" and "--output_dir" not in given):
     os.execv(sys.executable, [sys.executable, *argv])
 with open("calls.jsonl", "a") as log:
-    log.write(json.dumps({"argv": argv, "threads": os.environ.get("OMP_NUM_THREADS")}) + "\n")
+    log.write(json.dumps({"argv": argv, "threads": os.environ.get("OMP_NUM_THREADS"), "pid": os.getpid()}) + "\n")
 if script == "finetune.py" and trouble:
     run = value("--output_dir")
     if trouble[0] == "fail" and run.endswith(trouble[1]):
@@ -155,7 +155,7 @@ class Project:
         answered = [c["argv"] for c in calls if c["argv"][0] == "evaluate.py" and "--score_gold" not in c["argv"]]
         return SimpleNamespace(
             out=done.stdout, err=done.stderr, trained=by["finetune.py"], reports=by["report.py"], answered=answered,
-            threads={c["threads"] for c in calls}, calls=[c["argv"] for c in calls],
+            threads={c["threads"] for c in calls}, pids=[c["pid"] for c in calls], calls=[c["argv"] for c in calls],
             runs=[pairs(argv)["--output_dir"] for argv in by["finetune.py"]],
         )  # fmt: skip
 
@@ -225,34 +225,35 @@ def test_sweep_of_the_embedded_model(project, server):
 
 def test_sweep_picks_each_arm_s_best_cell_on_held_out_rows_and_reads_test_for_it_alone(project):
     score = "0.1 + 0.2 * (learning_rate == 2e-3) + (0 if regular else 0.3 * (predictors == 1) + 0.05 / lbd)"
-    done = project.run("sweep", SCORE=score, **GRID)
+    grid = GRID | {"GRID_K": "0 1 2", "LEARNING_RATES": "1e-3 2e-3 4e-3"}  # the best is neither the first nor the last
+    done = project.run("sweep", SCORE=score, **grid)
     cells = f"{SWEEP}/cells/synth-tiny"
-    expected = [f"{cells}-regular-lr{rate}-e1-val0.2-42-s42" for rate in ("1e-3", "2e-3")]
-    expected += [f"{cells}-jepa-lr2e-3-lbd{lbd}-k{k}-e1-val0.2-42-s42" for k in (0, 1) for lbd in (".5", "1")]
+    expected = [f"{cells}-regular-lr{rate}-e1-val0.2-42-s42" for rate in ("1e-3", "2e-3", "4e-3")]
+    expected += [f"{cells}-jepa-lr2e-3-lbd{lbd}-k{k}-e1-val0.2-42-s42" for k in (0, 1, 2) for lbd in (".5", "1")]
     final = [f"runs/synth-tiny-{arm}-e1-s{s}" for s in (1, 2) for arm in ("regular-lr2e-3", "jepa-lr2e-3-lbd.5-k1")]
     assert done.runs == expected + final
     train, split = "datasets/synth_train.jsonl", ("0.2", "42")
-    for argv in done.trained[:6]:
+    for argv in done.trained[:9]:
         flags = pairs(argv)
         assert flags["--data_file"] == train and "--train_file" not in flags
         assert (flags["--eval_split"], flags["--split_seed"]) == split
-    for argv in done.answered[:6]:
+    for argv in done.answered[:9]:
         flags = pairs(argv)
         assert (flags["--input_file"], flags["--process_split"]) == (train, "test")
         assert (flags["--test_size"], flags["--split_seed"]) == split
     begin = next(i for i, argv in enumerate(done.calls) if final[0] in argv)
     before = [argv for argv in done.calls[:begin] if "datasets/synth_test.jsonl" in argv]
     assert [argv[1] for argv in before] in ([], ["--score_gold"]) and done.calls.index(before[0]) == begin - 1
-    for argv in done.trained[6:]:
+    for argv in done.trained[9:]:
         assert pairs(argv)["--train_file"] == train and "--data_file" not in pairs(argv)
-    assert [pairs(a)["--model_name"] for a in done.answered[6:]] == final
-    assert {pairs(a)["--input_file"] for a in done.answered[6:]} == {"datasets/synth_test.jsonl"}
+    assert [pairs(a)["--model_name"] for a in done.answered[9:]] == final
+    assert {pairs(a)["--input_file"] for a in done.answered[9:]} == {"datasets/synth_test.jsonl"}
     assert done.reports == [["report.py", *final, "--output_dir", SWEEP]]
     found = runs.read_json(project.folder / SWEEP / "sweep.json")["arms"]
     picked = {arm: found[arm]["cells"][found[arm]["picked"]] for arm in found}
-    assert picked["regular"]["runs"] == [expected[1]] and picked["jepa"]["runs"] == [expected[4]]
+    assert picked["regular"]["runs"] == [expected[1]] and picked["jepa"]["runs"] == [expected[5]]
     assert picked["jepa"]["score"] == pytest.approx(0.7) and "equal to" not in done.err
-    again = project.run("sweep", SCORE=score, **GRID)
+    again = project.run("sweep", SCORE=score, **grid)
     assert again.trained == again.answered == [] and again.reports == done.reports
 
 
@@ -306,10 +307,11 @@ def test_jobs_run_at_a_time_and_share_the_threads(project):
 
 def test_a_failing_job_ends_the_others_with_its_exit_code(project):
     begin = time.monotonic()
-    done = project.run("compare", code=7, FAKE="1", SLEEP="60", JOBS="2", STUB="fail s1")
+    done = project.run("compare", code=7, FAKE="1", SLEEP="60", JOBS="2", STUB=f"fail {BOTH[1]}")
     assert time.monotonic() - begin < 30
     assert "exit code 7" in done.err and "runs/.logs/synth-tiny-" in done.err and "-s1.log" in done.err
     assert done.reports == [] and len(done.runs) <= 3
+    assert not any(map(running, done.pids))
 
 
 @pytest.mark.parametrize("command", ["compare", "run_jepa"])
