@@ -156,6 +156,12 @@ class Settings:
         None, "tokens under the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
     plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
+    reference_grad_scale: bool = flag(
+        False,
+        "each micro-batch is normalised by itself and their sum not divided, as in the published JEPA trainer: loss "
+        "and gradients are about --grad_accum times those of the regular arm",
+        METHOD,
+    )
     train_all: bool = flag(
         False, "every token is a label; with --plain the chat is the user text alone", METHOD, "--trainall"
     )
@@ -279,12 +285,13 @@ def check_method(s: Settings, r: Refusals) -> None:
     """The loss, the views and their layout."""
     views = (
         "lbd predictors last_token jepa_l2 jepa_mse infonce front_pred reverse_pred text_view jepa_ratio additive_mask "
-        "same_flop"
+        "same_flop reference_grad_scale"
     )
     r.only_if(not s.regular, views, "not with --regular, which has no views")
     r.refuse(s.regular and s.layout == "additive", "--layout additive: not with --regular, which has no views")
     r.only_if(s.predictors > 0, "front_pred reverse_pred", "only with --predictors")
     r.refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
+    r.only_if(s.grad_accum > 1, "reference_grad_scale", "not with --grad_accum 1, where it changes nothing")
     r.refuse(s.jepa_l2 + s.jepa_mse + s.infonce > 1, "give one of --jepa_l2, --jepa_mse and --infonce")
     alone = s.batch_size == 1 and not s.tokens_per_batch
     r.refuse(s.infonce and alone, "--infonce: not with --batch_size 1, which leaves nothing to contrast")
@@ -855,26 +862,30 @@ class JepaTrainer(Trainer):
     ) -> torch.Tensor:
         """This micro-batch's share of gamma · L_LM + lbd · L_JEPA + stp_lbd · L_STP over the step.
 
-        `num_items_in_batch` (3,) as above.
+        `num_items_in_batch` (3,) as above. With --reference_grad_scale the micro-batch's own sum of these losses,
+        whatever the step has.
         """
         lm_sum, (text, code), path = self.head.losses(model, inputs)
-        loss = self.s.gamma * lm_sum / num_items_in_batch[0]
+        counts, ranks = num_items_in_batch, self.args.world_size
+        if self.s.reference_grad_scale:
+            counts, ranks = inputs["targets"].clamp(min=1), 1
+        loss = self.s.gamma * lm_sum / counts[0]
         pairs, zero = len(text), lm_sum.new_zeros(())
         jepa_sum, cosine, spread, stp_sum = zero, zero, zero, zero
         if self.s.jepa:
             jepa_sum, _ = jepa_loss(text, code, self.s.distance)
-            loss = loss + self.s.lbd * jepa_sum / num_items_in_batch[1]
+            loss = loss + self.s.lbd * jepa_sum / counts[1]
             cosine, spread = view_statistics(text, code)
         if self.s.tube:
             stp_sum, _ = stp_loss(path, self.s.tube)
-            loss = loss + self.stp_weight(self.state.global_step + 1) * stp_sum / num_items_in_batch[2]
+            loss = loss + self.stp_weight(self.state.global_step + 1) * stp_sum / counts[2]
         sums = (lm_sum, jepa_sum, cosine, spread if pairs > 1 else zero, stp_sum)
         sums = torch.stack([x.detach().float() for x in sums])
         spread_pairs = inputs["targets"][1:2] * (pairs > 1)
         # Made of what is on the device already: to bring a number there would make the host wait.
         self.statistics += torch.cat([sums.double(), inputs["targets"], spread_pairs, inputs["tokens"]])
         self._step_loss = self._step_loss + loss.detach()
-        return loss * self.args.world_size  # the ranks' gradients are averaged, the loss is a sum over ranks
+        return loss * ranks  # the ranks' gradients are averaged, the loss is a sum over ranks
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
         """A micro-batch's forward and backward pass, with --track_flop under torch's counter."""

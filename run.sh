@@ -1,22 +1,35 @@
 #!/usr/bin/env bash
-# Trains and evaluates one arm over the seeds, then prints mean ± sd. `bash run.sh --help` explains it.
+# Trains and evaluates arms over the seeds, then prints mean ± sd. `bash run.sh --help` explains it.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 PAPER_SEEDS="82 23 37 84 4"
 TINY=models/tiny # the embedded model, trained from random weights
 TINY_LR=1e-3 TINY_EPOCHS=2 TINY_FLAGS=(--batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98)
+PAPER_K="0 1 2 3 4" PAPER_LBD=".5 1 2 4" PAPER_RATES="1e-5 2e-5 4e-5 8e-5"
+TINY_RATES="5e-4 1e-3 2e-3 4e-3"                                   # the paper's half, once, twice and four times its 2e-5
+PAPER_FLAGS=(--lm_labels reference --max_length 512 --batch_size 4 --grad_accum 4 --lr_scheduler_type linear
+  --warmup_steps 0 --weight_decay 0 --adam_beta2 0.999 --max_grad_norm 1 --dtype auto) # PROTOCOL=paper
 
 usage() {
   cat <<HELP
 usage: bash run.sh run_jepa|run_regular|run_pretrain [ARGUMENT…] [-- FLAG…]
        bash run.sh run_pretrain [ARGUMENT…] -- FLAG… -- FLAG…
+       bash run.sh compare|sweep [DATASET] [MODEL] [-- FLAG…]
 With each seed, trains on datasets/DATASET_train.jsonl, evaluates on datasets/DATASET_test.jsonl and prints a line; then
 mean ± sd. What is done is skipped, what was interrupted goes on. Paths are seen from the project's folder.
 
 run_pretrain is the paper's pretraining: from random weights of the model's shape on PRETRAIN_DATASET (paraphrase)
 without the chat format, with the JEPA loss, or without it with ARM=regular; then regular fine-tuning of that model on
 each DATASET and an evaluation by startswith. FLAGs behind a second -- go to the fine-tuning, those before it not.
+
+compare runs both arms on the same seeds, so with the same order of the data, and then reports them, in REPORTS_DIR.
+
+sweep picks the settings first, on rows that are not the test's: of the train file a share EVAL_SPLIT, drawn by
+SPLIT_SEED, is held out. Each of LEARNING_RATES is trained on the rest without the JEPA term, with SWEEP_SEED; with the
+rate that gives the best task score on the held-out rows each k of GRID_K is trained with each λ of GRID_LBD. Among equals
+the smallest rate, or k, then λ, is picked, and that is said. Then each arm is trained as picked on the whole train file
+over the seeds, evaluated on the test rows and reported, as in compare. Scores of all cells are in sweep.json.
 
 Arguments, all optional, in this order ('-': the default); the variable in brackets sets the default:
   model          [MODEL]        $TINY
@@ -27,13 +40,26 @@ Arguments, all optional, in this order ('-': the default); the variable in brack
   seed           [SEEDS]        one, several with commas, or all: $PAPER_SEEDS
   lbd            [LBD]          1
   dataset        [DATASET]      synth, of run_pretrain rotten_tomatoes,yelp; one or several with commas
-run_regular takes the same list but does not use last_token, predictors and lbd. FLAGs go to finetune.py and mark the
-run folder's name: bash run.sh run_jepa -- --lora --lora_rank 64
+run_regular takes the same list but does not use last_token, predictors and lbd; compare and sweep take DATASET and MODEL
+alone, the rest from the variables. FLAGs go to finetune.py and mark the run folder's name:
+  bash run.sh run_jepa -- --lora --lora_rank 64
+
+PROTOCOL=paper trains as published. It sets
+  ${PAPER_FLAGS[*]:0:10}
+  ${PAPER_FLAGS[*]:10}
+in the JEPA arm --reference_grad_scale too, and 4 epochs also of $TINY, whose learning rates stay its own. pad = eos
+where the tokenizer has no pad; dtype auto is bfloat16 where the GPU has it; seeds, k, λ and learning rates are the
+defaults; the published 8 GPUs are NPROC=8. What you give yourself wins. Run folders are marked -paper.
 
 More variables: NPROC, training processes, one a GPU (1; evaluation is always one); RUNS_DIR, where run folders go
 (runs); TASK, how to score a dataset whose name does not tell (evaluate.py --task); PYTHON_BIN, an interpreter to use as
-it is (default: setup.sh makes .venv). run_pretrain alone: ARM, jepa or regular (jepa); PRETRAIN_DATASET (paraphrase);
-FINETUNE_LR and FINETUNE_EPOCHS of its second step (those of the first).
+it is (default: setup.sh makes .venv); JOBS, runs at a time (1), which share the cores: with several, and always of
+compare and sweep, each writes into RUNS_DIR/.logs/RUN.log, and one that fails ends the others.
+run_pretrain alone: ARM, jepa or regular (jepa); PRETRAIN_DATASET (paraphrase); FINETUNE_LR and FINETUNE_EPOCHS of its
+second step (those of the first).
+compare and sweep alone: REPORTS_DIR (reports); ALLOW, what arms may differ in besides the method (report.py --allow).
+sweep alone: GRID_K ($PAPER_K); GRID_LBD ($PAPER_LBD); LEARNING_RATES ($PAPER_RATES, with
+$TINY $TINY_RATES); SWEEP_SEED (42; of several the mean decides); EVAL_SPLIT (0.2); SPLIT_SEED (42).
 HELP
 }
 
@@ -56,7 +82,39 @@ stop() { # ends every process started here, torchrun's workers too, then the scr
   exit "$1"
 }
 
-supervise() { "$@" & wait "$!"; } # in the background: only so does a signal reach `stop` at once
+supervise() { "$@" 3>&- & wait "$!"; } # in the background: only so does a signal reach `stop` at once
+
+reap() { # waits for one of the jobs to end; one that failed ends the others
+  local i code=0
+  while :; do
+    for i in "${!pids[@]}"; do
+      ! kill -0 "${pids[i]}" 2>/dev/null || continue
+      wait "${pids[i]}" || code=$?
+      [ "$code" -eq 0 ] || {
+        printf 'run.sh: error: a run ended with exit code %s; the end of its log %s:\n' "$code" "${logs[i]}"
+        tail -n 5 "${logs[i]}" | tr '\r' '\n' | tail -n 5
+        stop "$code"
+      } >&2
+      unset "pids[i]" "logs[i]"
+      return
+    done
+    sleep 0.1
+  done
+}
+
+finish() { while [ "${#pids[@]}" -gt 0 ]; do reap; done; } # waits for all jobs
+
+job() { # runs the command behind run folder $1, at once or in the background with a log
+  local log=${RUNS_DIR:-runs}/.logs/${1##*/}.log
+  if [ "$quiet$jobs" = 1 ]; then
+    "${@:2}"
+    return
+  fi
+  [ "${#pids[@]}" -lt "$jobs" ] || reap
+  mkdir -p "${log%/*}"
+  (trap 'stop 143' TERM && "${@:2}") >>"$log" 2>&1 &
+  pids+=("$!") logs+=("$log")
+}
 
 setting() { # gives variable $1 the first value after its pattern $2 that is neither empty nor '-'
   local name=$1 pattern=$2 value
@@ -65,11 +123,15 @@ setting() { # gives variable $1 the first value after its pattern $2 that is nei
   printf -v "$name" %s "$value"
 }
 
+once() { printf '%s\n' ${1//,/ } | awk '!seen[$1]++'; } # the words of a list, each once
+
 settings() { # from the arguments, the environment and the defaults
-  local whole='0|[1-9][0-9]*' number='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?' usual_lr=2e-5 usual_epochs=4
+  local usual_lr=2e-5 usual_epochs=4
   setting model '[^-].*' "${1:-}" "${MODEL:-}" "$TINY"
+  setting protocol '(paper)?' "${PROTOCOL:-}" ""
   model=${model%/}
   [ "$model" != "$TINY" ] || usual_lr=$TINY_LR usual_epochs=$TINY_EPOCHS usual_flags=("${TINY_FLAGS[@]}")
+  [ -z "$protocol" ] || usual_epochs=4 usual_flags=("${PAPER_FLAGS[@]}")
   setting learning_rate "$number" "${2:-}" "${LR:-}" "${LEARNING_RATE:-}" "$usual_lr"
   setting epochs "$number" "${3:-}" "${EPOCHS:-}" "$usual_epochs"
   setting last_token '(-?[0-9]+)?' "${4:-}" "${LAST_TOKEN:-}" ""
@@ -82,8 +144,8 @@ settings() { # from the arguments, the environment and the defaults
   setting pretrain_dataset '[A-Za-z0-9_][A-Za-z0-9_.-]*' "${PRETRAIN_DATASET:-}" paraphrase
   setting finetune_lr "$number" "${FINETUNE_LR:-}" "$learning_rate"
   setting finetune_epochs "$number" "${FINETUNE_EPOCHS:-}" "$epochs"
-  seeds=${seeds//,/ } seeds=${seeds/all/$PAPER_SEEDS}
-  seeds=$(printf '%s\n' $seeds | awk '!seen[$1]++') # each once
+  setting jobs '[1-9][0-9]*' "${JOBS:-}" 1
+  seeds=$(once "${seeds/all/$PAPER_SEEDS}")
   datasets=${datasets//,/ }
   [ "$arm" != run_pretrain ] || data "$pretrain_dataset" train
   for name in $datasets; do data "$name"; done
@@ -91,13 +153,15 @@ settings() { # from the arguments, the environment and the defaults
 
 data() { # of dataset $1; without test rows where $2 is "train"
   dataset=$1 train_file=datasets/$1_train.jsonl test_file=datasets/$1_test.jsonl
+  rows=(--train_file "$train_file") score_rows=(--input_file "$test_file")
   [ -f "$train_file" ] || fail "there is no $train_file; see datasets/README.md"
   [ "${2:-}" = train ] || [ -f "$test_file" ] || fail "there is no $test_file; see datasets/README.md"
+  [ -z "$validation" ] || held_out_rows
 }
 
-regular() { method=regular details="" flags=(--regular); }
+regular() { method=regular details=-lr$learning_rate flags=(--regular); }
 jepa() {
-  method=jepa details=-lbd$lbd-k$predictors flags=(--predictors "$predictors" --lbd "$lbd")
+  method=jepa details=-lr$learning_rate-lbd$lbd-k$predictors flags=(--predictors "$predictors" --lbd "$lbd")
   [ -z "$last_token" ] || { details+=-t$last_token && flags+=(--last_token "$last_token"); }
 }
 
@@ -107,19 +171,34 @@ unchanged() { # whether results file $1 was made from data file $2
   grep -qF "$(checksum <"$2" | cut -c1-64)" "$1"
 }
 
-run_folder() { # of seed $1 with the extra flags that follow: different settings never share a folder
-  local name=$dataset-${model##*/}-$method-lr$learning_rate$details-e$epochs-s$1
+folder_name() { # of seed $1, which may be empty, with the extra flags: different settings never share a folder
+  local name=$dataset-${model##*/}-$method$details-e$epochs${protocol:+-$protocol}$validation${1:+-s$1}
   [ "$processes" -eq 1 ] || name+=-p$processes
   [ $# -eq 1 ] || name+=-x$(printf '%s\n' "${@:2}" | checksum | cut -c1-8)
-  printf '%s\n' "${RUNS_DIR:-runs}/$name"
+  printf '%s\n' "$name"
+}
+
+run_folder() { printf '%s\n' "${RUNS_DIR:-runs}/$(folder_name "$@")"; }
+
+usual() { # fills `standard` with the usual flags that the extra flags neither give nor replace
+  local given=" ${*%%=*} " i name
+  standard=()
+  for ((i = 0; i < ${#usual_flags[@]}; i += 2)); do
+    name=${usual_flags[i]}
+    [[ $given = *" $name "* || $given$name = *" --tokens_per_batch "*--batch_size ]] ||
+      standard+=("$name" "${usual_flags[i + 1]}")
+  done
+  # Without accumulation there is no scale.
+  [[ $protocol$method != paperjepa || " $* " =~ " --grad_accum"[=" "]"1 " ]] || standard+=(--reference_grad_scale)
 }
 
 train() { # seed $1 into run folder $2 with the extra flags that follow
-  local launch=("$python") command threads=$(($(getconf _NPROCESSORS_ONLN) / processes))
+  local launch=("$python") command standard threads=$(($(getconf _NPROCESSORS_ONLN) / processes / jobs))
   [ "$processes" -eq 1 ] || launch=(env "OMP_NUM_THREADS=$((threads ? threads : 1))" "$python" -m torch.distributed.run
     --standalone --nproc_per_node "$processes")
-  command=(finetune.py --train_file "$train_file" --model_name "$model" --learning_rate "$learning_rate")
-  command+=(--num_epochs "$epochs" --finetune_seed "$1" "${flags[@]}" ${usual_flags[@]+"${usual_flags[@]}"})
+  usual "${@:3}"
+  command=(finetune.py "${rows[@]}" --model_name "$model" --learning_rate "$learning_rate")
+  command+=(--num_epochs "$epochs" --finetune_seed "$1" "${flags[@]}" ${standard[@]+"${standard[@]}"})
   [ "$model" != "$TINY" ] || command+=(--pretrain)
   command+=(--output_dir "$2")
   [ ! -d "$2" ] || command+=(--resume)
@@ -128,7 +207,7 @@ train() { # seed $1 into run folder $2 with the extra flags that follow
 
 scoring() { # fills `score` with what evaluate.py must know of the test rows; extra flags of the training
   local flag value=""
-  score=(--input_file "$test_file")
+  score=("${score_rows[@]}")
   [ -z "${TASK:-}" ] || score+=(--task "$TASK")
   for flag in "$@"; do
     [[ -z $value && ! $flag =~ ^--(text_field|code_field|system)(=|$) ]] || score+=("$flag")
@@ -137,7 +216,9 @@ scoring() { # fills `score` with what evaluate.py must know of the test rows; ex
   done
 }
 
-check_scoring() { # refuses test rows that cannot be scored before hours are spent on training; extra flags
+check_scoring() { # once, refuses test rows that cannot be scored before hours are spent on training; extra flags
+  [[ " $checked " != *" $dataset "* ]] || return 0
+  checked+=" $dataset"
   scoring "$@"
   supervise "$python" evaluate.py --score_gold "${score[@]}" >/dev/null ||
     fail "$test_file cannot be scored" "$?"
@@ -165,9 +246,7 @@ train_seed() { # seed, run folder, extra flags; unless it is done
 
 run_seed() { # seed, run folder, extra flags
   local before="" line metrics=$2/eval/$dataset/metrics.json
-  runs+=("$2")
   ! finished "$2" || before=training
-  [ -n "$before" ] || [[ " $checked " = *" $dataset "* ]] || { check_scoring "${@:3}" && checked+=" $dataset"; }
   train_seed "$@"
   if [ -f "$metrics" ]; then
     unchanged "$metrics" "$test_file" || fail "$test_file is not what $metrics was made from; remove ${metrics%/*}"
@@ -178,14 +257,17 @@ run_seed() { # seed, run folder, extra flags
     evaluate "${@:2}" || fail "evaluation of seed $1 ended with exit code $?: $2" "$?"
   fi
   line=$("$python" report.py --line "$2")
-  printf '%s\n' "$line${before:+  (done before: $before)}"
+  printf '%s\n' "$line${before:+  (done before: $before)}" >&3
 }
 
 run_datasets() { # seed, extra flags
-  local name
+  local name folder
   for name in $datasets; do
     data "$name"
-    run_seed "$1" "$(run_folder "$@")" "${@:2}"
+    folder=$(run_folder "$@")
+    runs+=("$folder")
+    finished "$folder" || check_scoring "${@:2}"
+    job "$folder" run_seed "$1" "$folder" "${@:2}"
   done
 }
 
@@ -196,26 +278,28 @@ run_pretrain() { # seed, extra flags of the pretraining
   local model=$model learning_rate=$learning_rate epochs=$epochs base name
   for name in $datasets; do
     data "$name"
-    [[ " $checked " = *" $name "* ]] || { check_scoring ${later[@]+"${later[@]}"} && checked+=" $name"; }
+    check_scoring ${later[@]+"${later[@]}"}
   done
   data "$pretrain_dataset" train
   "$pretrain_arm"
   flags+=(--pretrain --plain --train_all) details+=-pretrain
   base=$(run_folder "$@")
   train_seed "$1" "$base" "${@:2}"
+  model=$base learning_rate=$finetune_lr epochs=$finetune_epochs
   regular
   flags+=(--plain) details+=-plain
-  model=$base learning_rate=$finetune_lr epochs=$finetune_epochs
   run_datasets "$1" ${later[@]+"${later[@]}"}
 }
 
 main() {
-  local arm=${1:-} given=() extra=() later=() runs=() checked="" usual_dataset=synth usual_flags=() seed
+  local arm=${1:-} given=() extra=() later=() runs=() pids=() logs=() checked="" validation="" quiet="" seed
+  local usual_dataset=synth usual_flags=() whole='0|[1-9][0-9]*' number='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?'
   [[ " $* " != *" --help "* ]] || { usage && exit; }
-  [[ $arm =~ ^run_(jepa|regular|pretrain)$ ]] ||
-    fail "unknown function '$arm': run_jepa, run_regular or run_pretrain (see --help)"
+  [[ $arm =~ ^(run_(jepa|regular|pretrain)|compare|sweep)$ ]] ||
+    fail "unknown function '$arm': run_jepa, run_regular, run_pretrain, compare or sweep (see --help)"
   shift
   while [ $# -gt 0 ] && [ "$1" != -- ]; do given+=("$1") && shift; done
+  [[ $arm = run_* ]] || { quiet=yes && . ./compare.sh && as_of_run_jepa; }
   [ "${#given[@]}" -le 8 ] || fail "too many arguments: $arm takes 8, the next is '${given[8]}'"
   [ $# -eq 0 ] || shift # the --
   [[ ! " $* " =~ " "--(output_dir|dry_run)[=" "] ]] || fail "--${BASH_REMATCH[1]} is not for run.sh; call finetune.py"
@@ -224,17 +308,23 @@ main() {
   [ $# -eq 0 ] || later=("${@:2}")
   [ "$arm" != run_pretrain ] || usual_dataset=rotten_tomatoes,yelp
   settings ${given[@]+"${given[@]}"}
+  [ "$arm" != sweep ] || sweep_settings
   trap 'stop 130' INT
   trap 'stop 143' TERM
+  exec 3>&1 # the runs' lines, wherever the rest of a run's output goes
   python=${PYTHON_BIN:-.venv/bin/python}
   # Threads that wait busily make a step several times slower as soon as anything else wants a core.
   export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+  local threads=$(($(getconf _NPROCESSORS_ONLN) / jobs))
+  [ "$jobs" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads ? threads : 1))}
   if [ -z "${PYTHON_BIN:-}" ]; then
     unset PYTHONHOME PYTHONPATH # of another environment
     supervise bash setup.sh
   fi
+  [ "$arm" != sweep ] || pick ${extra[@]+"${extra[@]}"}
   for seed in $seeds; do "$arm" "$seed" ${extra[@]+"${extra[@]}"}; done
-  "$python" report.py "${runs[@]}"
+  finish
+  if [[ $arm = run_* ]]; then "$python" report.py "${runs[@]}"; else report ${extra[@]+"${extra[@]}"}; fi
 }
 
 main "$@"

@@ -93,6 +93,8 @@ def test_two_settings_never_share_a_default_folder():
         (("--eval_generate", 3, "--eval_strategy", "no", "--eval_file", "e"), ["--eval_generate"]),
         (("--tokens_per_row", 64, "--attn_implementation", "flash_attention_2"), ["--tokens_per_row"]),
         (("--attn_implementation", "flash_attention_2", "--additive_mask"), ["--attn_implementation"]),
+        (("--reference_grad_scale", "--regular"), ["--reference_grad_scale", "--regular"]),
+        (("--reference_grad_scale", "--grad_accum", 1), ["--reference_grad_scale", "--grad_accum 1"]),
     ],
 )
 def test_wrong_and_inapplicable_flags_are_refused_by_name(flags, named):
