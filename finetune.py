@@ -1346,7 +1346,6 @@ def train(s: Settings, state: PartialState, run: Run) -> None:
         shown = ", ".join(f"{k} {v:.4g}" for k, v in final.items())
         _say(f"finished {trainer.state.global_step} steps, {tokens} tokens: {shown}")
     state.wait_for_everyone()  # a process that leaves first would tear the others' connections down
-    state.destroy_process_group()
 
 
 def go_on(stream: SegmentStream, checkpoint: Path) -> None:
@@ -1421,9 +1420,11 @@ def main(argv: list[str] | None = None) -> int:
         settings = check_settings(settings, given)
         with contextlib.closing(Run(settings.output_dir, dataclasses.asdict(settings))) as run:
             train(settings, state, run)
-        # The wrapped model holds gloo's threads in reference cycles; one that still has work to let go of when the
-        # interpreter ends would abort it.
+        # A thread of the process group that still has work to let go of when the interpreter ends would abort it, so
+        # the group goes first; and the trainer, which holds it too, before that: what frees a group along with a
+        # wrapped model waits for such a thread while it keeps the lock that the thread waits for.
         gc.collect()
+        state.destroy_process_group()
     except (UsageError, ExampleError) as error:
         for line in str(error).splitlines() if state.is_main_process else ():
             _say(f"finetune.py: error: {line}")
