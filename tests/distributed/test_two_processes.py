@@ -33,20 +33,23 @@ def metrics(run: Path, key: str) -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
+JEPA = ("--predictors", 1, "--lbd", 1)
+
+
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "sizes"),
     [
-        ("--regular",),
-        ("--predictors", 1, "--lbd", 1, "--jepa_ratio", 0.5),
-        ("--predictors", 1, "--lbd", 1, "--stp", "geodesic", "--stp_lbd", 1, "--stp_spans", 2),
+        (("--regular",), ((1, 4),)),
+        ((*JEPA, "--jepa_ratio", 0.5), ((4, 1), (1, 4))),
+        ((*JEPA, "--stp", "geodesic", "--stp_lbd", 1, "--stp_spans", 2), ((4, 1),)),
     ],
     ids=["regular", "jepa-ld", "jepa-stp"],
 )
-def test_two_processes_equal_one(tmp_path, flags):
+def test_two_processes_equal_one(tmp_path, flags, sizes):
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     flags = (*flags, "--eval_file", data, "--eval_generate", 1)  # one of two processes has no row to generate for
     one = launch(1, tmp_path / "one", data, *flags, "--batch_size", 8, "--grad_accum", 1)
-    for batch, accum in ((4, 1), (1, 4)):
+    for batch, accum in sizes:
         two = launch(2, tmp_path / f"two-{batch}", data, *flags, "--batch_size", batch, "--grad_accum", accum)
         same_weights(one, two, rtol=1e-3, atol=2e-5)
         for key in ("total", "lm_loss", "stp_loss", "eval_loss"):
