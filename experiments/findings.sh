@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# The experiments behind the findings of RESULTS.md. What is done is skipped, what was interrupted goes on.
+#
+#     bash experiments/findings.sh EXPERIMENT…        on the embedded model and the project's SYNTH rows, five seeds each
+#
+# labels    regular and JEPA (k = 1, λ = 1), labels as published and corrected, from random weights
+# stopping  the same from a model that has learned to stop: that of 500 rows, fine-tuned on the other 7500
+# controls  regular, JEPA, JEPA with λ = 0, JEPA with each Text's view paired with another row's Code
+# data      regular, JEPA (k picked on held-out train rows), STP, with 500, 1000, 2000 and 8000 rows at equal steps
+#
+# JOBS, runs at a time, and PYTHON_BIN are those of run.sh; SEEDS too. Reports go to reports/.
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON_BIN:-.venv/bin/python} tiny=models/tiny
+flags=(--batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98) # run.sh's for the embedded model
+
+no_pad() { # a copy of the embedded model $1 at $2 whose tokenizer has no pad token, as Llama 3's: pad falls back to eos
+  [ ! -d "$2" ] || return 0
+  mkdir -p "$2.part"
+  cp "$1"/*.json "$1"/*.jinja "$2.part"
+  [ ! -f "$1/model.safetensors" ] || cp "$1/model.safetensors" "$2.part"
+  sed -i -e '/"pad_token"/d' "$2.part/tokenizer_config.json"
+  sed -i -e 's/"pad_token_id": 0/"pad_token_id": 1/' "$2.part/config.json"
+  mv "$2.part" "$2"
+}
+
+rows() { # dataset NAME of the SYNTH train rows, as rows.py is told, with the SYNTH test rows
+  "$python" experiments/rows.py datasets/synth_train.jsonl "datasets/$1_train.jsonl" "${@:2}"
+  cp datasets/synth_test.jsonl "datasets/$1_test.jsonl"
+}
+
+labels() {
+  no_pad "$tiny" runs/models/tiny-no-pad
+  export MODEL=runs/models/tiny-no-pad LR=1e-3 EPOCHS=2
+  bash run.sh compare -- --pretrain "${flags[@]}" --lm_labels reference
+  bash run.sh compare -- --pretrain "${flags[@]}"
+}
+
+stopping() {
+  rows first500 --first 500
+  rows other7500 --skip 500
+  EPOCHS=16 SEEDS=42 DATASET=first500 bash run.sh run_regular
+  no_pad runs/first500-tiny-regular-lr1e-3-e16-s42 runs/models/tiny-stops
+  export MODEL=runs/models/tiny-stops LR=1e-4 EPOCHS=1 DATASET=other7500
+  bash run.sh compare -- "${flags[@]}" --lm_labels reference
+  bash run.sh compare -- "${flags[@]}"
+}
+
+controls() {
+  local seed
+  rows placebo --shuffle_views 0
+  bash run.sh compare
+  LBD=0 bash run.sh run_jepa
+  DATASET=placebo bash run.sh run_jepa
+  for seed in ${SEEDS:-82 23 37 84 4}; do # beside the others' scores
+    local run=runs/placebo-tiny-jepa-lr1e-3-lbd1-k1-e2-s$seed
+    [ -f "$run/eval/synth/metrics.json" ] || "$python" evaluate.py --model_name "$run" --input_file datasets/synth_test.jsonl
+  done
+  "$python" report.py runs/{synth-tiny-{regular-lr1e-3,jepa-lr1e-3-lbd{0,1}-k1}-e2,placebo-tiny-jepa-lr1e-3-lbd1-k1-e2}-s* \
+    --output_dir reports/controls --allow train_file data
+}
+
+data() {
+  local n dataset
+  export LEARNING_RATES=1e-3 GRID_K="0 2" GRID_LBD=1
+  for n in ${ROWS:-500 2000 8000 1000}; do
+    dataset=first$n
+    rows "$dataset" --first "$n"
+    export EPOCHS=$((8000 / n)) DATASET=$dataset # 1000 steps
+    bash run.sh sweep
+    bash run.sh run_regular -- --stp geodesic
+    "$python" report.py runs/"$dataset"-tiny-*-e"$EPOCHS"-s* runs/"$dataset"-tiny-regular-*-e"$EPOCHS"-s*-x* \
+      --output_dir "reports/data-$n"
+  done
+}
+
+export TASK=synth OMP_WAIT_POLICY=PASSIVE
+[ $# -gt 0 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit 2; }
+for experiment in "$@"; do
+  [[ $experiment =~ ^(labels|stopping|controls|data)$ ]] || { echo "findings.sh: error: no experiment '$experiment'" >&2 && exit 2; }
+done
+for experiment in "$@"; do ("$experiment"); done
