@@ -5,7 +5,7 @@
 #
 # labels    regular and JEPA (k = 1, λ = 1), labels as published and corrected, from random weights
 # stopping  the same from a model that has learned to stop: that of 500 rows, fine-tuned on the other 7500
-# controls  regular, JEPA, JEPA with λ = 0, JEPA with each Text's view paired with another row's Code
+# controls  regular, JEPA, JEPA with λ = 0, and JEPA with each Text paired with another row's Code
 # data      regular, JEPA (k picked on held-out train rows), STP, with 500, 1000, 2000 and 8000 rows at equal steps
 #
 # JOBS, runs at a time, and PYTHON_BIN are those of run.sh; SEEDS too. Reports go to reports/.
@@ -30,11 +30,27 @@ rows() { # dataset NAME of the SYNTH train rows, as rows.py is told, with the SY
   cp datasets/synth_test.jsonl "datasets/$1_test.jsonl"
 }
 
-labels() {
+no_pad_runs() { # function of run.sh; flags of finetune.py
   no_pad "$tiny" runs/models/tiny-no-pad
-  export MODEL=runs/models/tiny-no-pad LR=1e-3 EPOCHS=2
-  bash run.sh compare -- --pretrain "${flags[@]}" --lm_labels reference
-  bash run.sh compare -- --pretrain "${flags[@]}"
+  MODEL=runs/models/tiny-no-pad LR=1e-3 EPOCHS=2 bash run.sh "$1" -- --pretrain "${flags[@]}" "${@:2}"
+}
+
+labels() {
+  no_pad_runs compare --lm_labels reference
+  no_pad_runs compare
+}
+
+controls() {
+  local run
+  rows placebo --shuffle_views 0
+  no_pad_runs compare # those of `labels`
+  LBD=0 no_pad_runs run_jepa
+  DATASET=placebo no_pad_runs run_jepa
+  for run in runs/placebo-tiny-no-pad-jepa-*; do # beside the others' scores
+    [ -f "$run/eval/synth/metrics.json" ] || "$python" evaluate.py --model_name "$run" --input_file datasets/synth_test.jsonl
+  done
+  corrected=$(printf '%s\n' --pretrain "${flags[@]}" | sha256sum | cut -c1-8) # run.sh's mark of these flags
+  "$python" report.py runs/*-tiny-no-pad-*-x"$corrected" --output_dir reports/controls --allow train_file data
 }
 
 stopping() {
@@ -45,20 +61,6 @@ stopping() {
   export MODEL=runs/models/tiny-stops LR=1e-4 EPOCHS=1 DATASET=other7500
   bash run.sh compare -- "${flags[@]}" --lm_labels reference
   bash run.sh compare -- "${flags[@]}"
-}
-
-controls() {
-  local seed
-  rows placebo --shuffle_views 0
-  bash run.sh compare
-  LBD=0 bash run.sh run_jepa
-  DATASET=placebo bash run.sh run_jepa
-  for seed in ${SEEDS:-82 23 37 84 4}; do # beside the others' scores
-    local run=runs/placebo-tiny-jepa-lr1e-3-lbd1-k1-e2-s$seed
-    [ -f "$run/eval/synth/metrics.json" ] || "$python" evaluate.py --model_name "$run" --input_file datasets/synth_test.jsonl
-  done
-  "$python" report.py runs/{synth-tiny-{regular-lr1e-3,jepa-lr1e-3-lbd{0,1}-k1}-e2,placebo-tiny-jepa-lr1e-3-lbd1-k1-e2}-s* \
-    --output_dir reports/controls --allow train_file data
 }
 
 data() {
