@@ -355,9 +355,13 @@ NOT_NEGATIVE = ("lbd gamma stp_lbd stp_max_length stp_warmup finetune_seed split
                 "preprocessing_num_workers").split()  # fmt: skip
 
 
-def check_settings(s: Settings, given: set[str]) -> Settings:
-    """Resolves defaults that depend on other flags. Raises UsageError naming all that is wrong or inapplicable."""
+def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -> Settings:
+    """Resolves defaults that depend on other flags. Raises UsageError naming all that is wrong or inapplicable.
+
+    `refusals`: what was found wrong before.
+    """
     r = Refusals(given)
+    r.extend(refusals)
     check_data(s, r)
     check_method(s, r)
     check_training(s, r)
@@ -370,6 +374,11 @@ def check_settings(s: Settings, given: set[str]) -> Settings:
         r.refuse(math.isinf(value or 0), f"--{name} is not finite")
     if r:
         raise UsageError("\n".join(r))
+    return resolve(s)
+
+
+def resolve(s: Settings) -> Settings:
+    """Fills in the defaults that depend on other flags."""
     held_out = s.data_file or s.eval_file or s.val_fraction
     resolved = dataclasses.replace(
         s,
@@ -716,8 +725,11 @@ class HeadInput:
 
 
 @torch.no_grad()
-def check_slices(model: torch.nn.Module, head: HeadInput, batch: dict[str, Any]) -> None:
-    """Finds out whether logits can be made a slice at a time: not where the model does more to them than its layer."""
+def check_slices(model: torch.nn.Module, head: HeadInput, batch: dict[str, Any], half: bool = False) -> None:
+    """Finds out whether logits can be made a slice at a time: not where the model does more to them than its layer.
+
+    `half`: whether the model computes in half precision.
+    """
     global SLICE
     usual, training = SLICE, model.training
     model.eval()
@@ -728,7 +740,7 @@ def check_slices(model: torch.nn.Module, head: HeadInput, batch: dict[str, Any])
     finally:
         SLICE = usual
         model.train(training)
-    head.slices = torch.allclose(whole, sliced, rtol=1e-2 if whole.dtype == torch.bfloat16 else 1e-3)
+    head.slices = torch.allclose(whole, sliced, rtol=1e-2 if half else 1e-3)
 
 
 def _forward_of(model: torch.nn.Module) -> Any:
@@ -736,12 +748,15 @@ def _forward_of(model: torch.nn.Module) -> Any:
 
 
 @torch.no_grad()
-def check_layout(model: torch.nn.Module, head: HeadInput, items: list[tuple[Segment, ...]], collator: Collator) -> None:
+def check_layout(
+    model: torch.nn.Module, head: HeadInput, items: list[tuple[Segment, ...]], collator: Collator, half: bool = False
+) -> None:
     """Encodes a few examples in shared rows. Raises UsageError where a segment's outputs depend on its neighbours.
 
     The first segment of the row gets other tokens: nothing may change at the views and labels of the others, whatever
     the precision, since the shapes are the same. Compared with rows of their own they may differ by rounding alone.
-    Models whose layers carry state along the row (Mamba, linear attention, convolutions) fail.
+    Models whose layers carry state along the row (Mamba, linear attention, convolutions) fail. `half`: whether the
+    model computes in half precision.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     branches, longest = (max(f(x) for item in items for x in item) for f in (lambda x: x.branch, lambda x: len(x.ids)))
@@ -782,7 +797,7 @@ def check_layout(model: torch.nn.Module, head: HeadInput, items: list[tuple[Segm
     leak = differ([a[m] for a, m in zip(changed, keep, strict=True)], [b[m] for b, m in zip(shared, keep, strict=True)])
     model.train(training)
     # A leak-free model agrees but for a kernel's own disorder; apart the shapes differ, so rounding does too.
-    if not leak < (1e-2 if flash else 1e-6) or not differ(shared, apart) < (0.1 if flash else 1e-3):
+    if not leak < (1e-2 if flash else 1e-6) or not differ(shared, apart) < (0.1 if flash or half else 1e-3):
         raise UsageError(
             f"{type(model).__name__} cannot be laid out as {collator.layout}: segments that share a row change one "
             f"another (by {max(leak, differ(shared, apart)):.2g}); give --layout separate"
@@ -968,6 +983,14 @@ class JepaTrainer(Trainer):
         self._since = time.time()
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
 
+    def load_checkpoint(self, folder: Path) -> None:
+        """Takes the weights of a checkpoint, without training on."""
+        self._load_from_checkpoint(str(folder))
+
+    def merged_model(self) -> Any:
+        """The model with its adapter merged in; on the main process alone."""
+        return self.accelerator.unwrap_model(self.model).merge_and_unload()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Older checkpoints go only when the new one is whole, so that a kill while saving leaves one to resume from.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -1136,8 +1159,10 @@ def flop_share(model: Any, head: HeadInput, dataset: SegmentDataset, collator: C
     return spent[False] / spent[True]
 
 
-def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device) -> TrainingArguments:
-    """The Trainer's own settings."""
+def training_arguments(
+    s: Settings, bf16: bool, steps: int, device: torch.device, sharding: dict[str, Any] | None = None
+) -> TrainingArguments:
+    """The Trainer's own settings. `sharding`: its fsdp_config, for a model that is shared out over the processes."""
     names = {f.name for f in dataclasses.fields(TrainingArguments)}  # transformers 5.23 renamed this one
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     arguments = TrainingArguments(
@@ -1160,6 +1185,8 @@ def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device
         bf16=bf16,
         fp16=s.dtype == "float16",
         **{checkpointing: s.gradient_checkpointing},
+        fsdp=bool(sharding) or None,
+        fsdp_config=sharding,
         torch_compile=s.torch_compile,
         use_liger_kernel=s.use_liger_kernel,
         eval_strategy=s.eval_strategy,
@@ -1176,7 +1203,11 @@ def training_arguments(s: Settings, bf16: bool, steps: int, device: torch.device
         remove_unused_columns=False,
         dataloader_num_workers=workers(s, device),
         dataloader_pin_memory=device.type == "cuda",
-        accelerator_config={"non_blocking": device.type == "cuda"},
+        accelerator_config={
+            "non_blocking": device.type == "cuda",
+            # To put off the reduction would keep whole gradients.
+            "gradient_accumulation_kwargs": {"sync_each_batch": bool(sharding)},
+        },
         ignore_data_skip=s.streaming,  # a stream goes on by itself
         ddp_find_unused_parameters=False,
         label_names=["label_ids"],
@@ -1226,7 +1257,50 @@ class Parts:
     problems: Problems
 
 
-def prepare(s: Settings, state: PartialState) -> Parts:
+class Engine:
+    """How a script holds the weights: here whole on each process's device. finetune8bh200.py has another."""
+
+    name, doc, settings, trainer = "finetune.py", __doc__, Settings, JepaTrainer
+
+    def check(self, s: Settings, given: set[str]) -> Settings:
+        """The resolved settings. Raises UsageError naming all that is wrong or inapplicable."""
+        return check_settings(s, given)
+
+    def load(self, s: Settings, tokenizer: Any, device: torch.device) -> Any:
+        """The model. Raises UsageError where it cannot be loaded."""
+        return load_model(s, tokenizer).to(device)
+
+    def half(self, s: Settings, device: torch.device) -> bool:
+        """Whether the Trainer computes in bfloat16."""
+        on_gpu = device.type == "cuda"
+        return s.dtype == "bfloat16" or (s.dtype == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+
+    def inspect(self, s: Settings, parts: Parts) -> None:
+        """Finds out how the model can be fed. Raises UsageError where not as the settings ask for."""
+        inspect_model(s, parts)
+
+    def arguments(self, s: Settings, bf16: bool, steps: int, device: torch.device) -> TrainingArguments:
+        """The Trainer's own settings."""
+        return training_arguments(s, bf16, steps, device)
+
+    def callbacks(self, s: Settings, parts: Parts, device: torch.device) -> list[TrainerCallback]:
+        """What watches the training besides the run folder's own."""
+        return []
+
+
+WHOLE = Engine()
+
+
+def inspect_model(s: Settings, parts: Parts, half: bool = False) -> None:
+    """Checks the layout, and whether logits can be sliced, on the first examples. Raises UsageError."""
+    device, items = next(parts.model.parameters()).device, parts.train_set.items[:3]
+    if s.layout != "separate":
+        check_layout(parts.model, parts.head, items, parts.collator, half)
+    if not s.torch_compile:  # which would compile anew for each number of slices
+        check_slices(parts.model, parts.head, on_device(parts.collator(items[:1]), device), half)
+
+
+def prepare(s: Settings, state: PartialState, engine: Engine = WHOLE) -> Parts:
     """Loads, checks and encodes everything. Raises UsageError and ExampleError; writes nothing but a token cache."""
     device = torch.device("cpu") if s.dry_run else state.device
     problems, tokenizer = Problems(s.skip_bad_examples), load_tokenizer(s)
@@ -1238,7 +1312,7 @@ def prepare(s: Settings, state: PartialState) -> Parts:
         where = {"process": state.process_index, "processes": state.num_processes}
         stream = SegmentStream(s.train_file, renderer, problems, s.batch_size, s.tokens_per_batch, **where)
     set_seed(s.finetune_seed)
-    model = load_model(s, tokenizer).to(device)
+    model = engine.load(s, tokenizer, device)
     # A dense mask is quadratic in the row, so short rows win on a CPU; flash kernels want one long row.
     tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
     parts = Parts(
@@ -1254,18 +1328,13 @@ def prepare(s: Settings, state: PartialState) -> Parts:
         ),
         problems=problems,
     )
-    items = train_set.items[:3]
-    if s.layout != "separate":
-        check_layout(model, parts.head, items, parts.collator)
-    if not s.torch_compile:  # which would compile anew for each number of slices
-        check_slices(model, parts.head, on_device(parts.collator(items[:1]), device))
+    engine.inspect(s, parts)
     return parts
 
 
-def build_trainer(s: Settings, parts: Parts, state: PartialState) -> JepaTrainer:
+def build_trainer(s: Settings, parts: Parts, state: PartialState, engine: Engine = WHOLE) -> JepaTrainer:
     """The Trainer of a run. Raises UsageError where its own settings do not fit together."""
-    on_gpu, steps = state.device.type == "cuda", s.max_steps
-    bf16 = s.dtype == "bfloat16" or (s.dtype == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+    steps, bf16 = s.max_steps, engine.half(s, state.device)
     if s.same_flop and s.jepa:
         sizes = {"batch_size": s.batch_size, "tokens": s.tokens_per_batch}
         micro_batches = MicroBatches(parts.train_set.items.lengths, 0, False, state.num_processes, **sizes)
@@ -1274,9 +1343,9 @@ def build_trainer(s: Settings, parts: Parts, state: PartialState) -> JepaTrainer
             share = flop_share(parts.model, parts.head, parts.train_set, parts.collator, s)
         steps = max(1, round(math.ceil(micro_batches / s.grad_accum) * s.num_epochs * share))
     try:
-        arguments = training_arguments(s, bf16, steps, state.device)
+        arguments = engine.arguments(s, bf16, steps, state.device)
         Trainer.get_optimizer_cls_and_kwargs(arguments, parts.model)
-        trainer = JepaTrainer(
+        trainer = engine.trainer(
             model=parts.model,
             args=arguments,
             train_dataset=parts.stream or parts.train_set,
@@ -1291,23 +1360,25 @@ def build_trainer(s: Settings, parts: Parts, state: PartialState) -> JepaTrainer
         raise UsageError(f"the Trainer refuses these settings: {first_line(error)}") from None
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)
+    for callback in engine.callbacks(s, parts, state.device):
+        trainer.add_callback(callback)
     return trainer
 
 
 FINAL = ("lm_loss", "jepa_loss", "stp_loss", "eval_exact")  # what run.json says of the end
 
 
-def train(s: Settings, state: PartialState, run: Run) -> None:
+def train(s: Settings, state: PartialState, run: Run, engine: Engine) -> None:
     """A whole run: checks everything, starts the run folder, trains, saves."""
     if not s.dry_run:
         run.check(s.resume, s.overwrite)
-    parts = prepare(s, state)
+    parts = prepare(s, state, engine)
     if s.dry_run:
         _say(parts.problems.report())
         print(json.dumps(dry_run(s, parts), ensure_ascii=False))
         return
 
-    trainer = build_trainer(s, parts, state)
+    trainer = build_trainer(s, parts, state, engine)
     trainer.add_callback(Watch(run, trainer))
     add_stop_token(parts.model.generation_config, end_of_turn(parts.renderer) if s.lm_labels != "answer_text" else None)
     files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
@@ -1330,8 +1401,7 @@ def train(s: Settings, state: PartialState, run: Run) -> None:
         run_trainer(trainer, checkpoints[-1:])
         trainer.save_model()
         if s.merge and state.is_main_process:
-            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-            merged.save_pretrained(run.path / "merged")
+            trainer.merged_model().save_pretrained(run.path / "merged")
             parts.renderer.tokenizer.save_pretrained(run.path / "merged")
     except BaseException as error:
         if state.is_main_process:
@@ -1362,7 +1432,7 @@ def run_trainer(trainer: JepaTrainer, checkpoints: list[Path]) -> None:
     if checkpoints:
         reached = TrainerState.load_from_json(str(checkpoints[-1] / "trainer_state.json"))
         if reached.global_step >= reached.max_steps:
-            trainer._load_from_checkpoint(str(checkpoints[-1]))
+            trainer.load_checkpoint(checkpoints[-1])
             trainer.state = reached
             trainer.seen_tokens.fill_(reached.num_input_tokens_seen)
             return
@@ -1404,12 +1474,12 @@ def _say(text: str | None) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, engine: Engine = WHOLE) -> int:
     """Exit code: 0 finished, 1 failed, 2 wrong usage or data, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    settings, given = parse_flags(Settings, __doc__, argv)
+    settings, given = parse_flags(engine.settings, engine.doc, argv)
 
     def stop(signum: int, frame: Any) -> None:
         raise SystemExit(128 + signum)
@@ -1417,9 +1487,9 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, stop)
     state = PartialState(cpu=not torch.accelerator.is_available())
     try:
-        settings = check_settings(settings, given)
+        settings = engine.check(settings, given)
         with contextlib.closing(Run(settings.output_dir, dataclasses.asdict(settings))) as run:
-            train(settings, state, run)
+            train(settings, state, run, engine)
         # A thread of the process group that still has work to let go of when the interpreter ends would abort it, so
         # the group goes first; and the trainer, which holds it too, before that: what frees a group along with a
         # wrapped model waits for such a thread while it keeps the lock that the thread waits for.
@@ -1427,18 +1497,18 @@ def main(argv: list[str] | None = None) -> int:
         state.destroy_process_group()
     except (UsageError, ExampleError) as error:
         for line in str(error).splitlines() if state.is_main_process else ():
-            _say(f"finetune.py: error: {line}")
+            _say(f"{engine.name}: error: {line}")
         return 2
     except FloatingPointError as error:  # the same on every process
         if state.is_main_process:
-            _say(f"finetune.py: error: {error}")
+            _say(f"{engine.name}: error: {error}")
         return 1
     except OSError as error:
-        _say(f"finetune.py: error: {first_line(error)}")
+        _say(f"{engine.name}: error: {first_line(error)}")
         return 1
     except KeyboardInterrupt:
         if state.is_main_process:
-            _say("finetune.py: interrupted; a run that has begun goes on with --resume")
+            _say(f"{engine.name}: interrupted; a run that has begun goes on with --resume")
         return 130
     return 0
 

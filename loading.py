@@ -41,13 +41,22 @@ def load_weights(name: str, **options: Any) -> Any:
     return model
 
 
-def load_model(s: Any, tokenizer: Any) -> Any:
-    """The causal language model in float32, its embeddings as long as the tokenizer, with --lora an adapter on top.
+def load_config(s: Any) -> Any:
+    """The model's configuration. Raises UsageError where there is none."""
+    try:
+        return AutoConfig.from_pretrained(s.model_name, revision=s.revision)
+    except LOADING_ERRORS as error:
+        raise UsageError(f"--model_name {s.model_name} cannot be loaded: {first_line(error)}") from None
 
-    Raises UsageError where it cannot be loaded.
+
+def load_model(s: Any, tokenizer: Any, empty: bool = False, **options: Any) -> Any:
+    """The causal language model, its embeddings as long as the tokenizer, with --lora an adapter on top.
+
+    In float32, unless transformers' `options` say otherwise. `empty`: its weights come from another process, so that
+    nothing can be learned from them. Raises UsageError where it cannot be loaded.
     """
     try:
-        options = {"dtype": torch.float32}
+        options = {"dtype": torch.float32} | options
         if s.attn_implementation:
             options["attn_implementation"] = s.attn_implementation
         if s.pretrain:
@@ -59,7 +68,7 @@ def load_model(s: Any, tokenizer: Any) -> Any:
         hint = "" if s.pretrain else " (without weights, give --pretrain)"
         raise UsageError(f"--model_name {s.model_name} cannot be loaded{hint}: {first_line(error)}") from None
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=not empty)
     if model.config.get_text_config() is not model.config:
         # A multimodal model's other towers get no gradient here, and DDP would wait for it.
         text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}

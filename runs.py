@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -66,7 +67,7 @@ def build_parser(settings: type, doc: str) -> argparse.ArgumentParser:
         shown = "" if f.default in (None, False, "") else f" (default {f.default})"
         options: dict[str, Any] = {"dest": f.name, "help": (f.metadata["help"] + shown).replace("%", "%%")}
         if kind is bool:
-            options["action"] = "store_true"
+            options["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
         else:
             options.update(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
         group.add_argument(f"--{f.name}", *f.metadata["aliases"], **options)
@@ -156,9 +157,14 @@ def provenance(data: dict[str, str]) -> dict[str, Any]:
         "versions": versions(),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": processes(),
         "data_sha256": data,
     }
+
+
+def processes() -> int:
+    """How many processes train together, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Run:
@@ -187,16 +193,37 @@ class Run:
         if overwrite:
             return
         before, now = read_json(self.path / "args.json"), json.loads(json.dumps(self.settings, default=str))
+        # A kill right at the start leaves args.json alone.
+        record = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
+        if record.get("status") == "finished":
+            raise UsageError(f"--resume: {self.path} is finished")
+        free = VOLATILE | self._same_steps(before, now, record.get("processes", processes()))
         differing = [
             f"--{name} {before.get(name)!r} (now {now.get(name)!r})"
             for name in sorted(before.keys() | now.keys())
-            if name not in VOLATILE and before.get(name) != now.get(name)
+            if name not in free and before.get(name) != now.get(name)
         ]
         if differing:
             raise UsageError(f"--resume: {self.path} was made with other settings: " + ", ".join(differing))
-        # A kill right at the start leaves args.json alone.
-        if (self.path / "run.json").exists() and read_json(self.path / "run.json").get("status") == "finished":
-            raise UsageError(f"--resume: {self.path} is finished")
+
+    def _same_steps(self, before: dict[str, Any], now: dict[str, Any], had: int) -> set[str]:
+        """Settings that may differ since other processes go on: an optimiser step has the same examples all the same.
+
+        Raises UsageError where it has not.
+        """
+        have = processes()
+        if had == have or not {"batch_size", "grad_accum"} <= before.keys() & now.keys():
+            return set()
+        was, by = f"--resume: {self.path} was trained by {had} processes, now {have}", ("batch_size", "grad_accum")
+        if before.get("tokens_per_batch") or now.get("tokens_per_batch"):
+            raise UsageError(f"{was}; with --tokens_per_batch the steps would have other examples")
+        step, other = (math.prod((s[name] for name in by), start=n) for s, n in ((before, had), (now, have)))
+        if step != other:
+            raise UsageError(
+                f"{was}; a step would have {other} examples instead of {step}: choose --batch_size and --grad_accum so "
+                f"that their product is {step / have:g}"
+            )
+        return set(by)
 
     def start(self, overwrite: bool, record: dict[str, Any]) -> None:
         """Makes the folder and writes args.json and run.json with status `running`; a resumed run keeps its history."""

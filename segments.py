@@ -442,13 +442,16 @@ class MicroBatches(torch.utils.data.Sampler):
     their order are cut into parts of like total length, `tokens` on average at most. Their number is the same in each
     epoch and a multiple of the processes'; filling up with empty ones, instead of repeating examples, keeps every rank
     in step without counting an example twice.
+
+    Micro-batches of `batch_size` that different processes have at the same time exchange examples until their tokens
+    are about the same, so that no process waits for the one with the longest.
     """
 
     def __init__(
         self, lengths: np.ndarray, seed: int, shuffle: bool, processes: int = 1, batch_size: int = 1, tokens: int = 0
     ):
         self.lengths, self.seed, self.shuffle, self.batch_size, self.tokens = lengths, seed, shuffle, batch_size, tokens
-        self.epoch = 0
+        self.epoch, self.processes = 0, processes
         count = math.ceil(lengths.sum() / tokens) if tokens else math.ceil(len(lengths) / batch_size)
         self._count = math.ceil(count / processes) * processes
 
@@ -465,7 +468,25 @@ class MicroBatches(torch.utils.data.Sampler):
             cuts = np.searchsorted(middles, np.arange(1, len(self)) * (lengths.sum() / len(self)))
         else:
             cuts = np.arange(1, len(self)) * self.batch_size
+            if self.processes > 1:
+                order = self._balanced(order)
         yield from ((self.epoch, part.tolist()) for part in np.split(order, cuts))
+
+    def _balanced(self, order: np.ndarray) -> np.ndarray:
+        """The order with the examples that the processes have at the same time dealt out anew: each the next longest to
+        whoever has the fewest tokens and still room. Each process has as many as before."""
+        size, parts = self.batch_size, []
+        for start in range(0, len(order), size * self.processes):
+            together = order[start : start + size * self.processes]
+            room = np.clip(len(together) - size * np.arange(self.processes), 0, size)
+            tokens, mine = np.zeros(self.processes), [[] for _ in range(self.processes)]
+            for i in sorted(together.tolist(), key=lambda i: (-self.lengths[i], i)):
+                p = int(np.where(room > 0, tokens, np.inf).argmin())
+                mine[p].append(i)
+                tokens[p] += self.lengths[i]
+                room[p] -= 1
+            parts += mine
+        return np.concatenate([np.array(part, dtype=order.dtype) for part in parts])
 
 
 BLOCK = 8192  # rows that are shuffled together

@@ -1,0 +1,213 @@
+"""LLM-JEPA fine-tuning of models of some eight billion weights, on one large GPU or on nodes of them.
+
+    python finetune8bh200.py --model_name MODEL --train_file ROWS --predictors 1 --lbd 1            one GPU
+    torchrun --nproc_per_node 8 finetune8bh200.py …                                              all GPUs of a node
+
+The method, its flags and the run folder are finetune.py's; this file changes only how the weights are held. With
+several processes FSDP2 shards weights, gradients and optimiser states over them: the main process reads the weights,
+once, and hands out the shards; checkpoints are sharded too, and can be gone on with by another number of processes; at
+the end one whole model is saved. Started again by torchrun (--max-restarts), it goes on from the last whole checkpoint.
+
+Memory of full fine-tuning, in bytes a weight, shared out over the processes:
+
+    master weights     4 (float32) or 2 (--param_dtype bfloat16)
+    gradients          as the master weights
+    AdamW's moments    twice the master weights; 2 with an 8-bit optimiser
+    gathered           2 (bfloat16) of two decoder layers and the output layer; a process alone: of all, by autocast
+
+and beside them one hidden state a layer and token (activations are recomputed) and 2^26 logits. Of 8.03e9 weights that
+is 128 GB in float32, 96 GB with an 8-bit optimiser and autocast's copies on one GPU, 16 GB on each of eight.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments
+
+import finetune
+from finetune import MODEL, OPTIM, Engine, JepaTrainer, Parts, Refusals, Settings, inspect_model, training_arguments
+from loading import load_config, load_model
+from runs import UsageError, flag, processes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class LargeSettings(Settings):
+    """finetune.py's flags, and what a large model needs besides."""
+
+    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass", MODEL)
+    param_dtype: Literal["float32", "bfloat16"] = flag(
+        "float32",
+        "precision of the master weights, their gradients and AdamW's moments; bfloat16 halves the memory and loses "
+        "updates below 1/256 of a weight",
+        MODEL,
+    )
+    sharding: Literal["fsdp2", "ddp"] | None = flag(
+        None,
+        "several processes: fsdp2 shares out weights, gradients and optimiser states, with ddp each has them all; "
+        "default fsdp2, with --load_in_4bit or a --lora adapter on tied embeddings ddp",
+        MODEL,
+    )
+    load_in_4bit: bool = flag(False, "QLoRA: keep the frozen weights in 4 bits", MODEL)
+    optim: str = flag(
+        "auto",
+        "optimiser of transformers; auto: adamw_bnb_8bit for all weights on one GPU, else adamw_torch_fused",
+        OPTIM,
+    )
+
+
+def sharding(s: LargeSettings) -> str | None:
+    """How the processes share the weights: fsdp2, ddp (each has them all), None where there is one process.
+
+    Raises UsageError where there is no such model, or its weights cannot be shared as asked.
+    """
+    if processes() == 1:
+        return None
+    whole = "its 4-bit weights" if s.load_in_4bit else None
+    if s.lora and not whole and load_config(s).get_text_config().tie_word_embeddings:
+        whole = "an adapter on embeddings that are the output layer's too"  # accelerate shards them twice
+    if s.sharding == "fsdp2" and whole:
+        raise UsageError(f"--sharding fsdp2: cannot share out {whole}; give --sharding ddp")
+    return s.sharding or ("ddp" if whole else "fsdp2")
+
+
+class LargeTrainer(JepaTrainer):
+    """JepaTrainer on a model that FSDP2 shards."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves one whole model; within a checkpoint nothing, which has the shards."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            weights = self.accelerator.get_state_dict(self.model)  # gathered on the main process
+            if self.args.should_save:
+                for name in self.accelerator.unwrap_model(self.model).all_tied_weights_keys or ():
+                    weights.pop(name, None)  # gathered apart from the weight that it is tied to
+                self._save(output_dir or self.args.output_dir, state_dict=weights)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Takes the weights of a checkpoint; they are sharded, so the model has to be first."""
+        if not self.is_fsdp_enabled:
+            super().load_checkpoint(folder)
+        else:
+            self._prepare_for_training(self.state.max_steps or 1, self.get_train_dataloader(), str(folder))
+
+    def merged_model(self) -> Any:
+        """The model with its adapter merged in, from the whole adapter that was saved; on the main process alone."""
+        if not (self.is_fsdp_enabled or self.s.load_in_4bit):
+            return super().merged_model()
+        base = load_model(replace(self.s, lora=False), self.processing_class, dtype=DTYPES["bfloat16"])
+        return PeftModel.from_pretrained(base, self.args.output_dir).merge_and_unload()
+
+
+class Inspection(TrainerCallback):
+    """Looks at the model when its shards are in place, before the first step."""
+
+    def __init__(self, s: LargeSettings, parts: Parts, half: bool):
+        self.s, self.parts, self.half = s, parts, half
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Raises UsageError, on every process, where the model cannot be laid out as asked."""
+        inspect_model(self.s, self.parts, self.half)
+
+
+class Sharded(Engine):
+    """Weights shared out over the processes by FSDP2; of a process alone whole, in the precision asked for."""
+
+    name, doc, settings, trainer = "finetune8bh200.py", __doc__, LargeSettings, LargeTrainer
+
+    def check(self, s: LargeSettings, given: set[str]) -> LargeSettings:
+        """The resolved settings. Raises UsageError naming all that is wrong or inapplicable."""
+        r, several = Refusals(given), processes() > 1
+        shared = sharding(s) if s.model_name else None
+        if s.optim == "auto":
+            alone = torch.cuda.is_available() and not (several or s.lora)
+            s = replace(s, optim="adamw_bnb_8bit" if alone else "adamw_torch_fused")
+        bitsandbytes = "bnb" in s.optim or "8bit" in s.optim
+        missing = importlib.util.find_spec("bitsandbytes") is None
+        r.refuse(bitsandbytes and shared == "fsdp2", f"--optim {s.optim}: not with --sharding fsdp2")
+        r.refuse((bitsandbytes or s.load_in_4bit) and missing, f"--optim {s.optim}: install the package bitsandbytes")
+        r.only_if(s.lora, "load_in_4bit", "only with --lora")
+        r.only_if(not s.lora, "param_dtype", "not with --lora: its adapter is float32, the frozen weights as --dtype")
+        mixed = s.param_dtype == "bfloat16" and s.dtype not in ("auto", "bfloat16")
+        r.refuse(mixed, f"--dtype {s.dtype}: not with --param_dtype bfloat16")
+        r.only_if(several, "sharding", "only with several processes")
+        whole = "eval_generate same_flop torch_compile"
+        r.only_if(shared != "fsdp2", whole, "not with --sharding fsdp2, where no process has the whole model")
+        s = replace(s, sharding=shared)
+        folder = Path(finetune.resolve(s).output_dir)
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (folder / "args.json").is_file():
+            s = replace(s, resume=True, overwrite=False)
+            given = (given | {"resume"}) - {"overwrite"}
+        return finetune.check_settings(s, given, r)
+
+    def half(self, s: LargeSettings, device: torch.device) -> bool:
+        """Whether the Trainer computes in bfloat16 on float32 weights; bfloat16 weights need no autocast."""
+        return super().half(s, device) and s.param_dtype == "float32"
+
+    def computes(self, s: LargeSettings, device: torch.device) -> torch.dtype:
+        """Precision of the computation."""
+        return DTYPES["bfloat16" if s.param_dtype == "bfloat16" or super().half(s, device) else "float32"]
+
+    def load(self, s: LargeSettings, tokenizer: Any, device: torch.device) -> Any:
+        """The model: alone on its device; else on the CPU of the main process, with nothing in it on the others'."""
+        if s.dry_run:
+            return super().load(s, tokenizer, device)
+        shared, dtype = s.sharding == "fsdp2", DTYPES[s.param_dtype]
+        if s.lora:
+            dtype = self.computes(s, device)  # nothing but the adapter, which is float32, takes small steps
+        options: dict[str, Any] = {"dtype": dtype}
+        if s.load_in_4bit:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_quant_storage=dtype,  # FSDP2 shards floating-point tensors alone
+            )  # fmt: skip
+            options["device_map"] = {"": device}
+        elif shared:  # read by transformers: the main process of a node alone reads the weights
+            os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+        model = load_model(s, tokenizer, empty=shared and not PartialState().is_main_process, **options)
+        return model if shared or s.load_in_4bit else model.to(device)
+
+    def inspect(self, s: LargeSettings, parts: Parts) -> None:
+        """Of shards later, by `Inspection`."""
+        if s.sharding != "fsdp2" or s.dry_run:
+            dtype = next(p for p in parts.model.parameters() if p.is_floating_point()).dtype
+            inspect_model(s, parts, half=dtype != torch.float32)
+
+    def arguments(self, s: LargeSettings, bf16: bool, steps: int, device: torch.device) -> TrainingArguments:
+        """The Trainer's own settings."""
+        if s.sharding != "fsdp2":
+            return training_arguments(s, bf16, steps, device)
+        # Activations are recomputed by the model itself: accelerate's way would draw other dropout the second time.
+        arguments = training_arguments(s, bf16, steps, device, sharding={
+            "version": 2,
+            "state_dict_type": "SHARDED_STATE_DICT",
+            "cpu_ram_efficient_loading": True,
+        })  # fmt: skip
+        dtype = self.computes(s, device)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
+        if device.type == "cpu":  # accelerate shards between processes that it takes for ones with GPUs alone
+            arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
+        return arguments
+
+    def callbacks(self, s: LargeSettings, parts: Parts, device: torch.device) -> list[TrainerCallback]:
+        """What follows the training besides the run folder."""
+        return [Inspection(s, parts, self.computes(s, device) != torch.float32)] if s.sharding == "fsdp2" else []
+
+
+if __name__ == "__main__":
+    sys.exit(finetune.main(engine=Sharded()))
