@@ -162,7 +162,7 @@ class Sharded(Engine):
         return DTYPES["bfloat16" if s.param_dtype == "bfloat16" or super().half(s, device) else "float32"]
 
     def load(self, s: LargeSettings, tokenizer: Any, device: torch.device) -> Any:
-        """The model: alone on its device; else on the CPU of the main process, with nothing in it on the others'."""
+        """The model on its device; to be shared out, on the main process's CPU, and the others' without memory."""
         if s.dry_run:
             return super().load(s, tokenizer, device)
         shared, dtype = s.sharding == "fsdp2", DTYPES[s.param_dtype]
@@ -176,8 +176,6 @@ class Sharded(Engine):
                 bnb_4bit_quant_storage=dtype,  # FSDP2 shards floating-point tensors alone
             )  # fmt: skip
             options["device_map"] = {"": device}
-        elif shared:  # read by transformers: the main process of a node alone reads the weights
-            os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
         model = load_model(s, tokenizer, empty=shared and not PartialState().is_main_process, **options)
         return model if shared or s.load_in_4bit else model.to(device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -49,19 +50,35 @@ def load_config(s: Any) -> Any:
         raise UsageError(f"--model_name {s.model_name} cannot be loaded: {first_line(error)}") from None
 
 
+def without_weights(config: Any, **options: Any) -> Any:
+    """A model whose weights come from another process: their memory is set aside and never touched, so it costs none.
+
+    Nor are they on torch's meta device: accelerate tells parameters apart by their addresses.
+    """
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, **options)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device="cpu")
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    model.tie_weights()
+    return model
+
+
 def load_model(s: Any, tokenizer: Any, empty: bool = False, **options: Any) -> Any:
     """The causal language model, its embeddings as long as the tokenizer, with --lora an adapter on top.
 
-    In float32, unless transformers' `options` say otherwise. `empty`: its weights come from another process, so that
-    nothing can be learned from them. Raises UsageError where it cannot be loaded.
+    In float32, unless transformers' `options` say otherwise. `empty`: see `without_weights`. Raises UsageError where it
+    cannot be loaded.
     """
     try:
         options = {"dtype": torch.float32} | options
         if s.attn_implementation:
             options["attn_implementation"] = s.attn_implementation
-        if s.pretrain:
-            config = AutoConfig.from_pretrained(s.model_name, revision=s.revision)
-            model = AutoModelForCausalLM.from_config(config, **options)
+        if empty:
+            model = without_weights(load_config(s), **options)
+        elif s.pretrain:
+            model = AutoModelForCausalLM.from_config(load_config(s), **options)
         else:
             model = load_weights(s.model_name, revision=s.revision, **options)
     except LOADING_ERRORS as error:
