@@ -110,7 +110,8 @@ class Settings:
     revision: str | None = flag(None, "commit of a hub model", MODEL)
     pretrain: bool = flag(False, "start from random weights of the model's shape", MODEL)
     lora: bool = flag(False, "train a LoRA adapter; added tokens' embedding rows train too", MODEL)
-    lora_rank: int = flag(16, "rank of the adapter; alpha is twice the rank, dropout 0.1", MODEL)
+    lora_rank: int = flag(16, "rank of the adapter; alpha is twice the rank", MODEL)
+    lora_dropout: float = flag(0.1, "dropout in front of the adapter", MODEL)
     merge: bool = flag(False, "also write the adapter merged into the model, to OUTPUT_DIR/merged", MODEL)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "precision of the computation, weights stay float32; auto: bfloat16 where the GPU has it", MODEL
@@ -322,7 +323,8 @@ def check_method(s: Settings, r: Refusals) -> None:
 
 def check_training(s: Settings, r: Refusals) -> None:
     """The model, the optimiser and the run."""
-    r.only_if(s.lora, "lora_rank merge", "only with --lora")
+    r.only_if(s.lora, "lora_rank lora_dropout merge", "only with --lora")
+    r.refuse(not 0 <= s.lora_dropout < 1, f"--lora_dropout {s.lora_dropout} is not in 0 to 1")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, whose random base would not be saved")
     r.refuse(s.dtype == "float16" and not torch.cuda.is_available(), "--dtype float16 needs a GPU")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")

@@ -33,7 +33,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments
+from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments, set_seed
 
 import finetune
 from finetune import MODEL, OPTIM, Engine, JepaTrainer, Parts, Refusals, Settings, inspect_model, training_arguments
@@ -83,6 +83,11 @@ def sharding(s: LargeSettings) -> str | None:
     return s.sharding or ("ddp" if whole else "fsdp2")
 
 
+def computes(s: LargeSettings, device: torch.device) -> torch.dtype:
+    """Precision of the computation."""
+    return DTYPES["bfloat16" if s.param_dtype == "bfloat16" or finetune.WHOLE.half(s, device) else "float32"]
+
+
 class LargeTrainer(JepaTrainer):
     """JepaTrainer on a model that FSDP2 shards."""
 
@@ -108,7 +113,8 @@ class LargeTrainer(JepaTrainer):
         """The model with its adapter merged in, from the whole adapter that was saved; on the main process alone."""
         if not (self.is_fsdp_enabled or self.s.load_in_4bit):
             return super().merged_model()
-        base = load_model(replace(self.s, lora=False), self.processing_class, dtype=DTYPES["bfloat16"])
+        set_seed(self.s.finetune_seed)  # the rows of added tokens are drawn again
+        base = load_model(replace(self.s, lora=False), self.processing_class, dtype=computes(self.s, self.args.device))
         return PeftModel.from_pretrained(base, self.args.output_dir).merge_and_unload()
 
 
@@ -157,17 +163,13 @@ class Sharded(Engine):
         """Whether the Trainer computes in bfloat16 on float32 weights; bfloat16 weights need no autocast."""
         return super().half(s, device) and s.param_dtype == "float32"
 
-    def computes(self, s: LargeSettings, device: torch.device) -> torch.dtype:
-        """Precision of the computation."""
-        return DTYPES["bfloat16" if s.param_dtype == "bfloat16" or super().half(s, device) else "float32"]
-
     def load(self, s: LargeSettings, tokenizer: Any, device: torch.device) -> Any:
         """The model on its device; to be shared out, on the main process's CPU, and the others' without memory."""
         if s.dry_run:
             return super().load(s, tokenizer, device)
         shared, dtype = s.sharding == "fsdp2", DTYPES[s.param_dtype]
         if s.lora:
-            dtype = self.computes(s, device)  # nothing but the adapter, which is float32, takes small steps
+            dtype = computes(s, device)  # nothing but the adapter, which is float32, takes small steps
         options: dict[str, Any] = {"dtype": dtype}
         if s.load_in_4bit:
             options["quantization_config"] = BitsAndBytesConfig(
@@ -195,7 +197,7 @@ class Sharded(Engine):
             "state_dict_type": "SHARDED_STATE_DICT",
             "cpu_ram_efficient_loading": True,
         })  # fmt: skip
-        dtype = self.computes(s, device)
+        dtype = computes(s, device)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
         if device.type == "cpu":  # accelerate shards between processes that it takes for ones with GPUs alone
@@ -204,8 +206,13 @@ class Sharded(Engine):
 
     def callbacks(self, s: LargeSettings, parts: Parts, device: torch.device) -> list[TrainerCallback]:
         """What follows the training besides the run folder."""
-        return [Inspection(s, parts, self.computes(s, device) != torch.float32)] if s.sharding == "fsdp2" else []
+        return [Inspection(s, parts, computes(s, device) != torch.float32)] if s.sharding == "fsdp2" else []
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes as of finetune.py."""
+    return finetune.main(argv, Sharded())
 
 
 if __name__ == "__main__":
-    sys.exit(finetune.main(engine=Sharded()))
+    sys.exit(main())

@@ -111,7 +111,7 @@ def add_adapter(model: Any, s: Any, tokenizer: Any) -> Any:
         task_type="CAUSAL_LM",
         r=s.lora_rank,
         lora_alpha=2 * s.lora_rank,
-        lora_dropout=0.1,
+        lora_dropout=s.lora_dropout,
         target_modules=linear or "all-linear",
         # Without this the predictor tokens would stay at their random start.
         trainable_token_indices={embedding: tokenizer.convert_tokens_to_ids(added)} if added else None,

@@ -80,10 +80,13 @@ def parse_flags(settings: type, doc: str, argv: list[str] | None = None) -> tupl
     return settings(**given), set(given)
 
 
-def flag_table(settings: type) -> str:
-    """The README's Markdown table of a settings dataclass."""
+def flag_table(settings: type, beyond: type | None = None) -> str:
+    """The README's Markdown table of a settings dataclass, or of what it has beyond another."""
     lines, types, group = [], typing.get_type_hints(settings), None
+    known = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(beyond)} if beyond else {}
     for f in dataclasses.fields(settings):
+        if known.get(f.name) == (f.default, f.metadata["help"]):
+            continue
         if f.metadata["group"] != group:
             group = f.metadata["group"]
             lines += ["", f"**{group}**", "", "| flag | default | |", "|---|---|---|"]

@@ -131,6 +131,32 @@ def test_micro_batches_are_seeded_by_epoch_and_as_many_for_each_process(tokens):
     assert [i for _, part in ordered for i in part] == [*range(10)]
 
 
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=200), st.integers(1, 9), st.integers(2, 8), st.integers(0, 9))
+def test_processes_exchange_examples_of_what_they_have_at_the_same_time(lengths, batch_size, processes, seed):
+    lengths = np.array(lengths)
+    alone = [part for _, part in segments.MicroBatches(lengths, seed, True, batch_size=batch_size)]
+    dealt = [part for _, part in segments.MicroBatches(lengths, seed, True, processes, batch_size)]
+    assert len(dealt) % processes == 0
+    for start in range(0, len(dealt), processes):
+        before, after = (part[start : start + processes] for part in (alone, dealt))
+        assert sorted(sum(before, [])) == sorted(sum(after, []))
+        assert [len(part) for part in after] == [len(part) for part in before] + [0] * (len(after) - len(before))
+        tokens = [int(lengths[part].sum()) for part in after if len(part) == batch_size]
+        # Who gets the next longest has the fewest tokens among those with room.
+        assert not tokens or max(tokens) - min(tokens) <= lengths[sum(after, [])].max() * batch_size
+
+
+def test_processes_have_about_the_same_tokens():
+    lengths = np.random.default_rng(0).lognormal(4, 0.7, 4096).astype(int) + 5
+
+    def slowest(processes):
+        parts = [part for _, part in segments.MicroBatches(lengths, 1, True, processes, 8)]
+        tokens = np.array([lengths[part].sum() for part in parts]).reshape(-1, 8)
+        return (tokens.max(axis=1) / tokens.mean(axis=1)).mean()
+
+    assert slowest(1) > 1.4 and slowest(8) < 1.05  # dealt out as they come, and balanced
+
+
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=300), st.integers(1, 2000), st.integers(1, 4))
 def test_micro_batches_of_a_token_budget_are_of_like_length(lengths, tokens, processes):
     lengths = np.array(lengths)

@@ -13,15 +13,19 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 import finetune  # noqa: E402
+import finetune8bh200  # noqa: E402
 from runs import build_parser, flag_table  # noqa: E402
 
 SETTINGS = {"finetune": finetune.Settings, "evaluate": evaluate.Settings}
+LARGE = "finetune8bh200"
 
 
 def with_tables(text: str) -> str:
-    """The README's text with both tables made anew."""
-    for name, settings in SETTINGS.items():
-        block = f"<!-- flags: {name} -->\n{flag_table(settings)}<!-- end -->"
+    """The README's text with its tables made anew."""
+    tables = {name: flag_table(settings) for name, settings in SETTINGS.items()}
+    tables[LARGE] = flag_table(finetune8bh200.LargeSettings, beyond=finetune.Settings)
+    for name, table in tables.items():
+        block = f"<!-- flags: {name} -->\n{table}<!-- end -->"
         text = re.sub(rf"<!-- flags: {name} -->\n.*?<!-- end -->", lambda _: block, text, flags=re.S)  # noqa: B023
     return text
 
@@ -36,6 +40,13 @@ def test_flag_tables_are_current():
         shown = readme().split(f"<!-- flags: {name} -->")[1].split("<!-- end -->")[0]
         missing = [o for a in build_parser(settings, "")._actions for o in a.option_strings if f"`{o}`" not in shown]
         assert set(missing) <= {"-h", "--help"}
+
+
+def test_the_table_of_large_models_is_what_they_have_beyond_the_others():
+    shown = readme().split(f"<!-- flags: {LARGE} -->")[1].split("<!-- end -->")[0]
+    assert set(re.findall(r"`--(\w+)`", shown)) == {
+        "gradient_checkpointing", "param_dtype", "sharding", "load_in_4bit", "optim"
+    }  # fmt: skip
 
 
 def test_every_row_of_the_tables_has_three_cells():

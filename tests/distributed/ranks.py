@@ -1,0 +1,105 @@
+"""Starts training jobs of several processes as forks of one that has loaded the libraries already.
+
+    python ranks.py SCRIPT      reads one job a line from stdin, {"processes": n, "argv": […], "environment": {…}}, and
+                                answers each with a line {"codes": […], "errors": "…"}
+
+To start Python and its libraries anew for each process takes ten times as long as to train the tests' models. What
+torchrun itself does is tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def rank_of(number: int, job: dict, port: int, log: str, script: str) -> None:
+    """One process of a job; it ends without the interpreter's own end, which is for processes of their own."""
+    where = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": job["processes"], "LOCAL_WORLD_SIZE": job["processes"]}
+    where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in where.items()} if job["processes"] > 1 else {})
+    os.environ.update(job["environment"])
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = [script, *job["argv"]]
+    code = 1
+    try:
+        code = importlib.import_module(script).main(job["argv"])
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def run(job: dict, script: str, limit: float = 120) -> dict:
+    """A job's exit codes, and what its processes said. One that fails ends the others, as under torchrun."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.NamedTemporaryFile(mode="r", suffix=".log") as log:
+        pids = []
+        for number in range(job["processes"]):
+            pid = os.fork()
+            if not pid:
+                rank_of(number, job, port, log.name, script)
+            pids.append(pid)
+        codes, started = {}, time.monotonic()
+        while len(codes) < len(pids):
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                limit = min(limit, time.monotonic() - started + 1) if codes[pid] else limit
+            if time.monotonic() - started > limit:
+                for other in set(pids) - codes.keys():
+                    os.kill(other, signal.SIGKILL)
+            time.sleep(0.02)
+        return {"codes": [codes[pid] for pid in pids], "errors": log.read()}
+
+
+class Ranks:
+    """This file as a process of its own, for tests: jobs of a script's `main`."""
+
+    def __init__(self, script: str):
+        command = [sys.executable, __file__, script]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, processes: int, *argv: object, **environment: str) -> tuple[list[int], str]:
+        """Exit codes of the processes and what they said."""
+        job = {"processes": processes, "argv": [str(a) for a in argv], "environment": environment}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        return answer["codes"], answer["errors"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def main(script: str) -> None:
+    """Answers jobs until stdin ends."""
+    importlib.import_module(script)
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line), script)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
