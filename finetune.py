@@ -1414,7 +1414,10 @@ def train(s: Settings, state: PartialState, run: Run, engine: Engine) -> None:
     if state.is_main_process:
         log, tokens = trainer.state.log_history, int(trainer.seen_tokens)
         final = {k: v for line in log for k, v in line.items() if k.endswith(FINAL)}
-        run.update("finished", steps=trainer.state.global_step, tokens=tokens, final=final)
+        facts = {"steps": trainer.state.global_step, "tokens": tokens, "final": final}
+        if state.device.type == "cuda":
+            facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()  # on the main process's GPU
+        run.update("finished", **facts)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in final.items())
         _say(f"finished {trainer.state.global_step} steps, {tokens} tokens: {shown}")
     state.wait_for_everyone()  # a process that leaves first would tear the others' connections down
