@@ -31,7 +31,8 @@ NO_SETTING = {"finetune_seed"} | VOLATILE  # what runs of one arm may differ in
 NO_EVALUATION = {"model_name", "input_file", "output_file", "batch_size", "tokens_per_batch"}  # and their evaluations
 VIEWS = {"lbd", "predictors", "last_token", "jepa_l2", "jepa_mse", "infonce", "front_pred", "reverse_pred", "text_view",
          "jepa_ratio", "same_flop"}  # fmt: skip
-METHOD = VIEWS | {"regular", "layout", "additive_mask"}  # what arms that are compared may differ in
+TUBE = {"stp", "stp_lbd", "stp_spans", "stp_part", "stp_max_length", "stp_warmup"}
+METHOD = VIEWS | TUBE | {"regular", "layout", "additive_mask"}  # what arms that are compared may differ in
 ORIGIN = ("git_commit", "git_dirty", "versions", "device", "threads", "processes", "skipped_examples")
 UNKNOWN_CODE = {"git_commit": None, "git_dirty": True}  # never shown to be the same code, equal or not
 
@@ -239,13 +240,15 @@ def labels(arms: list[list[Result]]) -> list[str]:
         for sign, name in () if regular else (("λ", "lbd"), ("k", "predictors")):
             if isinstance(own.get(name), (int, float)):
                 shown.append(f"{sign}={own[name]:g}")
-        hidden = {"regular", "lbd", "predictors", "additive_mask", "scores"} | (VIEWS if regular else set())
+        hidden = {"regular", "lbd", "predictors", "additive_mask", "scores", "stp"} | (VIEWS if regular else set())
         for name, value in sorted(own.items()):
             alike = sum(other.get(name, value) == value for other in described)
             if name not in hidden and alike <= len(described) / 2:  # what most arms have goes without saying
                 text = " ".join(str(value).strip("[']").split())[: 8 if "data" in name else 40]
                 shown += [name] if value is True else [] if value is None or value is False else [f"{name} {text}"]
-        names.append(f"{'regular' if regular else 'JEPA'} {', '.join(shown)}".strip())
+        methods = [] if regular else ["JEPA"]
+        methods += [f"STP {own['stp']}"] if own.get("stp") else []
+        names.append(f"{' + '.join(methods) or 'regular'} {', '.join(shown)}".strip())
     runs = [arm[0].run.name for arm in arms]
     return [n if names.count(n) == 1 else f"{n} ({run})" for n, run in zip(names, runs, strict=True)]
 
@@ -277,7 +280,8 @@ def reference_of(dataset: str, arms: dict[str, list[Result]], against: str | Non
     """
 
     def is_regular(arm: list[Result]) -> bool:
-        return all(part.get("regular") for part in (arm[0].settings, arm[0].made["pretraining"]) if part)
+        parts = (part for part in (arm[0].settings, arm[0].made["pretraining"]) if part)
+        return all(part.get("regular") and not part.get("stp") for part in parts)
 
     if len(arms) == 1 and not against:
         return None

@@ -267,6 +267,19 @@ def test_two_regular_arms_need_a_name(tmp_path, out, capsys):
     assert read(out)["reference"] == "regular learning_rate 0.002"
 
 
+def test_semantic_tube_prediction_is_a_method_and_no_regular_arm(tmp_path, out):
+    tube = {"stp": "geodesic", "stp_lbd": 0.02}
+    runs = both(tmp_path) + synthetic_arm(tmp_path, "stp", REGULAR | tube, FEW)
+    runs += synthetic_arm(tmp_path, "sum", JEPA | tube, FEW)
+    assert main([*runs, "--output_dir", str(out)]) == 0
+    made = read(out)
+    assert list(made["arms"])[:2] == ["regular", "JEPA λ=1, k=1"]
+    assert [name.startswith(("STP geodesic", "JEPA + STP geodesic λ=1, k=1")) for name in made["arms"]][2:] == [
+        True
+    ] * 2
+    assert len({c["arm"] for c in made["comparisons"]}) == 3
+
+
 @pytest.mark.parametrize("against", ["k=1", "jepa-s82", "RUN"])
 def test_against_names_the_reference(tmp_path, out, against):
     runs = both(tmp_path) + synthetic_arm(tmp_path, "more", JEPA | {"predictors": 2}, FEW)
