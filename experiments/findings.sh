@@ -72,8 +72,7 @@ data() {
     export EPOCHS=$((8000 / n)) DATASET=$dataset # 1000 steps
     bash run.sh sweep
     bash run.sh run_regular -- --stp geodesic
-    "$python" report.py runs/"$dataset"-tiny-*-e"$EPOCHS"-s* runs/"$dataset"-tiny-regular-*-e"$EPOCHS"-s*-x* \
-      --output_dir "reports/data-$n"
+    "$python" report.py runs/"$dataset"-tiny-*-e"$EPOCHS"-s* --output_dir "reports/data-$n"
   done
 }
 
