@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,7 @@ def versions() -> dict[str, str]:
 def check_whole(name: str) -> None:
     """Raises UsageError for an adapter: vLLM's own adapters have no rows of added tokens."""
     if (Path(name) / "adapter_config.json").is_file():
-        raise UsageError(
-            f"--engine vllm: {name} is an adapter; give a merged model (finetune.py --merge: {name}/merged)"
-        )
+        raise UsageError(f"--engine vllm: {name} is an adapter; give it merged (finetune.py --merge: {name}/merged)")
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,15 @@ class Worker:
             os.unlink(self._log.name)
             raise
 
+        self._watch = threading.Thread(target=self._end_group, daemon=True)
+        self._watch.start()
+
+    def _end_group(self) -> None:
+        """Ends what the worker leaves behind when it dies: with its pipe open, `hear` would wait for an end of file."""
+        self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def __enter__(self) -> Worker:
         return self
 
@@ -111,9 +119,10 @@ class Worker:
                 pipe.close()
         for sent, seconds in ((0, 0 if kind else PATIENCE), (signal.SIGTERM, PATIENCE), (signal.SIGKILL, None)):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, sent)  # also what it started and left behind
+                os.killpg(self._process.pid, sent)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
+        self._watch.join()
         self._log.close()
         if not self._keep_log:
             os.unlink(self._log.name)
