@@ -78,7 +78,7 @@ for n, (id_, prompt, most) in enumerate(reversed(request["prompts"])):
             "aborted": reply | {"finish_reason": "abort"},
             "too short": reply | {"tokens": said[:1], "finish_reason": "length"},
             "too long": reply | {"tokens": [t for t in said if t not in stops] * 2, "finish_reason": "length"},
-            "not stopped": reply | {"tokens": [*stops[:1], *said], "finish_reason": reason},
+            "not stopped": reply | {"tokens": stops[:1] * 2, "finish_reason": "stop"},
         }.get(trouble, reply))
     say(reply)
 child.kill()
