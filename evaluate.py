@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 import finetune
 import loading
+import vllm_engine
 from examples import Example, ExampleError, Fields, Problems, data_sha256, dataset_name, read_examples, split_examples
 from generation import Generation, choose, encode_choices, generate, stop_ids, tokenise
 from predictions import agreed, begin_output, check_free, collect, owner, processes, read_rows, write_rows
@@ -57,6 +58,10 @@ class Settings:
     load_in_8bit: bool = flag(False, "weights in 8 bits (needs the package bitsandbytes)", MODEL)
     load_in_4bit: bool = flag(False, "weights in 4 bits (needs the package bitsandbytes)", MODEL)
     device_map: str | None = flag(None, "spread the model over devices (auto, balanced …) instead of one", MODEL)
+    engine: Literal["transformers", "vllm"] = flag(
+        "transformers", "what generates; vllm: in an environment of its own, made by setup.sh --vllm", MODEL
+    )
+    tensor_parallel_size: int = flag(1, "--engine vllm: GPUs that share the model's layers", MODEL)
 
     input_file: str | None = flag(
         None,
@@ -126,8 +131,10 @@ class Settings:
 SINGLE = "device_map score_only score_gold similarity t_sne export_embeddings"  # flags of a single process
 ANSWERING = "task spider_path max_new_tokens startswith split_tune_untune"  # flags that embedding has not
 LOADING = ("model_name original_model_name revision dtype attn_implementation load_in_8bit load_in_4bit device_map "
-           "batch_size tokens_per_batch max_new_tokens plain split_tune_untune similarity t_sne "
-           "export_embeddings")  # fmt: skip
+           "engine tensor_parallel_size batch_size tokens_per_batch max_new_tokens plain split_tune_untune similarity "
+           "t_sne export_embeddings")  # fmt: skip
+NOT_VLLM = ("attn_implementation load_in_8bit load_in_4bit device_map batch_size tokens_per_batch similarity t_sne "
+            "export_embeddings")  # fmt: skip
 
 
 def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings:
@@ -141,6 +148,11 @@ def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings
     r.only_if(not s.score_only, LOADING, "not with --score_only, which uses no model")
     r.only_if(not s.score_gold, LOADING + " output_file overwrite", "not with --score_gold, which writes nothing")
     r.only_if(processes == 1, SINGLE, "not under torchrun, whose processes share out rows to answer")
+    vllm = s.engine == "vllm"
+    r.refuse(vllm and processes > 1, "--engine vllm: not under torchrun; several GPUs by --tensor_parallel_size")
+    r.only_if(not vllm, NOT_VLLM, "not with --engine vllm")
+    r.only_if(vllm, "tensor_parallel_size", "only with --engine vllm")
+    r.refuse(s.tensor_parallel_size < 1, f"--tensor_parallel_size {s.tensor_parallel_size} is not positive")
     r.refuse(s.load_in_8bit and s.load_in_4bit, "give one of --load_in_8bit and --load_in_4bit")
     missing = (s.load_in_8bit or s.load_in_4bit) and importlib.util.find_spec("bitsandbytes") is None
     r.refuse(missing, f"--load_in_{8 if s.load_in_8bit else 4}bit: install the package bitsandbytes first")
@@ -168,6 +180,8 @@ def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings
     elif task in TASKS:
         r.only_if(TASKS[task].needs_databases, "spider_path", f"not with task {task}")
         r.only_if(not TASKS[task].choices, "max_new_tokens", f"task {task} generates nothing")
+        likelihoods = vllm and TASKS[task].choices and not s.embeds
+        r.refuse(bool(likelihoods), f"--engine vllm: task {task} compares likelihoods; give --engine transformers")
     output = check_output(s, r)
     if r:
         raise UsageError("\n".join(r))
@@ -233,16 +247,12 @@ def check_run(name: str, s: Settings) -> dict[str, Any]:
     return trained
 
 
-def load(name: str, s: Settings) -> tuple[Any, Renderer]:
-    """The model, on its device and in evaluation mode, and the renderer of its prompts and views.
+def load_renderer(name: str, s: Settings, base: str) -> Renderer:
+    """The renderer of a model's prompts and views; `base` has the tokenizer of an adapter that has none.
 
-    Raises UsageError for an unfinished run, a run trained in the other format, or a model that cannot be loaded.
+    Raises UsageError for an unfinished run or a run trained in the other format.
     """
     folder, trained = Path(name), check_run(name, s)
-    adapter = (folder / "adapter_config.json").is_file()
-    base = name
-    if adapter:
-        base = s.original_model_name or read_json(folder / "adapter_config.json")["base_model_name_or_path"]
     has_tokenizer = (folder / "tokenizer_config.json").is_file() or not folder.is_dir()
     flags = ("predictors", "front_pred", "reverse_pred", "last_token", "text_view") if s.embeds else ()
     views = {k: trained[k] for k in flags if k in trained}
@@ -250,9 +260,20 @@ def load(name: str, s: Settings) -> tuple[Any, Renderer]:
         model_name=name if has_tokenizer else s.original_model_name or base, revision=s.revision, plain=s.plain,
         max_length=sys.maxsize, lm_labels="answer_text" if s.task and TASKS[s.task].choices else "answer", **views,
     )  # fmt: skip
-    tokenizer = loading.load_tokenizer(render_as, predictors=False)
-    renderer = Renderer(tokenizer, render_as)
-    options, device = load_options(s)
+    return Renderer(loading.load_tokenizer(render_as, predictors=False), render_as)
+
+
+def load(name: str, s: Settings) -> tuple[Any, Renderer]:
+    """The model, on its device and in evaluation mode, and its renderer.
+
+    Raises UsageError as load_renderer does, or for a model that cannot be loaded.
+    """
+    folder, base = Path(name), name
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter:
+        base = s.original_model_name or read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+    renderer = load_renderer(name, s, base)
+    tokenizer, (options, device) = renderer.tokenizer, load_options(s)
     set_seed(42)  # rows of tokens that a model lacks (--plain) are drawn at random
     try:
         if adapter and s.revision is None:
@@ -267,6 +288,13 @@ def load(name: str, s: Settings) -> tuple[Any, Renderer]:
     except loading.LOADING_ERRORS as error:
         raise UsageError(f"--model_name {name} cannot be loaded: {first_line(error)}") from None
     return (model if "device_map" in options else model.to(device)).eval(), renderer
+
+
+def describe(name: str, s: Settings) -> tuple[Any, Renderer]:
+    """As `load`, with what the model's configuration tells in place of its weights, which vLLM loads."""
+    vllm_engine.check_whole(name)
+    renderer = load_renderer(name, s, name)
+    return vllm_engine.Described.read(name, s.revision, str(load_options(s)[0]["dtype"]), renderer), renderer
 
 
 def load_options(s: Settings) -> tuple[dict[str, Any], str]:
@@ -362,20 +390,25 @@ def answer(
     """
     with contextlib.ExitStack() as stack:
         with agreed():  # whatever is wrong with the examples is refused before anything is replaced
-            (model, renderer), choices = load(name, s), TASKS[s.task].choices
+            choices, vllm = TASKS[s.task].choices, s.engine == "vllm"
+            model, renderer = (describe if vllm else load)(name, s)
             if choices:
                 examples, encoded = encode_choices(model, renderer, examples, choices, problems)
-                answers = partial(choose, model, renderer, examples, choices, s.batch_size, encoded=encoded)
+                answers = partial(choose, model, renderer, examples, choices, s.batch_size, encoded=encoded,
+                                  tokens_per_batch=s.tokens_per_batch)  # fmt: skip
             else:
                 examples, prompts = tokenise(model, renderer, examples, problems)
                 stop_ids(model, renderer)
-                answers = partial(generate, model, renderer, examples, s.batch_size, s.max_new_tokens, prompts=prompts)
+                answers = partial(generate, model, renderer, examples, s.batch_size, s.max_new_tokens, prompts=prompts,
+                                  tokens_per_batch=s.tokens_per_batch)  # fmt: skip
             if not examples:
                 raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
             score = stack.enter_context(scorer(s, examples))
+            if vllm:
+                answers = stack.enter_context(vllm_engine.started(model, renderer, examples, prompts, s))
 
         def scored(done: set[int], share: tuple[int, int]) -> Iterator[list[dict[str, Any]]]:
-            for batch in answers(done=done, tokens_per_batch=s.tokens_per_batch, share=share):
+            for batch in answers(done=done, share=share):
                 yield [scored_row(example, answer, score) for example, answer in batch]
 
         return collect(path, identity, s.overwrite, len(examples), scored)
@@ -432,7 +465,9 @@ def run(s: Settings) -> None:
             identity["databases_sha256"] = folder_sha256(databases)
         if s.output_file and not s.embeds:
             check_free(Path(s.output_file), s.overwrite)
+        versions = vllm_engine.versions() if s.engine == "vllm" else {}
     record = provenance({}) | identity
+    record["versions"] |= versions
     if s.embeds:
         return run_embeddings(s, examples, record, problems)
     if s.score_gold:

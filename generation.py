@@ -48,6 +48,20 @@ def context(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def longest_answers(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+    """Most tokens that may follow each prompt: max_new_tokens (−1: any number), within the model's context."""
+    limit, most = context(model), sys.maxsize if max_new_tokens == -1 else max_new_tokens
+    return [min(most, limit - len(p)) if limit else min(most, 8192) for p in prompts]
+
+
+def answer_of(renderer: Renderer, tokens: list[int], stops: list[int]) -> Generation:
+    """The answer that generated tokens are, up to and with the first stop token."""
+    stopped = tokens[-1] in stops
+    text = tokens[:-1] if stopped else tokens
+    text = renderer.tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Generation(text, "stop" if stopped else "length")
+
+
 @dataclass(frozen=True)
 class Prefix:
     """Tokens that all prompts begin with (the system turn, mostly), and the cache that a model has behind them."""
@@ -127,9 +141,8 @@ def next_tokens(
     Generation goes in rounds, each twice as long as the one before. Between them the rows that are done leave the
     batch, so that a long answer does not keep the short ones in it.
     """
-    pad, stops, limit = renderer.tokenizer.pad_token_id, stop_ids(model, renderer), context(model)
-    most = sys.maxsize if max_new_tokens == -1 else max_new_tokens
-    room = [min(most, limit - len(p)) if limit else min(most, 8192) for p in prompts]
+    pad, stops = renderer.tokenizer.pad_token_id, stop_ids(model, renderer)
+    room = longest_answers(model, prompts, max_new_tokens)
     rows: list[list[int]] = [[] for _ in prompts]
     live, inputs, length = list(range(len(prompts))), padded(prompts, pad, prefix, model.device), ROUND
     while live:
@@ -175,13 +188,9 @@ def generate_batch(
 
     Each is at most max_new_tokens long (−1: any length) and ends with the model's context.
     """
-    stops, answers = stop_ids(model, renderer), []
-    for row in next_tokens(model, renderer, prompts, max_new_tokens, prefix):
-        stopped = row[-1] in stops
-        text = row[:-1] if stopped else row
-        text = renderer.tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        answers.append(Generation(text, "stop" if stopped else "length"))
-    return answers
+    stops = stop_ids(model, renderer)
+    rows = next_tokens(model, renderer, prompts, max_new_tokens, prefix)
+    return [answer_of(renderer, row, stops) for row in rows]
 
 
 def tokenise(

