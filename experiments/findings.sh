@@ -50,7 +50,7 @@ controls() {
     [ -f "$run/eval/synth/metrics.json" ] || "$python" evaluate.py --model_name "$run" --input_file datasets/synth_test.jsonl
   done
   corrected=$(printf '%s\n' --pretrain "${flags[@]}" | sha256sum | cut -c1-8) # run.sh's mark of these flags
-  "$python" report.py runs/*-tiny-no-pad-*-x"$corrected" --output_dir reports/controls --allow train_file data
+  "$python" report.py runs/*-tiny-no-pad-*-x"$corrected" --output_dir reports/controls --allow train_file train_data evaluation.threads
 }
 
 stopping() {
