@@ -40,10 +40,10 @@ def read(run: Path) -> tuple[dict, dict, dict[str, dict]]:
     for path, metrics in evaluations.items():
         field(metrics["settings"], "input_file", str, path)
         for name in score_names(metrics):
-            bounds = field(metrics["ci95"], name, list, path)
-            low, value, high = (percent({name: x}, name, path) for x in (bounds[0], metrics.get(name), bounds[-1]))
-            if not low <= value <= high:
-                raise UsageError(f"{path}: {name} {metrics[name]} is outside its interval {bounds}")
+            interval = field(metrics["ci95"], name, list, path)
+            points = sorted(percent({name: x}, name, path) for x in (*interval, metrics.get(name)))
+            if len(interval) != 2 or abs(points[1] - 100 * metrics[name]) > 1e-6:
+                raise UsageError(f"{path}: {name} is {metrics[name]}, its interval {interval}")
     return settings, record, {path.parent.name: metrics for path, metrics in evaluations.items()}
 
 
