@@ -47,9 +47,10 @@ def arm_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for key in sorted({run["key"] for run in runs}):
         mine = [run for run in runs if run["key"] == key]  # the first of them stands for the cell
         values = {run["seed"]: run["scores"][run["score"]] for run in mine}
+        mean = round(statistics.fmean(values.values()), 12)  # .1 + .2 is .15 + .15, whatever floats make of it
         cells.append(
             dict(zip(KEY, key, strict=False))
-            | {"score": statistics.fmean(values.values()), "by_seed": values, "n_seeds": len(values)}
+            | {"score": mean, "by_seed": values, "n_seeds": len(values)}
             | {"others": [run["scores"] for run in mine], "runs": [run["run"] for run in mine]}
         )
     best = max(cell["score"] for cell in cells)
