@@ -10,6 +10,8 @@ PAPER_K="0 1 2 3 4" PAPER_LBD=".5 1 2 4" PAPER_RATES="1e-5 2e-5 4e-5 8e-5"
 TINY_RATES="5e-4 1e-3 2e-3 4e-3"                                   # the paper's half, once, twice and four times its 2e-5
 PAPER_FLAGS=(--lm_labels reference --max_length 512 --batch_size 4 --grad_accum 4 --lr_scheduler_type linear
   --warmup_steps 0 --weight_decay 0 --adam_beta2 0.999 --max_grad_norm 1 --dtype auto) # PROTOCOL=paper
+# What run8bh200.sh sets otherwise, besides the functions it replaces.
+SCRIPT=${0##*/} TRAINER=finetune.py USUAL_MODEL=$TINY USUAL_PREDICTORS=1 USUAL_LBD=1 NODES=1 LOG_MARK=""
 
 usage() {
   cat <<HELP
@@ -63,7 +65,7 @@ $TINY $TINY_RATES); SWEEP_SEED (42; of several the mean decides); EVAL_SPLIT (0.
 HELP
 }
 
-fail() { printf 'run.sh: error: %s\n' "$1" >&2; exit "${2:-2}"; }
+fail() { printf '%s: error: %s\n' "$SCRIPT" "$1" >&2; exit "${2:-2}"; }
 
 tree() { # process $1 and all below it
   local child
@@ -78,7 +80,7 @@ stop() { # ends every process started here, torchrun's workers too, then the scr
   kill -TERM $pids 2>/dev/null || true
   for _ in {1..50}; do kill -0 $pids 2>/dev/null && sleep 0.1 || break; done # 5 s to go by themselves
   kill -KILL $pids 2>/dev/null || true
-  printf 'run.sh: stopped; the same command goes on from here\n' >&2
+  printf '%s: stopped; the same command goes on from here\n' "$SCRIPT" >&2
   exit "$1"
 }
 
@@ -91,7 +93,7 @@ reap() { # waits for one of the jobs to end; one that failed ends the others
       ! kill -0 "${pids[i]}" 2>/dev/null || continue
       wait "${pids[i]}" || code=$?
       [ "$code" -eq 0 ] || {
-        printf 'run.sh: error: a run ended with exit code %s; the end of its log %s:\n' "$code" "${logs[i]}"
+        printf '%s: error: a run ended with exit code %s; the end of its log %s:\n' "$SCRIPT" "$code" "${logs[i]}"
         tail -n 5 "${logs[i]}" | tr '\r' '\n' | tail -n 5
         stop "$code"
       } >&2
@@ -105,7 +107,7 @@ reap() { # waits for one of the jobs to end; one that failed ends the others
 finish() { while [ "${#pids[@]}" -gt 0 ]; do reap; done; } # waits for all jobs
 
 job() { # runs the command behind run folder $1, at once or in the background with a log
-  local log=${RUNS_DIR:-runs}/.logs/${1##*/}.log
+  local log=${RUNS_DIR:-runs}/.logs/${1##*/}$LOG_MARK.log
   if [ "$quiet$jobs" = 1 ]; then
     "${@:2}"
     return
@@ -127,7 +129,7 @@ once() { printf '%s\n' ${1//,/ } | awk '!seen[$1]++'; } # the words of a list, e
 
 settings() { # from the arguments, the environment and the defaults
   local usual_lr=2e-5 usual_epochs=4
-  setting model '[^-].*' "${1:-}" "${MODEL:-}" "$TINY"
+  setting model '[^-].*' "${1:-}" "${MODEL:-}" "$USUAL_MODEL"
   setting protocol '(paper)?' "${PROTOCOL:-}" ""
   model=${model%/}
   [ "$model" != "$TINY" ] || usual_lr=$TINY_LR usual_epochs=$TINY_EPOCHS usual_flags=("${TINY_FLAGS[@]}")
@@ -135,9 +137,9 @@ settings() { # from the arguments, the environment and the defaults
   setting learning_rate "$number" "${2:-}" "${LR:-}" "${LEARNING_RATE:-}" "$usual_lr"
   setting epochs "$number" "${3:-}" "${EPOCHS:-}" "$usual_epochs"
   setting last_token '(-?[0-9]+)?' "${4:-}" "${LAST_TOKEN:-}" ""
-  setting predictors "$whole" "${5:-}" "${PREDICTORS:-}" 1
+  setting predictors "$whole" "${5:-}" "${PREDICTORS:-}" "$USUAL_PREDICTORS"
   setting seeds "[, ]*($whole)([, ]+($whole))*[, ]*|all" "${6:-}" "${SEEDS:-}" all
-  setting lbd "$number" "${7:-}" "${LBD:-}" 1
+  setting lbd "$number" "${7:-}" "${LBD:-}" "$USUAL_LBD"
   setting datasets '[A-Za-z0-9_][A-Za-z0-9_.,-]*' "${8:-}" "${DATASET:-}" "$usual_dataset"
   setting processes '[1-9][0-9]*' "${NPROC:-}" 1
   setting pretrain_arm 'jepa|regular' "${ARM:-}" jepa
@@ -173,7 +175,7 @@ unchanged() { # whether results file $1 was made from data file $2
 
 folder_name() { # of seed $1, which may be empty, with the extra flags: different settings never share a folder
   local name=$dataset-${model##*/}-$method$details-e$epochs${protocol:+-$protocol}$validation${1:+-s$1}
-  [ "$processes" -eq 1 ] || name+=-p$processes
+  [ "$((processes * NODES))" -eq 1 ] || name+=-p$((processes * NODES))
   [ $# -eq 1 ] || name+=-x$(printf '%s\n' "${@:2}" | checksum | cut -c1-8)
   printf '%s\n' "$name"
 }
@@ -192,12 +194,22 @@ usual() { # fills `standard` with the usual flags that the extra flags neither g
   [[ $protocol$method != paperjepa || " $* " =~ " --grad_accum"[=" "]"1 " ]] || standard+=(--reference_grad_scale)
 }
 
-train() { # seed $1 into run folder $2 with the extra flags that follow
-  local launch=("$python") command standard threads=$(($(getconf _NPROCESSORS_ONLN) / processes / jobs))
-  [ "$processes" -eq 1 ] || launch=(env "OMP_NUM_THREADS=$((threads ? threads : 1))" "$python" -m torch.distributed.run
+threads_of_each() { # of this node's processes
+  local threads=$(($(getconf _NPROCESSORS_ONLN) / processes / jobs))
+  printf 'OMP_NUM_THREADS=%s\n' "$((threads ? threads : 1))"
+}
+
+launcher() { # fills `launch` with what starts the processes of a training; run folder
+  launch=("$python")
+  [ "$processes" -eq 1 ] || launch=(env "$(threads_of_each)" "$python" -m torch.distributed.run
     --standalone --nproc_per_node "$processes")
+}
+
+train() { # seed $1 into run folder $2 with the extra flags that follow
+  local launch command standard
+  launcher "$2"
   usual "${@:3}"
-  command=(finetune.py "${rows[@]}" --model_name "$model" --learning_rate "$learning_rate")
+  command=("$TRAINER" "${rows[@]}" --model_name "$model" --learning_rate "$learning_rate")
   command+=(--num_epochs "$epochs" --finetune_seed "$1" "${flags[@]}" ${standard[@]+"${standard[@]}"})
   [ "$model" != "$TINY" ] || command+=(--pretrain)
   command+=(--output_dir "$2")
@@ -224,14 +236,22 @@ check_scoring() { # once, refuses test rows that cannot be scored before hours a
     fail "$test_file cannot be scored" "$?"
 }
 
+answerer() { launch=("$python"); } # fills `launch` with what starts an evaluation
+
 evaluate() { # run folder, extra flags of its training
+  local launch
+  answerer
   scoring "${@:2}"
   [[ " ${*:2} ${flags[*]} " != *" --plain "* ]] || score+=(--plain)
   [ "$arm" != run_pretrain ] || score+=(--startswith)
-  supervise "$python" evaluate.py --model_name "$1" "${score[@]}" >/dev/null # its table: a seed's line says the same
+  supervise "${launch[@]}" evaluate.py --model_name "$1" "${score[@]}" >/dev/null # its table: a seed's line says the same
 }
 
 finished() { grep -qs '"status": "finished"' "$1/run.json"; }
+
+ended() { finished "$1"; } # whether a training that has just ended says that it is finished
+
+before_training() { check_scoring "$@"; } # extra flags; before the first run that is not finished
 
 train_seed() { # seed, run folder, extra flags; unless it is done
   [ ! -f "$2/args.json" ] || grep -qF "\"model_name\": \"$model\"" "$2/args.json" ||
@@ -240,7 +260,7 @@ train_seed() { # seed, run folder, extra flags; unless it is done
     unchanged "$2/run.json" "$train_file" || fail "$train_file is not what $2 was trained on; choose another RUNS_DIR"
   else
     train "$@" || fail "training of seed $1 ended with exit code $?: $2" "$?"
-    finished "$2" || fail "training of seed $1 ended unfinished: $2" 1
+    ended "$2" || fail "training of seed $1 ended unfinished: $2" 1
   fi
 }
 
@@ -266,7 +286,7 @@ run_datasets() { # seed, extra flags
     data "$name"
     folder=$(run_folder "$@")
     runs+=("$folder")
-    finished "$folder" || check_scoring "${@:2}"
+    finished "$folder" || before_training "${@:2}"
     job "$folder" run_seed "$1" "$folder" "${@:2}"
   done
 }
@@ -291,6 +311,10 @@ run_pretrain() { # seed, extra flags of the pretraining
   run_datasets "$1" ${later[@]+"${later[@]}"}
 }
 
+conclude() { # extra flags
+  if [[ $arm = run_* ]]; then "$python" report.py "${runs[@]}"; else report "$@"; fi
+}
+
 main() {
   local arm=${1:-} given=() extra=() later=() runs=() pids=() logs=() checked="" validation="" quiet="" seed
   local usual_dataset=synth usual_flags=() whole='0|[1-9][0-9]*' number='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?'
@@ -302,7 +326,7 @@ main() {
   [[ $arm = run_* ]] || { quiet=yes && . ./compare.sh && as_of_run_jepa; }
   [ "${#given[@]}" -le 8 ] || fail "too many arguments: $arm takes 8, the next is '${given[8]}'"
   [ $# -eq 0 ] || shift # the --
-  [[ ! " $* " =~ " "--(output_dir|dry_run)[=" "] ]] || fail "--${BASH_REMATCH[1]} is not for run.sh; call finetune.py"
+  [[ ! " $* " =~ " "--(output_dir|dry_run)[=" "] ]] || fail "--${BASH_REMATCH[1]} is not for $SCRIPT; call $TRAINER"
   while [ $# -gt 0 ] && [ "$1" != -- ]; do extra+=("$1") && shift; done
   [ $# -eq 0 ] || [ "$arm" = run_pretrain ] || fail "a second -- is for run_pretrain alone"
   [ $# -eq 0 ] || later=("${@:2}")
@@ -324,7 +348,7 @@ main() {
   [ "$arm" != sweep ] || pick ${extra[@]+"${extra[@]}"}
   for seed in $seeds; do "$arm" "$seed" ${extra[@]+"${extra[@]}"}; done
   finish
-  if [[ $arm = run_* ]]; then "$python" report.py "${runs[@]}"; else report ${extra[@]+"${extra[@]}"}; fi
+  conclude ${extra[@]+"${extra[@]}"}
 }
 
-main "$@"
+[ "${BASH_SOURCE[0]}" != "$0" ] || main "$@"
