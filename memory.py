@@ -2,8 +2,9 @@
 
     python memory.py --model_name meta-llama/Llama-3.1-8B-Instruct --tokens 4096 --gpus 1,8,16
 
-The config alone is read. With P parameters of w bytes (--param_dtype: 4 or 2), of which Q trained ones, and W GPUs that
-shard every tensor along its first dimension (FSDP2), each GPU holds
+The config alone is read. With P parameters of w bytes (--param_dtype: 4 or 2; under LoRA 2), of which Q trained ones,
+and W GPUs that shard every tensor along its first dimension (FSDP2; with 4-bit weights, or tied embeddings under LoRA,
+each has them all, as if W were 1), each GPU holds
 
     weights        P·w / W        a 4-bit weight: 0.5 bytes + 4 for each block of 64; LoRA's own: 4
     gradients      Q·w / W        reduced after each micro-batch
@@ -57,8 +58,8 @@ class Recipe:
     lora_rank: int = flag(16, "rank of the adapter", MODEL)
     predictors: int = flag(0, "predictor tokens, whose embedding rows train with LoRA", MODEL)
     load_in_4bit: bool = flag(False, "base in 4 bits, with --lora", MODEL)
-    param_dtype: Literal["float32", "bfloat16"] = flag("bfloat16", "precision in which weights are held", MODEL)
-    optim: str = flag("adamw_torch_fused", "an AdamW of torch, or of 8 bits (adamw_bnb_8bit)", MODEL)
+    param_dtype: Literal["float32", "bfloat16"] = flag("float32", "precision of trained weights", MODEL)
+    optim: str = flag("auto", "an AdamW of torch, or of 8 bits (adamw_bnb_8bit); auto as in finetune8bh200.py", MODEL)
     batch_size: int = flag(4, "examples a micro-batch and GPU", BATCH)
     max_length: int = flag(512, "longest chat in tokens", BATCH)
     regular: bool = flag(False, "no views: an example is its chat, else twice as many tokens", BATCH)
@@ -94,7 +95,11 @@ def check(r: Recipe) -> list[int]:
     wrong += [f"--tokens {r.tokens} is negative"] if r.tokens < 0 else []
     wrong += ["--load_in_4bit: only with --lora"] if r.load_in_4bit and not r.lora else []
     wrong += [f"--gpus {r.gpus} are not positive numbers with commas"] if min(gpus) < 1 else []
-    wrong += [f"--optim {r.optim}: its state is not known here, an AdamW's is"] if "adamw" not in r.optim else []
+    wrong += (
+        [f"--optim {r.optim}: its state is not known here, an AdamW's is"]
+        if "adamw" not in r.optim and r.optim != "auto"
+        else []
+    )
     if wrong:
         raise UsageError("\n".join(wrong))
     return gpus
@@ -164,7 +169,9 @@ def layer_activations(decoder: Any, layer: Any, tokens: int) -> int:
 
 def adapted(model: Any, r: Recipe) -> Any:
     """The model under the adapter that the training puts on it, and its rows of predictor tokens."""
-    s = SimpleNamespace(lora_rank=r.lora_rank, predictors=r.predictors, jepa=not r.regular, plain=False, revision=None)
+    s = SimpleNamespace(
+        lora_rank=r.lora_rank, lora_dropout=0.0, predictors=r.predictors, jepa=not r.regular, plain=False, revision=None
+    )
     tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda tokens: list(range(len(tokens))))
     with torch.device("meta"):
         return add_adapter(model, s, tokenizer)
@@ -176,7 +183,7 @@ def pieces(model: Any, whole: Any, r: Recipe) -> list[Piece]:
     head, embedding = (f().weight for f in (model.get_output_embeddings, model.get_input_embeddings))
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     base = {id(m.weight) for m in model.get_decoder().modules() if type(m) is torch.nn.Linear} - {id(head)}
-    held = {"float32": 4, "bfloat16": 2}[r.param_dtype]
+    held = 2 if r.lora else {"float32": 4, "bfloat16": 2}[r.param_dtype]
     found = []
     for p in whole.parameters():
         trained, quantised = p.requires_grad, r.load_in_4bit and not p.requires_grad and id(p) in base
@@ -189,9 +196,14 @@ def pieces(model: Any, whole: Any, r: Recipe) -> list[Piece]:
     return found
 
 
-def moments(piece: Piece, elements: int, r: Recipe) -> float:
+def optimiser(r: Recipe, gpus: int) -> str:
+    """What --optim auto stands for on so many GPUs."""
+    return r.optim if r.optim != "auto" else "adamw_bnb_8bit" if gpus == 1 and not r.lora else "adamw_torch_fused"
+
+
+def moments(piece: Piece, elements: int, optim: str) -> float:
     """Bytes of AdamW's two moments of so many elements of a trained parameter."""
-    if "8bit" not in r.optim:
+    if "8bit" not in optim:
         return 2 * elements * piece.bytes
     if piece.embedding or piece.numel < 4096:
         return 8 * elements
@@ -206,21 +218,22 @@ def units(found: list[Piece], size: Any) -> dict[int, float]:
     return sums
 
 
-def on_gpus(found: list[Piece], r: Recipe, gpus: int, hidden: int, working: int) -> dict[str, Any]:
-    """Bytes on the fullest of so many GPUs, and of the files that each of them writes."""
+def on_gpus(found: list[Piece], r: Recipe, gpus: int, parts: int, hidden: int, working: int) -> dict[str, Any]:
+    """Bytes on the fullest of so many GPUs, which share the weights out in so many parts, and of each one's files."""
+    optim = optimiser(r, gpus)
     trained = [p for p in found if p.trained]
     whole = units(found, lambda p: p.numel * (p.bytes if p.quantised else 2))
     layers = sorted((n for unit, n in whole.items() if unit != ROOT_UNIT), reverse=True)
     need = {
-        "weights": sum(p.shard(gpus) * p.bytes for p in found),
-        "gradients": sum(p.shard(gpus) * p.bytes for p in trained),
-        "optimiser": sum(moments(p, p.shard(gpus), r) for p in trained),
-        "gathered": whole[ROOT_UNIT] + sum(layers[:2]) if gpus > 1 else sum(2 * p.numel for p in found if p.cast),
-        "reduced": 6 * max(units(trained, lambda p: p.numel).values()) if gpus > 1 else 0,
+        "weights": sum(p.shard(parts) * p.bytes for p in found),
+        "gradients": sum(p.shard(parts) * p.bytes for p in trained),
+        "optimiser": sum(moments(p, p.shard(parts), optim) for p in trained),
+        "gathered": whole[ROOT_UNIT] + sum(layers[:2]) if parts > 1 else sum(2 * p.numel for p in found if p.cast),
+        "reduced": 6 * max(units(trained, lambda p: p.numel).values()) if parts > 1 else 0,
         "hidden": hidden,
         "working": working,
     }
-    shards = sum(p.shard(gpus) * p.bytes + moments(p, p.shard(gpus), r) for p in trained)
+    shards = sum(p.shard(parts) * p.bytes + moments(p, p.shard(parts), optim) for p in trained)
     peak = MARGIN * sum(need.values()) + RESERVE
     return {"gpus": gpus} | {n: int(b) for n, b in need.items()} | {"peak": int(peak), "checkpoint_shard": int(shards)}
 
@@ -233,7 +246,8 @@ def plan(r: Recipe) -> dict[str, Any]:
     tokens = r.tokens or r.batch_size * r.max_length * (1 if r.regular else 2)  # both views are parts of the chat
     config, layers = model.config.get_text_config(), decoder_layers(model)
     found = pieces(model, whole, r)
-    width = 4 if r.param_dtype == "float32" else 2
+    width = 2 if r.lora or r.param_dtype == "bfloat16" else 4
+    copies = r.load_in_4bit or (r.lora and config.tie_word_embeddings)  # where finetune8bh200.py shares out nothing
     hidden = (len(layers) + 1) * tokens * config.hidden_size * width + 3 * tokens * min(tokens, 4096)
     logits = min(tokens, max(1, SLICE // config.vocab_size)) * config.vocab_size
     working = max(layer_activations(model.get_decoder(), layers[-1], tokens), 16 * logits)
@@ -247,9 +261,9 @@ def plan(r: Recipe) -> dict[str, Any]:
         "tokens": tokens,
         "largest_layer": max(n for unit, n in elements.items() if unit != ROOT_UNIT),
         "root_unit": elements[ROOT_UNIT],
-        "checkpoint": int(sum(p.numel * p.bytes + moments(p, p.numel, r) for p in trained)),
+        "checkpoint": int(sum(p.numel * p.bytes + moments(p, p.numel, optimiser(r, max(gpus))) for p in trained)),
         "saved_model": int(sum(p.numel * p.bytes for p in saved)),
-        "on": [on_gpus(found, r, n, hidden, working) for n in gpus],
+        "on": [on_gpus(found, r, n, 1 if copies else n, hidden, working) for n in gpus],
     }
 
 

@@ -36,7 +36,7 @@ def shape(folder: Path, **values) -> str:
 
 @pytest.mark.parametrize(("values", "parameters"), [(LLAMA_8B, 8_030_261_248), (LLAMA_1B, 1_235_814_400)])
 def test_parameters_of_the_published_models(tmp_path, values, parameters):
-    found = memory.plan(Recipe(model_name=shape(tmp_path, **values), param_dtype="float32"))
+    found = memory.plan(Recipe(model_name=shape(tmp_path, **values), optim="adamw_torch_fused"))
     assert found["parameters"] == found["trainable"] == parameters
     assert found["saved_model"] == found["on"][0]["weights"] == 4 * parameters
     assert found["on"][0]["gradients"] == 4 * parameters and found["on"][0]["optimiser"] == 8 * parameters
@@ -77,7 +77,8 @@ def test_bytes_are_those_of_a_model_trained_a_step(tmp_path, dtype, tied):
     model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     optimiser.step()
     moments = [t for s in optimiser.state.values() for n, t in s.items() if n != "step"]
-    one = memory.plan(Recipe(model_name=shape(tmp_path, **values), param_dtype=dtype))["on"][0]
+    recipe = Recipe(model_name=shape(tmp_path, **values), param_dtype=dtype, optim="adamw_torch_fused")
+    one = memory.plan(recipe)["on"][0]
     assert one["weights"] == sum(p.nbytes for p in model.parameters())
     assert one["gradients"] == sum(p.grad.nbytes for p in model.parameters())
     assert one["optimiser"] == sum(t.nbytes for t in moments)
@@ -130,9 +131,32 @@ def test_each_gpu_holds_a_share_of_every_first_dimension(tmp_path, gpus):
     assert one["peak"] == int(1.05 * parts + 2 * 2**30)
 
 
+def test_what_is_not_shared_out_is_on_every_gpu(tmp_path):
+    flags = {"lora": True, "gpus": "1,8", "optim": "adamw_torch_fused"}
+    untied = shape(tmp_path / "untied", **TINY)
+    tied = shape(tmp_path / "tied", **TINY | {"tie_word_embeddings": True})
+    for model, more, shared in ((untied, {}, True), (untied, {"load_in_4bit": True}, False), (tied, {}, False)):
+        one, eight = memory.plan(Recipe(model_name=model, **flags, **more))["on"]
+        assert (eight["weights"] == one["weights"]) != shared and (eight["peak"] == one["peak"]) != shared
+
+
+def test_the_usual_optimiser_of_one_gpu_has_eight_bits(tmp_path):
+    model = shape(tmp_path, **TINY)
+    one, two = memory.plan(Recipe(model_name=model, gpus="1,2"))["on"]
+    named = [
+        memory.plan(Recipe(model_name=model, gpus="1,2", optim=o))["on"] for o in ("adamw_bnb_8bit", "adamw_torch")
+    ]
+    assert one["optimiser"] == named[0][0]["optimiser"] < named[1][0]["optimiser"]
+    assert two["optimiser"] == named[1][1]["optimiser"]
+    assert memory.plan(Recipe(model_name=model, lora=True))["on"][0]["optimiser"] == pytest.approx(
+        memory.plan(Recipe(model_name=model, lora=True, optim="adamw_torch"))["on"][0]["optimiser"]
+    )
+
+
 def test_activations_by_hand(tmp_path):
     d, i, heads, kv = 64, 192, 64, 32  # of all query heads, of all key-value heads
-    by = {t: memory.plan(Recipe(model_name=shape(tmp_path, **TINY), tokens=t))["on"][0] for t in (256, 512)}
+    recipes = {t: Recipe(model_name=shape(tmp_path, **TINY), param_dtype="bfloat16", tokens=t) for t in (256, 512)}
+    by = {t: memory.plan(recipe)["on"][0] for t, recipe in recipes.items()}
     assert [by[t]["hidden"] for t in by] == [4 * t * d * 2 + 3 * t * t for t in by]
     model = memory.meta_model(Recipe(model_name=str(tmp_path)))
     decoder, layers = model.get_decoder(), model.get_decoder().layers
