@@ -38,7 +38,7 @@ from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments,
 import finetune
 from finetune import MODEL, OPTIM, Engine, JepaTrainer, Parts, Refusals, Settings, inspect_model, training_arguments
 from loading import load_config, load_model
-from runs import UsageError, flag, processes
+from runs import UsageError, flag, processes, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -144,7 +144,8 @@ class Sharded(Engine):
         bitsandbytes = "bnb" in s.optim or "8bit" in s.optim
         missing = importlib.util.find_spec("bitsandbytes") is None
         r.refuse(bitsandbytes and shared == "fsdp2", f"--optim {s.optim}: not with --sharding fsdp2")
-        r.refuse((bitsandbytes or s.load_in_4bit) and missing, f"--optim {s.optim}: install the package bitsandbytes")
+        asks = "--load_in_4bit" if s.load_in_4bit else f"--optim {s.optim}"
+        r.refuse((bitsandbytes or s.load_in_4bit) and missing, f"{asks}: install the package bitsandbytes first")
         r.only_if(s.lora, "load_in_4bit", "only with --lora")
         r.only_if(not s.lora, "param_dtype", "not with --lora: its adapter is float32, the frozen weights as --dtype")
         mixed = s.param_dtype == "bfloat16" and s.dtype not in ("auto", "bfloat16")
@@ -154,7 +155,9 @@ class Sharded(Engine):
         r.only_if(shared != "fsdp2", whole, "not with --sharding fsdp2, where no process has the whole model")
         s = replace(s, sharding=shared)
         folder = Path(finetune.resolve(s).output_dir)
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (folder / "args.json").is_file():
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (folder / "run.json").is_file():
+            if read_json(folder / "run.json").get("status") == "finished":
+                raise SystemExit(0)  # a process failed behind the end
             s = replace(s, resume=True, overwrite=False)
             given = (given | {"resume"}) - {"overwrite"}
         return finetune.check_settings(s, given, r)
@@ -173,10 +176,11 @@ class Sharded(Engine):
         options: dict[str, Any] = {"dtype": dtype}
         if s.load_in_4bit:
             options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
-                bnb_4bit_quant_storage=dtype,  # FSDP2 shards floating-point tensors alone
-            )  # fmt: skip
+            )
             options["device_map"] = {"": device}
         model = load_model(s, tokenizer, empty=shared and not PartialState().is_main_process, **options)
         return model if shared or s.load_in_4bit else model.to(device)

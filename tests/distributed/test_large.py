@@ -288,6 +288,15 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(ranks, tmp_path, 
     assert metrics(killed, "lm_loss") == metrics(tmp_path / "calm", "lm_loss")
 
 
+def test_a_finished_run_that_is_started_again_stays_as_it_is(ranks, tmp_path, data):
+    run = train(ranks, 2, tmp_path / "run", data, *JEPA, *sizes(2))
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    flags = ("--model_name", MODEL, "--learning_rate", "1e-3", "--num_epochs", 2, *JEPA, *sizes(2))
+    codes, errors = ranks(2, "--train_file", data, "--output_dir", run, *flags, TORCHELASTIC_RESTART_COUNT="1")
+    assert codes == [0, 0], errors
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 
