@@ -160,9 +160,9 @@ def test_activations_by_hand(tmp_path):
     assert [by[t]["hidden"] for t in by] == [4 * t * d * 2 + 3 * t * t for t in by]
     model = memory.meta_model(Recipe(model_name=str(tmp_path)))
     decoder, layers = model.get_decoder(), model.get_decoder().layers
-    slope = (
-        memory.layer_activations(decoder, layers[-1], 512) - memory.layer_activations(decoder, layers[-1], 256)
-    ) / 256
+    few, many = (memory.layer_activations(decoder, layers[-1], t) for t in (256, 512))
+    slope = (many - few) / 256
+    assert few == 256 * slope, "tokens alone count, no weights"
     norms = 2 * (4 * d + 4 + 2 * d + 2 * d)  # in float32, its root mean square, in bfloat16, with the weight applied
     attention = 2 * (3 * heads + heads) + 4 * 4  # queries, keys and values repeated, output; one number of 4 heads
     mlp = 4 * 2 * i  # gate, its activation, up, their product
