@@ -374,9 +374,19 @@ def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -
         r.refuse(name in POSITIVE and not value > 0, f"--{name} {value} is not positive")
         r.refuse(name in NOT_NEGATIVE and not (value or 0) >= 0, f"--{name} {value} is negative")
         r.refuse(math.isinf(value or 0), f"--{name} is not finite")
+    for name in ("finetune_seed", "split_seed"):
+        r.refuse(getattr(s, name) >= 2**32, f"--{name} {getattr(s, name)} is not below 2**32")
     if r:
         raise UsageError("\n".join(r))
-    return resolve(s)
+    resolved = resolve(s)
+    folder = Path(resolved.output_dir).resolve()
+    for name in ("model_name", "train_file", "data_file", "eval_file") if s.overwrite else ():
+        path = getattr(s, name)
+        if path and folder in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise UsageError(
+                f"--overwrite would remove --{name} {path}, which is in --output_dir {resolved.output_dir}"
+            )
+    return resolved
 
 
 def resolve(s: Settings) -> Settings:
@@ -733,6 +743,8 @@ def check_slices(model: torch.nn.Module, head: HeadInput, batch: dict[str, Any],
     `half`: whether the model computes in half precision.
     """
     global SLICE
+    if len(batch["label_ids"]) < 2:  # one label is one slice, which tells nothing
+        return
     usual, training = SLICE, model.training
     model.eval()
     try:
@@ -1299,7 +1311,7 @@ def inspect_model(s: Settings, parts: Parts, half: bool = False) -> None:
     if s.layout != "separate":
         check_layout(parts.model, parts.head, items, parts.collator, half)
     if not s.torch_compile:  # which would compile anew for each number of slices
-        check_slices(parts.model, parts.head, on_device(parts.collator(items[:1]), device), half)
+        check_slices(parts.model, parts.head, on_device(parts.collator(items), device), half)
 
 
 def prepare(s: Settings, state: PartialState, engine: Engine = WHOLE) -> Parts:

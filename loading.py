@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ def load_model(s: Any, tokenizer: Any, empty: bool = False, **options: Any) -> A
     In float32, unless transformers' `options` say otherwise. `empty`: see `without_weights`. Raises UsageError where it
     cannot be loaded.
     """
+    if (Path(s.model_name) / "adapter_config.json").is_file():
+        raise UsageError(f"--model_name {s.model_name} is an adapter; train from its merged model (--merge)")
     try:
         options = {"dtype": torch.float32} | options
         if s.attn_implementation:

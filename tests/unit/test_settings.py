@@ -173,3 +173,46 @@ def test_flash_kernels_get_one_row():
     """Packed segments are told apart by flash attention in a batch of one row alone."""
     assert finetune.is_flash(resolve("--attn_implementation", "flash_attention_2"))
     assert not finetune.is_flash(resolve("--attn_implementation", "sdpa"))
+
+
+@pytest.mark.parametrize("flag", ["--finetune_seed", "--split_seed"])
+def test_a_seed_must_fit_into_32_bits(flag):
+    held_out = ["--val_fraction", "0.1"] if flag == "--split_seed" else []
+    resolve(flag, 2**32 - 1, *held_out)
+    with pytest.raises(UsageError, match=rf"{flag} 4294967296 is not below 2\*\*32"):
+        resolve(flag, 2**32, *held_out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [(("--model_name", "runs/own"), "model_name"), (("--train_file", "runs/own/../own/rows.jsonl"), "train_file"),
+     (("--eval_file", "runs/own/eval/rows.jsonl"), "eval_file")],
+)  # fmt: skip
+def test_overwrite_keeps_what_is_read(flags, name):
+    resolve(*flags, "--output_dir", "runs/other", "--overwrite")
+    resolve(*flags, "--output_dir", "runs/own")
+    with pytest.raises(UsageError, match=f"--overwrite would remove --{name} runs/own"):
+        resolve(*flags, "--output_dir", "runs/own", "--overwrite")
+
+
+def test_an_adapter_is_no_model_to_train(tmp_path, regex_rows):
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(GOLDEN / "models" / "llama3").save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    done = call("finetune", "--train_file", regex_rows, "--model_name", tmp_path, "--dry_run", 1)
+    assert done.code == 2 and "is an adapter; train from its merged model (--merge)" in done.err
+
+
+def test_one_label_does_not_show_that_logits_can_be_sliced():
+    import torch
+
+    class Head:
+        slices = False
+
+        def losses(self, *args):
+            raise AssertionError("there is nothing to compare")
+
+    head = Head()
+    finetune.check_slices(torch.nn.Linear(1, 1), head, {"label_ids": torch.zeros(1)})
+    assert head.slices is False
