@@ -153,6 +153,10 @@ class Settings:
     )
     stp_max_length: int = flag(0, "--stp: longest span, or most tokens from s to t; 0: any", METHOD)
     stp_warmup: float = flag(0.0, "--stp: linear warm-up of its weight in steps; below 1 a share of all steps", METHOD)
+    stp_min_lbd: float = flag(0.0, "--stp_warmup: the weight that it starts from", METHOD)
+    stp_layer: int = flag(
+        -1, "--stp: hidden states to read: 0 the embedding layer … -1 the last, behind the norm", METHOD
+    )
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "tokens under the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
@@ -314,7 +318,11 @@ def check_method(s: Settings, r: Refusals) -> None:
         r.refuse(s.plain and s.train_all, "--text_view in_chat: not with --plain --train_all, whose chat has no answer")
         kernel = f"--attn_implementation {s.attn_implementation}: not with --predictors and --text_view in_chat"
         r.refuse(s.predictors > 0 and not dense, f"{kernel}, whose predictor tokens need a mask of their own")
-    r.only_if(bool(s.stp), "stp_lbd stp_spans stp_part stp_max_length stp_warmup", "only with --stp")
+    tube = "stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer"
+    r.only_if(bool(s.stp), tube, "only with --stp")
+    r.only_if(not s.stp or s.stp_warmup > 0, "stp_min_lbd", "only with --stp_warmup")
+    above = s.stp_min_lbd > s.stp_lbd
+    r.refuse(above, f"--stp_min_lbd {s.stp_min_lbd} is over --stp_lbd {s.stp_lbd}, which a warm-up ends at")
     turn = s.plain and s.train_all and s.stp_part in ("user", "answer")
     r.refuse(turn, f"--stp_part {s.stp_part}: not with --plain --train_all, whose chat is one text")
     short = s.stp == "geodesic" and s.stp_max_length == 1
@@ -352,9 +360,9 @@ def check_training(s: Settings, r: Refusals) -> None:
 
 POSITIVE = ("batch_size grad_accum lora_rank max_length save_steps eval_steps logging_steps save_total_limit "
             "stp_spans learning_rate num_epochs").split()  # fmt: skip
-NOT_NEGATIVE = ("lbd gamma stp_lbd stp_max_length stp_warmup finetune_seed split_seed eval_generate dry_run "
-                "tokens_per_row tokens_per_batch max_grad_norm warmup_steps weight_decay dataloader_num_workers "
-                "preprocessing_num_workers").split()  # fmt: skip
+NOT_NEGATIVE = ("lbd gamma stp_lbd stp_max_length stp_warmup stp_min_lbd finetune_seed split_seed eval_generate "
+                "dry_run tokens_per_row tokens_per_batch max_grad_norm warmup_steps weight_decay "
+                "dataloader_num_workers preprocessing_num_workers").split()  # fmt: skip
 
 
 def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -> Settings:
@@ -648,9 +656,13 @@ class HeadInput:
 
     A forward pre-hook on the model's output layer: everything before it runs as in any forward of the (wrapped) model.
     Outside of `read` and `losses` it does nothing, so generation works as ever.
+
+    `stp_layer`: the hidden states at which spans are read. An inner layer's are noted by a pre-hook on the block that
+    takes them in, so that no other layer's are kept.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, stp_layer: int = -1):
+        """Raises UsageError where the model has no such layer."""
         config, taken = model.config.get_text_config(), inspect.signature(_forward_of(model)).parameters
         self.batch: dict[str, Any] | None = None
         self.views: torch.Tensor | None = None
@@ -660,18 +672,27 @@ class HeadInput:
         self.kernel = getattr(config, "_attn_implementation", None) or ""
         self.windowed = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         self._layer = model.get_output_embeddings()
-        self._hook = self._layer.register_forward_pre_hook(self._pick)
+        self._hooks = [self._layer.register_forward_pre_hook(self._pick)]
+        self._inner: torch.Tensor | None = None
+        if (block := block_behind(model, stp_layer)) is not None:
+            self._hooks.append(block.register_forward_pre_hook(self._note, with_kwargs=True))
 
     def close(self) -> None:
-        """Takes the hook off the model."""
-        self._hook.remove()
+        """Takes the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.batch is not None:
+            self._inner = args[0] if args else kwargs["hidden_states"]  # (R, T, D)
 
     def _pick(self, module: torch.nn.Module, args: tuple) -> tuple | None:
         if self.batch is None:
             return None
         hidden, (label_at, view_at) = args[0], (self.batch["label_at"], self.batch["view_at"])  # (R, T, D)
         self.views = hidden[view_at[0], view_at[1]]  # (2, P, D)
-        self.path = hidden[self.batch["span_at"][0], self.batch["span_at"][1]]  # (K, S, D)
+        states = hidden if self._inner is None else self._inner
+        self.path = states[self.batch["span_at"][0], self.batch["span_at"][1]]  # (K, S, D)
         return (hidden[label_at[0], label_at[1]][None], *args[1:])  # (1, N, D)
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -704,7 +725,7 @@ class HeadInput:
             logits = model(**self._inputs(batch)).logits[0]  # (N, V)
             return logits, self.views, self.path
         finally:
-            self.batch = self.views = self.path = None
+            self.batch = self.views = self.path = self._inner = None
 
     def losses(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The sum of `lm_loss`, hidden states at the views (2, P, D) and the spans (K, S, D), by one forward pass.
@@ -734,6 +755,23 @@ class HeadInput:
         size = max(1, SLICE // self.vocabulary)
         parts = zip(hidden[0].split(size), self.batch["label_ids"].split(size), strict=True)
         return torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in parts])[None, :, None]
+
+
+def block_behind(model: torch.nn.Module, layer: int) -> torch.nn.Module | None:
+    """The block that takes in a layer's hidden states: 0 the embedding layer's … −1 the last, which no block does.
+
+    Raises UsageError where the model has no such layer.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    if not -count - 1 <= layer <= count:
+        raise UsageError(f"--stp_layer {layer} is not in {-count - 1} to {count}, the layers of {type(model).__name__}")
+    if layer in (-1, count):
+        return None
+    lists = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
+    blocks = next(lists, None)
+    if blocks is None:
+        raise UsageError(f"--stp_layer {layer}: the layers of {type(model).__name__} are not found; leave it out")
+    return blocks[layer % (count + 1)]
 
 
 @torch.no_grad()
@@ -884,7 +922,8 @@ class JepaTrainer(Trainer):
     def stp_weight(self, step: int) -> float:
         """--stp_lbd, or what --stp_warmup has reached of it at an optimiser step counted from 1."""
         steps = self.s.stp_warmup if self.s.stp_warmup >= 1 else self.s.stp_warmup * self.state.max_steps
-        return self.s.stp_lbd * min(1.0, step / max(1.0, steps))
+        least = self.s.stp_min_lbd
+        return least + (self.s.stp_lbd - least) * min(1.0, step / max(1.0, steps))
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
@@ -1245,6 +1284,7 @@ def describe(s: Settings, parts: Parts) -> str:
     rows = "a stream" if s.streaming else f"{len(parts.train_set)} examples"
     method = f"JEPA, λ {s.lbd:g}, γ {s.gamma:g}, k {s.predictors}, {s.distance}" if s.jepa else "regular"
     method += f" + STP {s.tube}, weight {s.stp_lbd:g}" if s.tube else ""
+    method += f", layer {s.stp_layer}" if s.tube and s.stp_layer != -1 else ""
     lines = [
         f"model    {s.model_name}, {weights / 1e6:.2f} M weights, {trainable / 1e6:.2f} M trained",
         f"method   {method}; labels: {s.lm_labels}; layout: {s.layout}",
@@ -1335,7 +1375,7 @@ def prepare(s: Settings, state: PartialState, engine: Engine = WHOLE) -> Parts:
         stream=stream,
         held_out=held_out,
         model=model,
-        head=HeadInput(model),
+        head=HeadInput(model, s.stp_layer if s.tube else -1),
         # Few widths, so that --torch_compile meets few shapes.
         collator=Collator(
             s.layout, tokenizer.pad_token_id, tokens_per_row, 64 if s.torch_compile else 1, POINTS.get(s.tube, 0)

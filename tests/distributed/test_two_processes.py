@@ -49,7 +49,7 @@ JEPA = ("--predictors", 1, "--lbd", 1)
     [
         (("--regular",), ((1, 4),)),
         ((*JEPA, "--jepa_ratio", 0.5), ((4, 1), (1, 4))),
-        ((*JEPA, "--stp", "geodesic", "--stp_lbd", 1, "--stp_spans", 2), ((4, 1),)),
+        ((*JEPA, "--stp", "geodesic", "--stp_lbd", 1, "--stp_spans", 2, "--stp_layer", 1), ((4, 1),)),
     ],
     ids=["regular", "jepa-ld", "jepa-stp"],
 )

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import GOLDEN, call, message_row, write_rows
+from conftest import GOLDEN, ROOT, call, message_row, write_rows
 from huggingface_hub import ModelCard
 from synthetic_runs import change
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import hub
 
@@ -22,9 +23,9 @@ ROWS = [message_row(f"lines with the number {i}", f"({i}).*") for i in range(8)]
 MODEL = GOLDEN / "models" / "llama3"
 
 
-def train(folder: Path, out: Path, *flags: object) -> Path:
+def train(folder: Path, out: Path, *flags: object, model: Path = MODEL) -> Path:
     data = write_rows(folder / "mine_train.jsonl", ROWS)
-    done = call("finetune", "--train_file", data, "--model_name", MODEL, "--output_dir", out, "--learning_rate", "1e-3",
+    done = call("finetune", "--train_file", data, "--model_name", model, "--output_dir", out, "--learning_rate", "1e-3",
                 "--max_steps", 2, "--grad_accum", 2, *flags)  # fmt: skip
     assert done.code == 0, done.err
     return out
@@ -65,6 +66,9 @@ def refused(*argv: object, code: int = 2) -> str:
 
 
 def test_the_front_matter_has_the_scores_of_every_evaluation(run):
+    path = "eval/mine_test/metrics.json"
+    interval = json.loads((run / path).read_text())["ci95"] | {"exact": [0.6945328, 0.7339921]}
+    change(run, path, exact=0.7146401, ci95=interval)
     data = write(run).data
     found = {(r.dataset_type, r.metric_type): (r.metric_value, r.metric_args["ci95"]) for r in data.eval_results}
     expected = {}
@@ -117,6 +121,8 @@ def test_a_regular_run_has_no_views_and_an_unclean_commit_is_said(run):
     assert "regular fine-tuning, without the JEPA term" in card.text and card.data.tags is None
     assert "`--jepa_ratio`" not in card.text and "Predictor tokens" not in card.text
     assert "with uncommitted changes" in card.text and "The exact code:" in card.text
+    change(run, "args.json", regular=False, lbd=1, jepa_ratio=0.0)
+    assert "without the JEPA term" in write(run).text, "a ratio of 0 is regular fine-tuning"
     change(run, "run.json", git_commit=None, git_dirty=None)
     assert "unknown, changes unknown" in write(run).text
 
@@ -144,7 +150,8 @@ def test_what_is_not_shown_is_said(run):
     ],
     ids=["hub", "folder of the project", "folder", "random weights"],
 )
-def test_the_base_is_a_model_of_the_hub_or_none(run, settings, base):
+def test_the_base_is_a_model_of_the_hub_or_none(run, settings, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a folder of the project is one from anywhere
     change(run, "args.json", **settings)
     card = write(run)
     assert card.data.base_model == base
@@ -208,8 +215,13 @@ def test_another_s_card_is_kept_unless_overwrite_is_given(run):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
+    """On a base whose vocabulary has no predictor tokens."""
     folder = tmp_path_factory.mktemp("adapter")
-    return train(folder, folder / "lora", "--lora", "--lora_rank", 2, "--predictors", 1, "--lbd", 1)
+    base = shutil.copytree(ROOT / "models" / "tiny", folder / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).write_text((base / name).read_text().replace("<|predictor_", "<|spare_"))
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).save_pretrained(base)
+    return train(folder, folder / "lora", "--lora", "--lora_rank", 2, "--predictors", 1, "--lbd", 1, model=base)
 
 
 def test_the_blank_card_that_peft_leaves_is_replaced_and_an_edited_one_kept(adapter, tmp_path):
@@ -227,7 +239,10 @@ def test_the_blank_card_that_peft_leaves_is_replaced_and_an_edited_one_kept(adap
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
 def test_the_code_in_the_card_answers(finished, adapter, tmp_path, kind, capsys):
-    run = shutil.copytree(finished if kind == "whole" else adapter, tmp_path / "mine", dirs_exist_ok=True)
+    run = shutil.copytree(finished if kind == "whole" else adapter, tmp_path / "mine")
+    template = run / "chat_template.jinja"  # one that prints what training pins
+    shown = "{{- date_string ~ (enable_thinking is defined and not enable_thinking) -}}"
+    template.write_text(shown + template.read_text())
     code = re.search(r"```python\n(.*?)```", write(run).text, re.S)[1]
     space: dict = {}
     exec(code.replace('"mine"', repr(str(run))).replace("max_new_tokens=128", "max_new_tokens=3"), space)
@@ -240,6 +255,7 @@ def test_the_code_in_the_card_answers(finished, adapter, tmp_path, kind, capsys)
 
     s = Settings(model_name=str(run))
     asked = Renderer(load_tokenizer(s), s).prompt(Example("…", "…", "x", "here", 1))
+    assert "26 Jul 2024True" in asked
     assert space["tokenizer"].decode(space["prompt"]["input_ids"][0]) == asked
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, call, dry_run, message_row, same_weights, weights, write_rows
+import torch
+from accelerate import PartialState
+from conftest import GOLDEN, MODELS, call, dry_run, message_row, same_weights, weights, write_rows
 
 import finetune
 
@@ -51,6 +54,108 @@ def test_layouts_agree(data, arm, tube):
     assert separate["total_loss"] == pytest.approx(total, rel=1e-6)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("arm", [*ARMS, "in_chat"])
+def test_layouts_agree_at_an_inner_layer(data, arm, layer):
+    arm = ARMS.get(arm, (*JEPA, "--text_view", "in_chat"))
+    flags = ("--train_file", data, "--model_name", MODEL, "--dry_run", 8, "--stp", "patch", "--stp_spans", 3, *arm)
+    flags += ("--stp_lbd", 2)
+    last = dry_run(*flags)
+    separate = dry_run(*flags, "--stp_layer", layer, "--layout", "separate")
+    others = [("--layout", "packed"), ("--tokens_per_row", 100)]
+    others += [] if "--regular" in arm else [("--layout", "additive")]
+    for other in (dry_run(*flags, "--stp_layer", layer, *layout) for layout in others):
+        for key in ("lm_loss", "jepa_loss", "stp_loss", "total_loss"):
+            assert other[key] == pytest.approx(separate[key], abs=1e-5), key
+        assert other["grad_norm"] == pytest.approx(separate["grad_norm"], rel=1e-4)
+    assert separate["lm_loss"] == pytest.approx(last["lm_loss"], abs=1e-5)
+    assert abs(separate["stp_loss"] - last["stp_loss"]) > 1e-3, "another layer's states"
+
+
+class Read:
+    """A model's hidden states at the spans, as HeadInput reads them, and as transformers gives them."""
+
+    def __init__(self, data: Path, name: str, layer: int, **flags: object):
+        s = finetune.Settings(train_file=str(data), model_name=str(GOLDEN / "models" / name), lm_labels="answer",
+                              layout="packed", dry_run=4, stp="geodesic", stp_layer=layer, stp_spans=2, predictors=1,
+                              finetune_seed=5, **flags)  # fmt: skip
+        parts = finetune.prepare(s, PartialState(cpu=True))
+        self.model, items = parts.model, parts.train_set[0, range(4)]
+        self.batch = dataclasses.replace(parts.collator, layout="separate")(items)
+        self.packed = parts.collator(items)
+        self.head = parts.head
+
+    def ours(self, batch: dict) -> torch.Tensor:
+        return self.head.losses(self.model, batch)[2]
+
+    def theirs(self, layer: int) -> torch.Tensor:
+        mask = (self.batch["spans"][0] >= 0).long()
+        out = self.model(input_ids=self.batch["input_ids"], attention_mask=mask, use_cache=False,
+                         output_hidden_states=True)  # fmt: skip
+        return out.hidden_states[layer][tuple(self.batch["span_at"])]
+
+    def gradients(self, path: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.model.zero_grad()
+        finetune.stp_loss(path, "geodesic")[0].backward()
+        return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layer", [-3, -2, -1, 0, 1, 2])
+def test_a_layer_is_transformers_hidden_states_of_that_number(data, name, layer):
+    read = Read(data, name, layer)
+    expected = read.theirs(layer)
+    for batch in (read.batch, read.packed):
+        torch.testing.assert_close(read.ours(batch), expected, rtol=1e-4, atol=1e-5)
+    ours, theirs = read.gradients(read.ours(read.packed)), read.gradients(read.theirs(layer))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-6)
+    touched = {n.split(".layers.")[1].split(".")[0] for n in ours if ".layers." in n}
+    assert touched == {str(i) for i in range(layer % 3)}, "the blocks behind the layer have no part in it"
+
+
+@pytest.mark.parametrize("layer", [1, -1])
+def test_a_layer_of_a_model_under_an_adapter_is_read_too(data, layer):
+    read = Read(data, "llama3", layer, lora=True)
+    read.model.eval()
+    torch.testing.assert_close(read.ours(read.packed), read.theirs(layer), rtol=1e-4, atol=1e-5)
+    assert any("lora_B" in name for name in read.gradients(read.ours(read.packed)))
+
+
+def test_recomputed_activations_give_the_same_gradients_at_an_inner_layer(data):
+    read = Read(data, "llama3", 1)
+    read.model.train()
+    usual = read.gradients(read.ours(read.packed))
+    read.model.gradient_checkpointing_enable()
+    recomputed = read.gradients(read.ours(read.packed))
+    assert recomputed.keys() == usual.keys() and len(usual) > 5
+    for key in usual:
+        torch.testing.assert_close(recomputed[key], usual[key], rtol=1e-5, atol=1e-8)
+
+
+def test_one_layer_s_states_are_kept_and_only_while_they_are_read(data):
+    read = Read(data, "llama3", 1)
+    asked = []
+    hook = read.model.model.register_forward_pre_hook(lambda m, a, k: asked.append(k), with_kwargs=True)
+    assert read.ours(read.packed).shape == (3, 8, read.model.config.hidden_size)
+    hook.remove()
+    assert len(asked) == 1 and not asked[0].get("output_hidden_states")
+    assert read.head.path is None and read.head._inner is None
+    read.model(input_ids=read.batch["input_ids"])
+    assert read.head._inner is None, "outside of a loss nothing is noted"
+    read.head.close()
+    assert not any(m._forward_pre_hooks for m in read.model.modules())
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_a_layer_that_the_model_has_not_is_refused(data, tmp_path, layer):
+    flags = ("--train_file", data, "--model_name", MODEL, "--output_dir", tmp_path / "run", "--regular")
+    done = call("finetune", *flags, "--stp", "patch", "--stp_layer", layer)
+    assert done.code == 2 and f"--stp_layer {layer} is not in -3 to 2, the layers of LlamaForCausalLM" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_loss_does_not_depend_on_the_jepa_term(data):
     flags = ("--train_file", data, "--model_name", MODEL, "--dry_run", 8, "--stp", "patch")
     one, *others = [dry_run(*flags, *arm)["stp_loss"] for arm in ARMS.values()]
@@ -84,7 +189,8 @@ def test_the_last_short_batch_is_normalised_by_its_own_spans(tmp_path):
         assert m["total"] == pytest.approx(m["lm_loss"] + m["stp_loss"], rel=1e-5) and m["stp_loss"] > 0.5
 
 
-def test_no_forward_pass_and_no_token_is_added(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_no_forward_pass_and_no_token_is_added(data, tmp_path, monkeypatch, layer):
     from transformers import LlamaForCausalLM
 
     real, calls = LlamaForCausalLM.forward, []
@@ -98,7 +204,8 @@ def test_no_forward_pass_and_no_token_is_added(data, tmp_path, monkeypatch):
     without = train(data, tmp_path / "without", *JEPA, "--max_steps", 3)
     before = calls.copy()
     calls.clear()
-    tube = train(data, tmp_path / "with", *JEPA, "--max_steps", 3, "--stp", "patch", "--stp_spans", 5)
+    tube = train(data, tmp_path / "with", *JEPA, "--max_steps", 3, "--stp", "patch", "--stp_spans", 5, "--stp_layer",
+                 layer)  # fmt: skip
     assert len(before) > 6 and calls == before
     assert [m["tokens"] for m in metrics(tube)] == [m["tokens"] for m in metrics(without)]
     assert [m["spans"] for m in metrics(tube)] == [40] * 3
@@ -125,6 +232,16 @@ def test_logged_loss_is_the_formula_under_a_warm_up(data, tmp_path):
         assert m["total"] == pytest.approx(total, rel=1e-5)
     share = train(data, tmp_path / "share", *flags, "--stp_warmup", 0.75)
     assert [m["total"] for m in metrics(share)] == [m["total"] for m in lines]
+
+
+def test_a_warm_up_starts_from_its_least_weight(data, tmp_path):
+    flags = (*JEPA, "--stp", "geodesic", "--stp_lbd", 3, "--max_steps", 5, "--stp_warmup", 4)
+    lines = metrics(train(data, tmp_path / "run", *flags, "--stp_min_lbd", 1))
+    assert [m["stp_lbd"] for m in lines] == [1.5, 2, 2.5, 3, 3]
+    for m in lines:
+        assert m["total"] == pytest.approx(m["lm_loss"] + m["jepa_loss"] + m["stp_lbd"] * m["stp_loss"], rel=1e-5)
+    none, zero = (train(data, tmp_path / n, *flags, *f) for n, f in (("none", ()), ("zero", ("--stp_min_lbd", 0))))
+    same_weights(none, zero)
 
 
 def test_held_out_loss_is_that_of_the_rows_in_one_batch_at_the_whole_weight(data, tmp_path):
@@ -168,7 +285,9 @@ def test_a_stream_has_spans_too(data, tmp_path):
 
 def test_the_start_block_names_it(data, tmp_path):
     flags = ("--train_file", data, "--model_name", MODEL, "--output_dir", tmp_path / "run", "--max_steps", 1)
-    assert "regular + STP patch, weight 0.02;" in call("finetune", *flags, "--regular", "--stp", "patch").err
+    flags += ("--overwrite", "--regular", "--stp", "patch")
+    assert "regular + STP patch, weight 0.02;" in call("finetune", *flags).err
+    assert "regular + STP patch, weight 0.02, layer 1;" in call("finetune", *flags, "--stp_layer", 1).err
 
 
 @pytest.mark.parametrize("tube", sorted(finetune.TUBES))
@@ -185,6 +304,10 @@ def test_plain_pretraining_draws_from_its_one_text(data, tube):
             ["--stp_spans", 2, "--stp_part", "chat", "--stp_max_length", 3, "--stp_warmup", 1],
             "--stp_spans, --stp_part, --stp_max_length, --stp_warmup: only with --stp",
         ),
+        (["--stp_layer", 1, "--stp_min_lbd", 0], "--stp_min_lbd, --stp_layer: only with --stp"),
+        (["--stp", "patch", "--stp_min_lbd", 0.01], "--stp_min_lbd: only with --stp_warmup"),
+        (["--stp", "patch", "--stp_warmup", 2, "--stp_min_lbd", 0.03], "--stp_min_lbd 0.03 is over --stp_lbd 0.02"),
+        (["--stp", "patch", "--stp_warmup", 2, "--stp_min_lbd", -1], "--stp_min_lbd -1.0 is negative"),
         (["--stp", "patch", "--stp_spans", 0], "--stp_spans 0 is not positive"),
         (["--stp", "patch", "--stp_lbd", -1], "--stp_lbd -1.0 is negative"),
         (["--stp", "patch", "--stp_max_length", -1], "--stp_max_length -1 is negative"),
