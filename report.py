@@ -32,7 +32,8 @@ NO_SETTING = {"finetune_seed"} | VOLATILE  # what runs of one arm may differ in
 NO_EVALUATION = {"model_name", "input_file", "output_file", "batch_size", "tokens_per_batch", "tensor_parallel_size"}
 VIEWS = {"lbd", "predictors", "last_token", "jepa_l2", "jepa_mse", "infonce", "front_pred", "reverse_pred", "text_view",
          "jepa_ratio", "same_flop"}  # fmt: skip
-TUBE = {"stp", "stp_lbd", "stp_spans", "stp_part", "stp_max_length", "stp_warmup"}
+TUBE = {"stp", "stp_lbd", "stp_spans", "stp_part", "stp_max_length", "stp_warmup", "stp_min_lbd",
+        "stp_layer"}  # fmt: skip
 METHOD = VIEWS | TUBE | {"regular", "layout", "additive_mask"}  # what arms that are compared may differ in
 ORIGIN = ("git_commit", "git_dirty", "versions", "device", "threads", "processes", "skipped_examples")
 UNKNOWN_CODE = {"git_commit": None, "git_dirty": True}  # never shown to be the same code, equal or not
