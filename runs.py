@@ -44,6 +44,11 @@ def flag(default: Any, help: str, group: str, *aliases: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "aliases": aliases})
 
 
+def no_default(f: dataclasses.Field) -> bool:
+    """Whether there is no default to show; 0 is one."""
+    return f.default is None or f.default is False or f.default == ""
+
+
 def _value_type(annotation: Any) -> tuple[Any, tuple | None]:
     """(type, choices) of a flag's annotation: `int | None` → int, Literal["a", "b"] → str and its choices."""
     if typing.get_origin(annotation) is Literal:
@@ -64,7 +69,7 @@ def build_parser(settings: type, doc: str) -> argparse.ArgumentParser:
     for f in dataclasses.fields(settings):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
         kind, choices = _value_type(types[f.name])
-        shown = "" if f.default in (None, False, "") else f" (default {f.default})"
+        shown = "" if no_default(f) else f" (default {f.default})"
         options: dict[str, Any] = {"dest": f.name, "help": (f.metadata["help"] + shown).replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
@@ -84,16 +89,18 @@ def flag_table(settings: type, beyond: type | None = None) -> str:
     """The README's Markdown table of a settings dataclass, or of what it has beyond another."""
     lines, types, group = [], typing.get_type_hints(settings), None
     known = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(beyond)} if beyond else {}
-    for f in dataclasses.fields(settings):
+    groups = list(dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(settings)))
+    for f in sorted(dataclasses.fields(settings), key=lambda f: groups.index(f.metadata["group"])):
         if known.get(f.name) == (f.default, f.metadata["help"]):
             continue
         if f.metadata["group"] != group:
             group = f.metadata["group"]
             lines += ["", f"**{group}**", "", "| flag | default | |", "|---|---|---|"]
         _, choices = _value_type(types[f.name])
-        names = ", ".join(f"`{n}`" for n in (f"--{f.name}", *f.metadata["aliases"]))
+        spellings = (f"--{f.name}", *f.metadata["aliases"], *([f"--no-{f.name}"] if f.default is True else []))
+        names = ", ".join(f"`{n}`" for n in spellings)
         values = f" ({', '.join(f'`{c}`' for c in choices)})" if choices else ""
-        default = "" if f.default in (None, False, "") else f"`{f.default}`"
+        default = "" if no_default(f) else f"`{f.default}`"
         text = f"{f.metadata['help']}{values}".replace("|", "\\|")  # a bare pipe would end the cell
         lines.append(f"| {names} | {default} | {text} |".replace("  ", " "))
     return "\n".join(lines).strip() + "\n"

@@ -8,6 +8,8 @@
 #          as published and corrected. Needs TOKENIZER, a folder with Llama 3's tokenizer.
 # smollm2  SmolLM2-135M-Instruct on SYNTH, TURK and Spider: regular, JEPA (k = 1, λ = 1), STP. Needs MODEL, its folder.
 #
+# Spider is scored on the databases of spider_data.zip: put the official file in its place first.
+#
 # DATA: a folder with the authors' rows, synth_train.jsonl, synth_test.jsonl … (default: datasets). MINUTES: stop after so
 # many (25). SEEDS, JOBS, EPOCHS, PYTHON_BIN as in run.sh. Runs go to runs/, with predictions and metrics; reports to
 # reports/.

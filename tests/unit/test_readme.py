@@ -49,6 +49,11 @@ def test_the_table_of_large_models_is_what_they_have_beyond_the_others():
     }  # fmt: skip
 
 
+def test_defaults_of_zero_and_ways_to_say_no_are_shown():
+    assert "| `--predictors` | `0` |" in readme() and "`--no-gradient_checkpointing`" in readme()
+    assert "(default 0)" in build_parser(finetune.Settings, "").format_help()
+
+
 def test_every_row_of_the_tables_has_three_cells():
     rows = [line for settings in SETTINGS.values() for line in flag_table(settings).splitlines() if line[:3] == "| `"]
     assert rows and all(len(re.split(r"(?<!\\)\|", row)) == 5 for row in rows)
