@@ -18,16 +18,16 @@ sweep_settings() { # from the environment and the defaults
   grid_k=$(once "$grid_k") grid_lbd=$(once "$grid_lbd") rates=$(once "$rates") sweep_seeds=$(once "$sweep_seeds")
 }
 
-compare() { # seed, extra flags
+compare() { # seed, extra flags of both arms
   run_regular "$@"
-  run_jepa "$@"
+  run_jepa "$@" ${later[@]+"${later[@]}"}
 }
 sweep() { compare "$@"; }
 
 report_folder() { # extra flags
   local method=$arm details=-lr$learning_rate-lbd$lbd-k$predictors
   [ "$arm" = compare ] || details=-val$eval_split-$split_seed
-  printf '%s\n' "${REPORTS_DIR:-reports}/$(folder_name "" "$@")"
+  printf '%s\n' "${REPORTS_DIR:-reports}/$(folder_name "" "$@" ${later[@]+-- "${later[@]}"})"
 }
 
 report() { # of both arms' runs; extra flags
@@ -63,12 +63,12 @@ pick() { # sets learning_rate, predictors and lbd to what is best on the held-ou
     regular && [ "$(run_folder "$first" "$@")" != "$picked" ] || break
   done
   for predictors in $grid_k; do
-    for lbd in $grid_lbd; do cells run_jepa "$@"; done
+    for lbd in $grid_lbd; do cells run_jepa "$@" ${later[@]+"${later[@]}"}; done
   done
   best jepa
   for predictors in $grid_k; do
     for lbd in $grid_lbd; do
-      jepa && [ "$(run_folder "$first" "$@")" != "$picked" ] || break 2
+      jepa && [ "$(run_folder "$first" "$@" ${later[@]+"${later[@]}"})" != "$picked" ] || break 2
     done
   done
 }

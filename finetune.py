@@ -173,7 +173,9 @@ class Settings:
 
     batch_size: int = flag(4, "examples a micro-batch, per device", BATCH)
     tokens_per_batch: int = flag(
-        0, "tokens a micro-batch, per device, views included: as many examples as have so many on average", BATCH
+        0,
+        "tokens a micro-batch, per device, views included: as many examples as have so many on average, at least one",
+        BATCH,
     )
     grad_accum: int = flag(4, "micro-batches an optimiser step", BATCH)
     layout: Literal["packed", "separate", "additive"] | None = flag(
@@ -867,6 +869,12 @@ STATISTICS = ("lm_sum", "jepa_sum", "cosine_sum", "spread_sum", "stp_sum", "labe
               "spread_pairs", "chat", "text_view", "code_view", "padding")  # fmt: skip
 
 
+def micro_batches(s: Settings, dataset: SegmentDataset, shuffle: bool, processes: int = 1) -> MicroBatches:
+    """Which examples of a data set each micro-batch of all processes has."""
+    sizes = {"batch_size": s.batch_size, "tokens": s.tokens_per_batch}
+    return MicroBatches(dataset.items.lengths, s.finetune_seed, shuffle, processes, **sizes)
+
+
 class JepaTrainer(Trainer):
     """transformers' Trainer with the LLM-JEPA loss, normalised over the whole optimiser step and all ranks."""
 
@@ -885,16 +893,12 @@ class JepaTrainer(Trainer):
 
     # -- data
 
-    def _sampler_of(self, dataset: SegmentDataset, shuffle: bool) -> MicroBatches:
-        sizes = {"batch_size": self.s.batch_size, "tokens": self.s.tokens_per_batch}
-        return MicroBatches(dataset.items.lengths, self.s.finetune_seed, shuffle, self.args.world_size, **sizes)
-
     def _get_train_sampler(self, train_dataset: Any = None) -> MicroBatches:
-        self.sampler = self._sampler_of(self.train_dataset, shuffle=True)
+        self.sampler = micro_batches(self.s, self.train_dataset, True, self.args.world_size)
         return self.sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> MicroBatches:
-        return self._sampler_of(eval_dataset, shuffle=False)
+        return micro_batches(self.s, eval_dataset, False, self.args.world_size)
 
     def get_train_dataloader(self) -> Any:
         """Of a stream: each process reads its own share of the rows, so nothing is dealt out by accelerate."""
@@ -1195,8 +1199,7 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
 
 def flop_share(model: Any, head: HeadInput, dataset: SegmentDataset, collator: Collator, s: Settings) -> float:
     """FLOPs of regular fine-tuning over those of these settings, counted by torch on micro-batches of training."""
-    sizes = {"batch_size": s.batch_size, "tokens": s.tokens_per_batch}
-    sampler, spent = MicroBatches(dataset.items.lengths, s.finetune_seed, True, **sizes), [0, 0]
+    sampler, spent = micro_batches(s, dataset, True), [0, 0]
     count = 8 if s.jepa_ratio == 1 else 32  # which views are dropped is a matter of chance
     for epoch in range(math.ceil(count / len(sampler))):
         sampler.epoch = epoch
@@ -1390,12 +1393,10 @@ def build_trainer(s: Settings, parts: Parts, state: PartialState, engine: Engine
     """The Trainer of a run. Raises UsageError where its own settings do not fit together."""
     steps, bf16 = s.max_steps, engine.half(s, state.device)
     if s.same_flop and s.jepa:
-        sizes = {"batch_size": s.batch_size, "tokens": s.tokens_per_batch}
-        micro_batches = MicroBatches(parts.train_set.items.lengths, 0, False, state.num_processes, **sizes)
-        micro_batches = len(micro_batches) // state.num_processes
+        each = len(micro_batches(s, parts.train_set, False, state.num_processes)) // state.num_processes
         with torch.autocast(state.device.type, torch.bfloat16, enabled=bf16):
             share = flop_share(parts.model, parts.head, parts.train_set, parts.collator, s)
-        steps = max(1, round(math.ceil(micro_batches / s.grad_accum) * s.num_epochs * share))
+        steps = max(1, round(math.ceil(each / s.grad_accum) * s.num_epochs * share))
     try:
         arguments = engine.arguments(s, bf16, steps, state.device)
         Trainer.get_optimizer_cls_and_kwargs(arguments, parts.model)

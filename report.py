@@ -35,7 +35,7 @@ VIEWS = {"lbd", "predictors", "last_token", "jepa_l2", "jepa_mse", "infonce", "f
 TUBE = {"stp", "stp_lbd", "stp_spans", "stp_part", "stp_max_length", "stp_warmup", "stp_min_lbd",
         "stp_layer"}  # fmt: skip
 METHOD = VIEWS | TUBE | {"regular", "layout", "additive_mask"}  # what arms that are compared may differ in
-ORIGIN = ("git_commit", "git_dirty", "versions", "device", "threads", "processes", "skipped_examples")
+ORIGIN = ("git_commit", "git_dirty", "versions", "device", "threads", "processes", "skipped_examples", "steps")
 UNKNOWN_CODE = {"git_commit": None, "git_dirty": True}  # never shown to be the same code, equal or not
 
 
@@ -271,6 +271,7 @@ def differing(reference: list[Result], arm: list[Result]) -> dict[str, str]:
             ours, theirs, last = own.get(name), expected.get(name), name.rsplit(".", 1)[-1]
             unknown = last in UNKNOWN_CODE and ours == UNKNOWN_CODE[last]
             is_method = name.removeprefix("pretraining.") in METHOD
+            is_method |= name == "steps" and bool(own.get("same_flop") or expected.get("same_flop"))
             if name not in found and not is_method and (unknown or ours != theirs):
                 found[name] = f"{name} {theirs!r} in {first.run} and {ours!r} in {result.run}"
     return found

@@ -17,7 +17,7 @@ usage() {
   cat <<HELP
 usage: bash run.sh run_jepa|run_regular|run_pretrain [ARGUMENT…] [-- FLAG…]
        bash run.sh run_pretrain [ARGUMENT…] -- FLAG… -- FLAG…
-       bash run.sh compare|sweep [DATASET] [MODEL] [-- FLAG…]
+       bash run.sh compare|sweep [DATASET] [MODEL] [-- FLAG… [-- FLAG…]]
 With each seed, trains on datasets/DATASET_train.jsonl, evaluates on datasets/DATASET_test.jsonl and prints a line; then
 mean ± sd. What is done is skipped, what was interrupted goes on. Paths are seen from the project's folder.
 
@@ -26,6 +26,7 @@ without the chat format, with the JEPA loss, or without it with ARM=regular; the
 each DATASET and an evaluation by startswith. FLAGs behind a second -- go to the fine-tuning, those before it not.
 
 compare runs both arms on the same seeds, so with the same order of the data, and then reports them, in REPORTS_DIR.
+FLAGs behind a second -- go to the JEPA arm alone: bash run.sh compare -- --lora -- --jepa_ratio 0.5
 
 sweep picks the settings first, on rows that are not the test's: of the train file a share EVAL_SPLIT, drawn by
 SPLIT_SEED, is held out. Each of LEARNING_RATES is trained on the rest without the JEPA term, with SWEEP_SEED; with the
@@ -36,7 +37,7 @@ over the seeds, evaluated on the test rows and reported, as in compare. Scores o
 Arguments, all optional, in this order ('-': the default); the variable in brackets sets the default:
   model          [MODEL]        $TINY
   learning rate  [LR]           $TINY_LR with $TINY, else 2e-5; LEARNING_RATE is the same variable
-  epochs         [EPOCHS]       $TINY_EPOCHS with $TINY, else 4
+  epochs         [EPOCHS]       $TINY_EPOCHS with $TINY, else 4; --max_steps among the FLAGs stands instead
   last_token     [LAST_TOKEN]   view token, an index from the view's end; not given: finetune.py finds it
   predictors     [PREDICTORS]   1
   seed           [SEEDS]        one, several with commas, or all: $PAPER_SEEDS
@@ -175,6 +176,7 @@ unchanged() { # whether results file $1 was made from data file $2
 
 folder_name() { # of seed $1, which may be empty, with the extra flags: different settings never share a folder
   local name=$dataset-${model##*/}-$method$details-e$epochs${protocol:+-$protocol}$validation${1:+-s$1}
+  [[ ! " ${*:2} " =~ $in_steps ]] || name=${name/-e$epochs/-${BASH_REMATCH[1]}steps}
   [ "$((processes * NODES))" -eq 1 ] || name+=-p$((processes * NODES))
   [ $# -eq 1 ] || name+=-x$(printf '%s\n' "${@:2}" | checksum | cut -c1-8)
   printf '%s\n' "$name"
@@ -210,7 +212,8 @@ train() { # seed $1 into run folder $2 with the extra flags that follow
   launcher "$2"
   usual "${@:3}"
   command=("$TRAINER" "${rows[@]}" --model_name "$model" --learning_rate "$learning_rate")
-  command+=(--num_epochs "$epochs" --finetune_seed "$1" "${flags[@]}" ${standard[@]+"${standard[@]}"})
+  [[ " ${*:3} " =~ $in_steps ]] || command+=(--num_epochs "$epochs")
+  command+=(--finetune_seed "$1" "${flags[@]}" ${standard[@]+"${standard[@]}"})
   [ "$model" != "$TINY" ] || command+=(--pretrain)
   command+=(--output_dir "$2")
   [ ! -d "$2" ] || command+=(--resume)
@@ -318,6 +321,7 @@ conclude() { # extra flags
 main() {
   local arm=${1:-} given=() extra=() later=() runs=() pids=() logs=() checked="" validation="" quiet="" seed
   local usual_dataset=synth usual_flags=() whole='0|[1-9][0-9]*' number='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?'
+  local in_steps=' --max_steps[= ]([^ ]+) '
   [[ " $* " != *" --help "* ]] || { usage && exit; }
   [[ $arm =~ ^(run_(jepa|regular|pretrain)|compare|sweep)$ ]] ||
     fail "unknown function '$arm': run_jepa, run_regular, run_pretrain, compare or sweep (see --help)"
@@ -328,8 +332,10 @@ main() {
   [ $# -eq 0 ] || shift # the --
   [[ ! " $* " =~ " "--(output_dir|dry_run)[=" "] ]] || fail "--${BASH_REMATCH[1]} is not for $SCRIPT; call $TRAINER"
   while [ $# -gt 0 ] && [ "$1" != -- ]; do extra+=("$1") && shift; done
-  [ $# -eq 0 ] || [ "$arm" = run_pretrain ] || fail "a second -- is for run_pretrain alone"
+  [ $# -eq 0 ] || [[ $arm != run_[jr]* ]] || fail "a second -- is for run_pretrain, compare and sweep"
   [ $# -eq 0 ] || later=("${@:2}")
+  [[ $arm = run_* || " ${extra[*]-} ${later[*]-} " != *" --tokens_per_batch"[=\ ]* ]] ||
+    fail "--tokens_per_batch is not for $arm: views count towards it, so the arms would not take the same steps"
   [ "$arm" != run_pretrain ] || usual_dataset=rotten_tomatoes,yelp
   settings ${given[@]+"${given[@]}"}
   [ "$arm" != sweep ] || sweep_settings

@@ -10,7 +10,7 @@ TRAINER=$trainer USUAL_MODEL=$LLAMA USUAL_PREDICTORS=0 USUAL_LBD=2 # the paper's
 usage() {
   cat <<HELP
 usage: bash run8bh200.sh [run_jepa|run_regular [ARGUMENT…] [-- FLAG…]]
-       bash run8bh200.sh compare [DATASET] [MODEL] [-- FLAG…]
+       bash run8bh200.sh compare [DATASET] [MODEL] [-- FLAG… [-- FLAG…]]
 On each seed, trains with all GPUs of all nodes, evaluates with those of the first node and prints a line; then mean ± sd,
 of compare a report. Without arguments it is compare: both arms, $LLAMA, synth, the seeds
 $PAPER_SEEDS. Before the first training preflight.py names all that is missing. What is done is skipped, what was
@@ -26,7 +26,8 @@ Arguments, all optional, in this order ('-': the default); the variable in brack
   lbd            [LBD]          2, the paper's for this model on synth
   dataset        [DATASET]      synth; one or several with commas
   output folder  [RUNS_DIR]     runs; run folders go into it. With several nodes all of them must see it
-FLAGs go to the training, and those that memory.py knows to the preflight: --lora, --batch_size …
+FLAGs go to the training, those behind a second -- to the JEPA arm's alone, and those that memory.py knows to the
+preflight: --lora, --batch_size …
 
 A node (variables that SLURM's job gives where you do not):
   NPROC          processes, one a GPU (its GPUs)
@@ -82,15 +83,17 @@ node_settings() { # from the environment, SLURM's and the defaults; without GPUs
   [ "$node" -eq 0 ] || LOG_MARK=-node$node
 }
 
-unfinished() { # how many of the runs are still to train; extra flags
-  local seed name method arms=${arm#run_} count=0
+unfinished() { # how many of the runs are still to train
+  local seed name method arms=${arm#run_} count=0 own
   [ "$arm" != compare ] || arms="regular jepa"
   for seed in $seeds; do
     for name in $datasets; do
       for method in $arms; do
         data "$name"
         "$method"
-        finished "$(run_folder "$seed" "$@")" || count=$((count + 1))
+        own=(${extra[@]+"${extra[@]}"})
+        [ "$method" = regular ] || own+=(${later[@]+"${later[@]}"})
+        finished "$(run_folder "$seed" ${own[@]+"${own[@]}"})" || count=$((count + 1))
       done
     done
   done
@@ -104,10 +107,11 @@ before_training() { # extra flags; the preflight once, on every node, then what 
     for name in $datasets; do files+=${files:+,}datasets/${name}_train.jsonl,datasets/${name}_test.jsonl; done
     if [ "$arm" = run_regular ]; then given=(--regular); else given=(--predictors "$predictors"); fi
     [ "$model" != "$TINY" ] || given+=(--pretrain)
+    given+=(${extra[@]+"${extra[@]}"} ${later[@]+"${later[@]}"})
     supervise "$python" preflight.py --model_name "$model" --data_files "$files" --output_dir "${RUNS_DIR:-runs}" \
-      --runs "$(unfinished "$@")" --device "$DEVICE" --nproc_per_node "$processes" --nnodes "$NODES" \
+      --runs "$(unfinished)" --device "$DEVICE" --nproc_per_node "$processes" --nnodes "$NODES" \
       --node_rank "$node" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" \
-      --join_limit "$JOIN_LIMIT" -- "${given[@]}" "$@" || fail "not ready (see above)" "$?"
+      --join_limit "$JOIN_LIMIT" -- "${given[@]}" || fail "not ready (see above)" "$?"
   fi
   [ "$node" -gt 0 ] || check_scoring "$@"
 }

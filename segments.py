@@ -438,10 +438,10 @@ class SegmentDataset(torch.utils.data.Dataset):
 class MicroBatches(torch.utils.data.Sampler):
     """(epoch, indices) of each micro-batch, in an order decided by seed and epoch.
 
-    A micro-batch has `batch_size` examples, or with `tokens` as many as have about so many tokens: the examples in
-    their order are cut into parts of like total length, `tokens` on average at most. Their number is the same in each
-    epoch and a multiple of the processes'; filling up with empty ones, instead of repeating examples, keeps every rank
-    in step without counting an example twice.
+    A micro-batch has `batch_size` examples, or with `tokens` as many as have about so many tokens, at least one: the
+    examples in their order are cut into parts of like total length, `tokens` on average at most. Their number is the
+    same in each epoch and a multiple of the processes'; filling up with empty ones behind the others, instead of
+    repeating examples, keeps every rank in step without counting an example twice.
 
     Micro-batches of `batch_size` that different processes have at the same time exchange examples until their tokens
     are about the same, so that no process waits for the one with the longest.
@@ -452,7 +452,8 @@ class MicroBatches(torch.utils.data.Sampler):
     ):
         self.lengths, self.seed, self.shuffle, self.batch_size, self.tokens = lengths, seed, shuffle, batch_size, tokens
         self.epoch, self.processes = 0, processes
-        count = math.ceil(lengths.sum() / tokens) if tokens else math.ceil(len(lengths) / batch_size)
+        # Not more micro-batches than examples: a step of empty ones would move the weights by AdamW's moments alone.
+        count = min(math.ceil(lengths.sum() / tokens), len(lengths)) if tokens else math.ceil(len(lengths) / batch_size)
         self._count = math.ceil(count / processes) * processes
 
     def __len__(self) -> int:
@@ -466,6 +467,9 @@ class MicroBatches(torch.utils.data.Sampler):
             lengths = self.lengths[order]
             middles = np.cumsum(lengths) - lengths / 2
             cuts = np.searchsorted(middles, np.arange(1, len(self)) * (lengths.sum() / len(self)))
+            numbers = np.arange(1, len(self))
+            room = max(0, len(order) - len(self))  # examples beyond one for each
+            cuts = np.maximum.accumulate(np.clip(cuts - numbers, 0, room)) + numbers
         else:
             cuts = np.arange(1, len(self)) * self.batch_size
             if self.processes > 1:

@@ -27,6 +27,7 @@ ORIGIN = {
     "threads": 2,
     "processes": 1,
     "skipped_examples": 0,
+    "steps": 2000,
 }
 
 

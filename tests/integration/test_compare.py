@@ -286,11 +286,41 @@ def test_an_interrupted_sweep_goes_on_and_the_failing_run_is_named(project):
         (("sweep",), {"EVAL_SPLIT": "2"}, "eval_split"),
         (("compare",), {"JOBS": "0"}, "jobs"),
         (("run_jepa",), {"PROTOCOL": "mine"}, "protocol"),
+        (("compare", "--", "--tokens_per_batch", "4096"), {}, "--tokens_per_batch is not for compare"),
+        (("sweep", "--", "--", "--tokens_per_batch=64"), {}, "--tokens_per_batch is not for sweep"),
+        (("run_jepa", "--", "--lora", "--", "--lora"), {}, "second -- is for run_pretrain, compare and sweep"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_runs(project, arguments, variables, named):
     done = project.run(*arguments, code=2, **variables)
     assert named in done.err and done.calls == [] and done.err.count("\n") == 1
+
+
+def test_flags_behind_a_second_separator_are_of_the_jepa_arm_alone(project):
+    flags = ("--", "--weight_decay", "0.1", "--", "--jepa_ratio", "0.5")
+    done = project.run("compare", *flags, FAKE="1", SEEDS="1")
+    regular, jepa = map(resolved, done.trained)
+    assert regular["weight_decay"] == jepa["weight_decay"] == 0.1
+    assert (regular["regular"], regular["jepa_ratio"], jepa["regular"], jepa["jepa_ratio"]) == (True, 1.0, False, 0.5)
+    assert len(set(done.runs)) == 2 and all("-x" in run for run in done.runs)
+    other = project.run("compare", *flags[:-1], "0.6", FAKE="1", SEEDS="1")
+    assert [resolved(argv)["jepa_ratio"] for argv in other.trained] == [0.6], "the regular arm's run is the same"
+    assert other.reports[0][-1] != done.reports[0][-1]
+
+    swept = project.run("sweep", *flags, **GRID | {"SEEDS": "1"})
+    settings = [resolved(argv) for argv in swept.trained]
+    assert {s["regular"] for s in settings} == {True, False}
+    assert all(s["jepa_ratio"] == (1.0 if s["regular"] else 0.5) for s in settings)
+    best = runs.read_json(next(project.folder.glob("reports/*sweep*/sweep.json")))["arms"]["jepa"]
+    best = best["cells"][best["picked"]]
+    assert (settings[-1]["predictors"], settings[-1]["lbd"]) == (best["predictors"], best["lbd"])
+
+
+def test_a_number_of_steps_stands_instead_of_the_epochs(project):
+    done = project.run("compare", "--", "--max_steps=7", FAKE="1", SEEDS="1")
+    assert [resolved(argv)["max_steps"] for argv in done.trained] == [7, 7]
+    assert all("-7steps-s1-x" in run and "-e1" not in run for run in done.runs)
+    assert "--num_epochs" not in " ".join(map(" ".join, done.trained))
 
 
 # ------------------------------------------------------------------------------------------------------------ jobs

@@ -152,6 +152,14 @@ def test_arms_may_differ_in_the_method(tmp_path, out, method):
     assert len(read(out)["comparisons"]) == 3
 
 
+def test_arms_of_the_same_flops_take_other_steps(tmp_path, out):
+    runs = both(tmp_path, same_flop=True)
+    for run in runs[2:]:
+        change(run, "run.json", steps=800)
+    assert main([*runs, "--output_dir", str(out)]) == 0
+    assert len(read(out)["comparisons"]) == 3
+
+
 def made_otherwise(run: str, name: str) -> None:
     """Changes one thing of a run that is no part of the method."""
     record, evaluation = "run.json", json.loads((Path(run) / METRICS).read_text())["settings"]
@@ -161,6 +169,7 @@ def made_otherwise(run: str, name: str) -> None:
         "device": lambda: change(run, record, device="NVIDIA H100"),
         "processes": lambda: change(run, record, processes=2),
         "skipped_examples": lambda: change(run, record, skipped_examples=5),
+        "steps": lambda: change(run, record, steps=1999),
         "train_data": lambda: change(run, record, data_sha256={"datasets/synth_train.jsonl": "c1d2"}),
         "test_data": lambda: change(run, METRICS, data_sha256="c1d2"),
         "databases": lambda: change(run, METRICS, databases_sha256="c1d2"),
@@ -180,6 +189,7 @@ VALUES = {
     "device": ("'x86_64'", "'NVIDIA H100'"),
     "processes": ("1", "2"),
     "skipped_examples": ("0", "5"),
+    "steps": ("2000", "1999"),
     "train_data": ("['b0a8']", "['c1d2']"),
     "test_data": ("'5c44'", "'c1d2'"),
     "databases": ("None", "'c1d2'"),
