@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+
 from runs import sha256
 
 ROLES = (["system", "user", "assistant"], ["user", "assistant"])
@@ -61,21 +63,25 @@ class Problems:
     """What is wrong with the data: raised at the first one, or with `skip` collected to be counted and reported."""
 
     skip: bool = False
-    messages: list[str] = field(default_factory=list)
+    found: dict[str, str] = field(default_factory=dict)  # reasons by place, so that a row counts once
+
+    @property
+    def messages(self) -> list[str]:
+        """Place and reason of each bad example."""
+        return [f"{source}: {reason}" for source, reason in self.found.items()]
 
     def add(self, source: str, reason: str) -> None:
         """Raises ExampleError unless bad examples are skipped."""
-        message = f"{source}: {reason}"
         if not self.skip:
-            raise ExampleError(message)
-        self.messages.append(message)
+            raise ExampleError(f"{source}: {reason}")
+        self.found[source] = reason
 
     def report(self) -> str | None:
         """A line for the reader, or None where nothing was skipped."""
-        if not self.messages:
+        if not self.found:
             return None
-        more = f" (and {len(self.messages) - 3} more)" if len(self.messages) > 3 else ""
-        return f"skipped {len(self.messages)} bad examples: " + "; ".join(self.messages[:3]) + more
+        more = f" (and {len(self.found) - 3} more)" if len(self.found) > 3 else ""
+        return f"skipped {len(self.found)} bad examples: " + "; ".join(self.messages[:3]) + more
 
 
 def check_text(value: Any, what: str) -> str:
@@ -252,11 +258,22 @@ def read_examples(path: str, problems: Problems, fields: Fields | None = None) -
     return examples
 
 
-def data_sha256(path: str) -> str:
-    """Hexadecimal SHA-256 of a data file, or of a hub dataset's rows."""
+def data_sha256(path: str, streaming: bool = False) -> str:
+    """Hexadecimal SHA-256 of a data file, or of a hub dataset's rows; with `streaming` of its place and commit instead.
+
+    Raises ExampleError where the hub does not tell the commit.
+    """
     if not is_hub(path):
         return sha256(path)
     digest = hashlib.sha256()
+    if streaming:  # to read all rows would fetch them all
+        place = HUB.fullmatch(path)
+        try:
+            commit = HfApi().dataset_info(place["name"], revision=place["revision"]).sha
+        except (OSError, ValueError) as error:
+            raise ExampleError(f"{path}: the hub does not tell its commit ({str(error).splitlines()[0]})") from None
+        digest.update(f"{path.partition('@')[0]}@{commit}".encode())
+        return digest.hexdigest()
     for _, _, row in read_rows(path):
         digest.update(json.dumps(row(), sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import gather_object
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -561,10 +562,14 @@ def collate(collator: Collator, micro_batches: list[list[tuple[Segment, ...]]]) 
     return collator(micro_batches[0])
 
 
-def collate_stream(collator: Collator, micro_batch: tuple[list[tuple[Segment, ...]], Any]) -> dict[str, Any]:
-    """The same for a stream; `place` says where it goes on behind this micro-batch."""
-    items, place = micro_batch
-    return collator(items) | {"place": place}
+def collate_stream(
+    collator: Collator, micro_batch: tuple[list[tuple[Segment, ...]], Any, dict[str, str]] | ExampleError
+) -> dict[str, Any]:
+    """The same for a stream; `place` says where it goes on behind this micro-batch, `skipped` what it left out."""
+    if isinstance(micro_batch, ExampleError):
+        return collator(()) | {"error": micro_batch}
+    items, place, skipped = micro_batch
+    return collator(items) | {"place": place, "skipped": skipped}
 
 
 def may_see(spans: torch.Tensor) -> torch.Tensor:
@@ -878,10 +883,13 @@ def micro_batches(s: Settings, dataset: SegmentDataset, shuffle: bool, processes
 class JepaTrainer(Trainer):
     """transformers' Trainer with the LLM-JEPA loss, normalised over the whole optimiser step and all ranks."""
 
-    def __init__(self, *args: Any, settings: Settings, head: HeadInput, generate: Any = None, **kwargs: Any):
-        """`generate`: a function of the model that returns metrics from generation, called at each evaluation."""
+    def __init__(
+        self, *args: Any, settings: Settings, head: HeadInput, problems: Problems, generate: Any = None, **kwargs: Any
+    ):
+        """`problems` gets the bad rows that a stream skips; `generate`: a function of the model that returns metrics
+        from generation, called at each evaluation."""
         super().__init__(*args, **kwargs)
-        self.s, self.head, self.generate = settings, head, generate
+        self.s, self.head, self.problems, self.generate = settings, head, problems, generate
         # Tells the Trainer that the loss is already scaled for gradient accumulation.
         self.model_accepts_loss_kwargs = True
         self.sampler: MicroBatches | None = None
@@ -889,6 +897,7 @@ class JepaTrainer(Trainer):
         self.statistics = torch.zeros(len(STATISTICS), dtype=torch.float64, device=self.args.device)
         self.seen_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self._step_loss = torch.zeros((), device=self.args.device)
+        self._error: ExampleError | None = None  # of the stream
         self._flops, self._since = 0.0, time.time()
 
     # -- data
@@ -917,8 +926,12 @@ class JepaTrainer(Trainer):
         counts = torch.stack([*counts, torch.zeros(4, dtype=torch.long, device=device)]).sum(dim=0).double()  # (4,)
         counts = self.accelerator.reduce(counts, "sum")
         self.seen_tokens += counts[3]
-        if batches:
-            self.place = batches[-1].get("place")
+        for batch in batches if self.s.streaming else ():
+            if "error" in batch:  # the others are told where they wait for this process anyway
+                self._error, self._step_loss = batch["error"], torch.full_like(self._step_loss, torch.nan)
+                break
+            self.place = batch["place"]
+            self.problems.found |= batch["skipped"]
         return batches, counts[:3].clamp(min=1).float()
 
     # -- loss
@@ -973,10 +986,14 @@ class JepaTrainer(Trainer):
         return self._flops
 
     def require_finite_loss(self) -> None:
-        """Raises FloatingPointError before the weights are touched where the step's loss is not a number."""
+        """Raises, on every process, before the weights are touched: FloatingPointError where the step's loss is not a
+        number, ExampleError where the stream of any process has come to a row that cannot be used."""
         loss = self.accelerator.reduce(self._step_loss, "sum")
         self._step_loss = torch.zeros_like(self._step_loss)
         if not torch.isfinite(loss):
+            for error in gather_object([self._error]):
+                if error is not None:
+                    raise error
             raise FloatingPointError(
                 f"the loss of step {self.state.global_step + 1} is {loss.item()}; training stopped"
             )
@@ -1057,7 +1074,7 @@ class JepaTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         if self.s.streaming:
-            place = {"place": self.place, "processes": self.args.world_size}
+            place = {"place": self.place, "processes": self.args.world_size, "skipped": self.problems.found}
             write_json(stream_file(Path(self.args.output_dir), self.state.global_step, self.args.process_index), place)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -1129,9 +1146,8 @@ def load_data(s: Settings, renderer: Renderer, problems: Problems) -> tuple[Segm
     """(training, held-out) data sets of the settings' files; of a stream the first rows stand for the training data."""
     options = {"processes": s.preprocessing_num_workers, "cached": not s.dry_run}
     if s.streaming:
-        first = SegmentStream(s.train_file, renderer, Problems(s.skip_bad_examples), batch_size=1).first(
-            s.dry_run or 4 * s.batch_size
-        )
+        first = SegmentStream(s.train_file, renderer, s.skip_bad_examples, batch_size=1)
+        first = first.first(s.dry_run or 4 * s.batch_size)
         examples, held_out = first, read_examples(s.eval_file, problems, s.fields) if s.eval_file else []
     else:
         examples, held_out = load_examples(s, problems)
@@ -1362,12 +1378,18 @@ def prepare(s: Settings, state: PartialState, engine: Engine = WHOLE) -> Parts:
     device = torch.device("cpu") if s.dry_run else state.device
     problems, tokenizer = Problems(s.skip_bad_examples), load_tokenizer(s)
     renderer = Renderer(tokenizer, s)
-    with state.local_main_process_first():  # the others find its token cache
-        train_set, held_out = load_data(s, renderer, problems)
+    mistake = None
+    with state.local_main_process_first():  # the others find its token cache, and its mistakes: they wait for it
+        try:
+            train_set, held_out = load_data(s, renderer, problems)
+        except ExampleError as error:
+            mistake = error
+    if mistake:
+        raise mistake
     stream = None
     if s.streaming:
         where = {"process": state.process_index, "processes": state.num_processes}
-        stream = SegmentStream(s.train_file, renderer, problems, s.batch_size, s.tokens_per_batch, **where)
+        stream = SegmentStream(s.train_file, renderer, s.skip_bad_examples, s.batch_size, s.tokens_per_batch, **where)
     set_seed(s.finetune_seed)
     model = engine.load(s, tokenizer, device)
     # A dense mask is quadratic in the row, so short rows win on a CPU; flash kernels want one long row.
@@ -1409,6 +1431,7 @@ def build_trainer(s: Settings, parts: Parts, state: PartialState, engine: Engine
             processing_class=parts.renderer.tokenizer,
             settings=s,
             head=parts.head,
+            problems=parts.problems,
             generate=held_out_generation(s, parts, state) if s.eval_generate else None,
         )
     except (ValueError, ImportError, OverflowError) as error:
@@ -1438,7 +1461,7 @@ def train(s: Settings, state: PartialState, run: Run, engine: Engine) -> None:
     add_stop_token(parts.model.generation_config, end_of_turn(parts.renderer) if s.lm_labels != "answer_text" else None)
     files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
     record = {"seed": s.finetune_seed, "skipped_examples": len(parts.problems.messages)}
-    record |= provenance({f: data_sha256(f) for f in files})
+    record |= provenance({f: data_sha256(f, s.streaming and f == s.train_file) for f in files})
     state.wait_for_everyone()  # every process has checked the folder before the first one fills it
     if state.is_main_process:
         _say(parts.problems.report())
@@ -1452,7 +1475,7 @@ def train(s: Settings, state: PartialState, run: Run, engine: Engine) -> None:
             _say(f"not whole, left aside: {', '.join(damaged)}" if damaged else None)
             _say(f"resuming from {checkpoints[-1].name if checkpoints else 'the start: no whole checkpoint'}")
         if s.streaming and checkpoints:
-            go_on(parts.stream, checkpoints[-1])
+            go_on(parts, checkpoints[-1])
         run_trainer(trainer, checkpoints[-1:])
         trainer.save_model()
         if s.merge and state.is_main_process:
@@ -1464,10 +1487,16 @@ def train(s: Settings, state: PartialState, run: Run, engine: Engine) -> None:
             with contextlib.suppress(OSError):  # a full disk must not hide the error itself
                 run.update("interrupted" if interrupted else "failed", error=first_line(error))
         raise
+    if s.streaming:  # each process has met the bad rows of its own share
+        for found in gather_object([parts.problems.found]):
+            parts.problems.found |= found
     if state.is_main_process:
         log, tokens = trainer.state.log_history, int(trainer.seen_tokens)
         final = {k: v for line in log for k, v in line.items() if k.endswith(FINAL)}
         facts = {"steps": trainer.state.global_step, "tokens": tokens, "final": final}
+        if s.streaming:
+            facts["skipped_examples"] = len(parts.problems.found)
+            _say(parts.problems.report())
         if state.device.type == "cuda":
             facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()  # on the main process's GPU
         run.update("finished", **facts)
@@ -1476,13 +1505,15 @@ def train(s: Settings, state: PartialState, run: Run, engine: Engine) -> None:
     state.wait_for_everyone()  # a process that leaves first would tear the others' connections down
 
 
-def go_on(stream: SegmentStream, checkpoint: Path) -> None:
-    """Sets a stream to where a checkpoint left it. Raises UsageError where there were more or fewer processes."""
+def go_on(parts: Parts, checkpoint: Path) -> None:
+    """Sets the stream to where a checkpoint left it. Raises UsageError where there were more or fewer processes."""
+    stream = parts.stream
     path = stream_file(checkpoint.parent, int(checkpoint.name.rpartition("-")[2]), stream.process)
     kept = read_json(path) if path.is_file() else {"processes": "fewer"}
     if kept["processes"] != stream.processes:
         raise UsageError(f"{checkpoint} was written by {kept['processes']} processes, not {stream.processes}")
     stream.place = tuple(kept["place"])
+    parts.problems.found |= kept["skipped"]
 
 
 def run_trainer(trainer: JepaTrainer, checkpoints: list[Path]) -> None:

@@ -502,37 +502,48 @@ class SegmentStream(torch.utils.data.IterableDataset):
     """Micro-batches without end from rows that are tokenised as they are read, for data larger than memory.
 
     Rows are read in blocks, shuffled within the block in an order decided by seed, epoch and block, and dealt out to
-    the processes in turn. Each micro-batch comes with the place behind it, from which another stream goes on.
+    the processes in turn. Each micro-batch comes with the place behind it, from which another stream goes on, and with
+    the bad rows that were skipped on the way, reasons by place. From a row that cannot be used on all items are the
+    ExampleError itself: out of a DataLoader's worker a raised one would come as a traceback.
     """
 
     def __init__(
-        self, path: str, renderer: Renderer, problems: Problems, batch_size: int, tokens: int = 0,
+        self, path: str, renderer: Renderer, skip: bool, batch_size: int, tokens: int = 0,
         process: int = 0, processes: int = 1,
     ):  # fmt: skip
-        """`batch_size` examples a micro-batch, or as many as stay within `tokens`."""
-        self.path, self.renderer, self.problems, self.s = path, renderer, problems, renderer.s
+        """`batch_size` examples a micro-batch, or as many as stay within `tokens`; `skip`: bad rows."""
+        self.path, self.renderer, self.problems, self.s = path, renderer, Problems(skip), renderer.s
         self.batch_size, self.tokens, self.process, self.processes = batch_size, tokens, process, processes
         self.place: Place = (0, 0, 0)
 
     def first(self, count: int) -> list[Example]:
-        """The first usable examples in the order of the file, so many at most."""
+        """The first usable examples in the order of the file, so many at most. Raises ExampleError."""
         encoded = (pair for block in self._blocks() for row in block for pair in self._encoded([row]))
         examples = list(itertools.islice((example for example, item in encoded if item is not None), count))
         if not examples:
             raise ExampleError(f"{self.path}: no usable example")
         return examples
 
-    def __iter__(self) -> Iterator[tuple[list[tuple[Segment, ...]], Place]]:
-        """Raises ExampleError at a row that cannot be used, unless `problems` skips those."""
-        batch, size, last = [], 0, self.place
+    def __iter__(self) -> Iterator[tuple[list[tuple[Segment, ...]], Place, dict[str, str]] | ExampleError]:
         with _no_threads() if torch.utils.data.get_worker_info() else contextlib.nullcontext():
-            for item, place in self._items():
-                length = sum(len(segment.ids) for segment in item)
-                if batch and (size + length > self.tokens if self.tokens else len(batch) == self.batch_size):
-                    yield batch, last
-                    batch, size = [], 0
-                batch.append(item)
-                size, last = size + length, place
+            try:
+                yield from self._micro_batches()
+            except ExampleError as error:
+                yield from itertools.repeat(error)
+            except OSError as error:
+                reason = f"{self.path}: cannot be read ({error.strerror or error})"
+                yield from itertools.repeat(ExampleError(reason))
+
+    def _micro_batches(self) -> Iterator[tuple[list[tuple[Segment, ...]], Place, dict[str, str]]]:
+        batch, size, last = [], 0, self.place
+        for item, place in self._items():
+            length = sum(len(segment.ids) for segment in item)
+            if batch and (size + length > self.tokens if self.tokens else len(batch) == self.batch_size):
+                skipped, self.problems.found = self.problems.found, {}
+                yield batch, last, skipped
+                batch, size = [], 0
+            batch.append(item)
+            size, last = size + length, place
 
     def _blocks(self) -> Iterator[list[tuple[str, int, Callable[[], Any]]]]:
         rows = read_rows(self.path, streaming=True)

@@ -1,7 +1,7 @@
 """Starts training jobs of several processes as forks of one that has loaded the libraries already.
 
-    python ranks.py SCRIPT      reads one job a line from stdin, {"processes": n, "argv": […], "environment": {…}}, and
-                                answers each with a line {"codes": […], "errors": "…"}
+    python ranks.py SCRIPT      reads one job a line from stdin, {"processes": n, "argv": […], "before": "code", …}, and
+                                answers each with a line {"codes": […], "out": "…", "errors": "…"}
 
 To start Python and its libraries anew for each process takes ten times as long as to train the tests' models. What
 torchrun itself does is tested elsewhere.
@@ -24,24 +24,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-def rank_of(number: int, job: dict, port: int, log: str, script: str) -> None:
+def rank_of(number: int, job: dict, port: int, logs: list[str], script: str) -> None:
     """One process of a job; it ends without the interpreter's own end, which is for processes of their own."""
     where = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": job["processes"], "LOCAL_WORLD_SIZE": job["processes"]}
     where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({k: str(v) for k, v in where.items()} if job["processes"] > 1 else {})
     os.environ.update(job["environment"])
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    for stream, log in enumerate(logs, 1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
     sys.argv = [script, *job["argv"]]
     code = 1
     try:
+        exec(job["before"], {"sys": sys})  # noqa: S102
         code = importlib.import_module(script).main(job["argv"])
     except SystemExit as error:
         code = error.code
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
 
@@ -51,12 +52,12 @@ def run(job: dict, script: str, limit: float = 120) -> dict:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with tempfile.NamedTemporaryFile(mode="r", suffix=".log") as log:
+    with tempfile.NamedTemporaryFile(mode="r") as out, tempfile.NamedTemporaryFile(mode="r") as errors:
         pids = []
         for number in range(job["processes"]):
             pid = os.fork()
             if not pid:
-                rank_of(number, job, port, log.name, script)
+                rank_of(number, job, port, [out.name, errors.name], script)
             pids.append(pid)
         codes, started = {}, time.monotonic()
         while len(codes) < len(pids):
@@ -68,7 +69,7 @@ def run(job: dict, script: str, limit: float = 120) -> dict:
                 for other in set(pids) - codes.keys():
                     os.kill(other, signal.SIGKILL)
             time.sleep(0.02)
-        return {"codes": [codes[pid] for pid in pids], "errors": log.read()}
+        return {"codes": [codes[pid] for pid in pids], "out": out.read(), "errors": errors.read()}
 
 
 class Ranks:
@@ -81,12 +82,13 @@ class Ranks:
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def __call__(self, processes: int, *argv: object, **environment: str) -> tuple[list[int], str]:
-        """Exit codes of the processes and what they said."""
-        job = {"processes": processes, "argv": [str(a) for a in argv], "environment": environment}
+    def __call__(self, processes: int, *argv: object, before: str = "", **environment: str) -> tuple[list[int], str]:
+        """Exit codes of the processes and what they said on stderr; on stdout: `self.out`. `before`: code run first."""
+        job = {"processes": processes, "argv": [str(a) for a in argv], "environment": environment, "before": before}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
+        self.out = answer["out"]
         return answer["codes"], answer["errors"]
 
     def close(self) -> None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import GOLDEN, ROOT, call, message_row, write_rows
+from ranks import Ranks
 
 import generation
 
 USERS = [f"lines with the number {i}" + " or a vowel" * (i * 5 % 7) for i in range(11)]
 FLAGS = ("--model_name", GOLDEN / "models" / "llama3", "--batch_size", 2, "--max_new_tokens", 6, "--dtype", "float32")
-MAIN = "import evaluate, generation\ncode = evaluate.main()\n"
+MAIN = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport evaluate\ncode = evaluate.main()\n"
 # Process 0 is killed in its third batch when process 1, which gets no further, has written its first one.
 KILLED = """
 import os, signal, time
@@ -41,18 +40,11 @@ assert not [t for t in threads if 'gloo' in t], threads
 """
 
 
-def launch(folder: Path, *flags: object, before: str = "", processes: int = 2) -> SimpleNamespace:
-    """evaluate.py under torchrun: exit codes of the processes that failed, stdout and stderr."""
-    script = folder / "watched.py"
-    path = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-    script.write_text(path + before + MAIN + NO_THREADS + "sys.exit(code)\n")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command = [str(c) for c in (sys.executable, *torchrun, script, *flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    codes = [int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", done.stderr)]
-    assert bool(codes) == bool(done.returncode), done.stderr
-    return SimpleNamespace(codes=codes, out=done.stdout, err=done.stderr)
+@pytest.fixture(scope="module")
+def ranks():
+    started = Ranks("evaluate")
+    yield started
+    started.close()
 
 
 def flags_of(data: Path, folder: Path) -> tuple[object, ...]:
@@ -90,7 +82,7 @@ def same(folder: Path, other: Path, *names: str) -> None:
     assert sorted(p.name for p in folder.iterdir()) == list(names)
 
 
-def test_two_processes_answer_as_one(one, tmp_path):
+def test_two_processes_answer_as_one(ranks, one, tmp_path):
     data, _ = one
     flags = ("--split_tune_untune", "--original_model_name", GOLDEN / "models" / "chatml")
     assert call("evaluate", *flags_of(data, tmp_path / "alone"), *flags).code == 0
@@ -100,27 +92,40 @@ def test_two_processes_answer_as_one(one, tmp_path):
         f"say = lambda batch: open({str(rows)!r}, 'a').write(os.environ['RANK'] * len(batch) + ' ')\n"
         "generation.generate_batch = lambda *a: say(a[2]) and answer(*a)\n"
     )
-    done = launch(tmp_path, *flags_of(data, out), *flags, before=count)
-    assert not done.codes, done.err
+    codes, errors = ranks(2, *flags_of(data, out), *flags, before=count)
+    assert codes == [0, 0], errors
     assert sorted(rows.read_text().split()) == ["00"] * 6 + ["1"] * 2 + ["11"] * 4
     same(out / "untuned", tmp_path / "alone" / "untuned", "p.jsonl")
     same(out, tmp_path / "alone", "metrics.json", "p.jsonl", "untuned")
     assert json.loads((out / "metrics.json").read_text())["processes"] == 2
-    assert done.out.count("\n\nrows the untuned model got wrong: synth") == done.out.startswith("synth, n = 11\n") == 1
-    assert done.err.count("2 processes, judged by the first: 100%") >= 2 and " 11/11 " in done.err
+    said = ranks.out
+    assert said.count("\n\nrows the untuned model got wrong: synth") == said.startswith("synth, n = 11\n") == 1
+    assert errors.count("2 processes, judged by the first: 100%") >= 2 and " 11/11 " in errors
+
+
+def test_torchrun_answers_as_one(one, tmp_path):
+    data, alone = one
+    script = tmp_path / "watched.py"
+    script.write_text(MAIN + NO_THREADS + "sys.exit(code)\n")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    command = [str(c) for c in (sys.executable, *torchrun, script, *flags_of(data, tmp_path / "out"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    same(tmp_path / "out", alone, "metrics.json", "p.jsonl")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_two_interrupted_processes_left_is_taken_up(processes, one, tmp_path, monkeypatch):
+def test_what_two_interrupted_processes_left_is_taken_up(ranks, processes, one, tmp_path, monkeypatch):
     data, alone = one
     out = tmp_path / "out"
-    done = launch(tmp_path, *flags_of(data, out), before=KILLED)
-    assert -9 in done.codes
+    codes, errors = ranks(2, *flags_of(data, out), before=KILLED)
+    assert -9 in codes, errors
     left = {path.name: len(lines(path)) for path in out.glob("p.jsonl*") if "settings" not in path.name}
     assert left == {"p.jsonl": 4, "p.jsonl.rank1": 2}
     if processes == 2:
-        done = launch(tmp_path, *flags_of(data, out))
-        assert not done.codes, done.err
+        codes, errors = ranks(2, *flags_of(data, out))
+        assert codes == [0, 0], errors
     else:
         asked, answer = [], generation.generate_batch
         monkeypatch.setattr(generation, "generate_batch", lambda *a: asked.extend(a[2]) or answer(*a))
@@ -138,12 +143,12 @@ def test_what_two_interrupted_processes_left_is_taken_up(processes, one, tmp_pat
     ],
     ids=["parser", "flag of one process", "another evaluation's output"],
 )
-def test_a_mistake_ends_all_processes_with_one_message(flags, message, one, tmp_path):
+def test_a_mistake_ends_all_processes_with_one_message(ranks, flags, message, one, tmp_path):
     data, _ = one
     out = tmp_path / "out"
     out.mkdir()
     (out / "p.jsonl").write_text('{"id": 1, "prediction": "mine"}\n')
-    done = launch(tmp_path, *flags_of(data, out), *flags)
-    assert done.codes and set(done.codes) <= {2, -15}  # the second may be ended by torchrun before it has left
-    assert done.err.count(message) == 1 and done.out == "" and "[rank1]: Traceback" not in done.err
+    codes, errors = ranks(2, *flags_of(data, out), *flags)
+    assert codes == [2, 2], errors
+    assert errors.count(message) == 1 and ranks.out == "" and "Traceback" not in errors
     assert [p.name for p in out.iterdir()] == ["p.jsonl"]

@@ -77,6 +77,25 @@ def test_two_processes_equal_one(ranks, tmp_path, flags, sizes):
         assert runs.read_json(two / "run.json")["processes"] == 2
 
 
+@pytest.mark.parametrize("bad", [1, 6, 7])
+def test_a_bad_row_in_the_stream_of_any_process_is_named(ranks, tmp_path, bad):
+    rows = [*ROWS, *[{"messages": []}] * 2]
+    rows[bad], rows[13] = rows[13], rows[bad]
+    data, run = write_rows(tmp_path / "rows.jsonl", rows[:14]), tmp_path / "run"
+    where = ("--train_file", data, "--output_dir", run, "--model_name", GOLDEN / "models" / "llama3", *JEPA)
+    flags = ("--streaming", "--max_steps", 9, "--batch_size", 1, "--grad_accum", 3)
+    codes, errors = ranks(2, *where, *flags)
+    reason = f'{data}:{bad + 1}: no "messages" list'
+    assert (codes, "Traceback" in errors, errors.count(f"error: {reason}")) == ([2, 2], False, 1), errors
+    if bad == 1:  # among the first rows, which are looked at before the run folder is made
+        assert not run.exists()
+    else:
+        assert runs.read_json(run / "run.json")["error"] == reason
+    codes, errors = ranks(2, *where, *flags, "--overwrite", "--skip_bad_examples")
+    assert codes == [0, 0] and f"skipped 1 bad examples: {reason}" in errors
+    assert runs.read_json(run / "run.json")["skipped_examples"] == 1
+
+
 def test_a_mistake_ends_all_processes(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     one = tmp_path / "one"

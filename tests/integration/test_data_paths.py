@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -208,7 +209,7 @@ def test_processes_share_out_a_stream(data, monkeypatch):
     monkeypatch.setattr(segments, "BLOCK", 6)
     drawn = []
     for process in range(3):
-        stream = segments.SegmentStream(str(data), renderer(data), Problems(), 1, process=process, processes=3)
+        stream = segments.SegmentStream(str(data), renderer(data), False, 1, process=process, processes=3)
         drawn.append([tokens(batch)[0] for batch, _ in zip_first(stream, 16)])
     epoch = [x for share in drawn for x in share[:5]]
     every = tokens(segments.encode(renderer(data), read_examples(str(data), Problems())))
@@ -216,11 +217,11 @@ def test_processes_share_out_a_stream(data, monkeypatch):
 
 
 def zip_first(stream: segments.SegmentStream, count: int) -> list:
-    return [x for x, _ in zip(stream, range(count), strict=False)]
+    return [x[:2] for x, _ in zip(stream, range(count), strict=False)]
 
 
 def test_each_epoch_of_a_stream_has_another_order(data):
-    stream = segments.SegmentStream(str(data), renderer(data), Problems(), 16)
+    stream = segments.SegmentStream(str(data), renderer(data), False, 16)
     (first, _), (second, _) = zip_first(stream, 2)
     assert sorted(map(str, tokens(first))) == sorted(map(str, tokens(second))) and tokens(first) != tokens(second)
 
@@ -231,12 +232,33 @@ def test_a_stream_with_workers_gives_the_same(data, tmp_path):
     same_weights(here, ahead)
 
 
-def test_a_bad_row_of_a_stream_is_named_or_skipped(tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"messages": []}])
-    flags = (*JEPA, "--streaming", "--max_steps", 9)
-    done = call("finetune", "--train_file", data, "--model_name", MODEL, "--output_dir", tmp_path / "run", *flags)
-    assert done.code == 2 and 'rows.jsonl:17: no "messages" list' in done.err
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_row_of_a_stream_is_named_or_skipped(tmp_path, workers):
+    data = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"messages": []}, {"messages": [3]}])
+    flags = (*JEPA, "--streaming", "--max_steps", 9, "--grad_accum", 2, "--dataloader_num_workers", workers)
+    run = tmp_path / "run"
+    done = call("finetune", "--train_file", data, "--model_name", MODEL, "--output_dir", run, *flags)
+    said = re.search(r"error: .*rows\.jsonl:1[78]: .*", done.err)
+    assert done.code == 2 and said and "Traceback" not in done.err
+    record = runs.read_json(run / "run.json")
+    assert record["status"] == "failed" and f"error: {record['error']}" == said[0]
+    assert not list(run.glob("*.safetensors"))
+
     train(data, tmp_path / "skipping", *flags, "--skip_bad_examples")
+    record = runs.read_json(tmp_path / "skipping" / "run.json")
+    assert record["skipped_examples"] == 2, "counted once, whatever the number of epochs"
+
+
+def test_a_resumed_stream_still_counts_what_it_had_skipped(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"messages": []}])
+    flags = (*JEPA, "--batch_size", 4, "--streaming", "--max_steps", 5, "--save_steps", 4, "--skip_bad_examples")
+    flags = (*flags, "--save_total_limit", 9)
+    run = train(data, tmp_path / "run", *flags)
+    (run / "run.json").write_text(json.dumps({"status": "interrupted"}))
+    shutil.rmtree(run / "checkpoint-5")
+    assert runs.read_json(run / "checkpoint-4" / "stream-0.json")["skipped"]
+    train(data, run, *flags, "--resume")
+    assert runs.read_json(run / "run.json")["skipped_examples"] == 1
 
 
 def test_a_stream_without_a_usable_row_ends(tmp_path):
@@ -244,9 +266,8 @@ def test_a_stream_without_a_usable_row_ends(tmp_path):
     flags = ("--streaming", "--max_steps", 9, "--skip_bad_examples", "--output_dir", tmp_path / "run")
     done = call("finetune", "--train_file", data, "--model_name", MODEL, *flags)
     assert done.code == 2 and "rows.jsonl: no usable example" in done.err
-    stream = segments.SegmentStream(str(data), renderer(data), Problems(skip=True), 1)
-    with pytest.raises(ExampleError, match="no usable example for process 0"):
-        next(iter(stream))
+    error = next(iter(segments.SegmentStream(str(data), renderer(data), True, 1)))
+    assert isinstance(error, ExampleError) and "no usable example for process 0" in str(error)
 
 
 def test_a_stream_is_not_taken_up_by_another_number_of_processes(data, tmp_path):
@@ -268,7 +289,7 @@ def test_streams_of_other_formats(tmp_path, ending):
     path = tmp_path / f"own.{ending}"
     rows.to_csv(path, index=False) if ending == "csv" else rows.to_parquet(path)
     r = renderer(path, text_field="q", code_field="a", streaming=True)
-    ((batch, _),) = zip_first(segments.SegmentStream(str(path), r, Problems(), 9), 1)
+    ((batch, _),) = zip_first(segments.SegmentStream(str(path), r, False, 9), 1)
     every = segments.encode(r, read_examples(str(path), Problems(), r.s.fields))
     assert sorted(map(str, tokens(batch))) == sorted(map(str, tokens(every)))
 
