@@ -894,8 +894,9 @@ class JepaTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.sampler: MicroBatches | None = None
         self.place: Any = None  # behind the last micro-batch of a stream
-        self.statistics = torch.zeros(len(STATISTICS), dtype=torch.float64, device=self.args.device)
-        self.seen_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+        self.statistics = torch.zeros(len(STATISTICS), dtype=exact, device=self.args.device)
+        self.seen_tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
         self._step_loss = torch.zeros((), device=self.args.device)
         self._error: ExampleError | None = None  # of the stream
         self._flops, self._since = 0.0, time.time()
@@ -923,7 +924,7 @@ class JepaTrainer(Trainer):
         """The step's micro-batches and the label tokens, pairs and spans (3,) in all of them, over all ranks."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = [torch.cat([b["targets"], b["tokens"][:3].sum()[None]]) for b in batches]
-        counts = torch.stack([*counts, torch.zeros(4, dtype=torch.long, device=device)]).sum(dim=0).double()  # (4,)
+        counts = torch.stack([*counts, torch.zeros(4, dtype=torch.long, device=device)]).sum(dim=0)  # (4,)
         counts = self.accelerator.reduce(counts, "sum")
         self.seen_tokens += counts[3]
         for batch in batches if self.s.streaming else ():
@@ -968,7 +969,7 @@ class JepaTrainer(Trainer):
         sums = torch.stack([x.detach().float() for x in sums])
         spread_pairs = inputs["targets"][1:2] * (pairs > 1)
         # Made of what is on the device already: to bring a number there would make the host wait.
-        self.statistics += torch.cat([sums.double(), inputs["targets"], spread_pairs, inputs["tokens"]])
+        self.statistics += torch.cat([sums.to(self.statistics), inputs["targets"], spread_pairs, inputs["tokens"]])
         self._step_loss = self._step_loss + loss.detach()
         return loss * ranks  # the ranks' gradients are averaged, the loss is a sum over ranks
 

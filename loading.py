@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rendering import END_OF_TURN, PERCEPTION, predictor_token
 from runs import UsageError, first_line
@@ -66,6 +66,25 @@ def without_weights(config: Any, **options: Any) -> Any:
     return model
 
 
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def check_generation_config(s: Any, config: GenerationConfig) -> None:
+    """Makes a model's settings of `generate` such as can be saved, as some published ones are not, without another
+    answer. Raises UsageError where they cannot: before the training, not at its first checkpoint."""
+    if config.do_sample is not True:  # then these have no effect, and transformers does not save them
+        usual = GenerationConfig()
+        for name in SAMPLING:
+            setattr(config, name, getattr(usual, name, None))
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        reason = " ".join(line for line in str(error).splitlines() if line.startswith("- ")) or first_line(error)
+        raise UsageError(
+            f"--model_name {s.model_name}: its generation_config.json cannot be saved ({reason})"
+        ) from None
+
+
 def load_model(s: Any, tokenizer: Any, empty: bool = False, **options: Any) -> Any:
     """The causal language model, its embeddings as long as the tokenizer, with --lora an adapter on top.
 
@@ -94,6 +113,7 @@ def load_model(s: Any, tokenizer: Any, empty: bool = False, **options: Any) -> A
         text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in text)
+    check_generation_config(s, model.generation_config)
     return add_adapter(model, s, tokenizer) if s.lora else model
 
 

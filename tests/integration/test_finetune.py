@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -388,6 +389,23 @@ def test_the_saved_model_stops_where_it_was_trained_to(data, tmp_path):
     run = train(data, tmp_path / "run", "--regular", "--max_steps", 1, model="chatml")
     end = loading.load_tokenizer(finetune.Settings(model_name=str(run))).convert_tokens_to_ids("<|im_end|>")
     assert end in json.loads((run / "generation_config.json").read_text())["eos_token_id"]
+
+
+def test_a_model_with_unusual_generation_settings_is_saved_or_refused_before_training(data, tmp_path):
+    model = shutil.copytree(GOLDEN / "models" / "chatml", tmp_path / "model")
+    settings = {"eos_token_id": 2}
+    unused = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    (model / "generation_config.json").write_text(json.dumps(settings | unused | {"do_sample": False}))
+    run = train(data, tmp_path / "run", "--regular", "--max_steps", 1, model=model)
+    assert not unused.keys() & json.loads((run / "generation_config.json").read_text()).keys()
+    (model / "generation_config.json").write_text(json.dumps(settings | {"do_sample": True, "temperature": 0.6}))
+    run = train(data, tmp_path / "sampled", "--regular", "--max_steps", 1, model=model)
+    assert json.loads((run / "generation_config.json").read_text())["temperature"] == 0.6
+
+    (model / "generation_config.json").write_text(json.dumps(settings | {"pad_token_id": -1}))
+    done = train_to_the_end(data, tmp_path / "refused", "--regular", "--max_steps", 1, model=model)
+    assert done.code == 2 and "its generation_config.json cannot be saved (- `pad_token_id`" in done.err
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.fixture(scope="module")
