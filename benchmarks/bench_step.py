@@ -26,7 +26,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from timing import interleave, percentiles, table, write
+from timing import interleave, matmul_rate, percentiles, table, write
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig
 from transformers.utils import logging as transformers_logging
@@ -197,19 +196,6 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
 
 
 ARMS = ("reference's way", "additive", "packed", "packed, in_chat", "regular packed", "TRL padded", "TRL packed")
-
-
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of several."""
-    n, times = 8192 if device == "cuda" else 2048, []
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(10):
-        begin = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return 2 * n**3 / min(times)
 
 
 def peak_memory_gpu(arm: Arm) -> float:

@@ -40,6 +40,19 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of several."""
+    n, times = 8192 if device == "cuda" else 2048, []
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(10):
+        begin = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(times)
+
+
 def percentiles(seconds: list[float]) -> dict[str, float]:
     """{"p20", "p50", "p80"} in seconds."""
     if len(seconds) == 1:
