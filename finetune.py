@@ -1576,6 +1576,7 @@ def main(argv: list[str] | None = None, engine: Engine = WHOLE) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     state = PartialState(cpu=not torch.accelerator.is_available())
+    state.wait_for_everyone()  # a process that leaves at once would be missed by one that still looks for it
     try:
         settings = engine.check(settings, given)
         with contextlib.closing(Run(settings.output_dir, dataclasses.asdict(settings))) as run:

@@ -136,6 +136,7 @@ def processes() -> Iterator[PartialState]:
     # GPU of its own for each process.
     group = {"backend": "gloo", "timeout": timedelta(days=7)} if "LOCAL_RANK" in os.environ else {}
     state = PartialState(cpu=not torch.cuda.is_available(), **group)
+    state.wait_for_everyone()  # a process that leaves at once would be missed by one that still looks for it
     try:
         yield state
     finally:
