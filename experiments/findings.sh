@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The experiments behind the findings of RESULTS.md. What is done is skipped, what was interrupted goes on.
 #
-#     bash experiments/findings.sh EXPERIMENT…        on the embedded model and the project's SYNTH rows, five seeds each
+#     bash experiments/findings.sh EXPERIMENT…        on the project's SYNTH rows, five seeds each, the embedded model
 #
-# labels    regular and JEPA (k = 1, λ = 1), labels as published and corrected, from random weights
-# stopping  the same from a model that has learned to stop: that of 500 rows, fine-tuned on the other 7500
-# controls  regular, JEPA, JEPA with λ = 0, and JEPA with each Text paired with another row's Code
-# data      regular, JEPA (k picked on held-out train rows), STP, with 500, 1000, 2000 and 8000 rows at equal steps
+# labels      regular and JEPA (k = 1, λ = 1), labels as published and corrected, from random weights
+# stopping    the same from a model that has learned to stop: that of 500 rows, fine-tuned on the other 7500
+# controls    regular, JEPA, JEPA with λ = 0, and JEPA with each Text paired with another row's Code
+# data        regular, JEPA (k picked on held-out train rows), STP, with 500, 1000, 2000 and 8000 rows at equal steps
+# pretrained  the same labels and arms on SmolLM2-135M-Instruct (its folder: MODEL), 500 rows, the first 300 test rows
 #
 # JOBS, runs at a time, and PYTHON_BIN are those of run.sh; SEEDS too. Reports go to reports/.
 set -euo pipefail
@@ -14,6 +15,8 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON_BIN:-.venv/bin/python} tiny=models/tiny
 flags=(--batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98) # run.sh's for the embedded model
+
+fail() { echo "findings.sh: error: $1" >&2 && exit 2; }
 
 no_pad() { # a copy of the embedded model $1 at $2 whose tokenizer has no pad token, as Llama 3's: pad falls back to eos
   [ ! -d "$2" ] || return 0
@@ -76,9 +79,21 @@ data() {
   done
 }
 
+pretrained() {
+  local labels
+  [ -f "${MODEL:-}/config.json" ] || fail "MODEL must be the folder of SmolLM2-135M-Instruct"
+  "$python" experiments/rows.py datasets/synth_train.jsonl datasets/few_train.jsonl --first 500
+  "$python" experiments/rows.py datasets/synth_test.jsonl datasets/few_test.jsonl --first 300
+  export LR=2e-4 EPOCHS=1 DATASET=few
+  for labels in answer reference; do
+    bash run.sh compare -- --batch_size 8 --grad_accum 1 --warmup_steps 0.05 --dtype bfloat16 --save_strategy no \
+      --lm_labels "$labels"
+  done
+}
+
 export TASK=synth OMP_WAIT_POLICY=PASSIVE
 [ $# -gt 0 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit 2; }
 for experiment in "$@"; do
-  [[ $experiment =~ ^(labels|stopping|controls|data)$ ]] || { echo "findings.sh: error: no experiment '$experiment'" >&2 && exit 2; }
+  [[ $experiment =~ ^(labels|stopping|controls|data|pretrained)$ ]] || fail "no experiment '$experiment'"
 done
 for experiment in "$@"; do ("$experiment"); done
