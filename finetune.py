@@ -1361,6 +1361,9 @@ class Engine:
         """What watches the training besides the run folder's own."""
         return []
 
+    def clean_up(self, s: Settings) -> None:
+        """Removes what a finished run does not need; by the main process alone."""
+
 
 WHOLE = Engine()
 
@@ -1501,6 +1504,7 @@ def train(s: Settings, state: PartialState, run: Run, engine: Engine) -> None:
         if state.device.type == "cuda":
             facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()  # on the main process's GPU
         run.update("finished", **facts)
+        engine.clean_up(s)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in final.items())
         _say(f"finished {trainer.state.global_step} steps, {tokens} tokens: {shown}")
     state.wait_for_everyone()  # a process that leaves first would tear the others' connections down

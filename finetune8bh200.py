@@ -6,7 +6,8 @@
 The method, its flags and the run folder are finetune.py's; this file changes only how the weights are held. With
 several processes FSDP2 shards weights, gradients and optimiser states over them: the main process reads the weights,
 once, and hands out the shards; checkpoints are sharded too, and can be gone on with by another number of processes; at
-the end one whole model is saved. Started again by torchrun (--max-restarts), it goes on from the last whole checkpoint.
+the end one whole model is saved, and the checkpoints are removed. Started again by torchrun (--max-restarts), it goes
+on from the last whole one.
 
 Memory of full fine-tuning, in bytes a weight, shared out over the processes:
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +38,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments, set_seed
 
 import finetune
-from finetune import MODEL, OPTIM, Engine, JepaTrainer, Parts, Refusals, Settings, inspect_model, training_arguments
+from finetune import MODEL, OPTIM, RUN, Engine, JepaTrainer, Parts, Refusals, Settings, training_arguments
 from loading import load_config, load_model
 from runs import UsageError, flag, processes, read_json
 
@@ -61,6 +63,9 @@ class LargeSettings(Settings):
         MODEL,
     )
     load_in_4bit: bool = flag(False, "QLoRA: keep the frozen weights in 4 bits", MODEL)
+    keep_checkpoints: bool = flag(
+        False, "keep them behind the end; else a finished run, which does not go on, has its model alone", RUN
+    )
     optim: str = flag(
         "auto",
         "optimiser of transformers; auto: adamw_bnb_8bit for all weights on one GPU, else adamw_torch_fused",
@@ -126,7 +131,7 @@ class Inspection(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Raises UsageError, on every process, where the model cannot be laid out as asked."""
-        inspect_model(self.s, self.parts, self.half)
+        finetune.inspect_model(self.s, self.parts, self.half)
 
 
 class Sharded(Engine):
@@ -189,7 +194,7 @@ class Sharded(Engine):
         """Of shards later, by `Inspection`."""
         if s.sharding != "fsdp2" or s.dry_run:
             dtype = next(p for p in parts.model.parameters() if p.is_floating_point()).dtype
-            inspect_model(s, parts, half=dtype != torch.float32)
+            finetune.inspect_model(s, parts, half=dtype != torch.float32)
 
     def arguments(self, s: LargeSettings, bf16: bool, steps: int, device: torch.device) -> TrainingArguments:
         """The Trainer's own settings."""
@@ -211,6 +216,11 @@ class Sharded(Engine):
     def callbacks(self, s: LargeSettings, parts: Parts, device: torch.device) -> list[TrainerCallback]:
         """What follows the training besides the run folder."""
         return [Inspection(s, parts, computes(s, device) != torch.float32)] if s.sharding == "fsdp2" else []
+
+    def clean_up(self, s: LargeSettings) -> None:
+        """Removes a finished run's checkpoints, each three times as large as its model."""
+        for folder in () if s.keep_checkpoints else Path(s.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -87,11 +87,15 @@ def disk_problems(folder: str, free: int, need: int, parts: str) -> list[str]:
     ]
 
 
-def disk_need(plan: dict[str, Any], runs: int, kept: int) -> tuple[int, str]:
-    """Bytes of so many trainings, and of what; while a checkpoint is written the older ones are still there."""
+def disk_need(plan: dict[str, Any], runs: int, limit: int, keep: bool) -> tuple[int, str]:
+    """Bytes of so many trainings, one at a time, and of what.
+
+    While a checkpoint is written the `limit` older ones are still there; `keep`: also those of finished trainings.
+    """
     model, checkpoint = plan["saved_model"], plan["checkpoint"]
-    parts = f"{runs} × {gib(model)} model and {kept} × {gib(checkpoint)} checkpoints, one more checkpoint being written"
-    return runs * (model + kept * checkpoint) + checkpoint, parts
+    checkpoints = (runs if keep else 1) * limit + 1
+    parts = f"{runs} × {gib(model)} model, {checkpoints} × {gib(checkpoint)} checkpoint, one of them being written"
+    return runs * model + checkpoints * checkpoint, parts
 
 
 def free_space(folder: str) -> int:
@@ -167,8 +171,8 @@ def model_problems(s: Preflight, pretrain: bool) -> list[str]:
     if folder is None:
         revision = f" --revision {s.revision}" if s.revision else ""
         return [
-            f"{s.model_name} is no folder and not downloaded: run `.venv/bin/hf download {s.model_name}{revision}`; a "
-            "gated model needs access, asked for on its page, and `.venv/bin/hf auth login`"
+            f"{s.model_name} is no folder and not downloaded: run `.venv/bin/hf download {s.model_name}{revision} "
+            "--exclude 'original/*'`; a gated model needs access, asked for on its page, and `.venv/bin/hf auth login`"
         ]
     return ([] if pretrain else weight_problems(folder)) + tokenizer_problems(s)
 
@@ -240,7 +244,9 @@ def local_problems(s: Preflight, flags: list[str]) -> tuple[list[str], list[str]
             plan = memory.plan(recipe)
         except UsageError as error:
             problems += str(error).splitlines()
-    if (recipe.load_in_4bit or "bnb" in recipe.optim or "8bit" in recipe.optim) and not _has("bitsandbytes"):
+    # Without GPUs `auto` is torch's.
+    optim = memory.optimiser(recipe, s.nproc_per_node * s.nnodes) if s.device == "cuda" else recipe.optim
+    if (recipe.load_in_4bit or "bnb" in optim or "8bit" in optim) and not _has("bitsandbytes"):
         problems.append("bitsandbytes is not installed: run `.venv/bin/pip install bitsandbytes`")
     problems += data_problems(s.data_files) + folder_problems(s.output_dir)
     found = torch.cuda.device_count() if s.device == "cuda" else s.nproc_per_node
@@ -254,7 +260,7 @@ def local_problems(s: Preflight, flags: list[str]) -> tuple[list[str], list[str]
     if plan:
         if "--merge" in other:
             plan["saved_model"] += plan["parameters"] * (4 if recipe.param_dtype == "float32" else 2)
-        need, parts = disk_need(plan, s.runs, recipe.save_total_limit)
+        need, parts = disk_need(plan, s.runs, recipe.save_total_limit, "--keep_checkpoints" in other)
         problems += disk_problems(s.output_dir, free_space(s.output_dir), need, parts)
     else:
         notes.append("memory and room on the disk (nothing is known of the model)")

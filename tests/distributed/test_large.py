@@ -111,7 +111,7 @@ def test_copies_train_to_what_shards_train_to(ranks, tmp_path, data):
 
 
 def test_each_process_holds_its_part_alone(ranks, tmp_path, data):
-    flags = ("--max_steps", 2, "--save_strategy", "steps", "--save_steps", 2)
+    flags = ("--max_steps", 2, "--save_strategy", "steps", "--save_steps", 2, "--keep_checkpoints")
     run = tmp_path / "run"
     codes, errors = ranks(4, "--train_file", data, "--output_dir", run, "--model_name", MODEL, *JEPA, *sizes(4), *flags)
     assert codes == [0] * 4, errors
@@ -135,7 +135,7 @@ def elements(folder: Path) -> list[int]:
 
 
 def test_an_interrupted_run_goes_on_with_half_the_processes(ranks, tmp_path, data):
-    flags = (*JEPA, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9)
+    flags = (*JEPA, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
     whole = train(ranks, 4, tmp_path / "whole", data, *flags, *sizes(4))
     for kept in (2, 4, 6):  # in the first pass, in the second, and at the end, before the model was saved
         cut = tmp_path / f"cut-{kept}"
@@ -291,6 +291,7 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(ranks, tmp_path, 
 def test_a_finished_run_that_is_started_again_stays_as_it_is(ranks, tmp_path, data):
     run = train(ranks, 2, tmp_path / "run", data, *JEPA, *sizes(2))
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert not list(run.glob("checkpoint-*")), "a finished run has its model alone"
     flags = ("--model_name", MODEL, "--learning_rate", "1e-3", "--num_epochs", 2, *JEPA, *sizes(2))
     codes, errors = ranks(2, "--train_file", data, "--output_dir", run, *flags, TORCHELASTIC_RESTART_COUNT="1")
     assert codes == [0, 0], errors
@@ -334,7 +335,7 @@ def two_nodes():
 def test_two_nodes_train_and_resume_together(ranks, tmp_path, data, two_nodes):
     one = train(ranks, 1, tmp_path / "one", data, *JEPA, *sizes(1, 8))
     out, flags = tmp_path / "run", (*JEPA, *sizes(2), "--num_epochs", 2, "--save_strategy", "steps", "--save_steps", 4)
-    flags = (*flags, "--save_total_limit", 2)
+    flags = (*flags, "--save_total_limit", 2, "--keep_checkpoints")
 
     def nodes(*more: str) -> None:
         options = ("--nnodes", 2, "--nproc_per_node", 1, "--master_addr", ADDRESSES[0], "--master_port", 29511)

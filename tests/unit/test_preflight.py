@@ -63,7 +63,9 @@ def test_a_missing_gpu_and_everything_else_at_once(tmp_path, data):
     assert done.code == 1
     told = [line.removeprefix("preflight.py: missing: ") for line in done.err.splitlines() if "missing: " in line]
     assert len(told) == 5
-    assert told[0].startswith("org/Nothing is no folder and not downloaded: run `.venv/bin/hf download org/Nothing`")
+    assert told[0].startswith(
+        "org/Nothing is no folder and not downloaded: run `.venv/bin/hf download org/Nothing --exclude 'original/*'`"
+    )
     assert told[1].startswith("none.jsonl: there is no such file") and told[2].startswith(f"{tmp_path}/file: ")
     assert told[3].startswith(f"{tmp_path}/file/runs cannot be written into")
     assert told[4].startswith("2 GPUs are needed, 0 are there: set NPROC")
@@ -96,12 +98,16 @@ def test_gpu_memory_is_held_against_the_plan(tmp_path, data, monkeypatch):
 
 def test_disk():
     plan = {"saved_model": 15 * GIB, "checkpoint": 45 * GIB}
-    need, parts = preflight.disk_need(plan, 10, 1)
-    assert need == (10 * (15 + 45) + 45) * GIB
-    assert preflight.disk_need(plan, 10, 2)[0] - need == 450 * GIB
+    need, parts = preflight.disk_need(plan, 10, 1, keep=False)
+    assert need == (10 * 15 + 2 * 45) * GIB
+    assert preflight.disk_need(plan, 10, 2, keep=False)[0] - need == 45 * GIB
+    assert preflight.disk_need(plan, 10, 1, keep=True)[0] == (10 * (15 + 45) + 45) * GIB
     assert preflight.disk_problems("runs", need, need, parts) == []
     (told,) = preflight.disk_problems("runs", need - 1, need, parts)
-    assert told.startswith("runs has 645.0 GiB free on its disk, 645.0 GiB are needed (10 × 15.0 GiB model")
+    assert told == (
+        "runs has 240.0 GiB free on its disk, 240.0 GiB are needed (10 × 15.0 GiB model, 2 × 45.0 GiB checkpoint, one "
+        "of them being written): make room or use another folder"
+    )
 
 
 def test_merged_adapters_need_room_for_whole_models(tmp_path, data, monkeypatch):
@@ -189,6 +195,13 @@ def test_a_package_that_is_missing(tmp_path, data, monkeypatch):
     monkeypatch.setattr(preflight, "_has", lambda package: False)
     done = call("preflight", *flags(tmp_path, data), "--", "--optim", "adamw_bnb_8bit")
     assert done.code == 1 and "bitsandbytes is not installed" in done.err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (80 * GIB, 80 * GIB))
+    monkeypatch.setattr(preflight, "collective_problems", lambda s: [])
+    for gpus, lacks in ((1, True), (2, False)):  # the default of one GPU is AdamW of 8 bits
+        done = call("preflight", *flags(tmp_path, data, device="cuda", nproc_per_node=gpus))
+        assert ("bitsandbytes is not installed" in done.err) == lacks
+    assert "bitsandbytes" not in call("preflight", *flags(tmp_path, data, device="cpu")).err
 
 
 def test_wrong_flags(tmp_path, data):

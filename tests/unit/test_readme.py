@@ -45,7 +45,7 @@ def test_flag_tables_are_current():
 def test_the_table_of_large_models_is_what_they_have_beyond_the_others():
     shown = readme().split(f"<!-- flags: {LARGE} -->")[1].split("<!-- end -->")[0]
     assert set(re.findall(r"`--(\w+)`", shown)) == {
-        "gradient_checkpointing", "param_dtype", "sharding", "load_in_4bit", "optim"
+        "gradient_checkpointing", "param_dtype", "sharding", "load_in_4bit", "optim", "keep_checkpoints"
     }  # fmt: skip
 
 
