@@ -29,7 +29,6 @@ from tqdm import tqdm
 from transformers import BitsAndBytesConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
-import finetune
 import loading
 import vllm_engine
 from examples import Example, ExampleError, Fields, Problems, data_sha256, dataset_name, read_examples, split_examples
@@ -38,6 +37,8 @@ from predictions import agreed, begin_output, check_free, collect, owner, proces
 from rendering import Renderer
 from runs import UsageError, first_line, flag, folder_sha256, parse_flags, provenance, read_json, sha256, write_json
 from scoring import TASKS, Scorer, score_text, wilson
+from settings import Refusals
+from settings import Settings as TrainingSettings
 
 HERE = Path(__file__).resolve().parent
 GOLD_RIGHT = 0.9  # of the rows' own answers must count as right: published sets have a few that fail
@@ -139,7 +140,7 @@ NOT_VLLM = ("attn_implementation load_in_8bit load_in_4bit device_map batch_size
 
 def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings:
     """Resolves task and output file. Raises UsageError naming every wrong or inapplicable flag at once."""
-    r = finetune.Refusals(given)
+    r = Refusals(given)
     r.refuse(not s.input_file, "--input_file is missing")
     r.refuse(
         bool(s.model_name) + bool(s.score_only) + s.score_gold != 1,
@@ -176,7 +177,9 @@ def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings
     if s.task not in (None, *TASKS):
         r.append(f"--task {s.task} is not one of {', '.join(TASKS)}")
     elif s.input_file and not s.embeds and task not in TASKS:
-        r.append(f"--task: {s.input_file} does not name its task; give one of {', '.join(TASKS)}")
+        r.append(
+            f"--task: {s.input_file} does not name its task; give one of {', '.join(TASKS)}, rows of your own text"
+        )
     elif task in TASKS:
         r.only_if(TASKS[task].needs_databases, "spider_path", f"not with task {task}")
         r.only_if(not TASKS[task].choices, "max_new_tokens", f"task {task} generates nothing")
@@ -188,7 +191,7 @@ def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings
     return dataclasses.replace(s, task=None if s.embeds else task, output_file=output)
 
 
-def check_output(s: Settings, r: finetune.Refusals) -> str | None:
+def check_output(s: Settings, r: Refusals) -> str | None:
     """Where results go, None with --score_gold; adds to `r` what is wrong with it."""
     output = s.output_file
     file = "similarity.json" if s.embeds else "predictions.jsonl"
@@ -256,7 +259,7 @@ def load_renderer(name: str, s: Settings, base: str) -> Renderer:
     has_tokenizer = (folder / "tokenizer_config.json").is_file() or not folder.is_dir()
     flags = ("predictors", "front_pred", "reverse_pred", "last_token", "text_view") if s.embeds else ()
     views = {k: trained[k] for k in flags if k in trained}
-    render_as = finetune.Settings(
+    render_as = TrainingSettings(
         model_name=name if has_tokenizer else s.original_model_name or base, revision=s.revision, plain=s.plain,
         max_length=sys.maxsize, lm_labels="answer_text" if s.task and TASKS[s.task].choices else "answer", **views,
     )  # fmt: skip

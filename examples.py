@@ -110,7 +110,7 @@ def parse_json(line: bytes) -> Any:
 def parse_messages(row: Any, source: str, number: int) -> Example:
     """A row in the project's own format → Example. Raises ValueError with the reason, without the place."""
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
-        raise ValueError('no "messages" list')
+        raise ValueError('no "messages" list (rows of another kind: --text_field, --code_field)')
     messages = row["messages"]
     roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
     if roles not in ROLES:

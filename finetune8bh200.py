@@ -38,9 +38,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments, set_seed
 
 import finetune
-from finetune import MODEL, OPTIM, RUN, Engine, JepaTrainer, Parts, Refusals, Settings, training_arguments
+from finetune import Engine, JepaTrainer, Parts, training_arguments
 from loading import load_config, load_model
 from runs import UsageError, flag, processes, read_json
+from settings import MODEL, OPTIM, RUN, Refusals, Settings, check_settings, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -73,12 +74,12 @@ class LargeSettings(Settings):
     )
 
 
-def sharding(s: LargeSettings) -> str | None:
-    """How the processes share the weights: fsdp2, ddp (each has them all), None where there is one process.
+def sharding(s: LargeSettings, several: bool) -> str | None:
+    """How several processes share the weights: fsdp2, ddp (each has them all), None where there is one process.
 
     Raises UsageError where there is no such model, or its weights cannot be shared as asked.
     """
-    if processes() == 1:
+    if not several:
         return None
     whole = "its 4-bit weights" if s.load_in_4bit else None
     if s.lora and not whole and load_config(s).get_text_config().tie_word_embeddings:
@@ -139,10 +140,13 @@ class Sharded(Engine):
 
     name, doc, settings, trainer = "finetune8bh200.py", __doc__, LargeSettings, LargeTrainer
 
-    def check(self, s: LargeSettings, given: set[str]) -> LargeSettings:
-        """The resolved settings. Raises UsageError naming all that is wrong or inapplicable."""
-        r, several = Refusals(given), processes() > 1
-        shared = sharding(s) if s.model_name else None
+    def check(self, s: LargeSettings, given: set[str], several: bool | None = None) -> LargeSettings:
+        """The resolved settings. Raises UsageError naming all that is wrong or inapplicable.
+
+        `several`: whether they are for more than one process; None: for those that there are.
+        """
+        r, several = Refusals(given), processes() > 1 if several is None else several
+        shared = sharding(s, several) if s.model_name else None
         if s.optim == "auto":
             alone = torch.cuda.is_available() and not (several or s.lora)
             s = replace(s, optim="adamw_bnb_8bit" if alone else "adamw_torch_fused")
@@ -150,7 +154,10 @@ class Sharded(Engine):
         missing = importlib.util.find_spec("bitsandbytes") is None
         r.refuse(bitsandbytes and shared == "fsdp2", f"--optim {s.optim}: not with --sharding fsdp2")
         asks = "--load_in_4bit" if s.load_in_4bit else f"--optim {s.optim}"
-        r.refuse((bitsandbytes or s.load_in_4bit) and missing, f"{asks}: install the package bitsandbytes first")
+        r.refuse(
+            (bitsandbytes or s.load_in_4bit) and missing,
+            f"{asks}: install the package bitsandbytes first (.venv/bin/pip install bitsandbytes)",
+        )
         r.only_if(s.lora, "load_in_4bit", "only with --lora")
         r.only_if(not s.lora, "param_dtype", "not with --lora: its adapter is float32, the frozen weights as --dtype")
         mixed = s.param_dtype == "bfloat16" and s.dtype not in ("auto", "bfloat16")
@@ -159,13 +166,13 @@ class Sharded(Engine):
         whole = "eval_generate same_flop torch_compile"
         r.only_if(shared != "fsdp2", whole, "not with --sharding fsdp2, where no process has the whole model")
         s = replace(s, sharding=shared)
-        folder = Path(finetune.resolve(s).output_dir)
+        folder = Path(resolve(s).output_dir)
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (folder / "run.json").is_file():
             if read_json(folder / "run.json").get("status") == "finished":
                 raise SystemExit(0)  # a process failed behind the end
             s = replace(s, resume=True, overwrite=False)
             given = (given | {"resume"}) - {"overwrite"}
-        return finetune.check_settings(s, given, r)
+        return check_settings(s, given, r)
 
     def half(self, s: LargeSettings, device: torch.device) -> bool:
         """Whether the Trainer computes in bfloat16 on float32 weights; bfloat16 weights need no autocast."""

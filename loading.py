@@ -14,8 +14,15 @@ from rendering import END_OF_TURN, PERCEPTION, predictor_token
 from runs import UsageError, first_line
 
 
+def check_name(name: str) -> None:
+    """Raises UsageError where a model's name is that of a folder which is not there."""
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UsageError(f"--model_name {name}: there is no such folder")
+
+
 def load_tokenizer(s: Any, predictors: bool = True) -> Any:
     """The model's tokenizer with the special tokens the method needs. Raises UsageError where there is none."""
+    check_name(s.model_name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(s.model_name, revision=s.revision)
     except (OSError, ValueError, KeyError) as error:

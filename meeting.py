@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def gather(s: Any, problems: list[str]) -> list[str]:
         server = socket.create_server(("", s.master_port))
     except OSError:
         return problems + [f"node 0: {p}" for p in busy_port(s.master_port)]
+    print(f"preflight.py: waiting for {s.nnodes - 1} more nodes, {s.join_limit:g} s at most", file=sys.stderr)
     with server:
         while len(others) < s.nnodes - 1 and (left := begin + s.join_limit - time.monotonic()) > 0:
             server.settimeout(left)
@@ -76,6 +78,7 @@ def tell(s: Any, problems: list[str]) -> list[str]:
     """On another node: the problems of all nodes, or that the first node cannot be reached."""
     deadline, address = time.monotonic() + s.join_limit, f"{s.master_addr}:{s.master_port}"
     mark, why = Path(s.output_dir) / f".preflight-{s.node_rank}-{os.getpid()}.tmp", "nobody answers"
+    print(f"preflight.py: looking for node 0 at {address}, {s.join_limit:g} s at most", file=sys.stderr)
     try:
         with contextlib.suppress(OSError):  # said by folder_problems
             mark.touch()
@@ -85,7 +88,9 @@ def tell(s: Any, problems: list[str]) -> list[str]:
                     message = {"node": s.node_rank, "mark": mark.name, "problems": problems}
                     connection.sendall((json.dumps(message) + "\n").encode())
                     return read_line(connection, deadline - time.monotonic() + 10)
-            except (OSError, ValueError) as error:
+            except ValueError:
+                why = "what answers there is no preflight.py"
+            except OSError as error:
                 why = first_line(error)
                 time.sleep(min(0.5, max(0, deadline - time.monotonic())))
     finally:

@@ -113,7 +113,9 @@ def meta_model(r: Recipe) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="counted")
     except (*LOADING_ERRORS, StrictDataclassError, TypeError, AttributeError) as error:  # a config with odd values
-        raise UsageError(f"--model_name {r.model_name}: no such causal language model ({first_line(error)})") from None
+        raise UsageError(
+            f"--model_name {r.model_name}: no causal language model can be made of it ({first_line(error)})"
+        ) from None
 
 
 class _Attention(torch.autograd.Function):

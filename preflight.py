@@ -11,7 +11,6 @@ well, 1 something is missing, 2 wrong flags.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -65,7 +64,8 @@ def gpu_problems(wanted: int, found: int) -> list[str]:
     """One GPU a process."""
     if found >= wanted:
         return []
-    return [f"{wanted} GPUs are needed, {found} are there: set NPROC, or look at nvidia-smi and CUDA_VISIBLE_DEVICES"]
+    look = "set NPROC (--nproc_per_node), or look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return [f"{wanted} GPUs are needed, {found} are there: {look}"]
 
 
 def memory_problems(free: list[int], peak: int) -> list[str]:
@@ -138,7 +138,7 @@ def weight_problems(folder: Path) -> list[str]:
     elif single.is_file():
         wanted[single.name] = set()
     else:
-        return [f"{folder} has neither {single.name} nor {index.name}: download the weights"]
+        return [f"{folder} has neither {single.name} nor {index.name}: download the weights, or give --pretrain"]
     problems = []
     for path, tensors in ((folder / file, tensors) for file, tensors in sorted(wanted.items())):
         try:
@@ -175,6 +175,26 @@ def model_problems(s: Preflight, pretrain: bool) -> list[str]:
             "--exclude 'original/*'`; a gated model needs access, asked for on its page, and `.venv/bin/hf auth login`"
         ]
     return ([] if pretrain else weight_problems(folder)) + tokenizer_problems(s)
+
+
+def flag_problems(s: Preflight, flags: list[str]) -> list[str]:
+    """What the training would refuse of its flags, at each of its starts."""
+    from finetune8bh200 import LargeSettings, Sharded
+
+    def refuse(message: str) -> None:
+        raise UsageError(message)
+
+    parser = build_parser(LargeSettings, "")
+    parser.error = refuse
+    try:
+        given = vars(parser.parse_args(flags))
+        if model_folder(s.model_name, s.revision):
+            train_file = next(filter(None, s.data_files.split(",")), "rows.jsonl")
+            fixed = {"model_name": s.model_name, "revision": s.revision, "train_file": train_file}
+            Sharded().check(LargeSettings(**given | fixed), set(given), s.nproc_per_node * s.nnodes > 1)
+    except UsageError as error:
+        return [f"a training that takes these flags: {line}" for line in str(error).splitlines()]
+    return []
 
 
 def collective_problems(s: Preflight) -> list[str]:
@@ -244,10 +264,7 @@ def local_problems(s: Preflight, flags: list[str]) -> tuple[list[str], list[str]
             plan = memory.plan(recipe)
         except UsageError as error:
             problems += str(error).splitlines()
-    # Without GPUs `auto` is torch's.
-    optim = memory.optimiser(recipe, s.nproc_per_node * s.nnodes) if s.device == "cuda" else recipe.optim
-    if (recipe.load_in_4bit or "bnb" in optim or "8bit" in optim) and not _has("bitsandbytes"):
-        problems.append("bitsandbytes is not installed: run `.venv/bin/pip install bitsandbytes`")
+    problems += flag_problems(s, flags)
     problems += data_problems(s.data_files) + folder_problems(s.output_dir)
     found = torch.cuda.device_count() if s.device == "cuda" else s.nproc_per_node
     lacking = gpu_problems(s.nproc_per_node, found)
@@ -269,10 +286,6 @@ def local_problems(s: Preflight, flags: list[str]) -> tuple[list[str], list[str]
     elif s.nproc_per_node > 1 or s.device == "cuda":
         problems += collective_problems(s)
     return problems, notes
-
-
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def check(s: Preflight) -> None:

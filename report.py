@@ -157,7 +157,8 @@ def read_runs(runs: list[Path]) -> tuple[list[Result], list[str]]:
 def line(result: Result) -> str:
     """One run on one line."""
     scores = (f"{h.split()[0]} {value:.2f} {h.split()[1]}" for h, value in result.columns.items())
-    return "  ".join([result.dataset, f"seed {result.seed}", *scores, *without_a_result(result)])
+    method = "regular" if result.settings.get("regular") else "jepa"
+    return "  ".join([result.dataset, method, f"seed {result.seed}", *scores, *without_a_result(result)])
 
 
 def without_a_result(result: Result) -> list[str]:
@@ -175,10 +176,11 @@ def title(arm: list[Result], arms: list[list[Result]]) -> str:
     """What an arm is: dataset, model, method, and every other setting in which the arms differ."""
     settings, others = arm[0].settings, [other[0].settings for other in arms]
     method = "regular" if settings.get("regular") else "jepa"
+    hidden = {"model_name", "regular"} | (VIEWS if settings.get("regular") else set())
     differing = [
         f"{name} {value}"
         for name, value in settings.items()
-        if name not in ("model_name", "regular") and any(other.get(name) != value for other in others)
+        if name not in hidden and any(other.get(name) != value for other in others)
     ]
     return ", ".join([f"{arm[0].dataset} ({arm[0].n} examples)", str(settings.get("model_name")), method, *differing])
 

@@ -35,7 +35,8 @@ the smallest rate, or k, then λ, is picked, and that is said. Then each arm is 
 over the seeds, evaluated on the test rows and reported, as in compare. Scores of all cells are in sweep.json.
 
 Arguments, all optional, in this order ('-': the default); the variable in brackets sets the default:
-  model          [MODEL]        $TINY
+  model          [MODEL]        $TINY, from random weights (--pretrain), with
+                                ${TINY_FLAGS[*]}
   learning rate  [LR]           $TINY_LR with $TINY, else 2e-5; LEARNING_RATE is the same variable
   epochs         [EPOCHS]       $TINY_EPOCHS with $TINY, else 4; --max_steps among the FLAGs stands instead
   last_token     [LAST_TOKEN]   view token, an index from the view's end; not given: finetune.py finds it
@@ -236,7 +237,7 @@ check_scoring() { # once, refuses test rows that cannot be scored before hours a
   checked+=" $dataset"
   scoring "$@"
   supervise "$python" evaluate.py --score_gold "${score[@]}" >/dev/null ||
-    fail "$test_file cannot be scored" "$?"
+    fail "$test_file cannot be scored; TASK says how: TASK=text for rows of your own" "$?"
 }
 
 answerer() { launch=("$python"); } # fills `launch` with what starts an evaluation

@@ -32,13 +32,14 @@ preflight: --lora, --batch_size …
 A node (variables that SLURM's job gives where you do not):
   NPROC          processes, one a GPU (its GPUs)
   NNODES         nodes, each of which runs the same command (SLURM_NNODES, else 1)
-  NODE_RANK      this node's number; 0 evaluates and reports (SLURM_NODEID, else 0)
+  NODE_RANK      this node's number; 0 evaluates and reports (SLURM_NODEID, else 0). Training's progress is shown by
+                 whichever node torchrun puts first
   MASTER_ADDR    the first node (the first of SLURM_JOB_NODELIST); needed with several nodes
   MASTER_PORT    its port for the rendezvous (29500; of a SLURM job 20000 + its number modulo 10000)
   MAX_RESTARTS   how often training starts again, from its last whole checkpoint, where a process or node fails (3)
   NODE_TIMEOUT   seconds that nodes wait for one another, evaluation on the first one included (7200)
   PREFLIGHT=no   leaves the preflight out; JOIN_LIMIT, seconds for which it waits for the other nodes (600)
-  DEVICE=cpu     tries it without GPUs; give NPROC and a small MODEL
+  DEVICE=cpu     tries it without GPUs: DEVICE=cpu NPROC=2 MODEL=$TINY bash run8bh200.sh run_jepa
   TRAINER        the training script (finetune8bh200.py)
 PROTOCOL=paper, TASK, PYTHON_BIN, REPORTS_DIR and ALLOW as in run.sh, whose --help explains them.
 

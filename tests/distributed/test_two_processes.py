@@ -85,7 +85,7 @@ def test_a_bad_row_in_the_stream_of_any_process_is_named(ranks, tmp_path, bad):
     where = ("--train_file", data, "--output_dir", run, "--model_name", GOLDEN / "models" / "llama3", *JEPA)
     flags = ("--streaming", "--max_steps", 9, "--batch_size", 1, "--grad_accum", 3)
     codes, errors = ranks(2, *where, *flags)
-    reason = f'{data}:{bad + 1}: no "messages" list'
+    reason = f'{data}:{bad + 1}: no "messages" list (rows of another kind: --text_field, --code_field)'
     assert (codes, "Traceback" in errors, errors.count(f"error: {reason}")) == ([2, 2], False, 1), errors
     if bad == 1:  # among the first rows, which are looked at before the run folder is made
         assert not run.exists()

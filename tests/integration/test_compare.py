@@ -178,7 +178,8 @@ def test_compare_trains_both_arms_alike_and_jobs_do_not_change_the_weights(proje
     assert one.runs == BOTH
     (report,) = one.reports
     assert report == ["report.py", *BOTH, "--output_dir", "reports/synth-tiny-compare-lr1e-3-lbd1-k1-e1"]
-    assert [line.split("  ")[1] for line in one.out.splitlines()] == ["seed 1"] * 2 + ["seed 2"] * 2
+    lines = [line.split("  ")[1:3] for line in one.out.splitlines()]
+    assert lines == [[arm, f"seed {seed}"] for seed in (1, 2) for arm in ("regular", "jepa")]
     for regular, jepa in zip(BOTH[::2], BOTH[1::2], strict=True):
         differing = {"regular": (True, False), "predictors": (0, 1), "lbd": (0.1, 1.0), "output_dir": (regular, jepa)}
         a, b = (runs.read_json(project.folder / run / "args.json") for run in (regular, jepa))
@@ -331,7 +332,7 @@ def test_jobs_run_at_a_time_and_share_the_threads(project):
     done = project.run("run_jepa", FAKE="1", SLEEP="1.5", JOBS="4", SEEDS="1 2 3 4")
     assert time.monotonic() - begin < 5, "not one after the other"
     assert done.threads == {None, str(max(1, os.cpu_count() // 4))} - {None}
-    assert sorted(line.split("  ")[1] for line in done.out.splitlines()[:4]) == [f"seed {s}" for s in (1, 2, 3, 4)]
+    assert sorted(line.split("  ")[2] for line in done.out.splitlines()[:4]) == [f"seed {s}" for s in (1, 2, 3, 4)]
     assert "mean ± sd (n = 4)" in done.out
 
 

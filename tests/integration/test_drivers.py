@@ -136,7 +136,7 @@ def test_jepa_command_lines_for_all_seeds(project):
     assert project.calls() == expected
     assert project.threads == [None] * 10
     lines = done.stdout.splitlines()
-    assert [line.split("  ")[1:3] for line in lines[:5]] == [[f"seed {s}", f"exact {s}.00 %"] for s in SEEDS]
+    assert [line.split("  ")[2:4] for line in lines[:5]] == [[f"seed {s}", f"exact {s}.00 %"] for s in SEEDS]
     # Deviations from 46: 36, −23, −9, 38, −42; sd = √(5114 / 4).
     assert lines[-2].split("  ")[0] == "mean ± sd (n = 5)" and "46.00 ± 35.76" in lines[-2]
 

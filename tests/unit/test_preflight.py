@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -187,21 +188,39 @@ def test_a_model_without_tokenizer_or_config(tmp_path, data, sharded):
     (tmp_path / "model").mkdir()
     shutil.copy(MODEL / "model.safetensors", tmp_path / "model")
     assert (
-        "no such causal language model" in call("preflight", *flags(tmp_path, data, model_name=tmp_path / "model")).err
+        "no causal language model can be made of it"
+        in call("preflight", *flags(tmp_path, data, model_name=tmp_path / "model")).err
     )
 
 
 def test_a_package_that_is_missing(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(preflight, "_has", lambda package: False)
-    done = call("preflight", *flags(tmp_path, data), "--", "--optim", "adamw_bnb_8bit")
-    assert done.code == 1 and "bitsandbytes is not installed" in done.err
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
+    )
+    done = call("preflight", *flags(tmp_path, data, nproc_per_node=1), "--", "--optim", "adamw_bnb_8bit")
+    assert done.code == 1 and "--optim adamw_bnb_8bit: install the package bitsandbytes first" in done.err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (80 * GIB, 80 * GIB))
     monkeypatch.setattr(preflight, "collective_problems", lambda s: [])
     for gpus, lacks in ((1, True), (2, False)):  # the default of one GPU is AdamW of 8 bits
         done = call("preflight", *flags(tmp_path, data, device="cuda", nproc_per_node=gpus))
-        assert ("bitsandbytes is not installed" in done.err) == lacks
-    assert "bitsandbytes" not in call("preflight", *flags(tmp_path, data, device="cpu")).err
+        assert ("install the package bitsandbytes" in done.err) == lacks
+
+
+def test_flags_that_the_training_would_refuse(tmp_path, data):
+    done = call("preflight", *flags(tmp_path, data, nproc_per_node=1), "--", "--lorra", "--lora")
+    assert done.code == 1 and "a training that takes these flags: unrecognized arguments: --lorra" in done.err
+    wrong = ("--predictors", 11, "--param_dtype", "bfloat16", "--lora", "--sharding", "ddp")
+    done = call("preflight", *flags(tmp_path, data, nproc_per_node=1), "--", *wrong)
+    for told in (
+        "--predictors 11 is not in 0 to 10",
+        "--param_dtype: not with --lora",
+        "--sharding: only with several",
+    ):
+        assert f"missing: a training that takes these flags: {told}" in done.err
+    assert done.code == 1 and done.err.count("these flags") == 3
 
 
 def test_wrong_flags(tmp_path, data):

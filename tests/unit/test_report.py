@@ -79,7 +79,7 @@ def test_arms_are_never_averaged_together(tmp_path, capsys):
     blocks = [rows(block) for block in capsys.readouterr().out.strip().split("\n\n")]
     assert [block[0][0] for block in blocks] == [
         "synth (200 examples), models/tiny, jepa, lbd 1.0, predictors 1",
-        "synth (200 examples), models/tiny, regular, lbd 0.0, predictors 0",
+        "synth (200 examples), models/tiny, regular",
         "synth (200 examples), models/tiny, jepa, lbd 2.0, predictors 1",
     ]
     assert [block[-1][:2] for block in blocks] == [["mean ± sd (n = 2)", f"{mean}.00 ± 0.00"] for mean in (80, 40, 60)]
@@ -175,7 +175,7 @@ def test_line_is_one_line(tmp_path, capsys):
     run = make_run(tmp_path / "a", 82, 0.57294)
     assert main(["--line", run]) == 0
     assert capsys.readouterr().out == (
-        "synth  seed 82  exact 57.29 %  startswith 90.00 %  stop_rate 100.00 %  train 92.00 s\n"
+        "synth  jepa  seed 82  exact 57.29 %  startswith 90.00 %  stop_rate 100.00 %  train 92.00 s\n"
     )
     with pytest.raises(SystemExit) as stopped:
         main(["--line", run, run])
