@@ -204,7 +204,7 @@ threads_of_each() { # of this node's processes
 
 launcher() { # fills `launch` with what starts the processes of a training; run folder
   launch=("$python")
-  [ "$processes" -eq 1 ] || launch=(env "$(threads_of_each)" "$python" -m torch.distributed.run
+  [ "$processes" -eq 1 ] || launch=(env "$(threads_of_each)" "$python" -m launch
     --standalone --nproc_per_node "$processes")
 }
 

@@ -119,7 +119,7 @@ before_training() { # extra flags; the preflight once, on every node, then what 
 
 launcher() { # fills `launch` with torchrun; run folder, which the nodes take to know one another by
   # With a store of its own for each start, processes never find the addresses of those that died.
-  launch=(env "$(threads_of_each)" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "$python" -m torch.distributed.run
+  launch=(env "$(threads_of_each)" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "$python" -m launch
     --nproc_per_node "$processes" --max-restarts "$MAX_RESTARTS")
   if [ "$NODES" -eq 1 ]; then
     launch+=(--standalone)
@@ -131,7 +131,7 @@ launcher() { # fills `launch` with torchrun; run folder, which the nodes take to
 
 answerer() {
   launch=("$python")
-  [ "$processes" -eq 1 ] || launch=(env "$(threads_of_each)" "$python" -m torch.distributed.run
+  [ "$processes" -eq 1 ] || launch=(env "$(threads_of_each)" "$python" -m launch
     --nproc_per_node "$processes" --standalone)
 }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,14 +21,12 @@ import runs
 ROWS = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 3)) for i in range(13)]
 
 
-def launch(processes: int, out: Path, data: Path, *flags: object, script: Path = ROOT / "finetune.py") -> Path:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
-    command = [sys.executable, *torchrun, script, "--train_file", data, "--output_dir", out]
-    command += ["--model_name", GOLDEN / "models" / "llama3", "--learning_rate", "1e-3", "--num_epochs", 2, *flags]
+def launch(out: Path, data: Path, *flags: object, script: Path = ROOT / "finetune.py") -> subprocess.Popen:
+    """Two processes of finetune.py under torchrun."""
+    command = [sys.executable, "-m", "launch", "--standalone", "--nproc_per_node", 2, script, "--train_file", data]
+    command += ["--output_dir", out, "--model_name", GOLDEN / "models" / "llama3", "--learning_rate", "1e-3", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out
+    return subprocess.Popen([str(c) for c in command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +101,24 @@ def test_a_mistake_ends_all_processes(tmp_path):
     one = tmp_path / "one"
     one.mkdir()
     (one / "mine.txt").write_text("mine")
-    with pytest.raises(AssertionError) as error:
-        launch(2, one, data, "--regular")
-    assert str(error.value).count("exists; give --resume") == 1  # said by the main process alone
+    job = launch(one, data, "--regular")
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 2, "the exit code of finetune.py"
+    assert errors.count("exists; give --resume") == 1 and "Traceback" not in errors, "said by the main process alone"
     assert [p.name for p in one.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_torchrun_ends_all_without_a_traceback(tmp_path, sent, code):
+    data, run = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "run"
+    job = launch(run, data, "--regular", "--max_steps", 100000, "--save_strategy", "no")
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    job.send_signal(sent)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == code and "Traceback" not in errors, errors
+    assert runs.read_json(run / "run.json")["status"] == "interrupted"
 
 
 def test_no_thread_of_the_process_group_outlives_training(tmp_path):
@@ -118,4 +132,6 @@ def test_no_thread_of_the_process_group_outlives_training(tmp_path):
         "threads = [open(name).read().strip() for name in glob.glob('/proc/self/task/*/comm')]\n"
         "assert code == 0 and not [t for t in threads if 'gloo' in t], threads\n"
     )
-    launch(2, tmp_path / "run", write_rows(tmp_path / "rows.jsonl", ROWS), "--regular", script=watched)
+    job = launch(tmp_path / "run", write_rows(tmp_path / "rows.jsonl", ROWS), "--regular", script=watched)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 0, errors

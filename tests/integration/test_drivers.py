@@ -219,7 +219,7 @@ def test_several_processes_use_torchrun(project):
     done = project.run("run_jepa", SEEDS="4", NPROC="2")
     assert done.returncode == 0, done.stderr
     training, evaluation = project.calls()
-    assert training[:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "finetune.py"]
+    assert training[:6] == ["-m", "launch", "--standalone", "--nproc_per_node", "2", "finetune.py"]
     assert training[-1].endswith("-e2-s4-p2"), "another number of processes is another batch size"
     assert evaluation[0] == "evaluate.py"
     assert project.threads == [str(max(1, os.cpu_count() // 2)), None]
