@@ -3,14 +3,16 @@
     python preflight.py --model_name MODEL --data_files datasets/synth_train.jsonl --output_dir runs \\
         --nproc_per_node 8 --runs 10 -- --param_dtype bfloat16 --batch_size 4
 
-Behind -- stand the training's flags, of which memory.py takes what it knows. With several nodes every node runs this
-with its own --node_rank: they meet at --master_addr and all of them hear what is wrong with any. Exit code: 0 all is
-well, 1 something is missing, 2 wrong flags.
+Behind -- stand the training's flags, of which memory.py takes what it knows; those of another arm behind another --,
+the one that needs most last. With several nodes every node runs this with its own --node_rank: they meet at
+--master_addr and all of them hear what is wrong with any. Exit code: 0 all is well, 1 something is missing, 2 wrong
+flags.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -251,9 +253,11 @@ def folder_problems(folder: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def local_problems(s: Preflight, flags: list[str]) -> tuple[list[str], list[str]]:
-    """(what is missing on this node, what could not be checked); `flags` are the training's."""
+def local_problems(s: Preflight, arms: list[list[str]]) -> tuple[list[str], list[str]]:
+    """(what is missing on this node, what could not be checked); `arms` are the flags of the training of each."""
     import memory
+
+    flags = arms[-1]
 
     recipe, other = build_parser(memory.Recipe, "").parse_known_args(flags)
     recipe = memory.Recipe(**{**vars(recipe), "model_name": s.model_name, "revision": s.revision})
@@ -264,7 +268,7 @@ def local_problems(s: Preflight, flags: list[str]) -> tuple[list[str], list[str]
             plan = memory.plan(recipe)
         except UsageError as error:
             problems += str(error).splitlines()
-    problems += flag_problems(s, flags)
+    problems += dict.fromkeys(problem for arm in arms for problem in flag_problems(s, arm))
     problems += data_problems(s.data_files) + folder_problems(s.output_dir)
     found = torch.cuda.device_count() if s.device == "cuda" else s.nproc_per_node
     lacking = gpu_problems(s.nproc_per_node, found)
@@ -312,7 +316,8 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"preflight.py: error: {error}", file=sys.stderr)
         return 2
-    problems, notes = local_problems(s, argv[at + 1 :])
+    arms = [list(arm) for is_end, arm in itertools.groupby(argv[at + 1 :], lambda a: a == "--") if not is_end]
+    problems, notes = local_problems(s, arms or [[]])
     if s.nnodes > 1:
         problems = (tell if s.node_rank else gather)(s, problems)
     for note in notes:

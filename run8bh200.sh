@@ -104,15 +104,17 @@ unfinished() { # how many of the runs are still to train
 before_training() { # extra flags; the preflight once, on every node, then what run.sh checks
   if [[ $PREFLIGHT = yes && $checked != *" preflight "* ]]; then
     checked+=" preflight "
-    local files="" name given=()
+    local files="" name given=() start=()
     for name in $datasets; do files+=${files:+,}datasets/${name}_train.jsonl,datasets/${name}_test.jsonl; done
-    if [ "$arm" = run_regular ]; then given=(--regular); else given=(--predictors "$predictors"); fi
-    [ "$model" != "$TINY" ] || given+=(--pretrain)
-    given+=(${extra[@]+"${extra[@]}"} ${later[@]+"${later[@]}"})
+    [ "$model" != "$TINY" ] || start=(--pretrain)
+    start+=(${extra[@]+"${extra[@]}"})
+    [ "$arm" = run_jepa ] || given=(-- --regular ${start[@]+"${start[@]}"})
+    [ "$arm" = run_regular ] ||
+      given+=(-- --predictors "$predictors" --lbd "$lbd" ${start[@]+"${start[@]}"} ${later[@]+"${later[@]}"})
     supervise "$python" preflight.py --model_name "$model" --data_files "$files" --output_dir "${RUNS_DIR:-runs}" \
       --runs "$(unfinished)" --device "$DEVICE" --nproc_per_node "$processes" --nnodes "$NODES" \
       --node_rank "$node" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" \
-      --join_limit "$JOIN_LIMIT" -- "${given[@]}" || fail "not ready (see above)" "$?"
+      --join_limit "$JOIN_LIMIT" "${given[@]}" || fail "not ready (see above)" "$?"
   fi
   [ "$node" -gt 0 ] || check_scoring "$@"
 }

@@ -135,7 +135,7 @@ def test_adapter_flags_reach_the_training_and_the_preflight(node):
     assert argv[-4:] == extra and "-x" in pairs(argv)["--output_dir"]
     assert launch(argv)[-3:] == ["--max-restarts", "0", "--standalone"] and launch(argv)[3] == "2"
     (check,) = found["preflight.py"]
-    assert check[check.index("--") :] == ["--", "--predictors", "0", *extra]
+    assert check[check.index("--") :] == ["--", "--predictors", "0", "--lbd", "2", *extra]
     assert pairs(check)["--runs"] == "1" and pairs(check)["--nproc_per_node"] == "2"
 
 

@@ -221,6 +221,9 @@ def test_flags_that_the_training_would_refuse(tmp_path, data):
     ):
         assert f"missing: a training that takes these flags: {told}" in done.err
     assert done.code == 1 and done.err.count("these flags") == 3
+    both = ("--regular", "--jepa_ratio", 0.5, "--", "--jepa_ratio", 0.5)
+    done = call("preflight", *flags(tmp_path, data, nproc_per_node=1), "--", *both)
+    assert "these flags: --jepa_ratio: not with --regular" in done.err and done.err.count("these flags") == 1
 
 
 def test_wrong_flags(tmp_path, data):
