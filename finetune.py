@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.data_loader import DataLoaderShard
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -1107,7 +1108,8 @@ def train(s: Settings, state: PartialState, run: Run, engine: Engine) -> None:
         run.start(s.overwrite, record)
     state.wait_for_everyone()
     try:
-        checkpoints = whole_checkpoints(run.path) if s.resume else []
+        # One process decides: where the file system shows another one less, they would wait for each other for ever.
+        (checkpoints,) = broadcast_object_list([whole_checkpoints(run.path) if s.resume else []])
         if s.resume and state.is_main_process:
             damaged = sorted({p.name for p in run.path.glob("checkpoint-*")} - {p.name for p in checkpoints})
             _say(f"not whole, left aside: {', '.join(damaged)}" if damaged else None)
@@ -1123,7 +1125,8 @@ def train(s: Settings, state: PartialState, run: Run, engine: Engine) -> None:
         if state.is_main_process:
             interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
             with contextlib.suppress(OSError):  # a full disk must not hide the error itself
-                run.update("interrupted" if interrupted else "failed", error=first_line(error))
+                repeats = isinstance(error, (UsageError, ExampleError, FloatingPointError))
+                run.update("interrupted" if interrupted else "failed", error=first_line(error), repeats=repeats)
         raise
     if s.streaming:  # each process has met the bad rows of its own share
         for found in gather_object([parts.problems.found]):
@@ -1213,7 +1216,9 @@ def main(argv: list[str] | None = None, engine: Engine = WHOLE) -> int:
         raise SystemExit(128 + signum)
 
     signal.signal(signal.SIGTERM, stop)
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    # The others wait while the main process loads and saves; torch's ten minutes are short for that.
+    patience = {"timeout": timedelta(hours=2)} if "LOCAL_RANK" in os.environ else {}
+    state = PartialState(cpu=not torch.accelerator.is_available(), **patience)
     state.wait_for_everyone()  # a process that leaves at once would be missed by one that still looks for it
     try:
         settings = engine.check(settings, given)

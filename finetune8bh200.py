@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments, set_seed
@@ -53,8 +53,8 @@ class LargeSettings(Settings):
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass", MODEL)
     param_dtype: Literal["float32", "bfloat16"] = flag(
         "float32",
-        "precision of the master weights, their gradients and AdamW's moments; bfloat16 halves the memory and loses "
-        "updates below 1/256 of a weight",
+        "precision of the master weights, their gradients and AdamW's moments; bfloat16 halves the memory, loses "
+        "updates below 1/256 of a weight, and AdamW's second moment falls no more: give an --adam_beta2 below 0.99",
         MODEL,
     )
     sharding: Literal["fsdp2", "ddp"] | None = flag(
@@ -167,11 +167,17 @@ class Sharded(Engine):
         r.only_if(shared != "fsdp2", whole, "not with --sharding fsdp2, where no process has the whole model")
         s = replace(s, sharding=shared)
         folder = Path(resolve(s).output_dir)
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (folder / "run.json").is_file():
-            if read_json(folder / "run.json").get("status") == "finished":
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            path = folder / "run.json"
+            (before,) = broadcast_object_list([read_json(path) if path.is_file() else {}])
+            (begun,) = broadcast_object_list([(folder / "args.json").is_file()])
+            if before.get("status") == "finished":
                 raise SystemExit(0)  # a process failed behind the end
-            s = replace(s, resume=True, overwrite=False)
-            given = (given | {"resume"}) - {"overwrite"}
+            if before.get("repeats"):
+                raise UsageError(f"{before['error']} (not tried again)")
+            if begun:
+                s = replace(s, resume=True, overwrite=False)
+                given = (given | {"resume"}) - {"overwrite"}
         return check_settings(s, given, r)
 
     def half(self, s: LargeSettings, device: torch.device) -> bool:

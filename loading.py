@@ -105,7 +105,10 @@ def load_model(s: Any, tokenizer: Any, empty: bool = False, **options: Any) -> A
         if s.attn_implementation:
             options["attn_implementation"] = s.attn_implementation
         if empty:
-            model = without_weights(load_config(s), **options)
+            config = load_config(s)
+            text = config.get_text_config()
+            text.vocab_size = max(text.vocab_size, len(tokenizer))  # to grow it afterwards would touch its memory
+            model = without_weights(config, **options)
         elif s.pretrain:
             model = AutoModelForCausalLM.from_config(load_config(s), **options)
         else:

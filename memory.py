@@ -3,8 +3,8 @@
     python memory.py --model_name meta-llama/Llama-3.1-8B-Instruct --tokens 4096 --gpus 1,8,16
 
 The config alone is read. With P parameters of w bytes (--param_dtype: 4 or 2; under LoRA 2), of which Q trained ones,
-and W GPUs that shard every tensor along its first dimension (FSDP2; with 4-bit weights, or tied embeddings under LoRA,
-each has them all, as if W were 1), each GPU holds
+and W GPUs that shard every tensor along its first dimension (FSDP2; with DDP, so with 4-bit weights, or tied embeddings
+under LoRA, each has them all, as if W were 1), each GPU holds
 
     weights        P·w / W        a 4-bit weight: 0.5 bytes + 4 for each block of 64; LoRA's own: 4
     gradients      Q·w / W        reduced after each micro-batch
@@ -12,7 +12,8 @@ each has them all, as if W were 1), each GPU holds
                                   of 256, but embeddings and tensors below 4096 elements 8 bytes, as transformers has it
     gathered       2·(root + 2 layers), W > 1: the root unit (embeddings, head, last norm) stays whole, one layer is at
                    work and the next one on its way; W = 1 with float32: autocast's bfloat16 copies of trained matrices
-    reduced        6·(largest trained unit), W > 1: its bfloat16 gradient and the float32 copy that is scattered
+    reduced        6·(largest trained unit), W > 1: its bfloat16 gradient and the float32 copy that is scattered; with
+                   DDP the gradients once more, its buckets
     hidden         (L + 1)·T·D·w and the mask, T·min(T, 4096)·3: what checkpointing keeps of T tokens and L layers
     working        the larger of: what autograd keeps of one layer while it is recomputed, counted by running that layer
                    on the meta device; and a slice of at most 2**26 logits at 16 bytes each (bfloat16 and float32, their
@@ -59,6 +60,9 @@ class Recipe:
     predictors: int = flag(0, "predictor tokens, whose embedding rows train with LoRA", MODEL)
     load_in_4bit: bool = flag(False, "base in 4 bits, with --lora", MODEL)
     param_dtype: Literal["float32", "bfloat16"] = flag("float32", "precision of trained weights", MODEL)
+    sharding: Literal["fsdp2", "ddp"] | None = flag(
+        None, "with ddp each GPU has all weights; default as finetune8bh200.py's", MODEL
+    )
     optim: str = flag("auto", "an AdamW of torch, or of 8 bits (adamw_bnb_8bit); auto as in finetune8bh200.py", MODEL)
     batch_size: int = flag(4, "examples a micro-batch and GPU", BATCH)
     max_length: int = flag(512, "longest chat in tokens", BATCH)
@@ -225,13 +229,14 @@ def on_gpus(found: list[Piece], r: Recipe, gpus: int, parts: int, hidden: int, w
     optim = optimiser(r, gpus)
     trained = [p for p in found if p.trained]
     whole = units(found, lambda p: p.numel * (p.bytes if p.quantised else 2))
+    buckets = sum(p.numel * p.bytes for p in trained) if gpus > 1 else 0  # DDP's own copy of the gradients
     layers = sorted((n for unit, n in whole.items() if unit != ROOT_UNIT), reverse=True)
     need = {
         "weights": sum(p.shard(parts) * p.bytes for p in found),
         "gradients": sum(p.shard(parts) * p.bytes for p in trained),
         "optimiser": sum(moments(p, p.shard(parts), optim) for p in trained),
         "gathered": whole[ROOT_UNIT] + sum(layers[:2]) if parts > 1 else sum(2 * p.numel for p in found if p.cast),
-        "reduced": 6 * max(units(trained, lambda p: p.numel).values()) if parts > 1 else 0,
+        "reduced": 6 * max(units(trained, lambda p: p.numel).values()) if parts > 1 else buckets,
         "hidden": hidden,
         "working": working,
     }
@@ -249,7 +254,8 @@ def plan(r: Recipe) -> dict[str, Any]:
     config, layers = model.config.get_text_config(), decoder_layers(model)
     found = pieces(model, whole, r)
     width = 2 if r.lora or r.param_dtype == "bfloat16" else 4
-    copies = r.load_in_4bit or (r.lora and config.tie_word_embeddings)  # where finetune8bh200.py shares out nothing
+    # Where finetune8bh200.py shares out nothing.
+    copies = r.sharding == "ddp" or r.load_in_4bit or (r.lora and config.tie_word_embeddings)
     hidden = (len(layers) + 1) * tokens * config.hidden_size * width + 3 * tokens * min(tokens, 4096)
     logits = min(tokens, max(1, SLICE // config.vocab_size)) * config.vocab_size
     working = max(layer_activations(model.get_decoder(), layers[-1], tokens), 16 * logits)

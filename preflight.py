@@ -74,7 +74,7 @@ def memory_problems(free: list[int], peak: int) -> list[str]:
     """`free` bytes of each GPU against what is predicted for one."""
     return [
         f"GPU {i} has {gib(size)} free, {gib(peak)} are predicted: end what runs there (nvidia-smi), or use more GPUs, "
-        "a smaller --batch_size, --lora, or --optim adamw_bnb_8bit; `python memory.py` shows the parts"
+        "a smaller --batch_size, --lora, or on one GPU --optim adamw_bnb_8bit; `python memory.py` shows the parts"
         for i, size in enumerate(free)
         if size < peak
     ]
@@ -273,6 +273,8 @@ def local_problems(s: Preflight, arms: list[list[str]]) -> tuple[list[str], list
     found = torch.cuda.device_count() if s.device == "cuda" else s.nproc_per_node
     lacking = gpu_problems(s.nproc_per_node, found)
     problems += lacking
+    if "--no-gradient_checkpointing" in other:
+        notes.append("activations that are kept (--no-gradient_checkpointing): the memory is predicted without")
     if s.device == "cpu":
         notes.append("GPUs and their memory (--device cpu)")
     elif plan and not lacking:

@@ -257,6 +257,8 @@ ended() { finished "$1"; } # whether a training that has just ended says that it
 
 before_training() { check_scoring "$@"; } # extra flags; before the first run that is not finished
 
+before_seeds() { :; }
+
 train_seed() { # seed, run folder, extra flags; unless it is done
   [ ! -f "$2/args.json" ] || grep -qF "\"model_name\": \"$model\"" "$2/args.json" ||
     fail "$2 was made with another model of this name; choose another RUNS_DIR"
@@ -352,6 +354,7 @@ main() {
     unset PYTHONHOME PYTHONPATH # of another environment
     supervise bash setup.sh
   fi
+  before_seeds
   [ "$arm" != sweep ] || pick ${extra[@]+"${extra[@]}"}
   for seed in $seeds; do "$arm" "$seed" ${extra[@]+"${extra[@]}"}; done
   finish

@@ -101,10 +101,10 @@ unfinished() { # how many of the runs are still to train
   printf '%s\n' "$count"
 }
 
-before_training() { # extra flags; the preflight once, on every node, then what run.sh checks
-  if [[ $PREFLIGHT = yes && $checked != *" preflight "* ]]; then
-    checked+=" preflight "
-    local files="" name given=() start=()
+before_seeds() { # the preflight, on every node before any of them trains or evaluates
+  local files="" name given=() start=() left
+  left=$(unfinished)
+  if [[ $PREFLIGHT = yes && $left -gt 0 ]]; then
     for name in $datasets; do files+=${files:+,}datasets/${name}_train.jsonl,datasets/${name}_test.jsonl; done
     [ "$model" != "$TINY" ] || start=(--pretrain)
     start+=(${extra[@]+"${extra[@]}"})
@@ -112,12 +112,13 @@ before_training() { # extra flags; the preflight once, on every node, then what 
     [ "$arm" = run_regular ] ||
       given+=(-- --predictors "$predictors" --lbd "$lbd" ${start[@]+"${start[@]}"} ${later[@]+"${later[@]}"})
     supervise "$python" preflight.py --model_name "$model" --data_files "$files" --output_dir "${RUNS_DIR:-runs}" \
-      --runs "$(unfinished)" --device "$DEVICE" --nproc_per_node "$processes" --nnodes "$NODES" \
+      --runs "$left" --device "$DEVICE" --nproc_per_node "$processes" --nnodes "$NODES" \
       --node_rank "$node" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" \
       --join_limit "$JOIN_LIMIT" "${given[@]}" || fail "not ready (see above)" "$?"
   fi
-  [ "$node" -gt 0 ] || check_scoring "$@"
 }
+
+before_training() { [ "$node" -gt 0 ] || check_scoring "$@"; } # extra flags
 
 launcher() { # fills `launch` with torchrun; run folder, which the nodes take to know one another by
   # With a store of its own for each start, processes never find the addresses of those that died.

@@ -137,7 +137,12 @@ def test_what_is_not_shared_out_is_on_every_gpu(tmp_path):
     tied = shape(tmp_path / "tied", **TINY | {"tie_word_embeddings": True})
     for model, more, shared in ((untied, {}, True), (untied, {"load_in_4bit": True}, False), (tied, {}, False)):
         one, eight = memory.plan(Recipe(model_name=model, **flags, **more))["on"]
-        assert (eight["weights"] == one["weights"]) != shared and (eight["peak"] == one["peak"]) != shared
+        assert (eight["weights"] == one["weights"]) != shared
+        assert shared or eight["reduced"] == eight["gradients"] == one["gradients"] and one["reduced"] == 0
+        copies = memory.plan(Recipe(model_name=model, **flags, **more, sharding="ddp"))["on"][1]
+        assert copies["weights"] == one["weights"] and copies["peak"] == pytest.approx(
+            one["peak"] + 1.05 * one["gradients"], abs=2
+        )
 
 
 def test_the_usual_optimiser_of_one_gpu_has_eight_bits(tmp_path):
