@@ -298,6 +298,17 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(ranks, tmp_path, da
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
+def test_what_fails_for_certain_is_not_tried_again(ranks, tmp_path, data):
+    run = train(ranks, 2, tmp_path / "run", data, *JEPA, *sizes(2))
+    failed = {"status": "failed", "repeats": True, "error": "the loss of step 3 is nan; training stopped"}
+    runs.write_json(run / "run.json", runs.read_json(run / "run.json") | failed)
+    flags = ("--model_name", MODEL, "--learning_rate", "1e-3", "--num_epochs", 2, *JEPA, *sizes(2))
+    codes, errors = ranks(2, "--train_file", data, "--output_dir", run, *flags, TORCHELASTIC_RESTART_COUNT="1")
+    assert codes == [2, 2] and errors.count("the loss of step 3 is nan; training stopped (not tried again)") == 1, (
+        errors
+    )
+
+
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 

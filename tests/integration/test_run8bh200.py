@@ -107,6 +107,17 @@ def test_alone_it_is_both_arms_on_five_seeds_after_the_preflight(node):
     assert again.stdout.count("done before: training, evaluation") == 10
 
 
+def test_the_preflight_comes_before_an_evaluation_that_is_left(node):
+    """Nodes that do not evaluate would wait for it, and the GPUs that it checks would be at work."""
+    assert node.run("run_jepa", SEEDS="82").returncode == 0
+    for path in node.folder.glob("runs/*/eval/*/metrics.json"):
+        path.unlink()
+    node.calls()
+    assert node.run("run_jepa", SEEDS="82 23").returncode == 0
+    scripts = [next(a for a in argv if a.endswith(".py")) for argv in node.calls()]
+    assert scripts[:2] == ["preflight.py", "evaluate.py"] and scripts.count("preflight.py") == 1
+
+
 def test_nine_arguments(node):
     done = node.run("run_jepa", "org/M-8B", "4e-5", "2", "-3", "1", "37", "2.5", "turk", "far/away")
     assert done.returncode == 0, done.stderr
