@@ -5,7 +5,7 @@
 
 The method, its flags and the run folder are finetune.py's; this file changes only how the weights are held. With
 several processes FSDP2 shards weights, gradients and optimiser states over them: the main process reads the weights,
-once, and hands out the shards; checkpoints are sharded too, and can be gone on with by another number of processes; at
+once, and hands out the shards; checkpoints are sharded too, and can be gone on with by another number above one; at
 the end one whole model is saved, and the checkpoints are removed. Started again by torchrun (--max-restarts), it goes
 on from the last whole one.
 
@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments, set_seed
@@ -40,7 +40,7 @@ from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments,
 import finetune
 from finetune import Engine, JepaTrainer, Parts, training_arguments
 from loading import load_config, load_model
-from runs import UsageError, flag, processes, read_json
+from runs import UsageError, flag, launch, processes, read_json
 from settings import MODEL, OPTIM, RUN, Refusals, Settings, check_settings, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -87,6 +87,12 @@ def sharding(s: LargeSettings, several: bool) -> str | None:
     if s.sharding == "fsdp2" and whole:
         raise UsageError(f"--sharding fsdp2: cannot share out {whole}; give --sharding ddp")
     return s.sharding or ("ddp" if whole else "fsdp2")
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this job before: on any node, since each counts its own restarts alone."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    return count is not None and any(gather_object([count != "0"]))
 
 
 def computes(s: LargeSettings, device: torch.device) -> torch.dtype:
@@ -167,15 +173,16 @@ class Sharded(Engine):
         r.only_if(shared != "fsdp2", whole, "not with --sharding fsdp2, where no process has the whole model")
         s = replace(s, sharding=shared)
         folder = Path(resolve(s).output_dir)
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        if restarted():
             path = folder / "run.json"
             (before,) = broadcast_object_list([read_json(path) if path.is_file() else {}])
             (begun,) = broadcast_object_list([(folder / "args.json").is_file()])
-            if before.get("status") == "finished":
+            mine = not before or before["attempts"][-1].get("launch") == launch()  # not a folder that was there before
+            if mine and before.get("status") == "finished":
                 raise SystemExit(0)  # a process failed behind the end
-            if before.get("repeats"):
+            if mine and before.get("repeats"):
                 raise UsageError(f"{before['error']} (not tried again)")
-            if begun:
+            if mine and begun:
                 s = replace(s, resume=True, overwrite=False)
                 given = (given | {"resume"}) - {"overwrite"}
         return check_settings(s, given, r)

@@ -32,8 +32,8 @@ preflight: --lora, --batch_size …
 A node (variables that SLURM's job gives where you do not):
   NPROC          processes, one a GPU (its GPUs)
   NNODES         nodes, each of which runs the same command (SLURM_NNODES, else 1)
-  NODE_RANK      this node's number; 0 evaluates and reports (SLURM_NODEID, else 0). Training's progress is shown by
-                 whichever node torchrun puts first
+  NODE_RANK      this node's number, needed with several nodes; 0 evaluates and reports (SLURM_NODEID). Training's progress
+                 is shown by whichever node torchrun puts first
   MASTER_ADDR    the first node (the first of SLURM_JOB_NODELIST); needed with several nodes
   MASTER_PORT    its port for the rendezvous (29500; of a SLURM job 20000 + its number modulo 10000)
   MAX_RESTARTS   how often training starts again, from its last whole checkpoint, where a process or node fails (3)
@@ -75,6 +75,7 @@ node_settings() { # from the environment, SLURM's and the defaults; without GPUs
   setting PREFLIGHT 'yes|no' "${PREFLIGHT:-}" yes
   [ "$node" -lt "$NODES" ] || fail "NODE_RANK $node is not below NNODES $NODES"
   [ "$NODES" -gt 1 ] || return 0
+  [ -n "${NODE_RANK:-}${SLURM_NODEID:-}" ] || fail "NODE_RANK, this node's number counted from 0, is missing"
   if [ -z "${MASTER_ADDR:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || fail "scontrol cannot read SLURM_JOB_NODELIST"
     first=${first%%$'\n'*}

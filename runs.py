@@ -177,6 +177,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launch() -> str | None:
+    """What torchrun calls this job, the same in each of its restarts."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
 class Run:
     """A run folder. Only the main process writes to it.
 
@@ -246,7 +251,7 @@ class Run:
             raise UsageError(f"--resume: {self.path} is finished")
         if record["data_sha256"] != previous.get("data_sha256", record["data_sha256"]):
             raise UsageError(f"--resume: the data of {self.path} has changed since it was started")
-        attempts = previous.get("attempts", []) + [{"argv": record["argv"], "started": _now()}]
+        attempts = previous.get("attempts", []) + [{"argv": record["argv"], "started": _now(), "launch": launch()}]
         self._previous_seconds = previous.get("wall_seconds", 0.0)
         self.record = {"status": "running", **record, "wall_seconds": self._previous_seconds, "attempts": attempts}
         write_json(self.path / "args.json", self.settings)
@@ -263,6 +268,8 @@ class Run:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"--output_dir {self.path} is in use by another process") from None
+        except OSError:  # a file system without locks
+            return
 
     def close(self) -> None:
         """Gives the folder free."""

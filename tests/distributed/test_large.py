@@ -296,6 +296,22 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(ranks, tmp_path, da
     codes, errors = ranks(2, "--train_file", data, "--output_dir", run, *flags, TORCHELASTIC_RESTART_COUNT="1")
     assert codes == [0, 0], errors
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    # Started again in a job that did not make it, it is as much in the way as at the first start.
+    again = {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "another"}
+    codes, errors = ranks(2, "--train_file", data, "--output_dir", run, *flags, **again)
+    assert codes == [2, 2] and "exists; give --resume" in errors
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_restart_that_one_node_counts_is_one_of_all(ranks, tmp_path, data):
+    """Of two nodes the one whose processes had not failed by themselves is started again with a count of 0."""
+    run = train(ranks, 2, tmp_path / "run", data, *JEPA, *sizes(2))
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    flags = ("--model_name", MODEL, "--learning_rate", "1e-3", "--num_epochs", 2, *JEPA, *sizes(2), "--overwrite")
+    count = "import os\nos.environ['TORCHELASTIC_RESTART_COUNT'] = os.environ['RANK']\n"
+    codes, errors = ranks(2, "--train_file", data, "--output_dir", run, *flags, before=count)
+    assert codes == [0, 0], errors
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before, "not removed"
 
 
 def test_what_fails_for_certain_is_not_tried_again(ranks, tmp_path, data):
