@@ -251,7 +251,7 @@ def test_nothing_is_trained_before_the_preflight_is_content(node):
         ((), {"NNODES": "two"}, "NODES"),
         ((), {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK 2"),
         ((), {"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK, this node's number counted from 0, is missing"),
-        ((), {"NNODES": "2"}, "MASTER_ADDR"),
+        ((), {"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR"),
         ((), {"TRAINER": "other.py"}, "there is no other.py"),
         ((), {"DEVICE": "tpu"}, "tpu"),
         (("run_jepa", "--", "--output_dir", "x"), {}, "--output_dir is not for run8bh200.sh"),
