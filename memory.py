@@ -10,11 +10,13 @@ under LoRA, each has them all, as if W were 1), each GPU holds
     gradients      Q·w / W        reduced after each micro-batch
     optimiser      2·Q·w / W      AdamW's two moments, in the weights' precision; in 8 bits 2 bytes + 8 for each block
                                   of 256, but embeddings and tensors below 4096 elements 8 bytes, as transformers has it
-    gathered       2·(root + 2 layers), W > 1: the root unit (embeddings, head, last norm) stays whole, one layer is at
-                   work and the next one on its way; W = 1 with float32: autocast's bfloat16 copies of trained matrices
+    gathered       2·(end + 2 layers), W > 1: one layer is at work and the next one on its way, beside the larger end of
+                   the model: embeddings, or last norm and head (tied: all in one), as accelerate 1.15 shards them;
+                   W = 1 with float32: autocast's bfloat16 copies of trained matrices
     reduced        6·(largest trained unit), W > 1: its bfloat16 gradient and the float32 copy that is scattered; with
                    DDP the gradients once more, its buckets
-    hidden         (L + 1)·T·D·w and the mask, T·min(T, 4096)·3: what checkpointing keeps of T tokens and L layers
+    hidden         (L + 1)·T·D·w, W > 1: 2 for w, and the mask, T·min(T, 4096)·3: what checkpointing keeps of T tokens
+                   and L layers
     working        the larger of: what autograd keeps of one layer while it is recomputed, counted by running that layer
                    on the meta device; and a slice of at most 2**26 logits at 16 bytes each (bfloat16 and float32, their
                    gradients, the softmax; finetune.py's SLICE)
@@ -43,7 +45,7 @@ from finetune import SLICE
 from loading import LOADING_ERRORS, add_adapter
 from runs import UsageError, first_line, flag, parse_flags
 
-ROOT_UNIT = -1
+TAIL, EMBEDDING = -1, -2  # units of FSDP besides the layers
 MARGIN, RESERVE = 1.05, 2 * 2**30  # of the peak; bytes
 PARTS = ("weights", "gradients", "optimiser", "gathered", "reduced", "hidden", "working")
 MODEL, BATCH, RUN = "Model", "Batches", "Run"
@@ -194,7 +196,7 @@ def pieces(model: Any, whole: Any, r: Recipe) -> list[Piece]:
     for p in whole.parameters():
         trained, quantised = p.requires_grad, r.load_in_4bit and not p.requires_grad and id(p) in base
         size = 0.5 + 4 / 64 if quantised else 4 if r.lora and trained else held
-        at = unit.get(id(p), ROOT_UNIT)
+        at = unit.get(id(p), EMBEDDING if p is embedding and p is not head else TAIL)
         found.append(
             Piece(p.numel(), len(p) if p.dim() else 1, size, trained, at, quantised, p is embedding,
                   held == 4 and trained and id(p) in linear)
@@ -218,7 +220,7 @@ def moments(piece: Piece, elements: int, optim: str) -> float:
 
 def units(found: list[Piece], size: Any) -> dict[int, float]:
     """The sum of `size(piece)` over each FSDP unit."""
-    sums: dict[int, float] = {ROOT_UNIT: 0}
+    sums: dict[int, float] = {TAIL: 0, EMBEDDING: 0}
     for piece in found:
         sums[piece.unit] = sums.get(piece.unit, 0) + size(piece)
     return sums
@@ -230,12 +232,15 @@ def on_gpus(found: list[Piece], r: Recipe, gpus: int, parts: int, hidden: int, w
     trained = [p for p in found if p.trained]
     whole = units(found, lambda p: p.numel * (p.bytes if p.quantised else 2))
     buckets = sum(p.numel * p.bytes for p in trained) if gpus > 1 else 0  # DDP's own copy of the gradients
-    layers = sorted((n for unit, n in whole.items() if unit != ROOT_UNIT), reverse=True)
+    layers, end = (
+        sorted((n for unit, n in whole.items() if unit >= 0), reverse=True),
+        max(whole[TAIL], whole[EMBEDDING]),
+    )
     need = {
         "weights": sum(p.shard(parts) * p.bytes for p in found),
         "gradients": sum(p.shard(parts) * p.bytes for p in trained),
         "optimiser": sum(moments(p, p.shard(parts), optim) for p in trained),
-        "gathered": whole[ROOT_UNIT] + sum(layers[:2]) if parts > 1 else sum(2 * p.numel for p in found if p.cast),
+        "gathered": end + sum(layers[:2]) if parts > 1 else sum(2 * p.numel for p in found if p.cast),
         "reduced": 6 * max(units(trained, lambda p: p.numel).values()) if parts > 1 else buckets,
         "hidden": hidden,
         "working": working,
@@ -256,7 +261,7 @@ def plan(r: Recipe) -> dict[str, Any]:
     width = 2 if r.lora or r.param_dtype == "bfloat16" else 4
     # Where finetune8bh200.py shares out nothing.
     copies = r.sharding == "ddp" or r.load_in_4bit or (r.lora and config.tie_word_embeddings)
-    hidden = (len(layers) + 1) * tokens * config.hidden_size * width + 3 * tokens * min(tokens, 4096)
+    states, mask = (len(layers) + 1) * tokens * config.hidden_size, 3 * tokens * min(tokens, 4096)
     logits = min(tokens, max(1, SLICE // config.vocab_size)) * config.vocab_size
     working = max(layer_activations(model.get_decoder(), layers[-1], tokens), 16 * logits)
     trained = [p for p in found if p.trained]
@@ -267,11 +272,15 @@ def plan(r: Recipe) -> dict[str, Any]:
         "parameters": sum(p.numel for p in found) - (sum(p.numel for p in trained) if r.lora else 0),
         "trainable": sum(p.numel for p in trained),
         "tokens": tokens,
-        "largest_layer": max(n for unit, n in elements.items() if unit != ROOT_UNIT),
-        "root_unit": elements[ROOT_UNIT],
+        "largest_layer": max(n for unit, n in elements.items() if unit >= 0),
+        "tail_unit": elements[TAIL],
+        "embedding_unit": elements[EMBEDDING],
         "checkpoint": int(sum(p.numel * p.bytes + moments(p, p.numel, optimiser(r, max(gpus))) for p in trained)),
         "saved_model": int(sum(p.numel * p.bytes for p in saved)),
-        "on": [on_gpus(found, r, n, 1 if copies else n, hidden, working) for n in gpus],
+        "on": [
+            on_gpus(found, r, n, parts, states * (2 if parts > 1 else width) + mask, working)
+            for n, parts in ((n, 1 if copies else n) for n in gpus)
+        ],
     }
 
 
@@ -283,7 +292,8 @@ def table(p: dict[str, Any]) -> str:
     counts = f"{p['parameters']:,} parameters, {p['trainable']:,} trained"
     lines = [f"{p['model']}: {counts}, micro-batches of {p['tokens']} tokens; GiB a GPU:"]
     lines += ["  ".join([f"{row[0]:18}", *(f"{cell:>8}" for cell in row[1:])]) for row in rows]
-    lines.append(f"FSDP units: {p['largest_layer']:,} elements a layer, {p['root_unit']:,} in the root")
+    ends = f"{p['embedding_unit']:,} the embeddings, {p['tail_unit']:,} norm and head"
+    lines.append(f"FSDP units: {p['largest_layer']:,} elements a layer, {ends}")
     sizes = (p[name] / 2**30 for name in ("checkpoint", "saved_model"))
     return "\n".join([*lines, "on the disk: {:.1f} GiB a checkpoint, {:.1f} GiB the saved model".format(*sizes)])
 
