@@ -133,8 +133,8 @@ def test_a_model_folder_that_lacks_something_says_what(tmp_path, kind):
     done = call("finetune", "--train_file", GOLDEN / "regex_rows.jsonl", "--model_name", model, "--output_dir",
                 tmp_path / "run")  # fmt: skip
     assert done.code == 2 and str(model) in done.err and not (tmp_path / "run").exists()
-    expected = {"missing": "no such folder", "empty": "tokenizer", "no tokenizer": "tokenizer", "no template": "--plain",
-                "no weights": "--pretrain"}  # fmt: skip
+    expected = {"missing": "no such folder", "empty": "tokenizer", "no tokenizer": "tokenizer",
+                "no template": "--plain", "no weights": "--pretrain"}  # fmt: skip
     assert expected[kind] in done.err and "Traceback" not in done.err
 
 
