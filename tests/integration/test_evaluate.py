@@ -912,7 +912,7 @@ def test_a_broken_model_is_one_line_and_loses_nothing(data, tmp_path):
         (no_weights, "cannot be loaded"),
         (no_tokenizer, "tokenizer"),
         (no_template, "no chat template"),
-        (tmp_path / "nowhere", "cannot be loaded"),
+        (tmp_path / "nowhere", "there is no such folder"),
     ):
         done = score(folder, data, out, "--overwrite")
         assert done.code == 2 and message in done.err and str(folder) in done.err
