@@ -175,9 +175,10 @@ class Sharded(Engine):
         folder = Path(resolve(s).output_dir)
         if restarted():
             path = folder / "run.json"
-            (before,) = broadcast_object_list([read_json(path) if path.is_file() else {}])
-            (begun,) = broadcast_object_list([(folder / "args.json").is_file()])
+            before = read_json(path) if path.is_file() else {}
             mine = not before or before["attempts"][-1].get("launch") == launch()  # not a folder that was there before
+            begun = (folder / "args.json").is_file()
+            before, mine, begun = broadcast_object_list([before, mine, begun])  # as the main process finds it
             if mine and before.get("status") == "finished":
                 raise SystemExit(0)  # a process failed behind the end
             if mine and before.get("repeats"):

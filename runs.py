@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -178,8 +179,10 @@ def processes() -> int:
 
 
 def launch() -> str | None:
-    """What torchrun calls this job, the same in each of its restarts."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
+    """What tells this job of torchrun from others, the same in each of its restarts."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    # Without a rendezvous id, which torchrun calls "none", its process on this node stands for the job.
+    return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
 
 
 class Run:

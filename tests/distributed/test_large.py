@@ -297,9 +297,10 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(ranks, tmp_path, da
     assert codes == [0, 0], errors
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     # Started again in a job that did not make it, it is as much in the way as at the first start.
-    again = {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "another"}
-    codes, errors = ranks(2, "--train_file", data, "--output_dir", run, *flags, **again)
-    assert codes == [2, 2] and "exists; give --resume" in errors
+    for job in ("another", "none"):
+        again = {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": job}
+        codes, errors = ranks(2, "--train_file", data, "--output_dir", run, *flags, **again)
+        assert codes == [2, 2] and "exists; give --resume" in errors
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
