@@ -54,7 +54,7 @@ class LargeSettings(Settings):
     param_dtype: Literal["float32", "bfloat16"] = flag(
         "float32",
         "precision of the master weights, their gradients and AdamW's moments; bfloat16 halves the memory, loses "
-        "updates below 1/256 of a weight, and AdamW's second moment falls no more: give an --adam_beta2 below 0.99",
+        "updates below 1/256 of a weight, and with --adam_beta2 above 0.99 AdamW's second moment no longer falls",
         MODEL,
     )
     sharding: Literal["fsdp2", "ddp"] | None = flag(

