@@ -92,7 +92,9 @@ def tell(s: Any, problems: list[str]) -> list[str]:
                 why = "what answers there is no preflight.py"
             except OSError as error:
                 why = first_line(error)
-                time.sleep(min(0.5, max(0, deadline - time.monotonic())))
+            if deadline - time.monotonic() < 0.5:
+                break  # a last try without time would say no more than that
+            time.sleep(0.5)
     finally:
         with contextlib.suppress(OSError):
             mark.unlink()
