@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -533,6 +534,7 @@ class JepaTrainer(Trainer):
         self.statistics = torch.zeros(len(STATISTICS), dtype=exact, device=self.args.device)
         self.seen_tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
         self._step_loss = torch.zeros((), device=self.args.device)
+        self._grad_norm = torch.zeros((), device=self.args.device)
         self._error: ExampleError | None = None  # of the stream
         self._flops, self._since = 0.0, time.time()
 
@@ -621,17 +623,24 @@ class JepaTrainer(Trainer):
         """What --track_flop counted in this micro-batch; the Trainer sums it over ranks and keeps it in checkpoints."""
         return self._flops
 
-    def require_finite_loss(self) -> None:
-        """Raises, on every process, before the weights are touched: FloatingPointError where the step's loss is not a
-        number, ExampleError where the stream of any process has come to a row that cannot be used."""
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> torch.Tensor:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shards
+        return self._grad_norm
+
+    def require_finite_step(self) -> None:
+        """Raises, on every process, before the weights are touched: FloatingPointError where the step's loss or
+        gradient is not finite, ExampleError where the stream of any process has come to a row that cannot be used."""
         loss = self.accelerator.reduce(self._step_loss, "sum")
         self._step_loss = torch.zeros_like(self._step_loss)
-        if not torch.isfinite(loss):
+        figures = [loss] if self.args.fp16 else [loss, self._grad_norm.to(loss)]  # fp16's scaler leaves such steps out
+        if not torch.isfinite(torch.stack(figures)).all():
             for error in gather_object([self._error]):
                 if error is not None:
                     raise error
+            what, value = ("gradient norm", self._grad_norm) if torch.isfinite(loss) else ("loss", loss)
             raise FloatingPointError(
-                f"the loss of step {self.state.global_step + 1} is {loss.item()}; training stopped"
+                f"the {what} of step {self.state.global_step + 1} is {value.item()}; training stopped"
             )
 
     # -- logs and checkpoints
@@ -724,7 +733,7 @@ def stream_file(run: Path, step: int, process: int) -> Path:
 
 
 class Watch(TrainerCallback):
-    """Drives the sampler's epoch, stops at a loss that is not finite, writes metrics.jsonl."""
+    """Drives the sampler's epoch, stops at a step that is not finite, writes metrics.jsonl."""
 
     def __init__(self, run: Run, trainer: JepaTrainer):
         self.run, self.trainer, self.file = run, trainer, None
@@ -745,7 +754,7 @@ class Watch(TrainerCallback):
             self.trainer.sampler.epoch = int(state.epoch or 0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.require_finite_loss()
+        self.trainer.require_finite_step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.file is not None:

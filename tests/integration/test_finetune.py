@@ -572,6 +572,26 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path, monkeyp
     assert all(torch.isfinite(v).all() for v in kept.values())
 
 
+@pytest.mark.parametrize("flags", [(), ("--max_grad_norm", 0)], ids=["clipped", "unclipped"])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(data, tmp_path, monkeypatch, flags):
+    real = finetune.lm_loss
+    calls = []
+
+    def broken(logits, label_ids):
+        calls.append(1)
+        total, count = real(logits, label_ids)
+        # The root of 0 is 0, its slope infinite.
+        return (total + (total - total.detach()).abs().sqrt() if len(calls) == 6 else total), count
+
+    monkeypatch.setattr(finetune, "lm_loss", broken)
+    steps = ("--num_epochs", 1, "--save_strategy", "steps", "--save_steps", 2)
+    run = train(data, tmp_path / "run", "--regular", *steps, *flags, code=1)
+    record = runs.read_json(run / "run.json")
+    assert record["status"] == "failed" and "the gradient norm of step 3 is nan" in record["error"]
+    kept = weights(runs.whole_checkpoints(run)[-1])
+    assert all(torch.isfinite(v).all() for v in kept.values())
+
+
 def test_dry_run_prints_one_object_and_writes_nothing(data, tmp_path):
     before = set(tmp_path.rglob("*"))
     done = subprocess.run(
