@@ -11,13 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+
+# Each of the two test processes has a core; what it starts, too.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"} | dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"
+)
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 MODELS = ("llama3", "chatml", "google_gemma")
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # the models are too small for a second thread to gain anything
 
 

@@ -36,7 +36,9 @@ def rank_of(number: int, job: dict, port: int, logs: list[str], script: str) -> 
     code = 1
     try:
         exec(job["before"], {"sys": sys})  # noqa: S102
-        code = importlib.import_module(script).main(job["argv"])
+        ended = importlib.import_module(script).main(job["argv"])
+        exec(job["after"], {"sys": sys})  # noqa: S102
+        code = ended
     except SystemExit as error:
         code = error.code
     except BaseException:
@@ -82,9 +84,13 @@ class Ranks:
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def __call__(self, processes: int, *argv: object, before: str = "", **environment: str) -> tuple[list[int], str]:
-        """Exit codes of the processes and what they said on stderr; on stdout: `self.out`. `before`: code run first."""
-        job = {"processes": processes, "argv": [str(a) for a in argv], "environment": environment, "before": before}
+    def __call__(
+        self, processes: int, *argv: object, before: str = "", after: str = "", **environment: str
+    ) -> tuple[list[int], str]:
+        """Exit codes of the processes and what they said on stderr; on stdout: `self.out`. `before` and `after`: code
+        run in front of and behind `main`."""
+        job = {"processes": processes, "argv": [str(a) for a in argv], "environment": environment}
+        job |= {"before": before, "after": after}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())

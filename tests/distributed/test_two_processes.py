@@ -21,10 +21,11 @@ import runs
 ROWS = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 3)) for i in range(13)]
 
 
-def launch(out: Path, data: Path, *flags: object, script: Path = ROOT / "finetune.py") -> subprocess.Popen:
+def launch(out: Path, data: Path, *flags: object) -> subprocess.Popen:
     """Two processes of finetune.py under torchrun."""
-    command = [sys.executable, "-m", "launch", "--standalone", "--nproc_per_node", 2, script, "--train_file", data]
-    command += ["--output_dir", out, "--model_name", GOLDEN / "models" / "llama3", "--learning_rate", "1e-3", *flags]
+    command = [sys.executable, "-m", "launch", "--standalone", "--nproc_per_node", 2, ROOT / "finetune.py"]
+    command += ["--train_file", data, "--output_dir", out, "--model_name", GOLDEN / "models" / "llama3"]
+    command += ["--learning_rate", "1e-3", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen([str(c) for c in command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -121,17 +122,14 @@ def test_a_signal_to_torchrun_ends_all_without_a_traceback(tmp_path, sent, code)
     assert runs.read_json(run / "run.json")["status"] == "interrupted"
 
 
-def test_no_thread_of_the_process_group_outlives_training(tmp_path):
+def test_no_thread_of_the_process_group_outlives_training(ranks, tmp_path):
     """Such a thread, caught at work by the end of the interpreter, aborts the process (torch #179291)."""
-    watched = tmp_path / "watched.py"
-    watched.write_text(
-        "import glob, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import finetune\n"
-        "code = finetune.main()\n"
+    watch = (
+        "import glob\n"
         "threads = [open(name).read().strip() for name in glob.glob('/proc/self/task/*/comm')]\n"
-        "assert code == 0 and not [t for t in threads if 'gloo' in t], threads\n"
+        "assert not [t for t in threads if 'gloo' in t], threads\n"
     )
-    job = launch(tmp_path / "run", write_rows(tmp_path / "rows.jsonl", ROWS), "--regular", script=watched)
-    _, errors = job.communicate(timeout=120)
-    assert job.returncode == 0, errors
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    where = ("--train_file", data, "--output_dir", tmp_path / "run", "--model_name", GOLDEN / "models" / "llama3")
+    codes, errors = ranks(2, *where, "--regular", "--num_epochs", 1, after=watch)
+    assert codes == [0, 0], errors

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 
 from conftest import ROOT, message_row, write_rows
+from test_compare import STUB, server  # noqa: F401
+from test_drivers import environment, make_stub
 
 
-def test_pretrained_weights_are_fine_tuned_and_evaluated(tmp_path):
-    for path in [*ROOT.glob("*.py"), ROOT / "run.sh"]:
-        shutil.copy(path, tmp_path)
+def test_pretrained_weights_are_fine_tuned_and_evaluated(tmp_path, server):  # noqa: F811
+    for name in ("run.sh", "report.py", "runs.py"):
+        shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "models" / "tiny", tmp_path / "models" / "tiny")
     (tmp_path / "datasets").mkdir()
     words = ["lake", "ring", "truck", "dog", "wood", "stone", "sand", "moss"]
@@ -24,9 +24,10 @@ def test_pretrained_weights_are_fine_tuned_and_evaluated(tmp_path):
     rows = [message_row(f"a {word} film, {c.lower()}", c, "Rate it.") for word in words for c in ("Good", "Bad")]
     write_rows(tmp_path / "datasets" / "rotten_tomatoes_train.jsonl", rows)
     write_rows(tmp_path / "datasets" / "rotten_tomatoes_test.jsonl", rows[:9])
-    environment = {**os.environ, "PYTHON_BIN": sys.executable, "HF_HUB_OFFLINE": "1", "FINETUNE_EPOCHS": "12"}
+    stub = make_stub(tmp_path / "stub", STUB)
+    variables = environment(PYTHON_BIN=str(stub), SERVER=server, OMP_NUM_THREADS="1", FINETUNE_EPOCHS="12")
     command = ["bash", "run.sh", "run_pretrain", "models/tiny", "2e-3", "4", "-", "1", "82", "0.5", "rotten_tomatoes"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
     settings = {p.parent.name: json.loads(p.read_text()) for p in tmp_path.glob("runs/*/args.json")}
