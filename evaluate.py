@@ -233,7 +233,8 @@ def check_run(name: str, s: Settings) -> dict[str, Any]:
     record, trained = read_json(run / "run.json"), read_json(run / "args.json")
     status = record.get("status")
     if status != "finished":
-        raise UsageError(f"--model_name {name}: the run is {status}, not finished")
+        how = "train it to its end by its own command and --resume"
+        raise UsageError(f"--model_name {name}: the run is {status}, not finished; {how}")
     if trained["plain"] != s.plain:
         raise UsageError(f"--model_name {name} was trained with{'' if trained['plain'] else 'out'} --plain")
     split = (trained["eval_split"], trained["split_seed"])

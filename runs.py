@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -22,7 +24,7 @@ import sys
 import time
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 CHECKPOINT_MARK = "complete.json"
 # Settings without a part in the numbers: a resumed run may change them, and no arm is told apart by them.
@@ -58,9 +60,19 @@ def _value_type(annotation: Any) -> tuple[Any, tuple | None]:
     return _value_type(options[0]) if options else (annotation, None)
 
 
-def build_parser(settings: type, doc: str) -> argparse.ArgumentParser:
+class FlagParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, for an unknown flag with those that look like it, in place of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.findall(r"(--[\w-]+)", message) if message.startswith("unrecognized") else []
+        near = [f for flag in unknown for f in difflib.get_close_matches(flag, self._option_string_actions, 2, 0.7)]
+        hint = f" (did you mean {' or '.join(dict.fromkeys(near))}?)" if near else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint}; --help lists all flags\n")
+
+
+def build_parser(settings: type, doc: str) -> FlagParser:
     """The parser of a settings dataclass; defaults stay out of it, so that flags that were given can be told apart."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description=doc,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -33,6 +33,7 @@ class Comparison:
     arm_alone: list[int]  # seeds
     reference_alone: list[int]
     mean: float
+    bound: float | None = None  # 0 or 100, where every run of both arms has it
     sd: float | None = None
     interval: tuple[float, float] | None = None  # of this comparison alone, 95 %
     p_two_sided: float | None = None
@@ -71,6 +72,7 @@ def compare(arm: str, reference: str, score: str, ours: dict[int, float], theirs
     alone = [s for s in ours if s not in theirs], [s for s in theirs if s not in ours]
     mean = float(differences.mean())
     made = Comparison(arm, reference, score, seeds, differences.tolist(), *alone, mean)
+    made.bound = next((bound for bound in (0.0, 100.0) if (a == bound).all() and (b == bound).all()), None)
     if len(seeds) == 1:
         return made
     made.sd = float(differences.std(ddof=1)) if np.ptp(differences) else 0.0
@@ -167,7 +169,10 @@ def verdict(c: Comparison) -> str:
         return f"nothing shown: {points(c.mean)} points on the one seed of both arms, which gives no interval, no test"
     if c.sd == 0:
         same = f"{points(c.mean)} points on each of the {c.n} seeds"
-        return f"{same}: without spread there is no interval and no t test" if c.mean else f"no difference: {same}"
+        if c.mean:
+            return f"{same}: without spread there is no interval and no t test"
+        bound = "" if c.bound is None else f"; every run has {c.bound:g} %, where no difference can show"
+        return f"no difference: {same}{bound}"
     p = "p " + ("" if p_text(c.p_holm).startswith("<") else "= ") + p_text(c.p_holm)
     plural = "s" if c.family > 1 else ""
     said = f"{points(c.mean)} points {interval_text(c)}, n = {c.n}, {p} after Holm's correction over {c.family} "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import runs
+from settings import Settings
 
 
 def checkpoint(run, step, mark=True):
@@ -71,3 +72,20 @@ def test_a_run_folder_belongs_to_one_process_at_a_time(tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
     first.close()  # as the end of its process does
     runs.Run(str(tmp_path / "run"), {}).start(False, record)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--learning-rate", "1"), "unrecognized arguments: --learning-rate 1 (did you mean --learning_rate?)"),
+        (("--epochs", "2", "--lora_rnk", "8"), "(did you mean --num_epochs or --lora_rank"),
+        (("--zzz",), "unrecognized arguments: --zzz; --help lists all flags"),
+        (("--lbd", "much"), "argument --lbd: invalid float value: 'much'; --help"),
+        (("--layout", "pakced"), "argument --layout: invalid choice: 'pakced' (choose from"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_with_what_looks_like_it(given, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        runs.parse_flags(Settings, "", list(given))
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

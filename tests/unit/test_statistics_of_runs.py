@@ -131,6 +131,15 @@ def test_one_pair_has_no_interval_and_no_test():
     assert c.verdict == "nothing shown: +2.00 points on the one seed of both arms, which gives no interval, no test"
 
 
+@pytest.mark.parametrize("bound", [0.0, 100.0])
+def test_arms_at_a_bound_are_said_to_be_there(bound):
+    scores = dict.fromkeys(range(5), bound)
+    (c,) = concluded(compare("jepa", "regular", "exact", scores, dict(scores)))
+    assert c.verdict == (
+        f"no difference: 0.00 points on each of the 5 seeds; every run has {bound:g} %, where no difference can show"
+    )
+
+
 def test_differences_without_spread_have_no_t_test():
     same, shifted = concluded(made([0.0] * 5), made([0.5] * 5, "startswith"))
     for c in (same, shifted):
