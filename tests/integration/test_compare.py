@@ -186,9 +186,9 @@ def test_compare_trains_both_arms_alike_and_jobs_do_not_change_the_weights(proje
         assert {k: (a[k], b[k]) for k in a if a[k] != b[k]} == differing
         a, b = (label_tokens(project.folder / run) for run in (regular, jepa))
         assert a == b and len(set(a)) > 1, "the same rows in the same order"
-    two = project.run("compare", SERVER=server, OMP_NUM_THREADS="1", JOBS="2", RUNS_DIR="two")
-    assert sorted(two.runs) == sorted(run.replace("runs/", "two/") for run in BOTH)
-    for run in BOTH:
+    two = project.run("compare", SERVER=server, OMP_NUM_THREADS="1", JOBS="2", RUNS_DIR="two", SEEDS="1")
+    assert sorted(two.runs) == sorted(run.replace("runs/", "two/") for run in BOTH[:2])
+    for run in BOTH[:2]:
         same_weights(project.folder / run, project.folder / run.replace("runs/", "two/"))
     again = project.run("compare", SERVER=server, JOBS="2")
     assert again.trained == again.answered == [] and len(again.reports) == 1
