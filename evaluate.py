@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -173,13 +174,17 @@ def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings
     wrong_length = s.max_new_tokens < 1 and s.max_new_tokens != -1
     r.refuse(wrong_length, f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
     r.refuse(s.max_examples < 0, f"--max_examples {s.max_examples} is negative")
+    for name in filter(None, (s.model_name, s.original_model_name)):
+        try:
+            loading.check_name(name)
+        except UsageError as error:
+            r.append(str(error))
     task = s.task or dataset_name(s.input_file or "")
     if s.task not in (None, *TASKS):
         r.append(f"--task {s.task} is not one of {', '.join(TASKS)}")
     elif s.input_file and not s.embeds and task not in TASKS:
-        r.append(
-            f"--task: {s.input_file} does not name its task; give one of {', '.join(TASKS)}, rows of your own text"
-        )
+        known = ", ".join(TASKS)
+        r.append(f"--task: {s.input_file} does not name its task; give one of {known}; text is for rows of your own")
     elif task in TASKS:
         r.only_if(TASKS[task].needs_databases, "spider_path", f"not with task {task}")
         r.only_if(not TASKS[task].choices, "max_new_tokens", f"task {task} generates nothing")
@@ -200,7 +205,8 @@ def check_output(s: Settings, r: Refusals) -> str | None:
     elif not output and s.model_name and (Path(s.model_name) / "run.json").is_file():
         output = str(Path(s.model_name) / "eval" / dataset_name(s.input_file or "") / file)
     needed = bool(s.model_name) and (s.similarity or s.t_sne or not s.embeds)
-    r.refuse(needed and not output, "--output_file is missing (only a run folder has a place of its own for it)")
+    missing = f"--output_file is missing: {s.model_name} is no run folder, which has a place of its own for it"
+    r.refuse(needed and not output, missing)
     read = {Path(p).resolve() for p in (s.input_file, s.score_only) if p}
     for flag_, path in (("output_file", output), ("export_embeddings", s.export_embeddings)):
         r.refuse(bool(path) and Path(path).resolve() in read, f"--{flag_} {path} is also read")
@@ -246,9 +252,26 @@ def check_run(name: str, s: Settings) -> dict[str, Any]:
             f"--model_name {name} was trained on a part of {s.input_file}: give --process_split test, "
             "or --nosplit_data for all of its rows"
         )
-    if s.fields and trained.get("text_field") and trained["system"] != s.system:
-        raise UsageError(f"--model_name {name} was trained with --system {trained['system']!r}")
+    if s.fields and record.get("system_turn", s.system) != s.system:
+        turn = record["system_turn"]
+        how = "without a system turn; leave out --system" if turn is None else f"with --system {shlex.quote(turn)}"
+        raise UsageError(f"--model_name {name} was trained on rows {how}")
     return trained
+
+
+def notes_on(s: Settings, examples: list[Example], checksum: str) -> list[str]:
+    """What a reader of the scores must know of how these rows stand to those that the run was trained on."""
+    run = run_folder(s.model_name) if s.model_name else None
+    if run is None or not examples:
+        return []
+    record, trained, notes = read_json(run / "run.json"), read_json(run / "args.json"), []
+    own = record.get("data_sha256", {}).get(trained.get("train_file"))
+    if own == checksum:
+        notes.append(f"{s.input_file} has the rows that the run was trained on")
+    turn, turns = record.get("system_turn", ...), {example.system for example in examples}
+    if turn is not ... and turns != {turn}:
+        notes.append(f"the rows' system turn is not the one that the run was trained with ({turn!r})")
+    return notes
 
 
 def load_renderer(name: str, s: Settings, base: str) -> Renderer:
@@ -470,8 +493,11 @@ def run(s: Settings) -> None:
         if s.output_file and not s.embeds:
             check_free(Path(s.output_file), s.overwrite)
         versions = vllm_engine.versions() if s.engine == "vllm" else {}
-    record = provenance({}) | identity
+        notes = notes_on(s, examples, identity["data_sha256"])
+    record = provenance({}) | identity | {"notes": notes}
     record["versions"] |= versions
+    for note in notes if PartialState().is_main_process else ():
+        print(f"evaluate.py: note: {note}", file=sys.stderr)
     if s.embeds:
         return run_embeddings(s, examples, record, problems)
     if s.score_gold:

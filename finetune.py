@@ -59,6 +59,7 @@ from runs import (
     first_line,
     mark_checkpoint,
     parse_flags,
+    processes,
     provenance,
     read_json,
     whole_checkpoints,
@@ -775,6 +776,11 @@ class Watch(TrainerCallback):
 class Bar(ProgressCallback):
     """One progress bar, with the losses behind it instead of a line a step."""
 
+    def close(self) -> None:
+        """Ends the bar's line, so that what stopped the training is said on one of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """No second bar while held-out rows are scored."""
 
@@ -958,6 +964,10 @@ def describe(s: Settings, parts: Parts) -> str:
     ]
     if s.jepa:
         lines += [f"{k:9}{row[f'{k}_view']!r}, read at {row[f'{k}_view_token']!r}" for k in ("text", "code")]
+    length = f"{s.max_steps} steps" if s.max_steps > 0 else f"{s.num_epochs:g} epochs"
+    size = f"{s.tokens_per_batch} tokens" if s.tokens_per_batch else f"{s.batch_size} examples"
+    size += f" x {s.grad_accum} micro-batches" + (f" x {processes()} processes" if processes() > 1 else "")
+    lines.append(f"steps    {length}, {size} each, learning rate {s.learning_rate:g}, seed {s.finetune_seed}")
     return "\n".join([*lines, f"run      {s.output_dir}"])
 
 
@@ -1109,6 +1119,8 @@ def train(s: Settings, state: PartialState, run: Run, engine: Engine) -> None:
     add_stop_token(parts.model.generation_config, end_of_turn(parts.renderer) if s.lm_labels != "answer_text" else None)
     files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
     record = {"seed": s.finetune_seed, "skipped_examples": len(parts.problems.messages)}
+    turns = {example.system for example in parts.train_set.examples}
+    record |= {"system_turn": turns.pop()} if len(turns) == 1 else {}  # else the rows have several
     record |= provenance({f: data_sha256(f, s.streaming and f == s.train_file) for f in files})
     state.wait_for_everyone()  # every process has checked the folder before the first one fills it
     if state.is_main_process:
@@ -1176,7 +1188,12 @@ def run_trainer(trainer: JepaTrainer, checkpoints: list[Path]) -> None:
             trainer.state = reached
             trainer.seen_tokens.fill_(reached.num_input_tokens_seen)
             return
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Bar):
+                callback.close()
 
 
 def held_out_generation(s: Settings, parts: Parts, state: PartialState) -> Any:

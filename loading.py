@@ -15,8 +15,14 @@ from runs import UsageError, first_line
 
 
 def check_name(name: str) -> None:
-    """Raises UsageError where a model's name is that of a folder which is not there."""
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    """Raises UsageError where a model's name is that of a folder which is not there, or holds no model."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not any((folder / f"{kind}config.json").is_file() for kind in ("", "adapter_", "tokenizer_")):
+            raise UsageError(f"--model_name {name} is no model folder: it has neither config.json nor a tokenizer")
+        return
+    beside_runs = any(folder.parent.glob("*/run.json"))  # else OWNER/NAME is one of the hub
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or beside_runs:
         raise UsageError(f"--model_name {name}: there is no such folder")
 
 

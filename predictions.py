@@ -79,7 +79,9 @@ def check_free(path: Path, overwrite: bool) -> None:
     if owner(metrics) not in (None, path.name):
         raise UsageError(f"{metrics} belongs to {owner(metrics)}; give an --output_file in another folder")
     if metrics.exists() and not overwrite:
-        raise UsageError(f"{metrics} exists, an evaluation was finished here; give --overwrite or another folder")
+        rows = read_json(metrics)["settings"].get("input_file")
+        how = "give --output_file FOLDER/predictions.jsonl, or --overwrite to replace it"
+        raise UsageError(f"{metrics} exists, from a finished evaluation of {rows}; {how}")
 
 
 def part_of(path: Path, process: int) -> Path:
@@ -107,6 +109,13 @@ def merge(path: Path) -> list[dict[str, Any]]:
     return [rows[id_] for id_ in sorted(rows)]
 
 
+def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Names what two evaluations differ in, settings with both values."""
+    a, b = before.get("settings", {}), now["settings"]
+    flags = [f"--{name} {a.get(name)}, now {b.get(name)}" for name in sorted(a | b) if a.get(name) != b.get(name)]
+    return ", ".join(flags + [name for name in sorted(now) if name != "settings" and before.get(name) != now[name]])
+
+
 def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
     """Prepares the output files; returns the rows that an interrupted evaluation of the same kind left.
 
@@ -118,9 +127,10 @@ def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> list[
         for old in (*parts(path), path, mark, metrics):
             old.unlink(missing_ok=True)
     if path.exists() or parts(path):
-        before = read_json(mark) if mark.exists() else None
-        if before != json.loads(json.dumps(identity)):
-            raise UsageError(f"--output_file {path} exists and was made otherwise; give --overwrite or another one")
+        before, now = read_json(mark) if mark.exists() else None, json.loads(json.dumps(identity))
+        if before != now:
+            what = f"was made otherwise ({differing(before, now)})" if before else "is no unfinished evaluation"
+            raise UsageError(f"{path} exists and {what}; give --overwrite, or another --output_file")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(mark, identity)
     return merge(path)

@@ -54,6 +54,7 @@ class Result:
     failures: dict[str, int]  # answers without a result to score, by reason
     headline: str  # the score that stands for the others
     origin: dict[str, Any]  # code, versions and machine; tells no arms apart
+    notes: list[str]  # of evaluate.py
 
     def arm(self) -> str:
         """Equal for results that may be averaged: same settings, same data, same evaluation and scores."""
@@ -124,11 +125,12 @@ def read_run(run: Path) -> list[Result]:
             "evaluation": {name: value for name, value in evaluation.items() if name not in NO_EVALUATION},
         }
         failures = field(metrics, "failures", dict, path) if "failures" in metrics else {}
+        notes = field(metrics, "notes", list, path) if "notes" in metrics else []
         origin = {name: record.get(name) for name in ORIGIN}
         origin |= {f"evaluation.{name}": metrics.get(name) for name in ORIGIN}
         headline = metrics.get("score") if metrics.get("score") in names else names[0]
         results.append(
-            Result(run, seed, settings, made, path.parent.name, task, n, columns, failures, headline, origin)
+            Result(run, seed, settings, made, path.parent.name, task, n, columns, failures, headline, origin, notes)
         )
     if not results:
         raise UsageError(f"{run}: not evaluated (it has no eval/*/metrics.json)")
@@ -158,13 +160,13 @@ def line(result: Result) -> str:
     """One run on one line."""
     scores = (f"{h.split()[0]} {value:.2f} {h.split()[1]}" for h, value in result.columns.items())
     method = "regular" if result.settings.get("regular") else "jepa"
-    return "  ".join([result.dataset, method, f"seed {result.seed}", *scores, *without_a_result(result)])
+    return "  ".join([result.dataset, method, f"seed {result.seed}", *scores, *remarks(result)])
 
 
-def without_a_result(result: Result) -> list[str]:
-    """One text on how many answers gave nothing that could be scored, and why; none where all did."""
+def remarks(result: Result) -> list[str]:
+    """How many answers gave nothing that could be scored, and why; and what else evaluate.py has to say of the rows."""
     reasons = ", ".join(f"{n} {reason}" for reason, n in result.failures.items())
-    return [f"without a result: {reasons}"] if reasons else []
+    return ([f"without a result: {reasons}"] if reasons else []) + result.notes
 
 
 def mean_sd(values: list[float]) -> str:
@@ -193,7 +195,7 @@ def table(arm: list[Result]) -> str:
     rows.append([foot, *(mean_sd([r.columns[name] for r in arm]) for name in arm[0].columns)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines + [f"seed {r.seed} {text}" for r in arm for text in without_a_result(r)])
+    return "\n".join(lines + [f"seed {r.seed} {text}" for r in arm for text in remarks(r)])
 
 
 # -------------------------------------------------------------------------------------------------------- compare
@@ -305,19 +307,26 @@ def reference_of(dataset: str, arms: dict[str, list[Result]], against: str | Non
     return named[0]
 
 
-def compare_arms(results: list[Result], against: str | None, allow: set[str]) -> list[Table]:
-    """A table for each dataset. Raises UsageError where the reference arm or a name in `allow` is not known."""
+def compare_arms(results: list[Result], against: str | None, allow: set[str]) -> tuple[list[Table], list[str]]:
+    """A table for each dataset, and why others, whose reference arm is not known, have none.
+
+    Raises UsageError where no dataset has one or a name in `allow` is not known.
+    """
     from statistics_of_runs import compare, conclude
 
     known = {name for result in results for name in facts(result)}
     known |= {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
     if allow - known:
         raise UsageError(f"--allow {' '.join(sorted(allow - known))}: nothing of this name is recorded of these runs")
-    tables = []
+    tables, unnamed = [], []
     for dataset in dict.fromkeys(r.dataset for r in results):
         here = [arm for arm in grouped(results) if arm[0].dataset == dataset]
         arms = dict(zip(labels(here), here, strict=True))
-        reference = reference_of(dataset, arms, against)
+        try:
+            reference = reference_of(dataset, arms, against)
+        except UsageError as error:
+            unnamed.append(str(error))
+            continue
         if reference:
             arms = {reference: arms.pop(reference)} | arms
         made = Table(dataset, arms, reference, [], {}, {})
@@ -340,7 +349,9 @@ def compare_arms(results: list[Result], against: str | None, allow: set[str]) ->
                     made.comparisons.append(compare(label, reference, score, *values))
         conclude(made.comparisons)
         tables.append(made)
-    return tables
+    if not tables:
+        raise UsageError("\n".join(unnamed))
+    return tables, unnamed
 
 
 def grouped(results: list[Result]) -> list[list[Result]]:
@@ -363,8 +374,8 @@ def write_report(results: list[Result], problems: list[str], options: argparse.N
         raise UsageError(f"--output_dir {folder} is {'a run folder' if folder.is_dir() else 'no folder'}")
     if not results:
         return ["no run is left to report; nothing is written"]
-    tables = compare_arms(results, options.against, set(options.allow))
-    refused = [f"{t.dataset}: {label} is not compared: {why}" for t in tables for label, why in t.refused.items()]
+    tables, refused = compare_arms(results, options.against, set(options.allow))
+    refused += [f"{t.dataset}: {label} is not compared: {why}" for t in tables for label, why in t.refused.items()]
     refused += write_files(folder, tables, problems + refused)
     print(f"written: {', '.join(str(folder / f'report.{end}') for end in ('md', 'json', 'html'))}")
     return refused

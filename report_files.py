@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pictures import Picture, draw
-from report import facts, mean_sd, scores, without_a_result
+from report import facts, mean_sd, remarks, scores
 from runs import UsageError, write_json, write_text
 from statistics_of_runs import LEVEL, RESAMPLES, Comparison, interval_text, p_text, points
 
@@ -131,7 +131,7 @@ def run_blocks(table: Table) -> list[Block]:
             commit = str(r.origin["git_commit"] or "unknown")[:8] + ("+" if r.origin["git_dirty"] else "")
             rows.append([label, str(r.seed), *values, commit, str(r.run)])
     results = [(label, r) for label, arm in table.arms.items() for r in arm]
-    failures = [f"{label}, seed {r.seed}, {text}" for label, r in results for text in without_a_result(r)]
+    failures = [f"{label}, seed {r.seed}, {text}" for label, r in results for text in remarks(r)]
     return [
         ("text", "Every run (+: with uncommitted changes):"),
         ("table", rows),

@@ -47,6 +47,7 @@ Arguments, all optional, in this order ('-': the default); the variable in brack
 run_regular takes the same list but does not use last_token, predictors and lbd; compare and sweep take DATASET and MODEL
 alone, the rest from the variables. FLAGs go to finetune.py and mark the run folder's name:
   bash run.sh run_jepa -- --lora --lora_rank 64
+--max_length is 1024 for gsm8k and 2048 for yelp, whose rows are longer than 512 tokens, where you do not give it.
 
 PROTOCOL=paper trains as published. It sets
   ${PAPER_FLAGS[*]:0:10}
@@ -185,14 +186,19 @@ folder_name() { # of seed $1, which may be empty, with the extra flags: differen
 
 run_folder() { printf '%s\n' "${RUNS_DIR:-runs}/$(folder_name "$@")"; }
 
+longest() { # tokens of the dataset's longest chats, where those are over finetune.py's 512; nothing is ever cut
+  case $dataset in yelp) echo 2048 ;; gsm8k) echo 1024 ;; esac
+}
+
 usual() { # fills `standard` with the usual flags that the extra flags neither give nor replace
-  local given=" ${*%%=*} " i name
+  local given=" ${*%%=*} " i name value
   standard=()
   for ((i = 0; i < ${#usual_flags[@]}; i += 2)); do
-    name=${usual_flags[i]}
-    [[ $given = *" $name "* || $given$name = *" --tokens_per_batch "*--batch_size ]] ||
-      standard+=("$name" "${usual_flags[i + 1]}")
+    name=${usual_flags[i]} value=${usual_flags[i + 1]}
+    [[ $name != --max_length || -z $(longest) ]] || continue
+    [[ $given = *" $name "* || $given$name = *" --tokens_per_batch "*--batch_size ]] || standard+=("$name" "$value")
   done
+  [[ -z $(longest) || $given = *" --max_length "* ]] || standard+=(--max_length "$(longest)")
   # Without accumulation there is no scale.
   [[ $protocol$method != paperjepa || " $* " =~ " --grad_accum"[=" "]"1 " ]] || standard+=(--reference_grad_scale)
 }
@@ -229,6 +235,7 @@ scoring() { # fills `score` with what evaluate.py must know of the test rows; ex
     [[ -z $value && ! $flag =~ ^--(text_field|code_field|system)(=|$) ]] || score+=("$flag")
     value=""
     [[ ! $flag =~ ^--(text_field|code_field|system)$ ]] || value=next
+    [ "$flag" != --skip_bad_examples ] || score+=("$flag")
   done
 }
 

@@ -287,7 +287,7 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.only_if(not r.given & {"num_epochs", "same_flop"}, "max_steps", "not together with --num_epochs or --same_flop")
     r.refuse(s.resume and s.overwrite, "give one of --resume and --overwrite")
     r.refuse("dry_run" in r.given and s.dry_run == 0, "--dry_run 0 would score nothing; leave it out to train")
-    r.only_if(not s.dry_run, "resume overwrite output_dir", "not with --dry_run, which writes nothing")
+    r.only_if(not s.dry_run, "resume overwrite", "not with --dry_run, which writes nothing")
     try:
         get_scheduler(s.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1)
     except (ValueError, TypeError) as error:

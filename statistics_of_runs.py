@@ -184,6 +184,8 @@ def verdict(c: Comparison) -> str:
         return f"{c.arm} {does} {more if c.mean > 0 else less} than {c.reference}: {said}"
     alone = f" (this comparison alone: {p_text(c.p_two_sided)})" if c.p_two_sided <= LEVEL else ""
     missed = f"a true difference below {c.detectable:.2f} points would have been missed more than one time in five"
+    if c.detectable > 100:
+        missed = f"{c.n} seeds that differ so much can hardly show any difference"
     return f"no difference shown: {said}{alone}; {missed}"
 
 

@@ -677,6 +677,22 @@ def test_fields_and_system_turn_reach_the_evaluation(project):
     assert project.checks[0][-5:] == shared
 
 
+@pytest.mark.parametrize("protocol", ["", "paper"])
+def test_long_rows_get_their_length_and_bad_ones_are_left_out_of_both(project, protocol):
+    def lengths(*flags: str, dataset: str = "yelp") -> list[str]:
+        done = project.run("run_regular", "shapes/big", "-", "-", "-", "-", "82", "-", dataset, "--", *flags,
+                           PROTOCOL=protocol)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        training, evaluation = project.calls()
+        assert "--max_length" not in evaluation and "--skip_bad_examples" not in set(evaluation) - set(flags)
+        assert ("--skip_bad_examples" in evaluation) == ("--skip_bad_examples" in flags)
+        return [training[i + 1] for i, flag in enumerate(training) if flag == "--max_length"]
+
+    assert lengths() == ["2048"] and lengths("--max_length", "900") == ["900"]
+    assert lengths("--skip_bad_examples") == ["2048"]
+    assert lengths(dataset="turk") == (["512"] if protocol else [])
+
+
 def test_several_datasets_are_run_one_after_the_other(project):
     assert project.run("run_regular", "-", "-", "-", "-", "-", "82,23", "-", "synth,turk").returncode == 0
     files = [pairs(argv).get("--train_file") for argv in project.calls()]

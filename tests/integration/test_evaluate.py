@@ -674,7 +674,7 @@ def test_an_interrupted_evaluation_by_tokens_goes_on_with_the_same_batches(
         interrupt_after(patch, 2)
         assert score_by_tokens(model, data, path, 150).code == 130
     refused = score(model, data, path)
-    assert refused.code == 2 and "was made otherwise" in refused.err
+    assert refused.code == 2 and "was made otherwise (--batch_size 64, now 3, --tokens_per_batch 150, now 0)" in refused.err
     sizes = count_prompts(monkeypatch)
     assert score_by_tokens(model, data, path, 150).code == 0
     assert sizes == whole[2:]
@@ -1176,7 +1176,20 @@ def test_a_finished_evaluation_is_refused_before_the_model_is_loaded(model, data
     assert score(model, data, tmp_path / "p.jsonl").code == 0
     monkeypatch.setattr(evaluate, "load", None)
     done = score(model, data, tmp_path / "p.jsonl")
-    assert done.code == 2 and "an evaluation was finished here" in done.err
+    assert done.code == 2 and f"from a finished evaluation of {data}; give --output_file" in done.err
+
+
+def test_a_model_that_is_not_there_is_said_to_be_that(data, tmp_path):
+    for name, said in (("nowhere", "there is no such folder"), ("empty", "neither config.json nor a tokenizer")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        done = call("evaluate", "--model_name", tmp_path / name, "--input_file", data)
+        assert done.code == 2 and f"{tmp_path / name}" in done.err and said in done.err
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "run.json").write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        done = call("evaluate", "--model_name", "runs/mien", "--input_file", data)
+    assert done.code == 2 and "--model_name runs/mien: there is no such folder" in done.err
 
 
 def test_a_sandbox_that_does_not_start_is_an_error_and_no_wrong_answer(tmp_path, monkeypatch):

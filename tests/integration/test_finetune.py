@@ -567,6 +567,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path, monkeyp
     run = train(data, tmp_path / "run", *flags, code=1)
     record = runs.read_json(run / "run.json")
     assert record["status"] == "failed" and "step 3 is nan" in record["error"]
+    assert record["system_turn"] == "Write the regular expression."
     assert not (run / "model.safetensors").exists()
     kept = weights(runs.whole_checkpoints(run)[-1])
     assert all(torch.isfinite(v).all() for v in kept.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from pathlib import Path
 
 import datasets
@@ -86,7 +87,31 @@ def test_another_system_turn_than_in_training_is_refused(files, tmp_path):
     run = train(files["csv"], tmp_path / "run", *FIELDS, "--system", SYSTEM)
     done = call("evaluate", "--model_name", run, "--input_file", files["csv"], "--task", "text", *FIELDS)
     assert done.code == 2
-    assert f"was trained with --system {SYSTEM!r}" in done.err
+    assert f"was trained on rows with --system {shlex.quote(SYSTEM)}" in done.err
+
+
+def test_how_the_rows_stand_to_those_of_training_is_noted(files, tmp_path):
+    run = train(files["own"], tmp_path / "run")
+
+    def notes(name: str, file: Path, *flags: object) -> list[str]:
+        out = tmp_path / name / "predictions.jsonl"
+        where = ("--model_name", run, "--input_file", file, "--output_file", out, "--task", "text")
+        done = call("evaluate", *where, "--max_new_tokens", 1, *flags)
+        assert done.code == 0, done.err
+        found = json.loads(out.with_name("metrics.json").read_text())["notes"]
+        assert [f"evaluate.py: note: {note}" for note in found] == [x for x in done.err.splitlines() if "note:" in x]
+        return found
+
+    assert notes("same", files["own"]) == [f"{files['own']} has the rows that the run was trained on"]
+    assert notes("fields", files["csv"], *FIELDS, "--system", SYSTEM) == []
+    other = write_rows(tmp_path / "other.jsonl", [message_row("a", "b", None)])
+    assert notes("other", other) == [f"the rows' system turn is not the one that the run was trained with ({SYSTEM!r})"]
+    done = call("evaluate", "--model_name", run, "--input_file", files["csv"], "--task", "text", *FIELDS)
+    assert done.code == 2 and f"was trained on rows with --system {shlex.quote(SYSTEM)}" in done.err
+    bare = train(files["csv"], tmp_path / "bare", *FIELDS)
+    done = call("evaluate", "--model_name", bare, "--input_file", files["csv"], "--task", "text", *FIELDS,
+                "--system", SYSTEM)  # fmt: skip
+    assert done.code == 2 and "without a system turn; leave out --system" in done.err
 
 
 @pytest.mark.parametrize("script", ["finetune", "evaluate"])

@@ -33,7 +33,7 @@ def figures(monkeypatch) -> dict:
 def table(runs: list[str]) -> Table:
     results, problems = read_runs([Path(run) for run in runs])
     assert not problems
-    return compare_arms(results, None, set())[0]
+    return compare_arms(results, None, set())[0][0]
 
 
 def both(root: Path) -> list[str]:

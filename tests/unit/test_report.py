@@ -240,6 +240,11 @@ def test_answers_without_a_result_are_shown(tmp_path, capsys):
     assert "without" not in capsys.readouterr().out
 
 
+def test_what_evaluation_notes_of_the_rows_is_shown(tmp_path, capsys):
+    assert main([make_run(tmp_path / "a", 82, 0.5, notes=["x.jsonl has the rows that the run was trained on"])]) == 0
+    assert "seed 82 x.jsonl has the rows that the run was trained on" in capsys.readouterr().out
+
+
 def test_answers_that_were_chosen_have_no_stop_rate(tmp_path, capsys):
     assert main([make_run(tmp_path / "a", 82, 0.5, stop_rate=None, scores=["choice"], choice=0.5)]) == 0
     assert rows(capsys.readouterr().out)[1] == ["seed", "exact %", "startswith %", "choice %", "train s"]

@@ -277,6 +277,16 @@ def test_two_regular_arms_need_a_name(tmp_path, out, capsys):
     assert read(out)["reference"] == "regular learning_rate 0.002"
 
 
+def test_a_dataset_whose_reference_is_unknown_does_not_hold_up_the_others(tmp_path, out, capsys):
+    other = synthetic_arm(tmp_path, "other", REGULAR | {"learning_rate": 2e-3}, FEW)
+    turk = [*synthetic_arm(tmp_path, "turk", REGULAR, FEW), *synthetic_arm(tmp_path, "turk-jepa", JEPA, FEW)]
+    for run in turk:
+        (Path(run) / "eval" / "synth").rename(Path(run) / "eval" / "turk")
+    assert main([*both(tmp_path), *other, *turk, "--output_dir", str(out)]) == 1
+    assert "synth: the regular arm is the reference, and there are 2 of its arms" in capsys.readouterr().err
+    assert read(out)["dataset"] == "turk" and read(out)["comparisons"]
+
+
 def test_semantic_tube_prediction_is_a_method_and_no_regular_arm(tmp_path, out):
     tube = {"stp": "geodesic", "stp_lbd": 0.02}
     runs = both(tmp_path) + synthetic_arm(tmp_path, "stp", REGULAR | tube, FEW)

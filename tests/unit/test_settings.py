@@ -77,7 +77,7 @@ def test_two_settings_never_share_a_default_folder():
         (("--lbd", -1), ["--lbd -1"]),
         (("--batch_size", 0), ["--batch_size 0"]),
         (("--resume", "--overwrite"), ["--resume"]),
-        (("--dry_run", 2, "--output_dir", "o"), ["--output_dir", "--dry_run"]),
+        (("--dry_run", 2, "--overwrite"), ["--overwrite", "--dry_run"]),
         (("--report_to", "excel"), ["--report_to excel"]),
         (("--lr_scheduler_type", "stairs"), ["--lr_scheduler_type stairs"]),
         (("--optim", "magic"), ["--optim magic"]),

@@ -140,6 +140,11 @@ def test_arms_at_a_bound_are_said_to_be_there(bound):
     )
 
 
+def test_what_could_have_been_detected_is_at_most_all_there_is():
+    (c,) = concluded(made([-5.0, 9.0]))
+    assert c.detectable > 100 and "2 seeds that differ so much can hardly show any difference" in c.verdict
+
+
 def test_differences_without_spread_have_no_t_test():
     same, shifted = concluded(made([0.0] * 5), made([0.5] * 5, "startswith"))
     for c in (same, shifted):
