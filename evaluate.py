@@ -163,6 +163,7 @@ def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings
     r.refuse(not 0 < s.test_size < 1, f"--test_size {s.test_size} is not between 0 and 1")
     r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
     r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
+    r.only_if(not Path(s.model_name or "-").is_dir(), "revision", "only with a model of the hub")
     r.refuse(s.split_tune_untune and not s.original_model_name, "--split_tune_untune: only with --original_model_name")
     r.only_if(not s.embeds, ANSWERING, "not with --similarity, --t_sne, --export_embeddings")
     r.only_if(s.embeds, "embedding_layer embedding_pooling", "only with --similarity, --t_sne or --export_embeddings")
@@ -179,7 +180,8 @@ def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings
             loading.check_name(name)
         except UsageError as error:
             r.append(str(error))
-    task = s.task or dataset_name(s.input_file or "")
+    named = dataset_name(s.input_file or "")
+    task = s.task or (named if named != "text" else None)  # which says nothing of how to score
     if s.task not in (None, *TASKS):
         r.append(f"--task {s.task} is not one of {', '.join(TASKS)}")
     elif s.input_file and not s.embeds and task not in TASKS:

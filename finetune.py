@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,7 +52,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
 from examples import Example, ExampleError, Problems, data_sha256, read_examples, split_examples
-from loading import load_model, load_tokenizer
+from loading import context, load_model, load_tokenizer
 from rendering import Renderer
 from runs import (
     Run,
@@ -476,9 +477,11 @@ def check_layout(
 
     def differ(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
         pairs = [(a, b) for a, b in zip(some, others, strict=True) if a.numel()]
-        return max(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-6)).max().item() for a, b in pairs)
+        return max((((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-6)).max().item() for a, b in pairs), default=0)
 
     shared, apart = read(items, collator.layout), read(items, "separate")
+    if not all(torch.isfinite(x).all() for x in apart):
+        raise UsageError(f"{type(model).__name__} gives numbers that are not finite: its weights are damaged")
     row = max(LAYOUTS[collator.layout](items, sys.maxsize), key=len)
     other = dataclasses.replace(row[0], ids=(row[0].ids + 1) % model.config.get_text_config().vocab_size)
     changed = read([tuple(other if x is row[0] else x for x in item) for item in items], collator.layout)
@@ -849,6 +852,8 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
         stp_sum, spans = stp_loss(path, s.tube)
         stp = stp_sum / max(1, spans)
         total, tube = total + s.stp_lbd * stp, {"stp_loss": stp.item(), "spans": spans}
+    if not torch.isfinite(total):
+        raise FloatingPointError(f"the loss is {total.item()}")
     total.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return {
@@ -1035,7 +1040,10 @@ def prepare(s: Settings, state: PartialState, engine: Engine = WHOLE) -> Parts:
     """Loads, checks and encodes everything. Raises UsageError and ExampleError; writes nothing but a token cache."""
     device = torch.device("cpu") if s.dry_run else state.device
     problems, tokenizer = Problems(s.skip_bad_examples), load_tokenizer(s)
-    renderer = Renderer(tokenizer, s)
+    limit = context(s) or s.max_length
+    if limit < s.max_length and state.is_main_process:
+        _say(f"--max_length {limit}, the model's context, instead of {s.max_length}")
+    renderer = Renderer(tokenizer, dataclasses.replace(s, max_length=min(limit, s.max_length)))
     mistake = None
     with state.local_main_process_first():  # the others find its token cache, and its mistakes: they wait for it
         try:
@@ -1264,7 +1272,13 @@ def main(argv: list[str] | None = None, engine: Engine = WHOLE) -> int:
             _say(f"{engine.name}: error: {error}")
         return 1
     except OSError as error:
-        _say(f"{engine.name}: error: {first_line(error)}")
+        where = "" if error.filename else f" (--output_dir {settings.output_dir})"
+        _say(f"{engine.name}: error: {first_line(error)}{where}")
+        return 1
+    except (SafetensorError, RuntimeError) as error:
+        if not any(said in str(error) for said in ("No space left", "inline_container")):  # safetensors' and torch's
+            raise
+        _say(f"{engine.name}: error: cannot write to {settings.output_dir}; is its disk full? ({first_line(error)})")
         return 1
     except KeyboardInterrupt:
         if state.is_main_process:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import finetune
 import segments
 from examples import Example, Problems
 from rendering import Renderer
+from runs import UsageError
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,27 @@ def share_prompt(chats: list[segments.Segment]) -> bool:
     return all(c.labels.sum() == 1 for c in chats) and len({c.ids[:-1].tobytes() for c in chats}) == 1
 
 
+@contextlib.contextmanager
+def float32_logits(model: Any) -> Iterator[None]:
+    """The model's output layer in float32: in bfloat16, likelihoods of two choices are often the same number.
+
+    Not of a model that is spread over devices, or whose adapter changes that layer: those are wrapped.
+    """
+    layer = model.get_output_embeddings()
+    half = type(layer) is torch.nn.Linear and layer.weight.dtype in (torch.bfloat16, torch.float16)
+    if not half or getattr(model, "hf_device_map", None):
+        yield
+        return
+    exact = copy.deepcopy(layer).float()
+    forward = exact.forward
+    exact.forward = lambda hidden: forward(hidden.float())
+    model.set_output_embeddings(exact)
+    try:
+        yield
+    finally:
+        model.set_output_embeddings(layer)
+
+
 @torch.no_grad()
 def choose(
     model: Any, renderer: Renderer, examples: list[Example], choices: tuple[str, ...], batch_size: int,
@@ -310,6 +333,7 @@ def choose(
     """The most likely of the choices for each example, batch by batch as in `generate`; leaves out ids in `done`.
 
     A choice's log-likelihood is Σ log p(token | all before it) over its tokens behind the whole prompt, in nats.
+    Raises UsageError where one is not finite: no choice would be the likeliest.
     """
     if encoded is None:
         examples, encoded = encode_choices(model, renderer, examples, choices)
@@ -317,7 +341,7 @@ def choose(
     lengths, counts = [max(len(chat.ids) for chat in row) for row in rows], [len(row) for row in rows]
     by_length = batches(lengths, batch_size, tokens_per_batch, counts)
     collator = finetune.Collator("separate", renderer.tokenizer.pad_token_id, sys.maxsize)
-    with contextlib.closing(finetune.HeadInput(model)) as head:
+    with float32_logits(model), contextlib.closing(finetune.HeadInput(model)) as head:
         for batch in unanswered(by_length, examples, done, share):
             items = [tuple(rows[i]) for i in batch]
             logits, _ = head.read(model, finetune.on_device(collator(items), model.device))
@@ -329,6 +353,9 @@ def choose(
                     sums = [float(label[c.ids[-1]]) for c in encoded[i]]
                 else:
                     sums = [sum(float(next(labels)[t]) for t in c.ids[c.labels]) for c in encoded[i]]
+                if not all(map(math.isfinite, sums)):
+                    what = "the likelihoods of the choices are not finite"
+                    raise UsageError(f"{examples[i].source}: {what}: a damaged model, or one for --dtype float32")
                 likelihoods = dict(zip(choices, sums, strict=True))
                 answers.append(Generation(max(likelihoods, key=likelihoods.__getitem__), None, likelihoods))
             yield [(examples[i], a) for i, a in zip(batch, answers, strict=True) if examples[i].id not in done]

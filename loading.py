@@ -64,6 +64,14 @@ def load_config(s: Any) -> Any:
         raise UsageError(f"--model_name {s.model_name} cannot be loaded: {first_line(error)}") from None
 
 
+def context(s: Any) -> int | None:
+    """The longest text of the model in tokens, None where its configuration does not tell."""
+    try:
+        return getattr(load_config(s).get_text_config(), "max_position_embeddings", None)
+    except UsageError:  # load_model says the same
+        return None
+
+
 def without_weights(config: Any, **options: Any) -> Any:
     """A model whose weights come from another process: their memory is set aside and never touched, so it costs none.
 
@@ -134,7 +142,10 @@ def load_model(s: Any, tokenizer: Any, empty: bool = False, **options: Any) -> A
 
 
 def add_adapter(model: Any, s: Any, tokenizer: Any) -> Any:
-    """The model under a LoRA adapter on its text layers' projections; the added tokens' embedding rows train too."""
+    """The model under a LoRA adapter on its text layers' projections; the added tokens' rows train too.
+
+    That is their embeddings, and of those that are labels what an output layer of its own has for them.
+    """
     from peft import LoraConfig, get_peft_model
 
     inside = {id(module) for module in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
@@ -143,16 +154,23 @@ def add_adapter(model: Any, s: Any, tokenizer: Any) -> Any:
     # Some models join these (qkv_proj) or name them otherwise (c_attn): then all linear layers.
     if usual <= {name.rpartition(".")[2] for name in linear}:
         linear = [name for name in linear if name.rpartition(".")[2] in usual]
-    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()).rpartition(".")[2]
-    added = [predictor_token(i) for i in range(1, s.predictors + 1)] if s.jepa else []
-    added += [PERCEPTION, END_OF_TURN] if s.plain else []
+    embedding, output = (
+        next(name for name, module in model.named_modules() if module is layer).rpartition(".")[2]
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    ids = tokenizer.convert_tokens_to_ids
+    labels = ids([PERCEPTION, END_OF_TURN]) if s.plain else []
+    added = labels + (ids([predictor_token(i) for i in range(1, s.predictors + 1)]) if s.jepa else [])
+    # Without this the predictor tokens would stay at their random start, and a new end-of-turn token never be answered.
+    rows = {embedding: added} if added else {}
+    if labels and model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        rows[output] = labels
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=s.lora_rank,
         lora_alpha=2 * s.lora_rank,
         lora_dropout=s.lora_dropout,
         target_modules=linear or "all-linear",
-        # Without this the predictor tokens would stay at their random start.
-        trainable_token_indices={embedding: tokenizer.convert_tokens_to_ids(added)} if added else None,
+        trainable_token_indices=rows or None,
     )
     return get_peft_model(model, config, revision=s.revision)

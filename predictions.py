@@ -129,8 +129,8 @@ def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> list[
     if path.exists() or parts(path):
         before, now = read_json(mark) if mark.exists() else None, json.loads(json.dumps(identity))
         if before != now:
-            what = f"was made otherwise ({differing(before, now)})" if before else "is no unfinished evaluation"
-            raise UsageError(f"{path} exists and {what}; give --overwrite, or another --output_file")
+            how = f" ({differing(before, now)})" if before else ""
+            raise UsageError(f"{path} exists and was made otherwise{how}; give --overwrite, or another --output_file")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(mark, identity)
     return merge(path)

@@ -283,6 +283,7 @@ run_seed() { # seed, run folder, extra flags
   train_seed "$@"
   if [ -f "$metrics" ]; then
     unchanged "$metrics" "$test_file" || fail "$test_file is not what $metrics was made from; remove ${metrics%/*}"
+    ! grep -qE '"max_examples": [1-9]' "$metrics" || fail "$metrics is of some rows alone; remove ${metrics%/*}"
     [ -z "${TASK:-}" ] || grep -qF "\"task\": \"$TASK\"" "$metrics" ||
       fail "$metrics is not of TASK '$TASK'; remove ${metrics%/*}"
     before+=${before:+, }evaluation
@@ -331,7 +332,7 @@ conclude() { # extra flags
 main() {
   local arm=${1:-} given=() extra=() later=() runs=() pids=() logs=() checked="" validation="" quiet="" seed
   local usual_dataset=synth usual_flags=() whole='0|[1-9][0-9]*' number='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?'
-  local in_steps=' --max_steps[= ]([^ ]+) '
+  local in_steps=' --max_steps[= ]([^ ]+) ' own
   [[ " $* " != *" --help "* ]] || { usage && exit; }
   [[ $arm =~ ^(run_(jepa|regular|pretrain)|compare|sweep)$ ]] ||
     fail "unknown function '$arm': run_jepa, run_regular, run_pretrain, compare or sweep (see --help)"
@@ -341,6 +342,8 @@ main() {
   [ "${#given[@]}" -le 8 ] || fail "too many arguments: $arm takes 8, the next is '${given[8]}'"
   [ $# -eq 0 ] || shift # the --
   [[ ! " $* " =~ " "--(output_dir|dry_run)[=" "] ]] || fail "--${BASH_REMATCH[1]} is not for $SCRIPT; call $TRAINER"
+  own='train_file|data_file|model_name|learning_rate|num_epochs|last_token|predictors|lbd|finetune_seed|regular'
+  [[ ! " $* " =~ " "--($own)[=" "] ]] || fail "--${BASH_REMATCH[1]} is set by an argument or a variable (see --help)"
   while [ $# -gt 0 ] && [ "$1" != -- ]; do extra+=("$1") && shift; done
   [ $# -eq 0 ] || [[ $arm != run_[jr]* ]] || fail "a second -- is for run_pretrain, compare and sweep"
   [ $# -eq 0 ] || later=("${@:2}")

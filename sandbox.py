@@ -24,6 +24,8 @@ from typing import Any
 
 MEGABYTE = 1 << 20
 READY = b"ready\n"  # the child's first line
+START_SECONDS = 60.0  # until then
+TRIES = 3  # of a start that something from outside brings down
 
 
 class Failure(Exception):
@@ -64,37 +66,55 @@ class Sandbox:
             self._child = None
 
     def call(self, *arguments: Any) -> Any:
-        """The function's result. Raises Failure where it raised one itself, or did not end, or the child died."""
-        if self._child is not None and self._child.poll() is not None:
-            self.close()  # it died between two calls: not this one's failure
-        if self._child is None:
-            self._start()
+        """The function's result. Raises Failure where it raised one itself, or did not end, or the child died twice.
+
+        A child that dies may have been killed by something else, also before it read the call: the second tells.
+        """
+        request = json.dumps([self.seconds, *arguments]).encode() + b"\n"
         try:
-            line = self._exchange(json.dumps([self.seconds, *arguments]).encode() + b"\n")
-        except Failure:
-            self.close()
-            raise
-        except BaseException:  # an interrupted exchange would answer the next call
-            self.close()
-            raise
+            line = self._answer(request)
+        except Failure as failure:
+            if failure.reason != "crash":
+                raise
+            line = self._answer(request)
         reply = json.loads(line)
         if "failure" in reply:
             raise Failure(reply["failure"])
         return reply["result"]
 
-    def _start(self) -> None:
-        """Starts the child. Raises OSError with what it printed where it cannot work, no answer's fault."""
-        with tempfile.TemporaryFile() as errors:
-            self._child = subprocess.Popen(
-                [sys.executable, "-I", str(Path(__file__).resolve()), self.function, str(self.memory)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                env={}, bufsize=0, start_new_session=True,
-            )  # fmt: skip
-            if self._child.stdout.readline() == READY:
-                return
+    def _answer(self, request: bytes) -> bytes:
+        """The line that answers the request, of a new child where there is none."""
+        if self._child is None:
+            self._start()
+        try:
+            return self._exchange(request)
+        except BaseException:  # an interrupted exchange would answer the next call
             self.close()
-            errors.seek(0)
-            said = (errors.read().decode(errors="replace").strip() or "it says nothing").splitlines()[-1]
+            raise
+
+    def _start(self) -> None:
+        """Starts the child, again where it was killed or hangs.
+
+        Raises OSError with what it printed where it cannot work, no answer's fault.
+        """
+        for _ in range(TRIES):
+            with tempfile.TemporaryFile() as errors:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-I", str(Path(__file__).resolve()), self.function, str(self.memory)],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                    env={}, bufsize=0, start_new_session=True,
+                )  # fmt: skip
+                with selectors.DefaultSelector() as ready:
+                    ready.register(self._child.stdout, selectors.EVENT_READ)
+                    hangs = not ready.select(START_SECONDS)
+                if not hangs and self._child.stdout.readline() == READY:
+                    return
+                code = None if hangs else self._child.wait(5)
+                self.close()
+                errors.seek(0)
+                said = (errors.read().decode(errors="replace").strip() or "it says nothing").splitlines()[-1]
+            if code is not None and code >= 0:  # it ended by itself
+                break
         raise OSError(f"the process for {self.function} does not start with {sys.executable}: {said}")
 
     def _exchange(self, request: bytes) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import string
 from collections.abc import Callable, Iterator
@@ -155,17 +154,22 @@ def pure(score: Scorer) -> Callable[[Path | None], AbstractContextManager[Scorer
 def start_regexes(databases: Path | None) -> Iterator[Scorer]:
     """Opens the scorer `dfa_equal`: the same text, or by regexes.dfa_equal the same language (arXiv 1608.03000)."""
     with Sandbox("regexes:dfa_equal", REGEX_SECONDS) as sandbox:
+        known: dict[tuple[str, str], tuple[bool, str | None]] = {}
 
-        @functools.cache
         def compare(prediction: str, answer: str) -> tuple[bool, str | None]:
+            if (prediction, answer) in known:
+                return known[prediction, answer]
+            equal, reason = False, None
             try:
-                return sandbox.call(prediction, answer, REGEX_STATES), None
+                equal = sandbox.call(prediction, answer, REGEX_STATES)
             except Failure as failure:
                 reason = failure.reason
             if reason in ("timeout", "memory", "crash") and prediction != answer:  # which of the two was it?
                 of_answer = compare(answer, answer)[1]
                 reason = f"gold_{of_answer}" if of_answer else reason
-            return False, reason
+            if reason is None or not reason.endswith("crash"):  # which may have come from outside
+                known[prediction, answer] = equal, reason
+            return equal, reason
 
         def score(prediction: str, example: Example) -> Scores:
             texts = prediction.strip(), example.assistant.strip()

@@ -49,7 +49,7 @@ class Settings:
     model_name: str | None = flag(None, "model folder or hub name", MODEL)
     revision: str | None = flag(None, "commit of a hub model", MODEL)
     pretrain: bool = flag(False, "start from random weights of the model's shape", MODEL)
-    lora: bool = flag(False, "train a LoRA adapter; added tokens' embedding rows train too", MODEL)
+    lora: bool = flag(False, "train a LoRA adapter; added tokens' rows of embedding and output layer train too", MODEL)
     lora_rank: int = flag(16, "rank of the adapter; alpha is twice the rank", MODEL)
     lora_dropout: float = flag(0.1, "dropout in front of the adapter", MODEL)
     merge: bool = flag(False, "also write the adapter merged into the model, to OUTPUT_DIR/merged", MODEL)
@@ -149,7 +149,7 @@ class Settings:
         None, "when held-out rows are scored; default epoch where there are any", RUN
     )
     eval_steps: int = flag(500, "steps between evaluations with --eval_strategy steps", RUN)
-    eval_generate: int = flag(0, "also generate for N held-out rows and log exact match", RUN)
+    eval_generate: int = flag(0, "also answer N held-out rows, in at most 128 tokens, and log exact match", RUN)
     save_strategy: Literal["epoch", "steps", "no"] | None = flag(
         None, "when checkpoints are saved; default epoch, with --streaming steps", RUN
     )
@@ -207,6 +207,7 @@ def check_data(s: Settings, r: Refusals) -> None:
     sources = (s.data_file, s.eval_file, s.val_fraction)
     held_out = any(sources)
     r.refuse(not s.model_name, "--model_name is missing")
+    r.only_if(not Path(s.model_name or "-").is_dir(), "revision", "only with a model of the hub")
     r.refuse(bool(s.train_file) == bool(s.data_file), "give one of --train_file and --data_file")
     r.refuse(sum(map(bool, sources)) > 1, "give at most one of --data_file, --eval_file and --val_fraction")
     r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
@@ -238,6 +239,8 @@ def check_method(s: Settings, r: Refusals) -> None:
     r.refuse(s.regular and s.layout == "additive", "--layout additive: not with --regular, which has no views")
     r.only_if(s.predictors > 0, "front_pred reverse_pred", "only with --predictors")
     r.refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
+    nothing = s.gamma == 0 and not s.jepa and not s.tube
+    r.refuse(nothing, "--gamma 0: without the JEPA term and --stp there is no loss left")
     r.only_if(s.grad_accum > 1, "reference_grad_scale", "not with --grad_accum 1, where it changes nothing")
     r.refuse(s.jepa_l2 + s.jepa_mse + s.infonce > 1, "give one of --jepa_l2, --jepa_mse and --infonce")
     alone = s.batch_size == 1 and not s.tokens_per_batch

@@ -163,16 +163,19 @@ def test_other_processes_must_have_the_same_steps(ranks, tmp_path, data):
     assert 2 in codes and all(codes) and "--tokens_per_batch the steps would have other examples" in errors
 
 
-@pytest.mark.parametrize("sharding", ["fsdp2", "ddp"])
-def test_adapters_train_to_what_one_process_trains_to(ranks, tmp_path, data, tied, sharding):
+@pytest.mark.parametrize(
+    ("sharding", "more"), [("fsdp2", ()), ("ddp", ()), ("fsdp2", ("--plain",))], ids=["fsdp2", "ddp", "output-rows"]
+)
+def test_adapters_train_to_what_one_process_trains_to(ranks, tmp_path, data, tied, sharding, more):
     model = tied if sharding == "ddp" else MODEL
-    flags = (*JEPA, "--lora", "--lora_rank", 4, "--lora_dropout", 0, "--merge")
+    flags = (*JEPA, *more, "--lora", "--lora_rank", 4, "--lora_dropout", 0, "--merge")
     one = train(ranks, 1, tmp_path / "one", data, *flags, *sizes(1, 8), model=model)
     two = train(ranks, 2, tmp_path / "two", data, *flags, *sizes(2), model=model)
     assert runs.read_json(two / "args.json")["sharding"] == sharding
     assert metrics(two, "total") == pytest.approx(metrics(one, "total"), rel=1e-5)
     first, second = (weights(run, "adapter_model.safetensors") for run in (one, two))
     assert first.keys() == second.keys()
+    assert ("base_model.model.lm_head.token_adapter.trainable_tokens_delta" in first) == bool(more)
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=2e-4, msg=name)
         assert weight.any(), name

@@ -693,6 +693,22 @@ def test_long_rows_get_their_length_and_bad_ones_are_left_out_of_both(project, p
     assert lengths(dataset="turk") == (["512"] if protocol else [])
 
 
+@pytest.mark.parametrize("flags", [("--lbd", "4"), ("--finetune_seed=5",), ("--train_file", "x"), ("--regular",)])
+def test_what_an_argument_sets_is_no_flag(project, flags):
+    done = project.run("run_jepa", "--", *flags)
+    assert done.returncode == 2 and f"{flags[0].partition('=')[0]} is set by an argument or a variable" in done.stderr
+    assert project.calls() == []
+
+
+def test_an_evaluation_of_some_rows_alone_is_not_taken_for_the_whole(project):
+    assert project.run("run_regular", SEEDS="82").returncode == 0
+    (metrics,) = project.folder.glob("runs/*/eval/synth/metrics.json")
+    found = json.loads(metrics.read_text())
+    metrics.write_text(json.dumps(found | {"settings": {"max_examples": 5}}, indent=1))
+    done = project.run("run_regular", SEEDS="82")
+    assert done.returncode == 2 and "metrics.json is of some rows alone" in done.stderr
+
+
 def test_several_datasets_are_run_one_after_the_other(project):
     assert project.run("run_regular", "-", "-", "-", "-", "-", "82,23", "-", "synth,turk").returncode == 0
     files = [pairs(argv).get("--train_file") for argv in project.calls()]

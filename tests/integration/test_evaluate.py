@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN, MODELS, ROOT, call, message_row, weights, write_rows
+from safetensors.torch import save_file
 
 import evaluate
 import finetune
@@ -674,7 +675,8 @@ def test_an_interrupted_evaluation_by_tokens_goes_on_with_the_same_batches(
         interrupt_after(patch, 2)
         assert score_by_tokens(model, data, path, 150).code == 130
     refused = score(model, data, path)
-    assert refused.code == 2 and "was made otherwise (--batch_size 64, now 3, --tokens_per_batch 150, now 0)" in refused.err
+    changed = "--batch_size 64, now 3, --tokens_per_batch 150, now 0"
+    assert refused.code == 2 and f"was made otherwise ({changed})" in refused.err
     sizes = count_prompts(monkeypatch)
     assert score_by_tokens(model, data, path, 150).code == 0
     assert sizes == whole[2:]
@@ -1232,6 +1234,25 @@ def test_examples_that_do_not_fit_the_context_can_be_left_out(kind, model, tmp_p
     written = tmp_path / "out" / ("p.jsonl" if kind == "embed" else "metrics.json")
     metrics = json.loads(written.read_text())
     assert (metrics["n"], metrics["skipped_examples"]) == (1, 1)
+
+
+def test_likelihoods_that_are_not_finite_are_no_answer(model, tmp_path):
+    folder = copy_model(model, tmp_path / "broken", {})
+    tensors = weights(folder)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    data = write_rows(tmp_path / "hellaswag_test.jsonl", [message_row("which?", "A")])
+    done = call("evaluate", "--model_name", folder, "--input_file", data, "--output_file", tmp_path / "out" / "p.jsonl")
+    assert done.code == 2 and f"{data}:1: the likelihoods of the choices are not finite" in done.err
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_text_is_no_name_of_a_task_unless_it_is_asked_for(model, tmp_path):
+    data = write_rows(tmp_path / "text_test.jsonl", [message_row("a", "b")])
+    flags = ("--model_name", model, "--input_file", data, "--output_file", tmp_path / "p.jsonl", "--max_new_tokens", 1)
+    done = call("evaluate", *flags)
+    assert done.code == 2 and "does not name its task" in done.err
+    assert call("evaluate", *flags, "--task", "text").code == 0
 
 
 def test_a_file_that_was_split_for_training_is_not_scored_whole_unasked(tmp_path):

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, call, dry_run, message_row, same_weights, weights, write_rows
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import finetune
 import loading
@@ -362,6 +364,29 @@ def test_plain_runs_and_evaluates(data, tmp_path, flags):
     assert runs.read_json(run / "eval" / "words" / "metrics.json")["score"] == "startswith"
 
 
+def test_an_adapter_without_chat_format_trains_what_an_output_layer_has_for_the_added_tokens(data, tmp_path):
+    from transformers import AutoTokenizer
+
+    run = train(data, tmp_path / "run", "--plain", "--lora", *JEPA, "--merge", "--max_steps", 3)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    base, merged = weights(GOLDEN / "models" / "llama3"), weights(run / "merged")
+    labels = tokenizer.convert_tokens_to_ids(["<|perception|>", "<|eot_id|>"])
+    predictors = tokenizer.convert_tokens_to_ids(["<|predictor_1|>", "<|predictor_2|>"])
+    inputs = [labels[0], *predictors]  # nothing comes behind the end-of-turn token
+    for name, trained in (("lm_head.weight", labels), ("model.embed_tokens.weight", inputs)):
+        changed = (base[name] != merged[name][: len(base[name])]).any(dim=1).nonzero()[:, 0].tolist()
+        assert set(changed) == set(trained), name
+    test = write_rows(tmp_path / "words_test.jsonl", ROWS[:3])
+    answers = []
+    for model in (run, run / "merged"):
+        out = tmp_path / model.name / "p.jsonl"
+        done = call("evaluate", "--model_name", model, "--input_file", test, "--task", "text", "--plain",
+                    "--output_file", out, "--max_new_tokens", 8)  # fmt: skip
+        assert done.code == 0, done.err
+        answers.append([json.loads(line)["prediction"] for line in out.read_text().splitlines()])
+    assert answers[0] == answers[1]
+
+
 def test_a_model_without_room_for_the_new_tokens_grows(data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -591,6 +616,63 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(data, tmp_path, mon
     assert record["status"] == "failed" and "the gradient norm of step 3 is nan" in record["error"]
     kept = weights(runs.whole_checkpoints(run)[-1])
     assert all(torch.isfinite(v).all() for v in kept.values())
+
+
+@pytest.mark.parametrize("layout", ["packed", "separate"])
+def test_damaged_weights_are_no_loss_to_train_on(data, tmp_path, layout):
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "models" / "llama3", model)
+    tensors = weights(model)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    done = call(
+        "finetune", "--train_file", data, "--model_name", model, "--regular", "--layout", layout, "--dry_run", 2
+    )
+    said = {"packed": (2, "its weights are damaged"), "separate": (1, "the loss is nan")}[layout]
+    assert (done.code, done.out) == (said[0], "") and said[1] in done.err
+
+
+@pytest.mark.parametrize("flags", [("--regular",), (*JEPA[:2], "--lbd", 0)])
+def test_one_row_is_enough(tmp_path, flags):
+    data = write_rows(tmp_path / "one.jsonl", ROWS[:1])
+    found = dry_run("--train_file", data, "--model_name", GOLDEN / "models" / "llama3", *flags, "--dry_run", 1)
+    assert found["lm_loss"] > 0 and found["label_tokens"] > 0
+    assert metrics(train(data, tmp_path / "run", *flags, "--max_steps", 1))
+
+
+def test_a_row_longer_than_the_models_context_is_named(tmp_path):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    model = tmp_path / "gpt2"
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "models" / "llama3")
+    tokenizer.save_pretrained(model)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=96, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(model)
+    data = write_rows(tmp_path / "words_train.jsonl", [*ROWS[:4], message_row("long " * 60, "x")])
+    done = call("finetune", "--train_file", data, "--model_name", model, "--output_dir", tmp_path / "run", *JEPA)
+    assert done.code == 2 and f"{data}:5: the chat has" in done.err and "over --max_length 96" in done.err
+    assert "--max_length 96, the model's context, instead of 512" in done.err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "its disk full?",
+        ),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "its disk full?"),
+        (OSError(28, "No space left on device"), "(--output_dir "),
+    ],
+)
+def test_a_full_disk_is_said_to_be_that_whatever_library_finds_it(data, tmp_path, monkeypatch, error, said):
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(finetune.JepaTrainer, "_save_checkpoint", full)
+    done = call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / "llama3", "--output_dir",
+                tmp_path / "run", "--regular", "--max_steps", 1)  # fmt: skip
+    assert done.code == 1 and said in done.err and str(tmp_path / "run") in done.err and "Traceback" not in done.err
 
 
 def test_dry_run_prints_one_object_and_writes_nothing(data, tmp_path):

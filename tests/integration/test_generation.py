@@ -145,3 +145,15 @@ def test_processes_share_the_batches_that_are_left(processes):
     left = [b for b in batches if b != batches[1]]
     assert sorted(sum(shares, [])) == sorted(left)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "learned positions"])
+def test_choices_are_compared_by_logits_of_float32(kind):
+    model = build(kind).bfloat16()
+    layer, ids = model.get_output_embeddings(), torch.tensor([PREFIX])
+    with torch.no_grad(), generation.float32_logits(model):
+        hidden = (model(ids, output_hidden_states=True)).hidden_states[-1]
+        logits = model(ids).logits
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+    torch.testing.assert_close(logits, hidden.float() @ layer.weight.float().T)
+    assert model.get_output_embeddings() is layer and model(ids).logits.dtype == torch.bfloat16

@@ -379,7 +379,7 @@ def test_hostile_generations(place):
             sound = match(f"{place.gold} -- {i}", place.example())  # another text each time: results are remembered
             if not good or sound != RIGHT:
                 wrong[hostile.shown()] = (scores, f"{elapsed:.2f} s", sound)
-        child, remembered = match._sandbox._child, match._result.cache_info().maxsize
+        child, remembered = match._sandbox._child, match._rows.cache_info().maxsize
     assert not wrong
     assert len(hostiles) > 380 and listing(place.folder) == before
     assert child.returncode == -signal.SIGKILL and len(os.listdir("/proc/self/fd")) == open_files
@@ -401,27 +401,71 @@ def test_two_that_fail_are_never_equal(place):
 def test_child_killed_in_the_middle_of_a_query(number, place):
     with ExecutionMatch(place.databases, seconds=20) as match:
         assert match(place.gold, place.example()) == RIGHT
-        child = match._sandbox._child
-        killer = threading.Timer(0.3, os.kill, (child.pid, number))
+        children = [match._sandbox._child]
+
+        def kill_two() -> None:  # the first and the one that tries again
+            for _ in range(2):
+                time.sleep(0.3)
+                os.kill(children[-1].pid, number)
+                while (child := match._sandbox._child) in (None, children[-1]) and len(children) < 2:
+                    time.sleep(0.01)
+                children.append(child)
+
+        killer = threading.Thread(target=kill_two)
         killer.start()
         started = time.monotonic()
         assert match(ENDLESS, place.example()) == WRONG | {"failure": "crash"}
         assert 0.2 < time.monotonic() - started < 5  # at once
         killer.join()
         assert match(place.gold + " -- 2", place.example()) == RIGHT
-        assert child.returncode == -number and match._sandbox._child.pid != child.pid
+        assert children[0].returncode == -number and match._sandbox._child.pid != children[0].pid
 
 
-def test_child_killed_while_it_is_sent_a_query(place):
+@pytest.mark.parametrize("query", ["gold", "a" * 10_000_000], ids=["waiting", "being sent"])
+def test_a_query_whose_child_is_killed_once_is_tried_again(place, query):
     with ExecutionMatch(place.databases, seconds=20) as match:
         assert match(place.gold, place.example()) == RIGHT
         pid = match._sandbox._child.pid
         os.kill(pid, signal.SIGSTOP)  # or it would read on
         killer = threading.Timer(0.3, os.kill, (pid, signal.SIGKILL))
         killer.start()
-        assert match("a" * 10_000_000, place.example()) == WRONG | {"failure": "crash"}
+        expected = RIGHT if query == "gold" else WRONG | {"failure": "too_large"}
+        assert match(place.gold + " -- 2" if query == "gold" else query, place.example()) == expected
         killer.join()
-        assert match(place.gold + " -- 2", place.example()) == RIGHT
+        assert match(place.gold + " -- 3", place.example()) == RIGHT
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_child_that_is_brought_down_while_it_starts_is_started_again(place, sent, monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def interfere(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        if len(started) == 1:
+            os.kill(started[0].pid, sent)
+        return started[-1]
+
+    monkeypatch.setattr("sandbox.subprocess.Popen", interfere)
+    monkeypatch.setattr("sandbox.START_SECONDS", 2.0)
+    with ExecutionMatch(place.databases, SECONDS) as match:
+        assert match(place.gold, place.example()) == RIGHT
+    assert len(started) == 2 and started[0].returncode == -signal.SIGKILL
+
+
+def test_a_crash_is_not_remembered_and_other_failures_are(place, monkeypatch):
+    with ExecutionMatch(place.databases, SECONDS) as match:
+        call, replies, asked = match._sandbox.call, [Failure("crash"), Failure("timeout")], []
+
+        def fail_first(database, query):
+            asked.append(query)
+            if query == place.gold or not replies:
+                return call(database, query)
+            raise replies.pop(0)
+
+        monkeypatch.setattr(match._sandbox, "call", fail_first)
+        query = place.gold + " -- 2"
+        assert [match(query, place.example()).get("failure") for _ in range(3)] == ["crash", "timeout", "timeout"]
+        assert asked.count(query) == 2
 
 
 def test_child_killed_between_two_queries_is_neithers_failure(place):

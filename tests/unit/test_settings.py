@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from conftest import GOLDEN, call
+from conftest import GOLDEN, ROOT, call
 
 import evaluate
 import finetune
@@ -77,6 +77,8 @@ def test_two_settings_never_share_a_default_folder():
         (("--lbd", -1), ["--lbd -1"]),
         (("--batch_size", 0), ["--batch_size 0"]),
         (("--resume", "--overwrite"), ["--resume"]),
+        (("--regular", "--gamma", 0), ["--gamma 0"]),
+        (("--model_name", ROOT, "--revision", "abc"), ["--revision"]),
         (("--dry_run", 2, "--overwrite"), ["--overwrite", "--dry_run"]),
         (("--report_to", "excel"), ["--report_to excel"]),
         (("--lr_scheduler_type", "stairs"), ["--lr_scheduler_type stairs"]),

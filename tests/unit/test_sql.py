@@ -412,7 +412,7 @@ def test_results_are_remembered_in_bounds(match, database, monkeypatch):
     assert calls == ["SELECT 1", "SELECT 2"]
     for i in range(1000):
         match("SELECT 2", example(f"SELECT {i}"))
-    info = match._result.cache_info()
+    info = match._rows.cache_info()
     assert info.currsize == info.maxsize < 100
 
 
@@ -439,6 +439,20 @@ def test_results_are_remembered_in_bounds(match, database, monkeypatch):
 def test_bad_db_id_is_named_by_file_and_line(user, message, match):
     with pytest.raises(ExampleError, match=rf"^rows\.jsonl:7: .*{message}"):
         match("SELECT 1", Example(None, user, "SELECT 1", "rows.jsonl:7", 7))
+
+
+def test_changes_that_a_database_does_not_have_yet_are_refused(match, database):
+    log = database.with_name("music.sqlite-wal")
+    log.touch()
+    assert match("SELECT 1", example("SELECT 1"))["execution"]
+    log.write_bytes(b"changes")
+    with pytest.raises(ExampleError, match="music.sqlite-wal has changes that are not in its database yet"):
+        match("SELECT 1", example("SELECT 1"))
+
+
+def test_a_sign_that_was_torn_apart_is_put_together_as_the_official_evaluator_does(match):
+    gold = example("SELECT name FROM singer WHERE id >= 2 AND id != 9")
+    assert match("SELECT name FROM singer WHERE id > = 2 AND id ! = 9", gold)["execution"]
 
 
 def test_database_folder_that_a_db_id_must_not_leave(match, tmp_path):
