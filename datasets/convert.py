@@ -46,13 +46,18 @@ def as_row(example: Example) -> dict[str, Any]:
 
 
 def to_examples(source: Source, rows: Iterable[Row], convert: Callable[[Any], dict[str, Any]]) -> list[Example]:
-    """Each row converted to the project's format and checked; a bad one goes to the source's problems."""
-    examples = []
+    """Each row converted to the project's format and checked; a bad one goes to the source's problems.
+
+    Raises ExampleError where there are rows of which none can be used.
+    """
+    examples, place = [], None
     for place, number, row in rows:
         try:
             examples.append(parse_messages(convert(row), place, number))
         except ValueError as error:
             source.problems.add(place, str(error))
+    if place is not None and not examples:
+        raise source.no_rows(place.rpartition(":")[0] or place)  # the file of the last row
     return examples
 
 
@@ -214,11 +219,14 @@ def paraphrase(source: Source, train_rows: int = 0) -> Parts:
             sets.setdefault(get(row, "paraphrase_set_id"), []).append((place, number, get(row, "text")))
         except (ValueError, TypeError) as error:
             source.problems.add(place, str(error))
-    pairs = (
+    pairs = [
         (place, number, (text, following))
         for sentences in sets.values()
         for (place, number, text), (_, _, following) in zip(sentences, sentences[1:], strict=False)
-    )
+    ]
+    if not pairs:
+        where = "".join(entry.get("file") or entry["hub"] for entry in source.entries)
+        raise source.no_rows(f"{where}: no set has two sentences")
     train = to_examples(source, draw(pairs, train_rows), lambda pair: chat(None, *pair))
     return Parts(train, [], "all for training")
 
@@ -235,15 +243,15 @@ def rotten_tomatoes(source: Source) -> Parts:
         return chat(SENTIMENT_SYSTEM, get(row, "text"), label(row, POLARITY))
 
     if source.path is not None and not (source.path / "train.parquet").exists():
-        train: list[Row] = []
-        test: list[Row] = []
+        train: list[Example] = []
+        test: list[Example] = []
         for kind in ("pos", "neg"):
             names = (f"rt-polarity.{kind}", f"rt-polaritydata/rt-polarity.{kind}")
             lines = source.lines(None, *names, encoding="latin-1")
             rows = [(place, i, {"text": line, "label": kind}) for place, i, line in lines]
-            train += rows[: int(len(rows) * 0.8 + 0.5)]
-            test += rows[int(len(rows) * 0.9 + 0.5) :]
-        return Parts(to_examples(source, train, convert), to_examples(source, test, convert), "the hub's 80/10/10")
+            train += to_examples(source, rows[: int(len(rows) * 0.8 + 0.5)], convert)
+            test += to_examples(source, rows[int(len(rows) * 0.9 + 0.5) :], convert)
+        return Parts(train, test, "the hub's 80/10/10")
     train, test = (
         to_examples(source, source.rows(ROTTEN_TOMATOES.format(part), f"{part}.parquet"), convert)
         for part in ("train", "test")
@@ -285,20 +293,24 @@ def _drawn(train_rows: int, test_rows: int, of: str = "the authors' parts") -> s
 
 
 def _headless_csv(source: Source, name: str, fields: tuple[str, ...]) -> Iterator[Row]:
-    """The rows of a CSV file without a line of names. Raises ExampleError where it is not CSV."""
+    """The rows of a CSV file without a line of names. Raises ExampleError where it is not CSV or has none."""
     path = source.find(name)
     source.entries.append(file_entry(path))
     csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))
     with open(path, encoding="utf-8", newline="") as file:
         reader = csv.reader(file, strict=True)
+        empty = True
         try:
             for number, cells in enumerate(reader, start=1):
                 if len(cells) != len(fields):
                     source.problems.add(f"{path}:{reader.line_num}", f"{len(cells)} cells, not {len(fields)}")
                     continue
+                empty = False
                 yield f"{path}:{reader.line_num}", number, dict(zip(fields, cells, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ExampleError(f"{path}: not CSV behind line {reader.line_num} ({error})") from None
+    if empty:
+        raise source.no_rows(str(path))
 
 
 NQ_OPEN = "google-research-datasets/nq_open:nq_open:train@5dd9790a83002ad084ddeb7c420dc716852c6f28"
@@ -359,13 +371,17 @@ def hellaswag(source: Source, train_rows: int = DRAWN_TRAIN, test_rows: int = DR
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of a dataset. `takes` says what --source has to be; `rows` how many there are as published."""
+    """What is known of a dataset: `takes` says what --source has to be, `rows` how many there are as published.
+
+    `parts` are those that it has; each has to have rows.
+    """
 
     convert: Callable[..., Parts]
     licence: str
     takes: str
     rows: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)  # by `split`, else under ""
     flags: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ("train", "test")
 
 
 DATASETS = {
@@ -401,6 +417,7 @@ DATASETS = {
         "coco-00000-of-00001.parquet of the hub's cestwc/paraphrase, or other rows with paraphrase_set_id and text",
         {},
         ("train_rows",),
+        ("train",),
     ),
     "rotten_tomatoes": Dataset(
         rotten_tomatoes,

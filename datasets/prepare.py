@@ -106,6 +106,9 @@ def prepare(name: str, args: argparse.Namespace, source_path: Path | None) -> No
     source = Source(source_path, dataset.takes, problems)
     flags = {flag: getattr(args, flag) for flag in dataset.flags if hasattr(args, flag)}
     parts = dataset.convert(source, **flags)
+    for part in dataset.parts:  # before anything is written: an empty part would take the place of good rows
+        if not getattr(parts, part):
+            raise source.no_rows(f"the {part} part of {name}")
     entry = {"licence": parts.licence or dataset.licence, "source": source.entries}
     paths = write_dataset(args.out_dir, name, parts, entry, args.overwrite)
     if "generator" in source.entries[0]:  # rows of the project, the same everywhere

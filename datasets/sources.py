@@ -90,7 +90,7 @@ class Source:
         path = self.find(*names, alone=alone)
         if path is not None:
             self.entries.append(file_entry(path))
-            yield from self._checked(read_rows(str(path)))
+            yield from self._checked(str(path), read_rows(str(path)))
         elif is_hub(remote):
             try:
                 address, entry = pinned(remote)
@@ -99,27 +99,37 @@ class Source:
             except ExampleError as error:
                 raise self.missing(str(error)) from None
             self.entries.append(entry)
-            yield from self._checked(itertools.chain(first, rows))
+            yield from self._checked(address, itertools.chain(first, rows))
         else:
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder, "rows.jsonl")
                 copy.write_bytes(self._fetch(remote))
                 rows = read_rows(str(copy))
-                yield from self._checked((place.replace(str(copy), remote), *rest) for place, *rest in rows)
+                named = ((place.replace(str(copy), remote), *rest) for place, *rest in rows)
+                yield from self._checked(remote, named)
 
-    def _checked(self, rows: Rows) -> Iterator[Row]:
+    def _checked(self, name: str, rows: Rows) -> Iterator[Row]:
+        empty = True
         for place, number, row in rows:
             try:
                 value = row()
             except ValueError as error:
                 self.problems.add(place, str(error))
                 continue
+            empty = False
             yield place, number, value
+        if empty:
+            raise self.no_rows(name)
+
+    def no_rows(self, name: str) -> ExampleError:
+        """The error of a file or part without a row that can be used."""
+        skipped = self.problems.report()
+        return ExampleError(f"no rows in {name}" + (f" ({skipped})" if skipped else ""))
 
     def lines(self, remote: str | None, *names: str, encoding: str = "utf-8") -> list[Row]:
         """The lines of the text file that `find` finds, or of the URL `remote`, without the white space at their ends.
 
-        Raises ExampleError where it is not there or not in that encoding.
+        Raises ExampleError where it is not there, empty or not in that encoding.
         """
         path = self.find(*names)
         if path is None and remote is None:
@@ -128,6 +138,8 @@ class Source:
             self.entries.append(file_entry(path))
         content = self._fetch(remote) if path is None else path.read_bytes()
         place = path or remote
+        if not content.strip():
+            raise self.no_rows(str(place))
         try:
             lines = content.decode(encoding).removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
@@ -150,7 +162,7 @@ class SpiderFiles:
 
     def __init__(self, source: Source, path: Path):
         """Raises ExampleError where `path` holds no train_spider.json."""
-        self.path = path
+        self.source, self.path = source, path
         try:
             if path.is_dir():
                 names = [p.relative_to(path).as_posix() for p in sorted(path.glob("**/train_spider.json"))]
@@ -186,7 +198,7 @@ class SpiderFiles:
         return f"{self.path}/{self.folder}{name}"
 
     def rows(self, name: str) -> list[Row]:
-        """The entries of a JSON list. Raises ExampleError where it cannot be read."""
+        """The entries of a JSON list. Raises ExampleError where it cannot be read or is empty."""
         content = self.read(name)
         try:
             entries = json.loads(content)
@@ -196,6 +208,8 @@ class SpiderFiles:
             raise ExampleError(f"{self.place(name)}: not JSON that can be read ({_first_line(error)})") from None
         if not isinstance(entries, list):
             raise ExampleError(f"{self.place(name)}: not a JSON list")
+        if not entries:
+            raise self.source.no_rows(self.place(name))
         return [(f"{self.place(name)}: entry {i}", i, entry) for i, entry in enumerate(entries, start=1)]
 
     def licence(self) -> str | None:

@@ -642,3 +642,107 @@ def test_a_damaged_zip_is_named(tmp_path, out, capsys):
     path.write_bytes(data)
     done = run(capsys, "spider", "--source", path, "--out_dir", out)
     assert done.code == 2 and "cannot be read" in done.err and list(out.iterdir()) == []
+
+
+# ---- a part without rows ----
+
+
+def write_whole_source(name, folder):
+    """A source of each dataset with a few rows in every file."""
+    folder.mkdir(exist_ok=True)
+    if name in ("synth", "turk"):
+        (folder / "src.txt").write_text("a\nb\nc\n", encoding="utf-8")
+        (folder / "targ.txt").write_text("x\ny\nz\n", encoding="utf-8")
+    elif name == "gsm8k":
+        write_jsonl(folder / "train.jsonl", GSM)
+        write_jsonl(folder / "test.jsonl", GSM)
+    elif name == "spider":
+        (folder / "train_spider.json").write_text(json.dumps(spider_rows("farm", 9)), encoding="utf-8")
+        (folder / "dev.json").write_text(json.dumps(spider_rows("pets", 4)), encoding="utf-8")
+    elif name == "paraphrase":
+        write_jsonl(folder / "coco-00000-of-00001.jsonl", paraphrase_rows())
+    elif name == "rotten_tomatoes":
+        for kind in ("pos", "neg"):
+            (folder / f"rt-polarity.{kind}").write_text("one\n" * 10, encoding="latin-1")
+    elif name == "yelp":
+        for part in ("train", "test"):
+            (folder / f"{part}.csv").write_text('"1","so bad"\n', encoding="utf-8")
+    elif name == "nq_open":
+        write_jsonl(folder / "NQ-open.train.jsonl", [{"question": "who", "answer": ["A"]}])
+        write_jsonl(folder / "NQ-open.efficientqa.test.1.1.jsonl", [{"question": "where", "answer": ["B"]}])
+    else:
+        write_jsonl(folder / "hellaswag_train.jsonl", hellaswag_rows(2))
+        write_jsonl(folder / "hellaswag_val.jsonl", hellaswag_rows(2))
+    return folder / "coco-00000-of-00001.jsonl" if name == "paraphrase" else folder
+
+
+EMPTY = [
+    ("synth", ("src.txt", "targ.txt"), ""),
+    ("turk", ("src.txt", "targ.txt"), ""),
+    ("gsm8k", ("train.jsonl",), ""),
+    ("gsm8k", ("test.jsonl",), "\n"),
+    ("gsm8k", ("train.jsonl", "test.jsonl"), ""),
+    ("spider", ("train_spider.json",), "[]"),
+    ("spider", ("dev.json",), "[]"),
+    ("paraphrase", ("coco-00000-of-00001.jsonl",), ""),
+    ("paraphrase", ("coco-00000-of-00001.jsonl",), '{"paraphrase_set_id": 1, "text": "alone"}\n'),
+    ("rotten_tomatoes", ("rt-polarity.pos",), ""),
+    ("rotten_tomatoes", ("rt-polarity.neg",), ""),
+    ("yelp", ("train.csv",), ""),
+    ("yelp", ("test.csv",), ""),
+    ("nq_open", ("NQ-open.train.jsonl",), ""),
+    ("nq_open", ("NQ-open.efficientqa.test.1.1.jsonl",), ""),
+    ("hellaswag", ("hellaswag_train.jsonl",), ""),
+    ("hellaswag", ("hellaswag_val.jsonl",), ""),
+]
+
+
+@pytest.mark.parametrize("flags", [(), ("--skip_bad_examples",)])
+@pytest.mark.parametrize("name, files, content", EMPTY)
+def test_a_part_without_rows_is_an_error_and_costs_no_rows(name, files, content, flags, source, out, capsys):
+    path = write_whole_source(name, source)
+    assert run(capsys, name, "--source", path, "--out_dir", out).code == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for file in files:
+        (source / file).write_text(content, encoding="utf-8")
+    splits = [("--split", "random"), ()] if name == "spider" else [()]
+    for split in splits:
+        done = run(capsys, name, "--source", path, "--out_dir", out, "--overwrite", *flags, *split)
+        assert done.code == 2 and "no rows in " in done.err and files[0] in done.err, done.err
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "name, file, bad",
+    [
+        ("gsm8k", "test.jsonl", '{"question": "q"}\n'),
+        ("gsm8k", "test.jsonl", "{\n"),
+        ("spider", "dev.json", "[1]"),
+        ("yelp", "test.csv", "1,2,3\n"),
+        ("yelp", "test.csv", '"9","text"\n'),
+        ("hellaswag", "hellaswag_val.jsonl", "{}\n"),
+        ("rotten_tomatoes", "rt-polarity.neg", " \n \n"),
+    ],
+)
+def test_a_part_of_which_every_row_is_bad_has_no_rows(name, file, bad, source, out, capsys):
+    write_whole_source(name, source)
+    (source / file).write_text(bad, encoding="utf-8")
+    done = run(capsys, name, "--source", source, "--out_dir", out, "--skip_bad_examples")
+    assert done.code == 2 and "no rows in " in done.err and file in done.err and list(out.iterdir()) == []
+
+
+def test_an_empty_part_of_the_hub_is_an_error(hub, out, capsys):
+    hub.data = {
+        ("openai/gsm8k", "main", "train"): datasets.Dataset.from_list(GSM),
+        ("openai/gsm8k", "main", "test"): datasets.Dataset.from_list([]),
+    }
+    done = run(capsys, "gsm8k", "--out_dir", out)
+    assert done.code == 2 and "no rows in openai/gsm8k:main:test" in done.err and list(out.iterdir()) == []
+
+
+def test_too_few_lines_for_a_test_part_name_the_part(source, out, capsys):
+    write_whole_source("rotten_tomatoes", source)
+    for kind in ("pos", "neg"):
+        (source / f"rt-polarity.{kind}").write_text("one\n", encoding="utf-8")
+    done = run(capsys, "rotten_tomatoes", "--source", source, "--out_dir", out)
+    assert done.code == 2 and "no rows in the test part of rotten_tomatoes" in done.err and list(out.iterdir()) == []
