@@ -90,12 +90,16 @@ def draw(rows: Iterable[Row], count: int) -> list[Row]:
 
 @dataclass
 class Parts:
-    """A dataset's train and test examples, how they were told apart or drawn, and a licence other than the table's."""
+    """A dataset's train and test examples, how they were told apart or drawn, and a licence other than the table's.
+
+    `other_set`: the rows are known not to be the published ones, so the published counts say nothing of them.
+    """
 
     train: list[Example]
     test: list[Example]
     split: str
     licence: str | None = None
+    other_set: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------- the datasets
@@ -193,18 +197,19 @@ def spider(source: Source, split: str = "by_database") -> Parts:
         files, names = SpiderFiles(source, path), ("train_spider.json", "dev.json")
         rows, licence = [files.rows(name) for name in names], files.licence()
         source.entries += files.entries(*names)
+    other_set = licence is not None  # the official files state none; the project's own set does
     train, dev = (to_examples(source, part, convert) for part in rows)
     if split == "random":
         train, dev = split_examples(train + dev, 0.18, SEED)
         shares = f"18 % of train_spider.json and dev.json at random, seed {SEED}: the published split"
-        return Parts(train, dev, shares, licence)
+        return Parts(train, dev, shares, licence, other_set)
     both = sorted({database(e) for e in train} & {database(e) for e in dev})
     if both:
         raise ExampleError(
             f"{path or 'xlangai/spider'}: {len(both)} databases stand in train_spider.json and in dev.json too "
             f"({', '.join(both[:3])}), so the test rows would not be of unseen ones; give --split random"
         )
-    return Parts(train, dev, "by database: the authors' train_spider.json and dev.json", licence)
+    return Parts(train, dev, "by database: the authors' train_spider.json and dev.json", licence, other_set)
 
 
 PARAPHRASE = "cestwc/paraphrase:coco@main"  # the newest commit's hash is not published anywhere but on the hub
@@ -379,7 +384,7 @@ class Dataset:
     convert: Callable[..., Parts]
     licence: str
     takes: str
-    rows: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)  # by `split`, else under ""
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)  # by `split`, else under ""
     flags: tuple[str, ...] = ()
     parts: tuple[str, ...] = ("train", "test")
 

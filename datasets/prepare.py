@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the repository's own modules
 
 import check
-from convert import DATASETS, Parts, as_row
+from convert import DATASETS, Dataset, Parts, as_row
 from sources import Source, file_entry, pinned
 
 from examples import Example, ExampleError, Fields, Problems, is_hub, read_examples, split_examples
@@ -110,17 +110,28 @@ def prepare(name: str, args: argparse.Namespace, source_path: Path | None) -> No
         if not getattr(parts, part):
             raise source.no_rows(f"the {part} part of {name}")
     entry = {"licence": parts.licence or dataset.licence, "source": source.entries}
+    other = other_than_published(dataset, parts, flags)
+    if other:
+        entry["rows other than published"] = other
     paths = write_dataset(args.out_dir, name, parts, entry, args.overwrite)
     if "generator" in source.entries[0]:  # rows of the project, the same everywhere
         write_checksums(paths, args.out_dir / "SHA256SUMS")
     report(paths, parts, problems)
-    published = dataset.rows.get(flags.get("split", "by_database" if "split" in dataset.flags else ""))
-    if (
-        published
-        and published != (len(parts.train), len(parts.test))
-        and not flags.keys() & {"train_rows", "test_rows"}
-    ):
-        print(f"note: as published {name} has {published[0]} train and {published[1]} test rows")
+    for part, counts in other.items():
+        print(f"prepare.py: warning: {name}: {part} rows other than published: {counts}", file=sys.stderr)
+
+
+def other_than_published(dataset: Dataset, parts: Parts, flags: dict[str, Any]) -> dict[str, str]:
+    """By part "3000, not 7473"; nothing for a part as published or that a flag sizes, or where the set is another."""
+    split = flags.get("split", "by_database" if "split" in dataset.flags else "")
+    if parts.other_set or split not in dataset.rows:
+        return {}
+    counts = zip(dataset.parts, (len(parts.train), len(parts.test)), dataset.rows[split], strict=True)
+    return {
+        part: f"{there}, not {published}"
+        for part, there, published in counts
+        if there != published and f"{part}_rows" not in flags
+    }
 
 
 def report(paths: list[Path], parts: Parts, problems: Problems) -> None:

@@ -36,7 +36,7 @@ def test_regex_sets_are_the_published_rows_in_their_order(name, tmp_path):
     for part, count in (("train", 8000), ("test", 2000)):
         made = chats(tmp_path / f"{name}_{part}.jsonl")
         assert len(made) == count and made == chats(SHARED / f"{name}_{part}.jsonl")
-    assert "note:" not in done.stdout
+    assert "warning" not in done.stderr
 
 
 @published
@@ -48,7 +48,7 @@ def test_gsm8k_is_the_published_rows_in_their_order(tmp_path):
     with open(SHARED / "raw" / "gsm8k" / "train.jsonl", encoding="utf-8") as file:
         raw = [json.loads(line) for line in file]
     assert [(chat[1][1], chat[2][1]) for chat in train] == [(row["question"], row["answer"]) for row in raw]
-    assert len(train) == 7473 and "note:" not in done.stdout
+    assert len(train) == 7473 and "warning" not in done.stderr
 
 
 @published
@@ -63,7 +63,7 @@ def test_spider_at_random_is_the_published_split(tmp_path):
         archive.write(SHARED / "spider_data" / "dev.json", "spider_data/dev.json")
     source = ("--source", tmp_path / "spider_data.zip", "--out_dir", tmp_path)
     done = run("spider", *source, "--split", "random", cwd=tmp_path)
-    assert done.returncode == 0 and "note:" not in done.stdout, done.stderr
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     for part, count, from_dev in (("train", 6587, 851), ("test", 1447, 183)):
         made, reference = chats(tmp_path / f"spider_{part}.jsonl"), chats(SHARED / f"spider_{part}.jsonl")
         assert len(made) == len(reference) == count
@@ -74,7 +74,7 @@ def test_spider_at_random_is_the_published_split(tmp_path):
         assert sum(a == b for a, b in zip(made, reference, strict=True)) == from_dev
 
     done = run("spider", *source, "--overwrite", cwd=tmp_path)
-    assert done.returncode == 0 and "note:" not in done.stdout, done.stderr
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert len(chats(tmp_path / "spider_train.jsonl")) == 7000 and len(chats(tmp_path / "spider_test.jsonl")) == 1034
     done = run("check", tmp_path / "spider", cwd=tmp_path)
     assert done.returncode == 0 and "140 databases in train, 20 in test, 0 in both" in done.stdout

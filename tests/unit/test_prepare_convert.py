@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import sys
 import urllib.error
@@ -139,7 +140,9 @@ def test_gsm8k_from_the_hub(hub, out, capsys):
     assert entry["source"] == [
         {"hub": "openai/gsm8k", "config": "main", "split": part, "revision": commit} for part in ("train", "test")
     ]
-    assert "note: as published gsm8k has 7473 train and 1319 test rows" in done.out
+    assert "warning: gsm8k: train rows other than published: 2, not 7473" in done.err
+    assert "warning: gsm8k: test rows other than published: 1, not 1319" in done.err and "warning" not in done.out
+    assert entry["rows other than published"] == {"train": "2, not 7473", "test": "1, not 1319"}
 
 
 def test_rotten_tomatoes_from_the_hub(hub, out, capsys):
@@ -746,3 +749,26 @@ def test_too_few_lines_for_a_test_part_name_the_part(source, out, capsys):
         (source / f"rt-polarity.{kind}").write_text("one\n", encoding="utf-8")
     done = run(capsys, "rotten_tomatoes", "--source", source, "--out_dir", out)
     assert done.code == 2 and "no rows in the test part of rotten_tomatoes" in done.err and list(out.iterdir()) == []
+
+
+# ---- counts other than the published ones ----
+
+
+def test_rows_as_many_as_published_or_as_asked_for_are_no_warning(source, out, capsys, monkeypatch):
+    write_whole_source("gsm8k", source)
+    entry = convert.DATASETS["gsm8k"]
+    monkeypatch.setitem(convert.DATASETS, "gsm8k", dataclasses.replace(entry, rows={"": (3, 3)}))
+    done = run(capsys, "gsm8k", "--source", source, "--out_dir", out)
+    assert done.err == "" and "rows other than published" not in manifest(out, "gsm8k")
+    path = write_whole_source("nq_open", source)
+    done = run(capsys, "nq_open", "--source", path, "--out_dir", out, "--train_rows", 1)
+    assert "train rows" not in done.err and "test rows other than published: 1, not 1769" in done.err
+
+
+@pytest.mark.parametrize("split", ["by_database", "random"])
+@pytest.mark.parametrize("readme, warned", [(None, True), ("Licence: Apache-2.0\n", False)])
+def test_the_projects_own_spider_is_not_held_against_the_published_counts(split, readme, warned, tmp_path, out, capsys):
+    path = write_spider(tmp_path / "s.zip", spider_rows("farm", 30), spider_rows("pets", 9), readme=readme)
+    done = run(capsys, "spider", "--source", path, "--out_dir", out, "--split", split)
+    assert done.code == 0 and ("published" in done.err) == warned and "published" not in done.out
+    assert ("rows other than published" in manifest(out, "spider")) == warned
