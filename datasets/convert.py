@@ -252,7 +252,7 @@ def rotten_tomatoes(source: Source) -> Parts:
         test: list[Example] = []
         for kind in ("pos", "neg"):
             names = (f"rt-polarity.{kind}", f"rt-polaritydata/rt-polarity.{kind}")
-            lines = source.lines(None, *names, encoding="latin-1")
+            lines = source.lines(None, *names, otherwise="latin-1")  # the authors' encoding
             rows = [(place, i, {"text": line, "label": kind}) for place, i, line in lines]
             train += to_examples(source, rows[: int(len(rows) * 0.8 + 0.5)], convert)
             test += to_examples(source, rows[int(len(rows) * 0.9 + 0.5) :], convert)
@@ -302,7 +302,7 @@ def _headless_csv(source: Source, name: str, fields: tuple[str, ...]) -> Iterato
     path = source.find(name)
     source.entries.append(file_entry(path))
     csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         empty = True
         try:

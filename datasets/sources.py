@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import itertools
 import json
@@ -126,10 +127,11 @@ class Source:
         skipped = self.problems.report()
         return ExampleError(f"no rows in {name}" + (f" ({skipped})" if skipped else ""))
 
-    def lines(self, remote: str | None, *names: str, encoding: str = "utf-8") -> list[Row]:
+    def lines(self, remote: str | None, *names: str, otherwise: str | None = None) -> list[Row]:
         """The lines of the text file that `find` finds, or of the URL `remote`, without the white space at their ends.
 
-        Raises ExampleError where it is not there, empty or not in that encoding.
+        They are UTF-8, or for a file that is not in the encoding `otherwise`, which has to know every byte. Raises
+        ExampleError where the file is not there, empty or not in that encoding.
         """
         path = self.find(*names)
         if path is None and remote is None:
@@ -137,14 +139,18 @@ class Source:
         if path is not None:
             self.entries.append(file_entry(path))
         content = self._fetch(remote) if path is None else path.read_bytes()
+        content = content.removeprefix(codecs.BOM_UTF8)  # no part of the first line
         place = path or remote
         if not content.strip():
             raise self.no_rows(str(place))
         try:
-            lines = content.decode(encoding).removesuffix("\n").split("\n")
+            text = content.decode()
         except UnicodeDecodeError as error:
-            line = content[: error.start].count(b"\n") + 1
-            raise ExampleError(f"{place}:{line}: not {encoding}") from None
+            if otherwise is None:
+                line = content[: error.start].count(b"\n") + 1
+                raise ExampleError(f"{place}:{line}: not UTF-8") from None
+            text = content.decode(otherwise)
+        lines = text.removesuffix("\n").split("\n")
         return [(f"{place}:{number}", number, line.strip()) for number, line in enumerate(lines, start=1)]
 
     def _fetch(self, url: str) -> bytes:

@@ -622,7 +622,7 @@ def test_text_in_another_encoding_is_named(source, out, capsys):
     write_deep_regex(source, 3)
     (source / "src.txt").write_bytes(b"one\nt\xffo\nthree")
     done = run(capsys, "turk", "--source", source, "--out_dir", out)
-    assert done.code == 2 and f"{source}/src.txt:2: not utf-8" in done.err
+    assert done.code == 2 and f"{source}/src.txt:2: not UTF-8" in done.err
 
 
 # ---- drawing ----
@@ -772,3 +772,37 @@ def test_the_projects_own_spider_is_not_held_against_the_published_counts(split,
     done = run(capsys, "spider", "--source", path, "--out_dir", out, "--split", split)
     assert done.code == 0 and ("published" in done.err) == warned and "published" not in done.out
     assert ("rows other than published" in manifest(out, "spider")) == warned
+
+
+# ---- encodings ----
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(source, out, capsys):
+    write_deep_regex(source, 5)
+    plain = out / "plain"
+    assert run(capsys, "turk", "--source", source, "--out_dir", plain).code == 0
+    for name in ("src.txt", "targ.txt"):
+        (source / name).write_bytes(b"\xef\xbb\xbf" + (source / name).read_bytes())
+    assert run(capsys, "turk", "--source", source, "--out_dir", out / "marked").code == 0
+    for part in ("train", "test"):
+        assert turns(out / "marked" / f"turk_{part}.jsonl") == turns(plain / f"turk_{part}.jsonl")
+
+
+def test_yelp_with_a_byte_order_mark_is_read(source, out, capsys):
+    write_yelp(source, [(1, "bad")], [(3, "fine")])
+    for name in ("train.csv", "test.csv"):
+        (source / name).write_bytes(b"\xef\xbb\xbf" + (source / name).read_bytes())
+    done = run(capsys, "yelp", "--source", source, "--out_dir", out)
+    assert done.code == 0, done.err
+    assert turns(out / "yelp_train.jsonl")[0][1:] == ("bad", "Very Bad")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_polarity_files_in_utf8_are_read_as_such_and_the_others_as_latin_1(mark, source, out, capsys):
+    source.mkdir()
+    text = "".join(f"caf\u00e9 {i} \u2014\n" for i in range(10))
+    (source / "rt-polarity.pos").write_bytes(mark + text.encode())
+    (source / "rt-polarity.neg").write_bytes("".join(f"caf\u00e9 {i}\n" for i in range(10)).encode("latin-1"))
+    assert run(capsys, "rotten_tomatoes", "--source", source, "--out_dir", out).code == 0
+    made = [(user, answer) for _, user, answer in turns(out / "rotten_tomatoes_train.jsonl")]
+    assert made == [(f"caf\u00e9 {i} \u2014", "Good") for i in range(8)] + [(f"caf\u00e9 {i}", "Bad") for i in range(8)]
