@@ -288,7 +288,8 @@ def split_examples(examples: list[Example], share: float, seed: int) -> tuple[li
 
     # Dataset.train_test_split rounds the held-out part up.
     if not 0 < share < 1 or math.ceil(share * len(examples)) >= len(examples):
-        raise ExampleError(f"{examples[0].source}: a share of {share} cannot be held out of {len(examples)} examples")
+        place = f"{examples[0].source}: " if examples else ""
+        raise ExampleError(f"{place}a share of {share} cannot be held out of {len(examples)} examples")
     parts = Dataset.from_dict({"i": range(len(examples))}).train_test_split(test_size=share, seed=seed)
     return [examples[i] for i in parts["train"]["i"]], [examples[i] for i in parts["test"]["i"]]
 

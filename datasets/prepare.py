@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the reposito
 
 import check
 from convert import DATASETS, Dataset, Parts, as_row
-from sources import Source, file_entry, pinned
+from sources import Source, file_entry, pinned, read_manifest
 
 from examples import Example, ExampleError, Fields, Problems, is_hub, read_examples, split_examples
-from runs import UsageError, read_json, sha256, write_json
+from runs import UsageError, sha256, write_json
 
 HERE = Path(__file__).resolve().parent
 
@@ -72,7 +72,8 @@ def write_checksums(paths: Sequence[Path], sums: Path) -> None:
 def write_dataset(out_dir: Path, name: str, parts: Parts, entry: dict[str, Any], overwrite: bool) -> list[Path]:
     """Writes the parts that have rows, and the dataset's entry of manifest.json.
 
-    Raises UsageError where a file of the same name holds other rows, unless `overwrite` is given.
+    Raises UsageError where a file of the same name holds other rows, unless `overwrite` is given, and where
+    manifest.json is damaged.
     """
     examples = {"train": parts.train, "test": parts.test}
     contents = {out_dir / f"{name}_{part}.jsonl": rows_file(rows) for part, rows in examples.items() if rows}
@@ -82,15 +83,14 @@ def write_dataset(out_dir: Path, name: str, parts: Parts, entry: dict[str, Any],
     kept = [str(path) for path in (*changed, *stale) if path.exists()]
     if kept and not overwrite:
         raise UsageError(f"{' and '.join(kept)} would be replaced; give --overwrite or another --out_dir")
-    manifest_path = out_dir / "manifest.json"
-    manifest = read_json(manifest_path) if manifest_path.exists() else {}
+    manifest = read_manifest(out_dir)
     write_together(changed)
     for path in stale:
         path.unlink()
         print(f"{path}: removed, since there is no such part any more")
     files = {p.name: {"rows": content.count(b"\n"), "sha256": sha256(p)} for p, content in contents.items()}
     manifest[name] = {**entry, "split": parts.split, "files": files}
-    write_json(manifest_path, dict(sorted(manifest.items())))
+    write_json(out_dir / "manifest.json", dict(sorted(manifest.items())))
     return list(contents)
 
 

@@ -13,11 +13,13 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from examples import HUB, ExampleError, Problems, Rows, is_hub, read_rows
-from runs import sha256
+from runs import UsageError, read_json, sha256
 
+MAX_BYTES = 256 * 2**20  # of a file of Spider: ten times the largest, and what its rows take in memory is a few GiB
+BLOCK = 4096  # bytes read at once: each can grow to some 80 MB when unpacked, whatever size the archive states
 Row = tuple[str, int, Any]  # place, for messages; number, counted from 1; the row as the file has it
 
 
@@ -47,6 +49,15 @@ def pinned(address: str) -> tuple[str, dict[str, str]]:
 def file_entry(path: Path) -> dict[str, str]:
     """A file as an entry of the manifest: never its folder, which is this machine's own."""
     return {"file": path.name, "sha256": sha256(path)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A folder's manifest.json, empty where there is none. Raises UsageError where it is damaged or no object."""
+    path = folder / "manifest.json"
+    manifest = read_json(path) if path.exists() else {}
+    if not isinstance(manifest, dict):
+        raise UsageError(f"{path}: not a JSON object of entries by dataset; mend it or move it away")
+    return manifest
 
 
 def _first_line(error: Exception) -> str:
@@ -189,15 +200,24 @@ class SpiderFiles:
         )
 
     def read(self, name: str) -> bytes:
-        """A file's content. Raises ExampleError where it cannot be read."""
+        """A file's content. Raises ExampleError where it cannot be read or has more than MAX_BYTES."""
         try:
             if self.path.is_dir():
-                return (self.path / self.folder / name).read_bytes()
-            with zipfile.ZipFile(self.path) as archive:
-                return archive.read(self.folder + name)
+                with open(self.path / self.folder / name, "rb") as file:
+                    return self._read_bounded(file, name)
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.folder + name) as file:
+                return self._read_bounded(file, name)
         # RuntimeError: encrypted, or a compression that Python does not know; EOFError: cut short
         except (OSError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
             raise ExampleError(f"{self.place(name)}: cannot be read ({_first_line(error)})") from None
+
+    def _read_bounded(self, file: IO[bytes], name: str) -> bytes:
+        content = bytearray()
+        while block := file.read(BLOCK):
+            content += block
+            if len(content) > MAX_BYTES:
+                raise ExampleError(f"{self.place(name)}: more than {MAX_BYTES >> 20} MiB unpacked, so not read")
+        return bytes(content)
 
     def place(self, name: str) -> str:
         """A file's name for messages."""
@@ -210,7 +230,7 @@ class SpiderFiles:
             entries = json.loads(content)
         except json.JSONDecodeError as error:
             raise ExampleError(f"{self.place(name)}:{error.lineno}: not JSON ({error.msg})") from None
-        except (UnicodeDecodeError, RecursionError) as error:
+        except (UnicodeDecodeError, RecursionError, MemoryError) as error:
             raise ExampleError(f"{self.place(name)}: not JSON that can be read ({_first_line(error)})") from None
         if not isinstance(entries, list):
             raise ExampleError(f"{self.place(name)}: not a JSON list")

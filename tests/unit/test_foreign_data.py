@@ -18,6 +18,7 @@ from examples import (
     dataset_name,
     is_hub,
     read_examples,
+    split_examples,
 )
 
 # Commas, quotes, a line break inside a cell, text beyond ASCII, and the line separator that splitlines would break at.
@@ -224,3 +225,8 @@ def test_a_field_that_a_csv_names_twice_is_refused(tmp_path):
     (tmp_path / "mine.csv").write_text("question,code,code\na,b,z\n")
     with pytest.raises(ExampleError, match="mine.csv:1: the field 'code' stands there twice"):
         read(tmp_path / "mine.csv")
+
+
+def test_no_examples_cannot_be_split():
+    with pytest.raises(ExampleError, match="a share of 0.2 cannot be held out of 0 examples"):
+        split_examples([], 0.2, 42)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import sys
+import tracemalloc
 import urllib.error
 import urllib.request
 import zipfile
@@ -806,3 +807,47 @@ def test_polarity_files_in_utf8_are_read_as_such_and_the_others_as_latin_1(mark,
     assert run(capsys, "rotten_tomatoes", "--source", source, "--out_dir", out).code == 0
     made = [(user, answer) for _, user, answer in turns(out / "rotten_tomatoes_train.jsonl")]
     assert made == [(f"caf\u00e9 {i} \u2014", "Good") for i in range(8)] + [(f"caf\u00e9 {i}", "Bad") for i in range(8)]
+
+
+# ---- archives that unpack to more than there is memory for ----
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("member", ["train_spider.json", "dev.json"])
+def test_a_spider_archive_that_unpacks_to_too_much_is_named(member, kind, tmp_path, out, capsys, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_BYTES", 2**20)
+    path = tmp_path / "s.zip"
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name in ("train_spider.json", "dev.json"):
+            rows_ = json.dumps(spider_rows(name, 2))
+            archive.writestr(name, "[" + " " * 2**21 + "]" if name == member else rows_)
+    done = run(capsys, "spider", "--source", path, "--out_dir", out)
+    assert done.code == 2 and f"{path}/{member}: more than 1 MiB unpacked" in done.err and list(out.iterdir()) == []
+
+
+def test_an_archive_that_states_too_small_a_size_takes_no_memory(tmp_path, out, capsys):
+    path = tmp_path / "s.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dev.json", "[]")
+        with archive.open("train_spider.json", "w") as file:
+            for _ in range(200):
+                file.write(bytes(2**20))
+    size, stated = (200 * 2**20).to_bytes(4, "little"), (100).to_bytes(4, "little")
+    path.write_bytes(path.read_bytes().replace(size, stated))
+    tracemalloc.start()
+    done = run(capsys, "spider", "--source", path, "--out_dir", out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert done.code == 2 and f"{path}/train_spider.json: cannot be read" in done.err
+    assert peak < 20 * 2**20
+
+
+def test_a_json_list_that_memory_does_not_hold_is_named(tmp_path, out, capsys, monkeypatch):
+    path = write_spider(tmp_path / "s", spider_rows("farm", 1), spider_rows("pets", 1))
+
+    def full(content):
+        raise MemoryError
+
+    monkeypatch.setattr(sources.json, "loads", full)
+    done = run(capsys, "spider", "--source", path, "--out_dir", out)
+    assert done.code == 2 and "train_spider.json: not JSON that can be read (MemoryError)" in done.err

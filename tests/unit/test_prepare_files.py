@@ -86,6 +86,14 @@ def test_the_manifest_keeps_other_datasets_and_refuses_to_lose_a_damaged_file(gs
     assert (out / "manifest.json").read_text() == "{"
 
 
+@pytest.mark.parametrize("content", ["[]", '"x"', "null", "3"])
+def test_a_manifest_that_is_no_object_is_refused_before_anything_is_written(content, gsm, out, capsys):
+    (out / "manifest.json").write_text(content, encoding="utf-8")
+    done = run(capsys, "gsm8k", "--source", gsm, "--out_dir", out, "--overwrite")
+    assert done.code == 2 and f"{out}/manifest.json: not a JSON object" in done.err and "Traceback" not in done.err
+    assert [p.name for p in out.iterdir()] == ["manifest.json"] and (out / "manifest.json").read_text() == content
+
+
 def test_the_same_rows_again_are_fine_and_other_rows_need_overwrite(gsm, out, capsys):
     assert run(capsys, "gsm8k", "--source", gsm, "--out_dir", out).code == 0
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.glob("*.jsonl")}
