@@ -151,7 +151,7 @@ def prepare_all(args: argparse.Namespace) -> int:
         source_path = args.source and args.source / name
         try:
             prepare(name, args, source_path if source_path and source_path.exists() else None)
-        except (ExampleError, UsageError) as error:
+        except (ExampleError, UsageError, OSError) as error:
             failed.append(name)
             print(f"prepare.py: error: {name}: {error}", file=sys.stderr)
     if failed:

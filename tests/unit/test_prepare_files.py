@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import sys
@@ -161,6 +162,18 @@ def test_all_does_what_can_be_done_and_names_the_rest(gsm, out, capsys, monkeypa
     for name in failed:
         assert f"error: {name}: " in done.err
     assert users(out / "gsm8k_train.jsonl") == ["train 0?", "train 1?", "train 2?"]
+
+
+def test_an_os_error_in_one_dataset_does_not_stop_the_others(gsm, out, capsys, monkeypatch):
+    def unreadable(source):
+        """Cannot be read."""
+        raise PermissionError(13, "Permission denied", "src.txt")
+
+    broken = dataclasses.replace(convert.DATASETS["turk"], convert=unreadable)
+    monkeypatch.setattr(prepare, "DATASETS", {"turk": broken, "gsm8k": convert.DATASETS["gsm8k"]})
+    done = run(capsys, "all", "--source", gsm.parent, "--out_dir", out)
+    assert done.code == 2 and list(read_manifest(out)) == ["gsm8k"]
+    assert "error: turk: [Errno 13] Permission denied: 'src.txt'" in done.err and "not prepared: turk" in done.err
 
 
 def test_all_succeeds_where_every_dataset_does(out, capsys, monkeypatch):
