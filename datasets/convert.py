@@ -9,7 +9,7 @@ import csv
 import heapq
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ def draw(rows: Iterable[Row], count: int) -> list[Row]:
 class Parts:
     """A dataset's train and test examples, how they were told apart or drawn, and a licence other than the table's.
 
+    `published_split` is said instead of `split` where the rows are as many as published and none was left out.
     `other_set`: the rows are known not to be the published ones, so the published counts say nothing of them.
     """
 
@@ -99,6 +100,7 @@ class Parts:
     test: list[Example]
     split: str
     licence: str | None = None
+    published_split: str | None = None
     other_set: bool = False
 
 
@@ -127,7 +129,8 @@ def deep_regex(source: Source, folder: str, remote: bool) -> Parts:
     pairs = [(place, i, (d, r)) for (place, i, d), (_, _, r) in zip(descriptions, regexes, strict=True)]
     examples = to_examples(source, pairs, lambda pair: chat(REGEX_SYSTEM, *pair))
     train, test = split_examples(examples, 0.2, SEED)
-    return Parts(train, test, f"one in five at random, seed {SEED}: the published split")
+    split = f"one in five at random, seed {SEED}"
+    return Parts(train, test, split, published_split=f"{split}: the published split")
 
 
 def synth(source: Source) -> Parts:
@@ -167,7 +170,7 @@ def gsm8k(source: Source) -> Parts:
         names = (f"{name}.jsonl", f"main/{name}-00000-of-00001.parquet")
         return to_examples(source, source.rows(GSM8K.format(name), *names), convert)
 
-    return Parts(part("train"), part("test"), "the authors' own")
+    return Parts(part("train"), part("test"), "the source's own", published_split="the authors' own")
 
 
 SPIDER = "xlangai/spider:spider:{}@0c350918f3f29ec754f1181c65cdce76cd6c133c"
@@ -201,15 +204,16 @@ def spider(source: Source, split: str = "by_database") -> Parts:
     train, dev = (to_examples(source, part, convert) for part in rows)
     if split == "random":
         train, dev = split_examples(train + dev, 0.18, SEED)
-        shares = f"18 % of train_spider.json and dev.json at random, seed {SEED}: the published split"
-        return Parts(train, dev, shares, licence, other_set)
+        shares = f"18 % of train_spider.json and dev.json at random, seed {SEED}"
+        return Parts(train, dev, shares, licence, f"{shares}: the published split", other_set)
     both = sorted({database(e) for e in train} & {database(e) for e in dev})
     if both:
         raise ExampleError(
             f"{path or 'xlangai/spider'}: {len(both)} databases stand in train_spider.json and in dev.json too "
             f"({', '.join(both[:3])}), so the test rows would not be of unseen ones; give --split random"
         )
-    return Parts(train, dev, "by database: the authors' train_spider.json and dev.json", licence, other_set)
+    shares = "by database: {} train_spider.json and dev.json"
+    return Parts(train, dev, shares.format("the source's"), licence, shares.format("the authors'"), other_set)
 
 
 PARAPHRASE = "cestwc/paraphrase:coco@main"  # the newest commit's hash is not published anywhere but on the hub
@@ -232,8 +236,9 @@ def paraphrase(source: Source, train_rows: int = 0) -> Parts:
     if not pairs:
         where = "".join(entry.get("file") or entry["hub"] for entry in source.entries)
         raise source.no_rows(f"{where}: no set has two sentences")
-    train = to_examples(source, draw(pairs, train_rows), lambda pair: chat(None, *pair))
-    return Parts(train, [], "all for training")
+    drawn = draw(pairs, train_rows)
+    train = to_examples(source, drawn, lambda pair: chat(None, *pair))
+    return Parts(train, [], f"{_drawn([(train_rows, drawn)], 'the pairs')}; all for training")
 
 
 SENTIMENT_SYSTEM = "Determine whether the comment is positive or negative"
@@ -256,12 +261,13 @@ def rotten_tomatoes(source: Source) -> Parts:
             rows = [(place, i, {"text": line, "label": kind}) for place, i, line in lines]
             train += to_examples(source, rows[: int(len(rows) * 0.8 + 0.5)], convert)
             test += to_examples(source, rows[int(len(rows) * 0.9 + 0.5) :], convert)
-        return Parts(train, test, "the hub's 80/10/10")
+        shares = "the first 80 % and the last 10 % of each file"
+        return Parts(train, test, shares, published_split=f"{shares}, as on the hub")
     train, test = (
         to_examples(source, source.rows(ROTTEN_TOMATOES.format(part), f"{part}.parquet"), convert)
         for part in ("train", "test")
     )
-    return Parts(train, test, "the hub's own")
+    return Parts(train, test, "the source's own", published_split="the hub's own")
 
 
 YELP = "Yelp/yelp_review_full:yelp_review_full:{}@c1f9ee939b7d05667af864ee1cb066393154bf85"
@@ -281,20 +287,26 @@ def yelp(source: Source, train_rows: int = DRAWN_TRAIN, test_rows: int = DRAWN_T
             return _headless_csv(source, f"{part}.csv", ("label", "text"))
         return source.rows(YELP.format(part), f"yelp_review_full/{part}-00000-of-00001.parquet", f"{part}.csv")
 
-    train, test = (
-        to_examples(
-            source,
-            draw(rows(part), count),
-            lambda row: chat(SENTIMENT_SYSTEM, get(row, "text"), label(row, STARS)),
-        )
-        for part, count in (("train", train_rows), ("test", test_rows))
-    )
-    return Parts(train, test, _drawn(train_rows, test_rows))
+    def convert(row: Any) -> dict[str, Any]:
+        return chat(SENTIMENT_SYSTEM, get(row, "text"), label(row, STARS))
+
+    sizes = (("train", train_rows), ("test", test_rows))
+    drawn = [(count, draw(rows(part), count)) for part, count in sizes]
+    train, test = (to_examples(source, part, convert) for _, part in drawn)
+    return Parts(train, test, _drawn(drawn, "the authors' parts"))
 
 
-def _drawn(train_rows: int, test_rows: int, of: str = "the authors' parts") -> str:
-    sizes = " and ".join(str(count) if count else "all" for count in (train_rows, test_rows))
-    return f"{sizes} of {of}, drawn with seed {SEED}"
+def _drawn(parts: Sequence[tuple[int, Sequence[Row]]], of: str) -> str:
+    """What was drawn `of` them, by part: the number asked for, 0 for all, and the rows that were there for it."""
+    sizes = []
+    for asked, rows in parts:
+        fewer = f" {len(rows)}, fewer than {asked}," if len(rows) < asked else ""
+        sizes.append(str(asked) if asked and not fewer else f"all{fewer}")
+    if any(asked and len(rows) >= asked for asked, rows in parts):
+        order = f"drawn with seed {SEED}"
+    else:
+        order = f"in an order drawn with seed {SEED}" if any(asked for asked, _ in parts) else "in order"
+    return f"{' and '.join(sizes)} of {of}, {order}"
 
 
 def _headless_csv(source: Source, name: str, fields: tuple[str, ...]) -> Iterator[Row]:
@@ -336,9 +348,12 @@ def nq_open(source: Source, train_rows: int = DRAWN_TRAIN) -> Parts:
         return chat("Answer the question below.", get(row, "question"), "; ".join(answers)) | {"answers": answers}
 
     names = ("NQ-open.train.jsonl", "nq_open/train-00000-of-00001.parquet")
-    train = to_examples(source, draw(source.rows(NQ_OPEN, *names), train_rows), convert)
-    test = to_examples(source, source.rows(NQ_OPEN_TEST, "NQ-open.efficientqa.test.1.1.jsonl"), convert)
-    return Parts(train, test, _drawn(train_rows, 0, "NQ-Open's training part and EfficientQA's test part"))
+    drawn = draw(source.rows(NQ_OPEN, *names), train_rows)
+    train = to_examples(source, drawn, convert)
+    tests = list(source.rows(NQ_OPEN_TEST, "NQ-open.efficientqa.test.1.1.jsonl"))
+    test = to_examples(source, tests, convert)
+    split = _drawn([(train_rows, drawn), (0, tests)], "NQ-Open's training part and EfficientQA's test part")
+    return Parts(train, test, split)
 
 
 HELLASWAG = "Rowan/hellaswag:{}@218ec52e09a7e7462a5400043bb9a69a41d06b76"
@@ -363,12 +378,13 @@ def hellaswag(source: Source, train_rows: int = DRAWN_TRAIN, test_rows: int = DR
             "code": [{"role": "assistant", "content": endings[int(right)]}],
         }
 
-    def part(name: str, short: str, count: int) -> list[Example]:
+    def part(name: str, short: str, count: int) -> tuple[int, list[Row]]:
         names = (f"hellaswag_{short}.jsonl", f"data/hellaswag_{short}.jsonl", f"data/{name}-00000-of-00001.parquet")
-        return to_examples(source, draw(source.rows(HELLASWAG.format(name), *names), count), convert)
+        return count, draw(source.rows(HELLASWAG.format(name), *names), count)
 
-    train, test = part("train", "train", train_rows), part("validation", "val", test_rows)
-    return Parts(train, test, _drawn(train_rows, test_rows, "the training and the validation part"))
+    drawn = [part("train", "train", train_rows), part("validation", "val", test_rows)]
+    train, test = (to_examples(source, rows, convert) for _, rows in drawn)
+    return Parts(train, test, _drawn(drawn, "the training and the validation part"))
 
 
 # ------------------------------------------------------------------------------------------------------- the table

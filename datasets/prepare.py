@@ -110,9 +110,12 @@ def prepare(name: str, args: argparse.Namespace, source_path: Path | None) -> No
         if not getattr(parts, part):
             raise source.no_rows(f"the {part} part of {name}")
     entry = {"licence": parts.licence or dataset.licence, "source": source.entries}
+    entry["skipped"] = len(problems.found)
     other = other_than_published(dataset, parts, flags)
     if other:
         entry["rows other than published"] = other
+    elif parts.published_split and not parts.other_set and not problems.found:
+        parts.split = parts.published_split
     paths = write_dataset(args.out_dir, name, parts, entry, args.overwrite)
     if "generator" in source.entries[0]:  # rows of the project, the same everywhere
         write_checksums(paths, args.out_dir / "SHA256SUMS")
@@ -188,7 +191,10 @@ def prepare_own(args: argparse.Namespace) -> None:
         train, test = split_examples(train, args.test_size, seed)
         split = f"a share of {args.test_size:g} at random, seed {seed}"
     parts = Parts(train, test, split)
-    paths = write_dataset(args.out_dir, args.name, parts, {"licence": "own", "source": entries}, args.overwrite)
+    flags = {flag: getattr(args, flag) for flag in ("text_field", "code_field", "system")}
+    entry = {"licence": "own", "source": entries, **{flag: value for flag, value in flags.items() if value}}
+    entry["skipped"] = len(problems.found)
+    paths = write_dataset(args.out_dir, args.name, parts, entry, args.overwrite)
     report(paths, parts, problems)
 
 

@@ -851,3 +851,72 @@ def test_a_json_list_that_memory_does_not_hold_is_named(tmp_path, out, capsys, m
     monkeypatch.setattr(sources.json, "loads", full)
     done = run(capsys, "spider", "--source", path, "--out_dir", out)
     assert done.code == 2 and "train_spider.json: not JSON that can be read (MemoryError)" in done.err
+
+
+# ---- what the manifest says was done ----
+
+
+def test_a_split_is_the_published_one_only_where_all_rows_are_there(source, out, capsys, monkeypatch):
+    write_deep_regex(source, 10)
+    entry = convert.DATASETS["turk"]
+    monkeypatch.setitem(convert.DATASETS, "turk", dataclasses.replace(entry, rows={"": (8, 2)}))
+    assert run(capsys, "turk", "--source", source, "--out_dir", out).code == 0
+    made = manifest(out, "turk")
+    assert made["split"] == "one in five at random, seed 42: the published split" and made["skipped"] == 0
+
+    path = source / "src.txt"
+    path.write_text(path.read_text().replace("lines with 3\n", "\n"))
+    flags = ("--source", source, "--out_dir", out, "--overwrite", "--skip_bad_examples")
+    assert run(capsys, "turk", *flags).code == 0
+    made = manifest(out, "turk")
+    assert made["split"] == "one in five at random, seed 42" and made["skipped"] == 1
+    # As many as published, but not the published ones.
+    monkeypatch.setitem(convert.DATASETS, "turk", dataclasses.replace(entry, rows={"": (7, 2)}))
+    assert run(capsys, "turk", *flags).code == 0
+    assert "rows other than published" not in manifest(out, "turk")
+    assert manifest(out, "turk")["split"] == "one in five at random, seed 42"
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "rotten_tomatoes", "spider", "turk"])
+def test_a_source_with_fewer_rows_is_not_said_to_be_the_published_split(name, source, out, capsys):
+    path = write_whole_source(name, source)
+    assert run(capsys, name, "--source", path, "--out_dir", out).code == 0
+    split = manifest(out, name)["split"]
+    assert not [claim for claim in ("published", "authors", "hub") if claim in split], split
+
+
+@pytest.mark.parametrize("split", ["by_database", "random"])
+def test_the_projects_own_spider_is_not_said_to_be_the_authors(split, tmp_path, out, capsys, monkeypatch):
+    path = write_spider(
+        tmp_path / "s.zip", spider_rows("farm", 3), spider_rows("pets", 2), readme="Licence: Apache-2.0\n"
+    )
+    entry = convert.DATASETS["spider"]
+    rows = {"by_database": (3, 2), "random": (4, 1)}
+    monkeypatch.setitem(convert.DATASETS, "spider", dataclasses.replace(entry, rows=rows))
+    assert run(capsys, "spider", "--source", path, "--out_dir", out, "--split", split).code == 0
+    said = manifest(out, "spider")["split"]
+    assert (
+        said
+        == {
+            "by_database": "by database: the source's train_spider.json and dev.json",
+            "random": "18 % of train_spider.json and dev.json at random, seed 42",
+        }[split]
+    )
+
+
+def test_too_few_rows_to_draw_from_are_not_said_to_be_drawn(source, out, capsys):
+    path = write_whole_source("hellaswag", source)
+    assert run(capsys, "hellaswag", "--source", path, "--out_dir", out, "--test_rows", 1).code == 0
+    parts = "of the training and the validation part"
+    assert manifest(out, "hellaswag")["split"] == f"all 2, fewer than 8000, and 1 {parts}, drawn with seed 42"
+    path = write_whole_source("yelp", source)
+    assert run(capsys, "yelp", "--source", path, "--out_dir", out).code == 0
+    split = "all 1, fewer than 8000, and all 1, fewer than 2000, of the authors' parts, in an order drawn with seed 42"
+    assert manifest(out, "yelp")["split"] == split
+    path = write_whole_source("nq_open", source)
+    assert run(capsys, "nq_open", "--source", path, "--out_dir", out, "--train_rows", 0).code == 0
+    said = "all and all of NQ-Open's training part and EfficientQA's test part, in order"
+    assert manifest(out, "nq_open")["split"] == said
+    path = write_whole_source("paraphrase", source)
+    assert run(capsys, "paraphrase", "--source", path, "--out_dir", out, "--train_rows", 2).code == 0
+    assert manifest(out, "paraphrase")["split"] == "2 of the pairs, drawn with seed 42; all for training"

@@ -202,6 +202,12 @@ def test_own_rows_of_a_csv_file_are_split_by_share_and_seed(tmp_path, out, capsy
     first = json.loads((out / "mine_test.jsonl").read_text().splitlines()[0])
     assert first == message_row(first["messages"][1]["content"], first["messages"][2]["content"], "Be brief.")
     entry = read_manifest(out)["mine"]
+    assert {flag: entry[flag] for flag in ("text_field", "code_field", "system", "skipped")} == {
+        "text_field": "ask",
+        "code_field": "sql",
+        "system": "Be brief.",
+        "skipped": 0,
+    }
     assert entry["source"] == [{"file": "mine.csv", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}]
     again = run(capsys, *flags, "--test_size", 0.25, "--split_seed", 7, "--out_dir", out, "--overwrite")
     assert again.code == 0 and users(out / "mine_test.jsonl") != [f"q{i}" for i in expected["test"]["i"]]
@@ -268,6 +274,8 @@ def test_bad_own_rows_can_be_left_out(tmp_path, out, capsys):
     flags = ("--train_file", path, "--text_field", "ask", "--code_field", "sql", "--out_dir", out)
     done = run(capsys, "own", "--name", "mine", *flags, "--skip_bad_examples")
     assert done.code == 0 and "skipped 1 bad examples" in done.out and users(out / "mine_train.jsonl") == ["q2"]
+    entry = read_manifest(out)["mine"]
+    assert entry["skipped"] == 1 and "system" not in entry
 
 
 # ---- command line ----
