@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from sources import read_manifest
+
 from examples import Example, Problems, read_examples
 from rendering import Renderer
-from runs import UsageError
+from runs import UsageError, sha256
 
 SHOWN = 5  # line numbers in the report
 DATABASE = re.compile(r"For db_id:\[([^]]*)\]\n\n")
@@ -120,6 +122,21 @@ def check_both(train: list[Example], test: list[Example]) -> list[Finding]:
         keys["database and SQL"] = lambda e: (database_of(e), e.assistant)
         keys["database"] = database_of
     return [Finding(f"test: {what} in train", shared(key), len(test), leak=True) for what, key in keys.items()]
+
+
+def not_the_manifests(paths: Iterable[Path]) -> list[str]:
+    """A line for each file that manifest.json beside it names with another checksum.
+
+    A process killed between two renames leaves a train and a test file of different runs. Raises UsageError for a
+    damaged manifest.
+    """
+    lines = []
+    for path in paths:
+        entries = [entry for entry in read_manifest(path.parent).values() if isinstance(entry, dict)]
+        named = [files[path.name] for e in entries if isinstance(files := e.get("files"), dict) and path.name in files]
+        if any(not isinstance(file, dict) or file.get("sha256") != sha256(path) for file in named):
+            lines.append(f"{path}: not the file that manifest.json names (other checksum); prepare it again")
+    return lines
 
 
 def databases(examples: Iterable[Example]) -> Counter[str | None]:

@@ -15,6 +15,7 @@ read, the licence, the counts and the checksums go to manifest.json beside the r
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import re
@@ -55,6 +56,26 @@ def write_together(contents: dict[Path, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, names: Sequence[str]) -> None:
+    """Removes the temporary files of `write_together` for these names whose process was killed."""
+    for name in names:
+        for path in folder.glob(f".{glob.escape(name)}.*.tmp"):
+            pid = path.name.removeprefix(f".{name}.").removesuffix(".tmp")
+            if pid.isascii() and pid.isdigit() and not is_running(int(pid)):
+                path.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
 def write_atomically(path: Path, content: bytes) -> Path:
     """Writes one file like `write_together`."""
     write_together({path: content})
@@ -91,6 +112,7 @@ def write_dataset(out_dir: Path, name: str, parts: Parts, entry: dict[str, Any],
     files = {p.name: {"rows": content.count(b"\n"), "sha256": sha256(p)} for p, content in contents.items()}
     manifest[name] = {**entry, "split": parts.split, "files": files}
     write_json(out_dir / "manifest.json", dict(sorted(manifest.items())))
+    remove_leftovers(out_dir, [*(f"{name}_{part}.jsonl" for part in examples), "SHA256SUMS"])
     return list(contents)
 
 
@@ -199,7 +221,10 @@ def prepare_own(args: argparse.Namespace) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Prints the report; 1 where something leaks, unless that is allowed. Raises ExampleError, UsageError."""
+    """Prints the report; 1 where something leaks, unless that is allowed, and where a file is not the manifest's.
+
+    Raises ExampleError, UsageError.
+    """
     given = [Path(target) for target in args.rows]
     if args.max_tokens is not None and not args.tokenizer:
         raise UsageError("--max_tokens: only with --tokenizer")
@@ -211,8 +236,9 @@ def run_check(args: argparse.Namespace) -> int:
     else:
         paths = check.find_parts(args.rows[0], HERE)
     lines, leak = check.check(paths, max_tokens, args.tokenizer)
-    print("\n".join(lines))
-    return 1 if leak and not args.allow else 0
+    changed = check.not_the_manifests(paths.values())
+    print("\n".join([*lines, *changed]))
+    return 1 if changed or (leak and not args.allow) else 0
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -264,7 +290,9 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument("--code_field", help="field of the Code view")
     own.add_argument("--system", help="system turn of every row (default: none)")
 
-    checking = command("check", "repeats, leaks between train and test, and long rows; exit code 1 for a leak")
+    checking = command(
+        "check", "repeats, leaks between train and test, long rows, changed files; exit code 1 for a leak"
+    )
     checking.add_argument("rows", nargs="+", metavar="NAME|FILE", help="dataset, file, or a train and a test file")
     checking.add_argument("--max_tokens", type=int, help="longest chat that is not reported (default 512)")
     checking.add_argument("--tokenizer", help="model folder or hub name whose tokens are counted (default: none are)")

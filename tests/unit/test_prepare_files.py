@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import hashlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -318,3 +320,54 @@ def test_a_part_that_is_no_longer_made_goes_with_overwrite_and_is_kept_without(t
     assert done.code == 2 and "mine_test.jsonl" in done.err and (out / "mine_train.jsonl").read_bytes() == before
     assert "mine_test.jsonl: removed" in run(capsys, *flags, "--overwrite").out
     assert not (out / "mine_test.jsonl").exists() and len(users(out / "mine_train.jsonl")) == 4
+
+
+# ---- what a killed process leaves ----
+
+
+@pytest.fixture
+def gone():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_temporary_files_of_processes_that_are_gone_are_removed(gsm, out, gone, capsys):
+    ours = [out / f".gsm8k_{part}.jsonl.{gone}.tmp" for part in ("train", "test")]
+    kept = [
+        out / f".gsm8k_train.jsonl.{os.getppid()}.tmp",  # its process runs
+        out / f".turk_train.jsonl.{gone}.tmp",
+        out / ".gsm8k_train.jsonl.old.tmp",
+        out / f".gsm8k_train.jsonl.{gone}.bak",
+    ]
+    for path in (*ours, *kept):
+        path.write_text("half a row")
+    bad = run(capsys, "gsm8k", "--source", out, "--out_dir", out)
+    assert bad.code == 2 and all(path.exists() for path in ours)
+    assert run(capsys, "gsm8k", "--source", gsm, "--out_dir", out).code == 0
+    assert not any(path.exists() for path in ours) and all(path.exists() for path in kept)
+
+
+def test_a_process_number_that_cannot_be_is_gone():
+    assert prepare.is_running(os.getpid()) and not prepare.is_running(10**30)
+
+
+def test_check_reports_a_file_that_is_not_the_manifests(gsm, out, capsys):
+    assert run(capsys, "gsm8k", "--source", gsm, "--out_dir", out).code == 0
+    done = run(capsys, "check", out / "gsm8k")
+    assert done.code == 0 and "manifest" not in done.out
+    path = out / "gsm8k_test.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    for given in ((out / "gsm8k",), (path,), (out / "gsm8k_train.jsonl", path, "--allow")):
+        done = run(capsys, "check", *given)
+        assert done.code == 1 and f"{path}: not the file that manifest.json names" in done.out
+        assert "gsm8k_train.jsonl: not the file" not in done.out
+
+
+@pytest.mark.parametrize("content, code", [("{", 2), ("[]", 2), ('{"gsm8k": 1}', 0), ('{"gsm8k": {"files": []}}', 0)])
+def test_check_survives_any_manifest(content, code, gsm, out, capsys):
+    assert run(capsys, "gsm8k", "--source", gsm, "--out_dir", out).code == 0
+    (out / "manifest.json").write_text(content, encoding="utf-8")
+    done = run(capsys, "check", out / "gsm8k")
+    assert done.code == code and ("manifest.json" in done.err) == bool(code)
