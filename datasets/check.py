@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from sources import read_manifest
+from sources import read_manifest, refuse_other_encodings
 
-from examples import Example, Problems, read_examples
+from examples import Example, ExampleError, Problems, read_examples
 from rendering import Renderer
 from runs import UsageError, sha256
 
 SHOWN = 5  # line numbers in the report
+LOOSE = "the same but for case, spaces and Unicode form"
 DATABASE = re.compile(r"For db_id:\[([^]]*)\]\n\n")
 
 
@@ -58,9 +60,23 @@ def pair_of(example: Example) -> tuple[str | None, str, str]:
 
 
 def database_of(example: Example) -> str | None:
-    """The database of a Spider row, None for any other."""
+    """The database of a Spider row without regard to case, as SQLite's files are found; None for any other row."""
     match = DATABASE.match(example.user)
-    return match and match[1]
+    return match and match[1].strip().casefold()
+
+
+def query_of(example: Example) -> tuple[str, str] | None:
+    """The database and SQL of a Spider row, None for any other."""
+    database = database_of(example)
+    return None if database is None else (database, example.assistant)
+
+
+def loose(text: str | None) -> str | None:
+    """A text without what it takes to look new: NFKC, casefolded, each run of white space one space."""
+    if text is None:
+        return None
+    folded = unicodedata.normalize("NFKC", text).casefold()  # which can undo the form
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
 def repeats(examples: list[Example], key: Callable[[Example], Hashable]) -> list[int]:
@@ -114,14 +130,20 @@ def check_both(train: list[Example], test: list[Example]) -> list[Finding]:
     """What test shares with train: all of it is a leak, and databases of Spider too, which should be unseen."""
 
     def shared(key: Callable[[Example], Hashable]) -> list[int]:
-        known = {key(example) for example in train}
+        known = {key(example) for example in train} - {None}
         return [example.id for example in test if key(example) in known]
 
-    keys: dict[str, Callable[[Example], Hashable]] = {"prompt": prompt_of, "prompt and answer": pair_of}
-    if all(database_of(example) is not None for example in (*train, *test)):
-        keys["database and SQL"] = lambda e: (database_of(e), e.assistant)
-        keys["database"] = database_of
-    return [Finding(f"test: {what} in train", shared(key), len(test), leak=True) for what, key in keys.items()]
+    def nearly(key: Callable[[Example], tuple[str | None, ...]]) -> list[int]:
+        same = set(shared(key))
+        return [line for line in shared(lambda e: tuple(map(loose, key(e)))) if line not in same]
+
+    found = {"test: prompt in train": shared(prompt_of), "test: prompt and answer in train": shared(pair_of)}
+    found[f"test: prompt in train, {LOOSE}"] = nearly(prompt_of)
+    found[f"test: prompt and answer in train, {LOOSE}"] = nearly(pair_of)
+    if any(database_of(example) is not None for example in (*train, *test)):
+        found["test: database and SQL in train"] = shared(query_of)
+        found["test: database in train"] = shared(database_of)
+    return [Finding(what, lines, len(test), leak=True) for what, lines in found.items()]
 
 
 def not_the_manifests(paths: Iterable[Path]) -> list[str]:
@@ -139,14 +161,35 @@ def not_the_manifests(paths: Iterable[Path]) -> list[str]:
     return lines
 
 
-def databases(examples: Iterable[Example]) -> Counter[str | None]:
-    """Rows by database."""
-    return Counter(database_of(example) for example in examples)
+def databases(train: list[Example], test: list[Example]) -> list[str]:
+    """Lines on how many databases the rows name and how many rows name none; no line for rows of other kinds alone."""
+    rows = {"train": Counter(map(database_of, train)), "test": Counter(map(database_of, test))}
+    without = {part: names.pop(None) for part, names in rows.items() if None in names}
+    if not any(rows.values()):
+        return []
+    both = len(rows["train"] & rows["test"])
+    lines = [f"{len(rows['train'])} databases in train, {len(rows['test'])} in test, {both} in both"]
+    if without:
+        lines.append(
+            f"{sum(without.values())} rows name no database ({', '.join(f'{n} in {p}' for p, n in without.items())})"
+        )
+    return lines
+
+
+def read_part(path: Path) -> list[Example]:
+    """A file's rows. Raises ExampleError where one is bad; for rows of another kind it names the command for them."""
+    try:
+        refuse_other_encodings(path)
+        return read_examples(str(path), Problems())
+    except ExampleError as error:
+        # Here there are no such flags.
+        message = str(error).replace("--text_field, --code_field", "prepare.py own --text_field … --code_field … first")
+        raise ExampleError(message) from None
 
 
 def check(paths: dict[str, Path], max_tokens: int, tokenizer: str | None) -> tuple[list[str], bool]:
     """(lines of the report, whether there is a leak) of the files by part. Raises ExampleError, UsageError."""
-    parts = {part: read_examples(str(path), Problems()) for part, path in paths.items()}
+    parts = {part: read_part(path) for part, path in paths.items()}
     findings = [finding for part, examples in parts.items() for finding in check_part(part, examples)]
     if tokenizer:
         findings += [
@@ -156,9 +199,7 @@ def check(paths: dict[str, Path], max_tokens: int, tokenizer: str | None) -> tup
     report = [f"{paths[part]}: {len(examples)} rows" for part, examples in parts.items()]
     if len(parts) == 2:
         findings += check_both(parts["train"], parts["test"])
-        train, test = databases(parts["train"]), databases(parts["test"])
-        if None not in train | test:
-            report.append(f"{len(train)} databases in train, {len(test)} in test, {len(train & test)} in both")
+        report += databases(parts["train"], parts["test"])
     report += map(str, findings)
     if not tokenizer:
         report.append("token counts were left out: give --tokenizer FOLDER")

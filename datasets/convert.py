@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import synth_grammar
-from sources import Row, Source, SpiderFiles, file_entry
+from sources import Row, Source, SpiderFiles, file_entry, refuse_other_encodings
 
 from examples import Example, ExampleError, parse_messages, split_examples
 
@@ -312,6 +312,7 @@ def _drawn(parts: Sequence[tuple[int, Sequence[Row]]], of: str) -> str:
 def _headless_csv(source: Source, name: str, fields: tuple[str, ...]) -> Iterator[Row]:
     """The rows of a CSV file without a line of names. Raises ExampleError where it is not CSV or has none."""
     path = source.find(name)
+    refuse_other_encodings(path)
     source.entries.append(file_entry(path))
     csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -324,7 +325,7 @@ def _headless_csv(source: Source, name: str, fields: tuple[str, ...]) -> Iterato
                     continue
                 empty = False
                 yield f"{path}:{reader.line_num}", number, dict(zip(fields, cells, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise ExampleError(f"{path}: not CSV behind line {reader.line_num} ({error})") from None
     if empty:
         raise source.no_rows(str(path))

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the reposito
 
 import check
 from convert import DATASETS, Dataset, Parts, as_row
-from sources import Source, file_entry, pinned, read_manifest
+from sources import Source, file_entry, pinned, read_manifest, refuse_other_encodings
 
 from examples import Example, ExampleError, Fields, Problems, is_hub, read_examples, split_examples
 from runs import UsageError, sha256, write_json
@@ -201,6 +201,7 @@ def prepare_own(args: argparse.Namespace) -> None:
 
     def read(path: str) -> list[Example]:
         address, entry = pinned(path) if is_hub(path) else (path, None)
+        refuse_other_encodings(Path(path))
         examples = read_examples(address, problems, fields)
         entries.append(entry or file_entry(Path(path)))
         return examples

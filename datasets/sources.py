@@ -51,6 +51,20 @@ def file_entry(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": sha256(path)}
 
 
+def refuse_other_encodings(path: Path) -> None:
+    """Raises ExampleError with the line for a CSV file that is not UTF-8; other kinds of files tell that themselves."""
+    if path.suffix.lower() != ".csv" or not path.is_file():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                utf16 = number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+                what = "UTF-16, not UTF-8" if utf16 else f"not UTF-8 (byte {error.start + 1} of the line)"
+                raise ExampleError(f"{path}:{number}: {what}; save it as UTF-8") from None
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A folder's manifest.json, empty where there is none. Raises UsageError where it is damaged or no object."""
     path = folder / "manifest.json"
@@ -101,6 +115,7 @@ class Source:
         """
         path = self.find(*names, alone=alone)
         if path is not None:
+            refuse_other_encodings(path)
             self.entries.append(file_entry(path))
             yield from self._checked(str(path), read_rows(str(path)))
         elif is_hub(remote):

@@ -41,7 +41,7 @@ def write_parts(folder, train, test, name="mine"):
 def test_clean_rows_have_no_findings(tmp_path, capsys):
     done = run(capsys, write_parts(tmp_path, [("q1", "a"), ("q2", "b")], [("q3", "c")]))
     assert done.code == 0 and f"{tmp_path}/mine_train.jsonl: 2 rows" in done.out
-    assert len(done.findings) == 8 and {count for _, count, _, _ in done.findings.values()} == {0}
+    assert len(done.findings) == 10 and {count for _, count, _, _ in done.findings.values()} == {0}
     assert "LEAK" not in done.out and "--tokenizer" in done.out
 
 
@@ -148,6 +148,10 @@ def test_what_cannot_be_checked_is_one_error(tmp_path, capsys):
     bad = write_rows(tmp_path / "bad.jsonl", [message_row("q", "a"), {"messages": []}])
     done = run(capsys, bad)
     assert done.code == 2 and f"{bad}:2: " in done.err
+    foreign = write_rows(tmp_path / "foreign.jsonl", [{"ask": "q", "sql": "a"}])
+    done = run(capsys, foreign)
+    assert done.code == 2 and f"{foreign}:1: " in done.err
+    assert "rows of another kind: prepare.py own --text_field" in done.err
     done = run(capsys, bad, bad, bad)
     assert done.code == 2 and "a train and a test file" in done.err
 
@@ -187,3 +191,49 @@ def test_a_token_budget_without_a_tokenizer_is_refused(tmp_path, capsys):
     write_parts(tmp_path, [("a?", "b")], [("c?", "d")])
     done = run(capsys, "check", tmp_path / "mine", "--max_tokens", 10)
     assert done.code == 2 and "--max_tokens: only with --tokenizer" in done.err
+
+
+# ---- what differs trivially ----
+
+LOOSE = "in train, the same but for case, spaces and Unicode form"
+
+
+def test_pairs_that_differ_in_case_spaces_or_unicode_form_are_leaks_of_their_own(tmp_path, capsys):
+    train = [("What is it?", "Two  words"), ("caf\u00e9", "\ufb01ne"), ("same", "same"), ("STRASSE", "a"), ("q", "b")]
+    test = [
+        ("what  is\nit? ", "two words"),  # 1
+        ("cafe\u0301", "fine"),  # 2: composed and decomposed, a ligature
+        ("same", "same"),  # 3: identical, so not counted again
+        ("stra\u00dfe", "other"),  # 4: the prompt alone
+        ("q", "B"),  # 5: the prompt is identical, the pair nearly
+        ("q!", "b"),
+    ]
+    done = run(capsys, write_parts(tmp_path, train, test))
+    assert done.code == 1
+    assert done.findings["test: prompt and answer in train"] == ("LEAK", 1, 6, "3")
+    assert done.findings[f"test: prompt and answer {LOOSE}"] == ("LEAK", 3, 6, "1, 2, 5")
+    assert done.findings["test: prompt in train"] == ("LEAK", 2, 6, "3, 5")
+    assert done.findings[f"test: prompt {LOOSE}"] == ("LEAK", 3, 6, "1, 2, 4")
+
+
+def test_one_loose_pair_is_enough_for_exit_code_1(tmp_path, capsys):
+    prefix = write_parts(tmp_path, [("Q1", "a")], [("q1", "A")])
+    assert run(capsys, prefix).code == 1 and run(capsys, prefix, "--allow").code == 0
+
+
+def test_databases_are_compared_without_case(tmp_path, capsys):
+    done = run(capsys, write_parts(tmp_path, [sql("Farm", "a?", "SELECT 1")], [sql("farm", "b?", "SELECT 1")]))
+    assert done.code == 1 and "1 databases in train, 1 in test, 1 in both" in done.out
+    assert done.findings["test: database and SQL in train"] == ("LEAK", 1, 1, "1")
+    assert done.findings["test: database in train"] == ("LEAK", 1, 1, "1")
+
+
+def test_a_row_of_another_kind_does_not_switch_the_test_of_databases_off(tmp_path, capsys):
+    train = [sql("farm", "a?", "SELECT 1"), ("what?", "4")]
+    test = [("why?", "5"), sql("farm", "b?", "SELECT 2"), ("how?", "6")]
+    done = run(capsys, write_parts(tmp_path, train, test))
+    assert done.code == 1 and done.findings["test: database in train"] == ("LEAK", 1, 3, "2")
+    assert "1 databases in train, 1 in test, 1 in both" in done.out
+    assert "3 rows name no database (1 in train, 2 in test)" in done.out
+    done = run(capsys, write_parts(tmp_path, [("q", "a")], [("r", "b")], "other"))
+    assert "database" not in done.out

@@ -371,3 +371,27 @@ def test_check_survives_any_manifest(content, code, gsm, out, capsys):
     (out / "manifest.json").write_text(content, encoding="utf-8")
     done = run(capsys, "check", out / "gsm8k")
     assert done.code == code and ("manifest.json" in done.err) == bool(code)
+
+
+@pytest.mark.parametrize(
+    "content, line, message",
+    [
+        ("ask,sql\nq,a\nna\u00efve,b\n".encode("latin-1"), 3, "not UTF-8 (byte 3 of the line)"),
+        ("ask,sql\nq,a\n".encode("utf-16"), 1, "UTF-16, not UTF-8"),
+    ],
+)
+def test_a_csv_in_another_encoding_is_named_with_its_line(content, line, message, tmp_path, out, capsys):
+    path = tmp_path / "mine.csv"
+    path.write_bytes(content)
+    flags = ("own", "--name", "mine", "--train_file", path, "--text_field", "ask", "--code_field", "sql")
+    done = run(capsys, *flags, "--out_dir", out)
+    assert done.code == 2 and f"{path}:{line}: {message}" in done.err and "not CSV" not in done.err
+    assert list(out.iterdir()) == []
+    assert f"{path}:{line}: {message}" in run(capsys, "check", path).err
+
+    (tmp_path / "yelp").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / "yelp" / f"{part}.csv").write_bytes(content)
+    done = run(capsys, "yelp", "--source", tmp_path / "yelp", "--out_dir", out)
+    assert done.code == 2 and f"train.csv:{line}: {message}" in done.err and "not CSV" not in done.err
+    assert f"{path}:{line}: {message}" in run(capsys, "paraphrase", "--source", path, "--out_dir", out).err
