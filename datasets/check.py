@@ -182,8 +182,8 @@ def read_part(path: Path) -> list[Example]:
         refuse_other_encodings(path)
         return read_examples(str(path), Problems())
     except ExampleError as error:
-        # Here there are no such flags.
-        message = str(error).replace("--text_field, --code_field", "prepare.py own --text_field … --code_field … first")
+        # `check` has no such flags.
+        message = str(error).replace("--text_field, --code_field", "`prepare.py own` makes them message rows")
         raise ExampleError(message) from None
 
 

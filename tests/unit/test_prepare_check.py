@@ -151,7 +151,7 @@ def test_what_cannot_be_checked_is_one_error(tmp_path, capsys):
     foreign = write_rows(tmp_path / "foreign.jsonl", [{"ask": "q", "sql": "a"}])
     done = run(capsys, foreign)
     assert done.code == 2 and f"{foreign}:1: " in done.err
-    assert "rows of another kind: prepare.py own --text_field" in done.err
+    assert "rows of another kind: `prepare.py own` makes them message rows" in done.err and "--text" not in done.err
     done = run(capsys, bad, bad, bad)
     assert done.code == 2 and "a train and a test file" in done.err
 
