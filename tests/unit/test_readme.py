@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import finetune  # noqa: E402
 import finetune8bh200  # noqa: E402
+import scoring  # noqa: E402
 from runs import build_parser, flag_table  # noqa: E402
 
 SETTINGS = {"finetune": finetune.Settings, "evaluate": evaluate.Settings}
@@ -76,6 +77,21 @@ def test_the_commands_of_the_scripts_are_accepted():
             given |= {"output_file"}
             settings = dataclasses.replace(settings, output_file="runs/mine/p.jsonl")
         module.check_settings(settings, given)
+
+
+def test_the_table_of_datasets_is_the_codes():
+    sys.path.insert(0, str(ROOT / "datasets"))
+    import convert
+
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in readme().splitlines() if re.match(r"\| `\w", line)]
+    table = {row[0].strip("`"): row[1:] for row in rows if len(row) == 5}
+    assert table.keys() == convert.DATASETS.keys()
+    for name, (source, counts, scores, command) in table.items():
+        for numbers in convert.DATASETS[name].rows.values():
+            assert not numbers or " / ".join(map(str, numbers)) in counts, name
+        task = scoring.TASKS.get(name)
+        assert re.findall(r"`(\w+)`", scores) == list(task.scores if task else ()), name
+        assert source and (f"DATASET={name} " in command) == (name not in ("synth", "paraphrase"))
 
 
 def test_the_two_commands_stand_first():
