@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, MODELS, ROOT
+from conftest import GOLDEN, MODELS, ROOT, call, message_row, write_rows
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from sklearn.manifold import TSNE
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import embeddings
 import finetune
@@ -245,9 +250,195 @@ def test_embed_measure_export_and_draw_together(tmp_path: Path):
     loss, pairs = finetune.jepa_loss(*training_reads(TINY, predictors=1))
     assert said["cosine"] == pytest.approx(1 - loss.item() / pairs, abs=1e-5)
     embeddings.export(tmp_path / "v.safetensors", text, code, [e.id for e in EXAMPLES], {"layer": -1})
-    from safetensors.torch import load_file
-
-    assert load_file(tmp_path / "v.safetensors")["code"].equal(code)
+    with safe_open(tmp_path / "v.safetensors", "pt") as file:
+        assert file.get_tensor("code").equal(code)
     groups = embeddings.t_sne_groups("in_n_out", text, code, EXAMPLES)
     drawn = embeddings.t_sne(tmp_path / "v.png", groups, seed=1, title="tiny")
     assert [len(xy) for xy in drawn.values()] == [7, 7]
+
+
+# ------------------------------------------------------------------------------------------- from the command line
+
+ROWS = ROOT / "datasets" / "synth_test.jsonl"
+PAIRS = 80  # all different, and more than the model's 48 dimensions, which the least-squares error needs
+RUNS = {
+    "k=2": ["--predictors", 2],
+    "front_pred": ["--predictors", 2, "--front_pred"],
+    "reverse_pred": ["--predictors", 2, "--reverse_pred"],
+    "last_token": ["--predictors", 1, "--last_token", -2],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of a name: the golden model itself or a run of one step, trained when it is first asked for."""
+    made = {"no run": GOLDEN / "models" / "chatml"}
+
+    def run(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("runs") / name.replace("=", "")
+            base = ["--model_name", made["no run"], "--train_file", GOLDEN / "regex_rows.jsonl"]
+            base += ["--max_steps", 1, "--batch_size", 2]
+            done = call("finetune", *base, *RUNS[name], "--output_dir", made[name])
+            assert done.code == 0, done.err
+        return made[name]
+
+    return run
+
+
+def view(tokenizer, role: str, content: str, name: str, predicts: bool) -> tuple[list[int], int]:
+    """A view's tokens and its view token, written down without the project's renderer."""
+    flags = RUNS.get(name, [])
+    k = flags[flags.index("--predictors") + 1] if "--predictors" in flags and predicts else 0
+    if "--front_pred" in flags:
+        content = "".join(f"<|predictor_{i}|>" for i in range(1, k + 1)) + content
+    else:
+        content += "".join(f"<|predictor_{i}|>" for i in range(k, 0, -1))
+    text = tokenizer.apply_chat_template([{"role": role, "content": content}], tokenize=False)
+    ids, upto = (
+        tokenizer(part, add_special_tokens=False).input_ids for part in (text, text[: text.rindex("<|im_end|>")])
+    )
+    assert ids[: len(upto)] == upto
+    at = len(ids) + flags[flags.index("--last_token") + 1] if "--last_token" in flags else len(upto) - 1
+    return ids, at
+
+
+@cache
+def states_of(folder: Path, name: str) -> tuple[list[tuple[torch.Tensor, int]], ...]:
+    """(Text, Code) of the first rows: each view's states of every layer (L, T, D), encoded alone; its view token."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(line)["messages"] for line in ROWS.read_text(encoding="utf-8").splitlines()[:PAIRS]]
+    reverse, sides = "--reverse_pred" in RUNS.get(name, []), []
+    for turn, role in ((-2, "user"), (-1, "assistant")):
+        side = []
+        for row in rows:
+            ids, at = view(tokenizer, role, row[turn]["content"], name, predicts=reverse == (role == "assistant"))
+            with torch.no_grad():
+                layers = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+            side.append((torch.cat(layers), at))
+        sides.append(side)
+    return tuple(sides)
+
+
+def expected_vectors(folder: Path, name: str, layer: int, pooling: str) -> list[np.ndarray]:
+    """The Text and the Code views' embeddings (P, D)."""
+    pools = {"last": lambda h, at: h[at], "mean": lambda h, at: h.mean(axis=0), "cls": lambda h, at: h[0]}
+    sides = states_of(folder, name)
+    return [np.stack([pools[pooling](states[layer].numpy(), at) for states, at in side]) for side in sides]
+
+
+def expected_figures(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """What `similarity` says of texts and codes (P, D), computed one by one."""
+    x, y, n = x.astype(np.float64), y.astype(np.float64), len(x)
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+    def found(k: int) -> float:
+        shares = []
+        for i, own in enumerate(cosine(x[i], y[i]) for i in range(n)):
+            others = [cosine(x[i], y[j]) - own for j in range(n) if j != i]
+            nearer, level = sum(d > 1e-12 for d in others), sum(abs(d) <= 1e-12 for d in others)
+            shares.append(min(max(k - nearer, 0) / (1 + level), 1))  # those as near as the own one share their places
+        return float(np.mean(shares))
+
+    partner = embeddings.derangement(n, 42)
+    projection = x @ np.linalg.pinv(x, rcond=1e-10)  # (P, P), onto what a linear map of the texts can give
+    fit, shuffled = (float(np.square(codes - projection @ codes).sum()) for codes in (y, y[partner]))
+    top = np.sqrt(np.linalg.eigvalsh((x - y).T @ (x - y)).clip(0))
+    return {
+        "n": n,
+        "dims": x.shape[1],
+        "cosine": np.mean([cosine(x[i], y[i]) for i in range(n)]),
+        "cosine_shuffled": np.mean([cosine(x[i], y[partner[i]]) for i in range(n)]),
+        "retrieval_at_1": found(1),
+        "retrieval_at_10": found(10),
+        "least_squares_error": fit,
+        "least_squares_relative": fit / np.square(y).sum(),
+        "least_squares_relative_shuffled": shuffled / np.square(y).sum(),
+        "singular_value_mean": top.mean(),
+    }
+
+
+def evaluated(folder: Path, output: Path, *flags: object) -> tuple[list[np.ndarray], dict]:
+    """(exported Text and Code vectors, similarity.json) of a call of evaluate.py."""
+    files = ["--output_file", output / "similarity.json", "--export_embeddings", output / "v.safetensors"]
+    rows = ["--input_file", ROWS, "--max_examples", PAIRS, "--similarity"]
+    done = call("evaluate", "--model_name", folder, *rows, "--dtype", "float32", *files, *flags, "--overwrite")
+    assert done.code == 0, done.err
+    with safe_open(output / "v.safetensors", "np") as file:
+        assert file.get_tensor("ids").tolist() == list(range(1, PAIRS + 1))
+        vectors = [file.get_tensor(name) for name in ("text", "code")]
+    return vectors, json.loads((output / "similarity.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.parametrize("layer", [-1, 1, 0])
+@pytest.mark.parametrize("name", ["no run", "k=2"])
+def test_layer_and_pooling_of_the_flags_are_what_is_exported_and_measured(name, layer, pooling, runs, tmp_path):
+    flags = ("--embedding_layer", layer, "--embedding_pooling", pooling)
+    vectors, said = evaluated(runs(name), tmp_path, *flags)
+    for ours, theirs in zip(vectors, expected_vectors(runs(name), name, layer, pooling), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (said["layer"], said["pooling"], said["n"], said["dims"]) == (layer, pooling, PAIRS, 48)
+    expected = expected_figures(*vectors)
+    assert {key: said[key] for key in expected} == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["no run", *RUNS])
+def test_views_are_exported_as_the_run_was_trained(name, runs, tmp_path):
+    vectors, _ = evaluated(runs(name), tmp_path)
+    expected = expected_vectors(runs(name), name, -1, "last")
+    for ours, theirs in zip(vectors, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    if name in RUNS:
+        others = expected_vectors(runs(name), "no run", -1, "last")
+        assert not all(np.allclose(a, b, atol=1e-2) for a, b in zip(expected, others, strict=True))
+
+
+@pytest.mark.parametrize("name", ["k=2", "reverse_pred"])
+def test_retrieval_and_the_fit_go_from_texts_to_codes(name, runs, tmp_path):
+    vectors, said = evaluated(runs(name), tmp_path)
+    expected, turned = expected_figures(*vectors), expected_figures(*vectors[::-1])
+    for key in ("retrieval_at_10", "least_squares_error", "least_squares_relative"):
+        assert said[key] == pytest.approx(expected[key], rel=1e-6)
+        assert said[key] != pytest.approx(turned[key], rel=1e-2)
+
+
+# A row has what each kind of picture tells apart: its class is the answer.
+CLASSES = [message_row(f"the {word} film", ("Good", "Bad")[i % 2]) for i, word in enumerate("abcdefghijklmn")]
+
+
+def drawn(output: Path, rows: Path, kind: str) -> tuple[bytes, dict]:
+    """(picture, what stands beside it) of a call of evaluate.py."""
+    model = GOLDEN / "models" / "chatml"
+    files = ["--input_file", rows, "--output_file", output / "similarity.json"]
+    done = call("evaluate", "--model_name", model, *files, "--t_sne", "--t_sne_type", kind, "--dtype", "float32")
+    assert done.code == 0, done.err
+    picture = output / f"t_sne_{kind}.png"
+    return picture.read_bytes(), json.loads(picture.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def test_a_picture_is_the_same_in_every_call_and_another_for_another_type(tmp_path):
+    rows, pictures = write_rows(tmp_path / "rows.jsonl", CLASSES), {}
+    for kind in ("in_n_out", "rotten_tomatoes"):
+        (picture, record), again = (drawn(tmp_path / call_, rows, kind) for call_ in ("first", "second"))
+        assert (picture, record) == again and record["seed"] == 42
+        pictures[picture] = record["groups"]
+    assert [{name: len(xy) for name, xy in groups.items()} for groups in pictures.values()] == [
+        {"Text": 14, "Code": 14},
+        {"Good": 7, "Bad": 7},
+    ]
+
+
+def test_a_picture_is_t_sne_of_the_exported_vectors_drawn_with_seed_42(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", CLASSES)
+    _, record = drawn(tmp_path, rows, "rotten_tomatoes")
+    model, output = GOLDEN / "models" / "chatml", tmp_path / "v.safetensors"
+    flags = ["--input_file", rows, "--export_embeddings", output, "--dtype", "float32"]
+    assert call("evaluate", "--model_name", model, *flags).code == 0
+    with safe_open(output, "np") as file:
+        text = file.get_tensor("text")
+    points = np.concatenate([text[0::2], text[1::2]])  # the good films first
+    plane = TSNE(perplexity=13 / 3, init="pca", random_state=42).fit_transform(points)
+    assert plane.tolist() == record["groups"]["Good"] + record["groups"]["Bad"]
