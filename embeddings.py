@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ POOLINGS = {
     "mean": lambda hidden, mask, view_at: (hidden.float() * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True),
     "cls": lambda hidden, mask, view_at: hidden[:, 0],
 }
-# rotten_tomatoes has two of yelp's classes.
-T_SNE_TYPES = {"in_n_out": ("Text", "Code"), "paraphrase": ("sentence", "paraphrase"), "rotten_tomatoes": STARS}
 MINIMUM_POINTS = 10  # fewer have no neighbourhoods to keep
-MARKS = (("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#E69F00", "D"), ("#CC79A7", "v"))  # Okabe and Ito's
+PARAPHRASE_SETS = 10  # with more, colours would no longer be told apart
+MARKS = (
+    ("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#E69F00", "D"), ("#CC79A7", "v"),  # Okabe and Ito's
+    ("#56B4E9", "P"), ("#F0E442", "X"), ("#332288", "*"), ("#882255", "<"), ("#999933", ">"),  # and Tol's
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- embed
@@ -232,21 +235,45 @@ def export(path: Path, text: torch.Tensor, code: torch.Tensor, ids: list[int], m
 
 
 def t_sne_groups(kind: str, text: torch.Tensor, code: torch.Tensor, examples: list[Example]) -> dict[str, torch.Tensor]:
-    """The embeddings (·, D) of each group of a picture; `kind` is a key of T_SNE_TYPES.
+    """The embeddings (·, D) of each group of a picture; `kind` is one of --t_sne_type.
 
-    in_n_out and paraphrase set the Text against the Code views; rotten_tomatoes tells the Text views apart by their
-    answer's class. Raises ExampleError for an answer that is no class.
+    in_n_out sets the Text against the Code views. The others tell the Text views apart: paraphrase by the set that they
+    belong to, the PARAPHRASE_SETS with most rows, others being left out; rotten_tomatoes by their answer's class.
+    Raises ExampleError for a row without a set or an answer that is no class.
     """
-    names = T_SNE_TYPES[kind]
-    if kind != "rotten_tomatoes":
-        return dict(zip(names, (text, code), strict=True))
-    members = {name: [] for name in names}
+    if kind == "in_n_out":
+        return {"Text": text, "Code": code}
+    members = paraphrase_sets(examples) if kind == "paraphrase" else classes(examples)
+    return {name: text[rows] for name, rows in members.items() if rows}
+
+
+def paraphrase_sets(examples: list[Example]) -> dict[str, list[int]]:
+    """The places of the rows of the PARAPHRASE_SETS with most rows; of as large ones, the earlier in the file first.
+
+    Raises ExampleError for a row without a set.
+    """
+    for example in examples:
+        if example.group is None:
+            needed = (
+                'each row\'s set of paraphrases, a text under "group", as `datasets/prepare.py paraphrase` writes it'
+            )
+            raise ExampleError(f"{example.source}: --t_sne_type paraphrase needs {needed}")
+    largest = Counter(example.group for example in examples).most_common(PARAPHRASE_SETS)
+    return {f"set {group}": [i for i, e in enumerate(examples) if e.group == group] for group, _ in largest}
+
+
+def classes(examples: list[Example]) -> dict[str, list[int]]:
+    """The places of the rows of each class, in the order of STARS; rotten_tomatoes has two of yelp's classes.
+
+    Raises ExampleError for an answer that is no class.
+    """
+    members = {name: [] for name in STARS}
     for i, example in enumerate(examples):
         answer = example.assistant.strip()
         if answer not in members:
-            raise ExampleError(f"{example.source}: answer {answer[:40]!r} is not one of {', '.join(names)}")
+            raise ExampleError(f"{example.source}: answer {answer[:40]!r} is not one of {', '.join(STARS)}")
         members[answer].append(i)
-    return {name: text[rows] for name, rows in members.items() if rows}
+    return members
 
 
 def t_sne(path: Path, groups: dict[str, torch.Tensor], seed: int, title: str) -> dict[str, np.ndarray]:

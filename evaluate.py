@@ -98,7 +98,8 @@ class Settings:
     t_sne: bool = flag(False, "embed the views and draw them in two dimensions", EMBEDDING)
     t_sne_type: Literal["in_n_out", "paraphrase", "rotten_tomatoes"] = flag(
         "in_n_out",
-        "what --t_sne tells apart: Text and Code, sentence and paraphrase, or the answers' classes",
+        "what --t_sne tells apart: Text and Code views, the Text views of the ten largest sets of paraphrases, or the "
+        "Text views by their answer's class",
         EMBEDDING,
     )
     export_embeddings: str | None = flag(None, "embed the views and write them to this safetensors file", EMBEDDING)

@@ -47,6 +47,7 @@ class Example:
     text: str | None = None
     code: str | None = None
     answers: tuple[str, ...] | None = None  # where more than one is right; `assistant` holds them all
+    group: str | None = None  # what it belongs to with others: its set of paraphrases
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def parse_messages(row: Any, source: str, number: int) -> Example:
         text=_view(row, "text", "user"),
         code=_view(row, "code", "assistant"),
         answers=answers and tuple(check_text(a, '"answers"') for a in answers),
+        group=row["group"] if isinstance(row.get("group"), str) else None,
     )
 
 

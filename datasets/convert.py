@@ -42,6 +42,8 @@ def as_row(example: Example) -> dict[str, Any]:
         row["code"] = [{"role": "assistant", "content": example.code}]
     if example.answers is not None:
         row["answers"] = list(example.answers)
+    if example.group is not None:
+        row["group"] = example.group
     return row
 
 
@@ -220,7 +222,10 @@ PARAPHRASE = "cestwc/paraphrase:coco@main"  # the newest commit's hash is not pu
 
 
 def paraphrase(source: Source, train_rows: int = 0) -> Parts:
-    """cestwc/paraphrase, sets of five captions: sentence i and i + 1 of a set are a pair, as in arXiv 2509.14252."""
+    """cestwc/paraphrase, sets of five captions: sentence i and i + 1 of a set are a pair, as in arXiv 2509.14252.
+
+    A row keeps its set's id as "group", which evaluate.py --t_sne_type paraphrase tells apart.
+    """
     names = ("coco-00000-of-00001.parquet", "data/coco-00000-of-00001.parquet")
     sets: dict[Any, list[tuple[str, int, str]]] = {}
     for place, number, row in source.rows(PARAPHRASE, *names, alone=True):
@@ -229,15 +234,15 @@ def paraphrase(source: Source, train_rows: int = 0) -> Parts:
         except (ValueError, TypeError) as error:
             source.problems.add(place, str(error))
     pairs = [
-        (place, number, (text, following))
-        for sentences in sets.values()
+        (place, number, (text, following, group))
+        for group, sentences in sets.items()
         for (place, number, text), (_, _, following) in zip(sentences, sentences[1:], strict=False)
     ]
     if not pairs:
         where = "".join(entry.get("file") or entry["hub"] for entry in source.entries)
         raise source.no_rows(f"{where}: no set has two sentences")
     drawn = draw(pairs, train_rows)
-    train = to_examples(source, drawn, lambda pair: chat(None, *pair))
+    train = to_examples(source, drawn, lambda pair: chat(None, *pair[:2]) | {"group": str(pair[2])})
     return Parts(train, [], f"{_drawn([(train_rows, drawn)], 'the pairs')}; all for training")
 
 

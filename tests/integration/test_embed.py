@@ -405,8 +405,11 @@ def test_retrieval_and_the_fit_go_from_texts_to_codes(name, runs, tmp_path):
         assert said[key] != pytest.approx(turned[key], rel=1e-2)
 
 
-# A row has what each kind of picture tells apart: its class is the answer.
-CLASSES = [message_row(f"the {word} film", ("Good", "Bad")[i % 2]) for i, word in enumerate("abcdefghijklmn")]
+# A row has what each kind of picture tells apart: its answer is a class.
+CLASSES = [
+    message_row(f"the {word} film", ("Good", "Bad")[i % 2]) | {"group": f"{i % 3}"}
+    for i, word in enumerate("abcdefghijklmn")
+]
 
 
 def drawn(output: Path, rows: Path, kind: str) -> tuple[bytes, dict]:
@@ -421,12 +424,13 @@ def drawn(output: Path, rows: Path, kind: str) -> tuple[bytes, dict]:
 
 def test_a_picture_is_the_same_in_every_call_and_another_for_another_type(tmp_path):
     rows, pictures = write_rows(tmp_path / "rows.jsonl", CLASSES), {}
-    for kind in ("in_n_out", "rotten_tomatoes"):
+    for kind in ("in_n_out", "paraphrase", "rotten_tomatoes"):
         (picture, record), again = (drawn(tmp_path / call_, rows, kind) for call_ in ("first", "second"))
         assert (picture, record) == again and record["seed"] == 42
         pictures[picture] = record["groups"]
     assert [{name: len(xy) for name, xy in groups.items()} for groups in pictures.values()] == [
         {"Text": 14, "Code": 14},
+        {"set 0": 5, "set 1": 5, "set 2": 4},
         {"Good": 7, "Bad": 7},
     ]
 
@@ -442,3 +446,14 @@ def test_a_picture_is_t_sne_of_the_exported_vectors_drawn_with_seed_42(tmp_path)
     points = np.concatenate([text[0::2], text[1::2]])  # the good films first
     plane = TSNE(perplexity=13 / 3, init="pca", random_state=42).fit_transform(points)
     assert plane.tolist() == record["groups"]["Good"] + record["groups"]["Bad"]
+
+
+def test_rows_without_a_set_are_refused_by_line(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [*CLASSES, message_row("a film", "Good") | {"group": 3}])
+    files = ["--input_file", rows, "--output_file", tmp_path / "similarity.json"]
+    model = GOLDEN / "models" / "chatml"
+    done = call("evaluate", "--model_name", model, *files, "--t_sne", "--t_sne_type", "paraphrase")
+    assert done.code == 2 and not (tmp_path / "t_sne_paraphrase.png").exists()
+    assert (
+        'rows.jsonl:15: --t_sne_type paraphrase needs each row\'s set of paraphrases, a text under "group"' in done.err
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -253,7 +254,7 @@ def test_t_sne_writes_the_coordinates_beside_the_picture(tmp_path):
     assert record["seed"] == 7 and record["title"] == "$ of \\frac$" and record["perplexity"] == 4
 
 
-@pytest.mark.parametrize("groups", [{"Text": 3, "Code": 4}, {name: 3 for name in embeddings.STARS}])
+@pytest.mark.parametrize("groups", [{"Text": 3, "Code": 4}, {f"set {i}": 3 for i in range(10)}])
 def test_every_group_is_seen_in_a_colour_and_a_shape_of_its_own(groups):
     draw = np.random.default_rng(0)
     alone = set()
@@ -292,10 +293,31 @@ def answered(*answers: str) -> list[Example]:
 
 def test_t_sne_groups_of_views():
     text, code = pairs(3, 2)
-    for kind, names in (("in_n_out", ["Text", "Code"]), ("paraphrase", ["sentence", "paraphrase"])):
-        groups = embeddings.t_sne_groups(kind, text, code, answered("a", "b", "c"))
-        assert list(groups) == names
-        assert groups[names[0]].equal(text) and groups[names[1]].equal(code)
+    groups = embeddings.t_sne_groups("in_n_out", text, code, answered("a", "b", "c"))
+    assert list(groups) == ["Text", "Code"] and groups["Text"].equal(text) and groups["Code"].equal(code)
+
+
+def grouped(*groups: str | None) -> list[Example]:
+    return [dataclasses.replace(e, group=g) for e, g in zip(answered(*groups), groups, strict=True)]
+
+
+def test_t_sne_groups_of_paraphrases_are_the_texts_of_the_largest_sets():
+    text, code = pairs(6, 2)
+    groups = embeddings.t_sne_groups("paraphrase", text, code, grouped("9", "7", "9", "11", "7", "7"))
+    assert list(groups) == ["set 7", "set 9", "set 11"]
+    assert groups["set 7"].equal(text[[1, 4, 5]]) and groups["set 9"].equal(text[[0, 2]])
+    assert groups["set 11"].equal(text[[3]])
+    text, code = pairs(25, 2)
+    sets = [str(i) for i in range(12)] * 2 + ["11"]  # twelve, of which one is larger
+    groups = embeddings.t_sne_groups("paraphrase", text, code, grouped(*sets))
+    assert list(groups) == ["set 11", *(f"set {i}" for i in range(9))], "the ten largest, of equal ones the first"
+    assert groups["set 11"].equal(text[[11, 23, 24]]) and groups["set 8"].equal(text[[8, 20]])
+
+
+def test_t_sne_of_paraphrases_needs_a_set_in_every_row():
+    text, code = pairs(2, 2)
+    with pytest.raises(ExampleError, match=r'rows\.jsonl:2: --t_sne_type paraphrase needs .* a text under "group"'):
+        embeddings.t_sne_groups("paraphrase", text, code, grouped("7", None))
 
 
 def test_t_sne_groups_of_classes_are_the_texts_in_a_fixed_order():

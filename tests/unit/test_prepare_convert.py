@@ -23,6 +23,8 @@ import convert
 import prepare
 import sources
 
+import examples
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Features, Value, ClassLabel = datasets.Features, datasets.Value, datasets.ClassLabel
 
@@ -264,6 +266,9 @@ def test_paraphrase_pairs_each_sentence_with_the_next_of_its_set(hub, out, capsy
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     assert run(capsys, "paraphrase", "--out_dir", out).code == 0
     assert turns(out / "paraphrase_train.jsonl") == [(None, "a", "b"), (None, "b", "c"), (None, "x", "y")]
+    assert [row["group"] for row in rows(out / "paraphrase_train.jsonl")] == ["7", "7", "9"]
+    read = examples.read_examples(str(out / "paraphrase_train.jsonl"), examples.Problems())
+    assert [example.group for example in read] == ["7", "7", "9"]
     assert not (out / "paraphrase_test.jsonl").exists()
     # The branch is resolved first, so that what is loaded and what is recorded are one commit.
     assert asked == [("cestwc/paraphrase", "main")] and hub.asked == [("cestwc/paraphrase", None, "coco", COMMIT)]
