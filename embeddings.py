@@ -187,8 +187,11 @@ def similarity(text: torch.Tensor, code: torch.Tensor, seed: int) -> dict[str, A
     `n` and `dims` (P and D); `cosine`, the mean over pairs, and `cosine_shuffled`, the same of texts with the codes of
     other pairs, near `cosine` where all has collapsed and None for a single pair; `retrieval_at_1` and `_at_10` of
     texts to codes; `least_squares_error`, `_relative` and `_relative_shuffled` as in `least_squares`;
-    `singular_values`, the greatest 100 of X − Y (P, D) or all where there are fewer, and their mean. The errors and
-    the mean are the figures of the paper's Table 14.
+    `singular_values`, the greatest 100 of X − Y (P, D) or all where there are fewer, and their mean.
+
+    The errors and the mean have their names from the paper's Table 14. The least-squares error needs more pairs than
+    the embedding has dimensions: else it is 0 for any model, and is left out (None). The published 3035 and 4.04, of
+    1000 pairs in 2048 dimensions, are thus another quantity and do not compare with it.
     """
     x, y = text.double().numpy(), code.double().numpy()
     cosine = float((unit(x) * unit(y)).sum(axis=1).mean())
