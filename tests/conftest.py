@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -23,6 +24,12 @@ GOLDEN = ROOT / "tests" / "golden"
 MODELS = ("llama3", "chatml", "google_gemma")
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are too small for a second thread to gain anything
+
+import finetune  # noqa: E402, F401
+
+# Each run of a script collects garbage, and most of a short one's time would go into a walk through the libraries.
+gc.collect()
+gc.freeze()
 
 
 def message_row(user: str, assistant: str, system: str | None = "Write the regular expression.") -> dict:
