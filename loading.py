@@ -21,7 +21,7 @@ def check_name(name: str) -> None:
         if not any((folder / f"{kind}config.json").is_file() for kind in ("", "adapter_", "tokenizer_")):
             raise UsageError(f"--model_name {name} is no model folder: it has neither config.json nor a tokenizer")
         return
-    beside_runs = any(folder.parent.glob("*/run.json"))  # else OWNER/NAME is one of the hub
+    beside_runs = "/" in name and any(folder.parent.glob("*/run.json"))  # else it is a name of the hub
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or beside_runs:
         raise UsageError(f"--model_name {name}: there is no such folder")
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import evaluate
 import finetune
 import generation
+import loading
 import segments
 from examples import Example, Problems, read_examples
 from runs import UsageError
@@ -1191,6 +1192,8 @@ def test_a_model_that_is_not_there_is_said_to_be_that(data, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         done = call("evaluate", "--model_name", "runs/mien", "--input_file", data)
+        patch.chdir("runs")
+        loading.check_name("gpt2")  # beside runs too, a name of the hub
     assert done.code == 2 and "--model_name runs/mien: there is no such folder" in done.err
 
 
