@@ -164,7 +164,9 @@ def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings
     r.refuse(not 0 < s.test_size < 1, f"--test_size {s.test_size} is not between 0 and 1")
     r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
     r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
-    r.only_if(not Path(s.model_name or "-").is_dir(), "revision", "only with a model of the hub")
+    here = Path(s.model_name or "-")
+    whole = here.is_dir() and not (here / "adapter_config.json").is_file() and not s.original_model_name
+    r.only_if(not whole, "revision", "only with a model of the hub")
     r.refuse(s.split_tune_untune and not s.original_model_name, "--split_tune_untune: only with --original_model_name")
     r.only_if(not s.embeds, ANSWERING, "not with --similarity, --t_sne, --export_embeddings")
     r.only_if(s.embeds, "embedding_layer embedding_pooling", "only with --similarity, --t_sne or --export_embeddings")
@@ -255,8 +257,8 @@ def check_run(name: str, s: Settings) -> dict[str, Any]:
             f"--model_name {name} was trained on a part of {s.input_file}: give --process_split test, "
             "or --nosplit_data for all of its rows"
         )
-    if s.fields and record.get("system_turn", s.system) != s.system:
-        turn = record["system_turn"]
+    turn = trained["system"]
+    if s.fields and trained.get("text_field") and turn != s.system and not s.plain:
         how = "without a system turn; leave out --system" if turn is None else f"with --system {shlex.quote(turn)}"
         raise UsageError(f"--model_name {name} was trained on rows {how}")
     return trained
@@ -272,7 +274,7 @@ def notes_on(s: Settings, examples: list[Example], checksum: str) -> list[str]:
     if own == checksum:
         notes.append(f"{s.input_file} has the rows that the run was trained on")
     turn, turns = record.get("system_turn", ...), {example.system for example in examples}
-    if turn is not ... and turns != {turn}:
+    if turn is not ... and turns != {turn} and not s.plain:  # which renders none
         notes.append(f"the rows' system turn is not the one that the run was trained with ({turn!r})")
     return notes
 

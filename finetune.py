@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import heapq
 import inspect
@@ -1128,7 +1129,7 @@ def train(s: Settings, state: PartialState, run: Run, engine: Engine) -> None:
     files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
     record = {"seed": s.finetune_seed, "skipped_examples": len(parts.problems.messages)}
     turns = {example.system for example in parts.train_set.examples}
-    record |= {"system_turn": turns.pop()} if len(turns) == 1 else {}  # else the rows have several
+    record |= {"system_turn": turns.pop()} if len(turns) == 1 and not s.streaming else {}  # else there may be several
     record |= provenance({f: data_sha256(f, s.streaming and f == s.train_file) for f in files})
     state.wait_for_everyone()  # every process has checked the folder before the first one fills it
     if state.is_main_process:
@@ -1272,7 +1273,8 @@ def main(argv: list[str] | None = None, engine: Engine = WHOLE) -> int:
             _say(f"{engine.name}: error: {error}")
         return 1
     except OSError as error:
-        where = "" if error.filename else f" (--output_dir {settings.output_dir})"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and not error.filename
+        where = f" (--output_dir {settings.output_dir})" if full else ""
         _say(f"{engine.name}: error: {first_line(error)}{where}")
         return 1
     except (SafetensorError, RuntimeError) as error:

@@ -18,7 +18,8 @@ def check_name(name: str) -> None:
     """Raises UsageError where a model's name is that of a folder which is not there, or holds no model."""
     folder = Path(name)
     if folder.is_dir():
-        if not any((folder / f"{kind}config.json").is_file() for kind in ("", "adapter_", "tokenizer_")):
+        known = ("config.json", "adapter_config.json", "tokenizer_config.json", "run.json")
+        if not any((folder / file).is_file() for file in known):
             raise UsageError(f"--model_name {name} is no model folder: it has neither config.json nor a tokenizer")
         return
     beside_runs = "/" in name and any(folder.parent.glob("*/run.json"))  # else it is a name of the hub
@@ -164,6 +165,8 @@ def add_adapter(model: Any, s: Any, tokenizer: Any) -> Any:
     # Without this the predictor tokens would stay at their random start, and a new end-of-turn token never be answered.
     rows = {embedding: added} if added else {}
     if labels and model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        if getattr(model.get_output_embeddings(), "bias", None) is not None:  # which PEFT would leave out
+            raise UsageError("--lora: not with --plain for a model whose output layer has a bias of its own")
         rows[output] = labels
     config = LoraConfig(
         task_type="CAUSAL_LM",

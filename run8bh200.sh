@@ -108,6 +108,7 @@ before_seeds() { # the preflight, on every node before any of them trains or eva
   if [[ $PREFLIGHT = yes && $left -gt 0 ]]; then
     for name in $datasets; do files+=${files:+,}datasets/${name}_train.jsonl,datasets/${name}_test.jsonl; done
     [ "$model" != "$TINY" ] || start=(--pretrain)
+    for dataset in $datasets; do [ -z "$(longest)" ] || start+=(--max_length "$(longest)"); done # the last one counts
     start+=(${extra[@]+"${extra[@]}"})
     [ "$arm" = run_jepa ] || given=(-- --regular ${start[@]+"${start[@]}"})
     [ "$arm" = run_regular ] ||

@@ -109,10 +109,14 @@ class Sandbox:
                     hangs = not ready.select(START_SECONDS)
                 if not hangs and self._child.stdout.readline() == READY:
                     return
-                code = None if hangs else self._child.wait(5)
+                code = None
+                if not hangs:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        code = self._child.wait(5)
                 self.close()
                 errors.seek(0)
-                said = (errors.read().decode(errors="replace").strip() or "it says nothing").splitlines()[-1]
+                nothing = "it says nothing" if code is not None else "it hangs"
+                said = (errors.read().decode(errors="replace").strip() or nothing).splitlines()[-1]
             if code is not None and code >= 0:  # it ended by itself
                 break
         raise OSError(f"the process for {self.function} does not start with {sys.executable}: {said}")

@@ -377,5 +377,7 @@ def test_two_nodes_train_as_one_process_and_their_checkpoint_goes_on(ranks, tmp_
     shutil.rmtree(out / "checkpoint-6")
     (out / "model.safetensors").unlink()
     runs.write_json(out / "run.json", runs.read_json(out / "run.json") | {"status": "interrupted"})
-    train(ranks, 2, out, data, *flags, "--resume")
+    where = ("--train_file", data, "--output_dir", out, "--model_name", MODEL, "--learning_rate", "1e-3")
+    codes, errors = ranks(2, *where, *flags, "--resume")
+    assert codes == [0, 0] and "resuming from checkpoint-4" in errors, errors
     same_run(one, out)

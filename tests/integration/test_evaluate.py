@@ -1057,6 +1057,8 @@ def test_an_unfinished_run_is_refused(status, plain_run, data, tmp_path):
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "finished"
     (folder / "run.json").write_text(json.dumps(record | {"status": status}))
+    for name in ("config.json", "tokenizer_config.json"):  # saved at the end
+        (folder / name).unlink()
     before = snapshot(folder)
     done = call("evaluate", "--model_name", folder, "--input_file", data, "--plain")
     assert done.code == 2 and f"{folder}: the run is {status}, not finished" in done.err

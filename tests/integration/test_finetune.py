@@ -387,6 +387,19 @@ def test_an_adapter_without_chat_format_trains_what_an_output_layer_has_for_the_
     assert answers[0] == answers[1]
 
 
+def test_an_output_layer_with_a_bias_takes_no_rows_of_an_adapter(data, tmp_path):
+    from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "models" / "llama3")
+    tokenizer.save_pretrained(tmp_path / "phi")
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    PhiForCausalLM(PhiConfig(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "phi")
+    where = ("--train_file", data, "--model_name", tmp_path / "phi", "--output_dir", tmp_path / "run")
+    done = call("finetune", *where, "--lora", "--plain", *JEPA)
+    assert done.code == 2 and "--lora: not with --plain for a model whose output layer has a bias" in done.err
+    assert call("finetune", *where, "--lora", *JEPA, "--max_steps", 1).code == 0
+
+
 def test_a_model_without_room_for_the_new_tokens_grows(data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -106,8 +106,8 @@ def test_how_the_rows_stand_to_those_of_training_is_noted(files, tmp_path):
     assert notes("fields", files["csv"], *FIELDS, "--system", SYSTEM) == []
     other = write_rows(tmp_path / "other.jsonl", [message_row("a", "b", None)])
     assert notes("other", other) == [f"the rows' system turn is not the one that the run was trained with ({SYSTEM!r})"]
-    done = call("evaluate", "--model_name", run, "--input_file", files["csv"], "--task", "text", *FIELDS)
-    assert done.code == 2 and f"was trained on rows with --system {shlex.quote(SYSTEM)}" in done.err
+    note = f"the rows' system turn is not the one that the run was trained with ({SYSTEM!r})"
+    assert notes("without", files["csv"], *FIELDS) == [note]
     bare = train(files["csv"], tmp_path / "bare", *FIELDS)
     done = call("evaluate", "--model_name", bare, "--input_file", files["csv"], "--task", "text", *FIELDS,
                 "--system", SYSTEM)  # fmt: skip
