@@ -118,6 +118,18 @@ def test_the_preflight_comes_before_an_evaluation_that_is_left(node):
     assert scripts[:2] == ["preflight.py", "evaluate.py"] and scripts.count("preflight.py") == 1
 
 
+@pytest.mark.parametrize(("dataset", "flags", "length"), [("synth", (), None), ("yelp", (), "2048"),
+                                                          ("yelp", ("--max_length", "900"), "900")])  # fmt: skip
+def test_the_preflight_plans_for_the_rows_of_the_training(node, dataset, flags, length):
+    for part in ("train", "test"):
+        (node.folder / f"datasets/{dataset}_{part}.jsonl").touch()
+    done = node.run("run_jepa", "-", "-", "-", "-", "-", "82", "-", dataset, "--", *flags)
+    assert done.returncode == 0, done.stderr
+    found = node.by_script()
+    for (argv,) in (found["preflight.py"], found["finetune8bh200.py"]):
+        assert pairs(argv).get("--max_length") == length
+
+
 def test_nine_arguments(node):
     done = node.run("run_jepa", "org/M-8B", "4e-5", "2", "-3", "1", "37", "2.5", "turk", "far/away")
     assert done.returncode == 0, done.stderr
