@@ -178,9 +178,10 @@ def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings
     wrong_length = s.max_new_tokens < 1 and s.max_new_tokens != -1
     r.refuse(wrong_length, f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
     r.refuse(s.max_examples < 0, f"--max_examples {s.max_examples} is negative")
-    for name in filter(None, (s.model_name, s.original_model_name)):
+    for flag_ in ("model_name", "original_model_name"):
         try:
-            loading.check_name(name)
+            if name := getattr(s, flag_):
+                loading.check_name(name, flag_)
         except UsageError as error:
             r.append(str(error))
     named = dataset_name(s.input_file or "")

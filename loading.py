@@ -14,17 +14,17 @@ from rendering import END_OF_TURN, PERCEPTION, predictor_token
 from runs import UsageError, first_line
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, flag: str = "model_name") -> None:
     """Raises UsageError where a model's name is that of a folder which is not there, or holds no model."""
     folder = Path(name)
     if folder.is_dir():
         known = ("config.json", "adapter_config.json", "tokenizer_config.json", "run.json")
         if not any((folder / file).is_file() for file in known):
-            raise UsageError(f"--model_name {name} is no model folder: it has neither config.json nor a tokenizer")
+            raise UsageError(f"--{flag} {name} is no model folder: it has neither config.json nor a tokenizer")
         return
     beside_runs = "/" in name and any(folder.parent.glob("*/run.json"))  # else it is a name of the hub
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or beside_runs:
-        raise UsageError(f"--model_name {name}: there is no such folder")
+        raise UsageError(f"--{flag} {name}: there is no such folder")
 
 
 def load_tokenizer(s: Any, predictors: bool = True) -> Any:

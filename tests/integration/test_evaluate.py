@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -1184,7 +1185,7 @@ def test_a_finished_evaluation_is_refused_before_the_model_is_loaded(model, data
     assert done.code == 2 and f"from a finished evaluation of {data}; give --output_file" in done.err
 
 
-def test_a_model_that_is_not_there_is_said_to_be_that(data, tmp_path):
+def test_a_model_that_is_not_there_is_said_to_be_that(model, data, tmp_path):
     for name, said in (("nowhere", "there is no such folder"), ("empty", "neither config.json nor a tokenizer")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         done = call("evaluate", "--model_name", tmp_path / name, "--input_file", data)
@@ -1194,9 +1195,29 @@ def test_a_model_that_is_not_there_is_said_to_be_that(data, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         done = call("evaluate", "--model_name", "runs/mien", "--input_file", data)
+        other = call("evaluate", "--model_name", model, "--original_model_name", "./base", "--input_file", data)
         patch.chdir("runs")
         loading.check_name("gpt2")  # beside runs too, a name of the hub
     assert done.code == 2 and "--model_name runs/mien: there is no such folder" in done.err
+    assert other.code == 2 and "--original_model_name ./base: there is no such folder" in other.err
+
+
+def test_choices_of_half_precision_are_compared_by_float32_logits(model, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "hellaswag_test.jsonl", [message_row(user, "A") for user in USERS])
+
+    def likelihoods(name: str) -> list[dict]:
+        out = tmp_path / name / "p.jsonl"
+        where = ("--model_name", model, "--input_file", data, "--output_file", out)
+        done = call("evaluate", *where, "--dtype", "bfloat16")
+        assert done.code == 0, done.err
+        return [row["log_likelihoods"] for row in lines(out)]
+
+    exact = likelihoods("exact")
+    monkeypatch.setattr(generation, "float32_logits", lambda model: contextlib.nullcontext())
+    rounded = likelihoods("rounded")
+    assert all(a != b for a, b in zip(exact, rounded, strict=True))
+    for a, b in zip(exact, rounded, strict=True):
+        assert a == pytest.approx(b, abs=0.05)
 
 
 def test_a_sandbox_that_does_not_start_is_an_error_and_no_wrong_answer(tmp_path, monkeypatch):
