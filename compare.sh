@@ -33,7 +33,7 @@ report_folder() { # extra flags
 report() { # of both arms' runs; extra flags
   local allow=(${ALLOW:-})
   [ -z "$protocol" ] || allow+=(reference_grad_scale) # the published arms differ in it
-  supervise "$python" report.py "${runs[@]}" --output_dir "$(report_folder "$@")" ${allow[@]+--allow "${allow[@]}"}
+  supervise "$python" -m llm_jepa.report "${runs[@]}" --output_dir "$(report_folder "$@")" ${allow[@]+--allow "${allow[@]}"}
 }
 
 held_out_rows() { # trains on a part of the train rows and evaluates on the rest, instead of on the test rows
@@ -50,7 +50,7 @@ cells() { # an arm with its present settings on each sweep seed; extra flags
 
 best() { # fills `picked` with the run folder of the best cell of arm $1
   finish
-  picked=$("$python" sweep.py --pick "$1" --output_file "$folder/sweep.json" "${runs[@]}")
+  picked=$("$python" -m llm_jepa.sweep --pick "$1" --output_file "$folder/sweep.json" "${runs[@]}")
 }
 
 pick() { # sets learning_rate, predictors and lbd to what is best on the held-out rows; extra flags

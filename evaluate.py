@@ -30,16 +30,35 @@ from tqdm import tqdm
 from transformers import BitsAndBytesConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
-import loading
-import vllm_engine
-from examples import Example, ExampleError, Fields, Problems, data_sha256, dataset_name, read_examples, split_examples
-from generation import Generation, choose, encode_choices, generate, stop_ids, tokenise
-from predictions import agreed, begin_output, check_free, collect, owner, processes, read_rows, write_rows
-from rendering import Renderer
-from runs import UsageError, first_line, flag, folder_sha256, parse_flags, provenance, read_json, sha256, write_json
-from scoring import TASKS, Scorer, score_text, wilson
-from settings import Refusals
-from settings import Settings as TrainingSettings
+from llm_jepa.cli import Refusals, UsageError, first_line, flag, parse_flags
+from llm_jepa.data.examples import (
+    Example,
+    ExampleError,
+    Fields,
+    Problems,
+    data_sha256,
+    dataset_name,
+    read_examples,
+    split_examples,
+)
+from llm_jepa.data.rendering import Renderer
+from llm_jepa.evaluation import vllm_engine
+from llm_jepa.evaluation.generation import Generation, choose, encode_choices, generate, stop_ids, tokenise
+from llm_jepa.evaluation.predictions import (
+    agreed,
+    begin_output,
+    check_free,
+    collect,
+    owner,
+    processes,
+    read_rows,
+    write_rows,
+)
+from llm_jepa.files import folder_sha256, read_json, sha256, write_json
+from llm_jepa.model import LOADING_ERRORS, check_name, load_tokenizer, load_weights
+from llm_jepa.run_folder import provenance
+from llm_jepa.scoring.tasks import TASKS, Scorer, score_text, wilson
+from llm_jepa.settings import Settings as TrainingSettings
 
 HERE = Path(__file__).resolve().parent
 GOLD_RIGHT = 0.9  # of the rows' own answers must count as right: published sets have a few that fail
@@ -181,7 +200,7 @@ def check_settings(s: Settings, given: set[str], processes: int = 1) -> Settings
     for flag_ in ("model_name", "original_model_name"):
         try:
             if name := getattr(s, flag_):
-                loading.check_name(name, flag_)
+                check_name(name, flag_)
         except UsageError as error:
             r.append(str(error))
     named = dataset_name(s.input_file or "")
@@ -293,7 +312,7 @@ def load_renderer(name: str, s: Settings, base: str) -> Renderer:
         model_name=name if has_tokenizer else s.original_model_name or base, revision=s.revision, plain=s.plain,
         max_length=sys.maxsize, lm_labels="answer_text" if s.task and TASKS[s.task].choices else "answer", **views,
     )  # fmt: skip
-    return Renderer(loading.load_tokenizer(render_as, predictors=False), render_as)
+    return Renderer(load_tokenizer(render_as, predictors=False), render_as)
 
 
 def load(name: str, s: Settings) -> tuple[Any, Renderer]:
@@ -311,14 +330,14 @@ def load(name: str, s: Settings) -> tuple[Any, Renderer]:
     try:
         if adapter and s.revision is None:
             options["revision"] = read_json(folder / "adapter_config.json").get("revision")
-        model = loading.load_weights(base, **options)
+        model = load_weights(base, **options)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         if adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, name)
-    except loading.LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise UsageError(f"--model_name {name} cannot be loaded: {first_line(error)}") from None
     return (model if "device_map" in options else model.to(device)).eval(), renderer
 
@@ -362,7 +381,7 @@ def databases_of(s: Settings) -> Path | None:
     """The folder of Spider's databases, None for a task without. Raises UsageError where there are none."""
     if not TASKS[s.task].needs_databases:
         return None
-    from sql import spider_databases
+    from llm_jepa.scoring.sql import spider_databases
 
     path = Path(s.spider_path)
     here = path if path.exists() or path.is_absolute() else HERE / path
@@ -551,7 +570,7 @@ def run(s: Settings) -> None:
 
 def run_embeddings(s: Settings, examples: list[Example], record: dict[str, Any], problems: Problems) -> None:
     """Embeds the views, writes what the flags ask for, prints the figures. Refuses to replace files."""
-    import embeddings
+    from llm_jepa.evaluation import embeddings
 
     drawing = Path(s.output_file).with_name(f"t_sne_{s.t_sne_type}.png") if s.t_sne else None
     figures, vectors = (Path(p) if p else None for p in (s.similarity and s.output_file, s.export_embeddings))

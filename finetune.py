@@ -52,32 +52,17 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
-from examples import Example, ExampleError, Problems, data_sha256, read_examples, split_examples
-from loading import context, load_model, load_tokenizer
-from rendering import Renderer
-from runs import (
-    Run,
-    UsageError,
-    first_line,
-    mark_checkpoint,
-    parse_flags,
-    processes,
-    provenance,
-    read_json,
-    whole_checkpoints,
-    write_json,
-    write_text,
-)
-from segments import (
-    POINTS,
-    MicroBatches,
-    Segment,
-    SegmentDataset,
-    SegmentStream,
-    end_of_turn,
-    without_views,
-)
-from settings import Settings, check_settings, is_flash
+from llm_jepa.cli import UsageError, first_line, parse_flags
+from llm_jepa.data.batching import MicroBatches, SegmentDataset, without_views
+from llm_jepa.data.examples import Example, ExampleError, Problems, data_sha256, read_examples, split_examples
+from llm_jepa.data.rendering import Renderer
+from llm_jepa.data.segments import Segment, end_of_turn
+from llm_jepa.data.spans import POINTS
+from llm_jepa.data.streaming import SegmentStream
+from llm_jepa.files import read_json, write_json, write_text
+from llm_jepa.model import context, load_model, load_tokenizer
+from llm_jepa.run_folder import Run, mark_checkpoint, processes, provenance, whole_checkpoints
+from llm_jepa.settings import Settings, check_settings, is_flash
 
 # -------------------------------------------------------------------------------------------------------- layouts
 # Letters: B examples, R rows, T tokens in a row, D hidden size, V vocabulary, N label tokens, P pairs,
@@ -1208,8 +1193,8 @@ def run_trainer(trainer: JepaTrainer, checkpoints: list[Path]) -> None:
 def held_out_generation(s: Settings, parts: Parts, state: PartialState) -> Any:
     """A function of the model: exact match on this process's share of the first --eval_generate held-out rows."""
     # Imported here since generation.py builds on this file.
-    from generation import generate
-    from scoring import score_text
+    from llm_jepa.evaluation.generation import generate
+    from llm_jepa.scoring.tasks import score_text
 
     mine = parts.held_out.examples[: s.eval_generate][state.process_index :: state.num_processes]
 

@@ -39,9 +39,11 @@ from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments,
 
 import finetune
 from finetune import Engine, JepaTrainer, Parts, training_arguments
-from loading import load_config, load_model
-from runs import UsageError, flag, launch, processes, read_json
-from settings import MODEL, OPTIM, RUN, Refusals, Settings, check_settings, resolve
+from llm_jepa.cli import Refusals, UsageError, flag
+from llm_jepa.files import read_json
+from llm_jepa.model import load_config, load_model
+from llm_jepa.run_folder import launch, processes
+from llm_jepa.settings import MODEL, OPTIM, RUN, Settings, check_settings, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

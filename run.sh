@@ -210,7 +210,7 @@ threads_of_each() { # of this node's processes
 
 launcher() { # fills `launch` with what starts the processes of a training; run folder
   launch=("$python")
-  [ "$processes" -eq 1 ] || launch=(env "$(threads_of_each)" "$python" -m launch
+  [ "$processes" -eq 1 ] || launch=(env "$(threads_of_each)" "$python" -m llm_jepa.large.launch
     --standalone --nproc_per_node "$processes")
 }
 
@@ -290,7 +290,7 @@ run_seed() { # seed, run folder, extra flags
   else
     evaluate "${@:2}" || fail "evaluation of seed $1 ended with exit code $?: $2" "$?"
   fi
-  line=$("$python" report.py --line "$2")
+  line=$("$python" -m llm_jepa.report --line "$2")
   printf '%s\n' "$line${before:+  (done before: $before)}" >&3
 }
 
@@ -326,7 +326,7 @@ run_pretrain() { # seed, extra flags of the pretraining
 }
 
 conclude() { # extra flags
-  if [[ $arm = run_* ]]; then "$python" report.py "${runs[@]}"; else report "$@"; fi
+  if [[ $arm = run_* ]]; then "$python" -m llm_jepa.report "${runs[@]}"; else report "$@"; fi
 }
 
 main() {

@@ -113,7 +113,7 @@ before_seeds() { # the preflight, on every node before any of them trains or eva
     [ "$arm" = run_jepa ] || given=(-- --regular ${start[@]+"${start[@]}"})
     [ "$arm" = run_regular ] ||
       given+=(-- --predictors "$predictors" --lbd "$lbd" ${start[@]+"${start[@]}"} ${later[@]+"${later[@]}"})
-    supervise "$python" preflight.py --model_name "$model" --data_files "$files" --output_dir "${RUNS_DIR:-runs}" \
+    supervise "$python" -m llm_jepa.preflight --model_name "$model" --data_files "$files" --output_dir "${RUNS_DIR:-runs}" \
       --runs "$left" --device "$DEVICE" --nproc_per_node "$processes" --nnodes "$NODES" \
       --node_rank "$node" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" \
       --join_limit "$JOIN_LIMIT" "${given[@]}" || fail "not ready (see above)" "$?"
@@ -124,7 +124,7 @@ before_training() { [ "$node" -gt 0 ] || check_scoring "$@"; } # extra flags
 
 launcher() { # fills `launch` with torchrun; run folder, which the nodes take to know one another by
   # With a store of its own for each start, processes never find the addresses of those that died.
-  launch=(env "$(threads_of_each)" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "$python" -m launch
+  launch=(env "$(threads_of_each)" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "$python" -m llm_jepa.large.launch
     --nproc_per_node "$processes" --max-restarts "$MAX_RESTARTS")
   if [ "$NODES" -eq 1 ]; then
     launch+=(--standalone)
@@ -136,7 +136,7 @@ launcher() { # fills `launch` with torchrun; run folder, which the nodes take to
 
 answerer() {
   launch=("$python")
-  [ "$processes" -eq 1 ] || launch=(env "$(threads_of_each)" "$python" -m launch
+  [ "$processes" -eq 1 ] || launch=(env "$(threads_of_each)" "$python" -m llm_jepa.large.launch
     --nproc_per_node "$processes" --standalone)
 }
 

@@ -22,9 +22,9 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate  # noqa: E402
-import generation  # noqa: E402
-from examples import Example, Problems, read_examples  # noqa: E402
-from runs import sha256  # noqa: E402
+from llm_jepa.data.examples import Example, Problems, read_examples  # noqa: E402
+from llm_jepa.evaluation import generation  # noqa: E402
+from llm_jepa.files import sha256  # noqa: E402
 
 
 def padded_batches(

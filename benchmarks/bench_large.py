@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import finetune  # noqa: E402
 import finetune8bh200  # noqa: E402
-import memory  # noqa: E402
-from runs import UsageError, build_parser, read_json, sha256, write_json  # noqa: E402
+from llm_jepa.cli import UsageError, build_parser
+from llm_jepa.files import read_json, sha256, write_json  # noqa: E402
+from llm_jepa.large import memory  # noqa: E402
 
 JEPA = ["--predictors", "1", "--lbd", "1"]
 ARMS = {

@@ -17,9 +17,9 @@ from timing import interleave, percentiles, table, write
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from examples import Example, ExampleError  # noqa: E402
-from runs import sha256  # noqa: E402
-from sql import ExecutionMatch, spider_databases  # noqa: E402
+from llm_jepa.data.examples import Example, ExampleError  # noqa: E402
+from llm_jepa.files import sha256  # noqa: E402
+from llm_jepa.scoring.sql import ExecutionMatch, spider_databases  # noqa: E402
 
 
 def score_all(databases: Path, lines: list[str]) -> int:

@@ -44,9 +44,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
-import segments  # noqa: E402
-from examples import Problems, read_examples  # noqa: E402
-from runs import sha256  # noqa: E402
+from llm_jepa.data import segments  # noqa: E402
+from llm_jepa.data.examples import Problems, read_examples  # noqa: E402
+from llm_jepa.files import sha256  # noqa: E402
 
 # The CPU's shape has about 5 M weights; the other is Llama-3.2-1B's.
 SHAPES = {

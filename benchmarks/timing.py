@@ -13,7 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runs import provenance, write_json  # noqa: E402
+from llm_jepa.files import write_json
+from llm_jepa.run_folder import provenance  # noqa: E402
 
 
 def interleave(arms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

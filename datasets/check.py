@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 from sources import read_manifest, refuse_other_encodings
 
-from examples import Example, ExampleError, Problems, read_examples
-from rendering import Renderer
-from runs import UsageError, sha256
+from llm_jepa.cli import UsageError
+from llm_jepa.data.examples import Example, ExampleError, Problems, read_examples
+from llm_jepa.data.rendering import Renderer
+from llm_jepa.files import sha256
 
 SHOWN = 5  # line numbers in the report
 LOOSE = "the same but for case, spaces and Unicode form"

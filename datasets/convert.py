@@ -17,7 +17,7 @@ from typing import Any
 import synth_grammar
 from sources import Row, Source, SpiderFiles, file_entry, refuse_other_encodings
 
-from examples import Example, ExampleError, parse_messages, split_examples
+from llm_jepa.data.examples import Example, ExampleError, parse_messages, split_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 42  # of `draw`, and of the published splits of the regex sets and of Spider

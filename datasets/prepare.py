@@ -30,8 +30,9 @@ import check
 from convert import DATASETS, Dataset, Parts, as_row
 from sources import Source, file_entry, pinned, read_manifest, refuse_other_encodings
 
-from examples import Example, ExampleError, Fields, Problems, is_hub, read_examples, split_examples
-from runs import UsageError, sha256, write_json
+from llm_jepa.cli import UsageError
+from llm_jepa.data.examples import Example, ExampleError, Fields, Problems, is_hub, read_examples, split_examples
+from llm_jepa.files import sha256, write_json
 
 HERE = Path(__file__).resolve().parent
 

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from examples import HUB, ExampleError, Problems, Rows, is_hub, read_rows
-from runs import UsageError, read_json, sha256
+from llm_jepa.cli import UsageError
+from llm_jepa.data.examples import HUB, ExampleError, Problems, Rows, is_hub, read_rows
+from llm_jepa.files import read_json, sha256
 
 MAX_BYTES = 256 * 2**20  # of a file of Spider: ten times the largest, and what its rows take in memory is a few GiB
 BLOCK = 4096  # bytes read at once: each can grow to some 80 MB when unpacked, whatever size the archive states

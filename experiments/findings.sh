@@ -53,7 +53,7 @@ controls() {
     [ -f "$run/eval/synth/metrics.json" ] || "$python" evaluate.py --model_name "$run" --input_file datasets/synth_test.jsonl
   done
   corrected=$(printf '%s\n' --pretrain "${flags[@]}" | sha256sum | cut -c1-8) # run.sh's mark of these flags
-  "$python" report.py runs/*-tiny-no-pad-*-x"$corrected" --output_dir reports/controls --allow train_file train_data evaluation.threads
+  "$python" -m llm_jepa.report runs/*-tiny-no-pad-*-x"$corrected" --output_dir reports/controls --allow train_file train_data evaluation.threads
 }
 
 stopping() {
@@ -75,7 +75,7 @@ data() {
     export EPOCHS=$((8000 / n)) DATASET=$dataset # 1000 steps
     bash run.sh sweep
     bash run.sh run_regular -- --stp geodesic
-    "$python" report.py runs/"$dataset"-tiny-*-e"$EPOCHS"-s* --output_dir "reports/data-$n"
+    "$python" -m llm_jepa.report runs/"$dataset"-tiny-*-e"$EPOCHS"-s* --output_dir "reports/data-$n"
   done
 }
 

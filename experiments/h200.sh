@@ -64,7 +64,7 @@ smollm2() {
     rows "$name"
     within bash run.sh compare -- --batch_size 32 --grad_accum 1 --save_strategy no
     within bash run.sh run_regular -- --batch_size 32 --grad_accum 1 --save_strategy no --stp geodesic
-    within "$python" report.py runs/gpu-"$name"-"${MODEL##*/}"-* --output_dir "reports/gpu-$name-${MODEL##*/}"
+    within "$python" -m llm_jepa.report runs/gpu-"$name"-"${MODEL##*/}"-* --output_dir "reports/gpu-$name-${MODEL##*/}"
   done
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import json
 import os
@@ -46,7 +47,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def call(script: str, *argv: object) -> SimpleNamespace:
     """Runs finetune.main or evaluate.main in this process: its exit code, stdout and stderr."""
-    module = __import__(script)
+    module = importlib.import_module(script)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -17,7 +17,7 @@ import torch
 from conftest import GOLDEN, ROOT, message_row, same_weights, weights, write_rows
 from ranks import Ranks
 
-import runs
+from llm_jepa.files import read_json, write_json
 
 # 22 rows in steps of 8: the last step of a pass has 6, so that some of four processes have a micro-batch of 1, or none.
 ROWS = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 5)) for i in range(22)]
@@ -95,7 +95,7 @@ def test_shards_train_to_what_one_process_trains_to(ranks, tmp_path, data, flags
     same_run(one, two)
     four = train(ranks, 4, tmp_path / "four", data, *flags, *sizes(4, 2))
     same_run(one, four)
-    assert runs.read_json(four / "args.json")["sharding"] == "fsdp2"
+    assert read_json(four / "args.json")["sharding"] == "fsdp2"
 
 
 def test_shards_of_tied_embeddings(ranks, tmp_path, data, tied):
@@ -143,16 +143,16 @@ def test_an_interrupted_run_goes_on_with_half_the_processes(ranks, tmp_path, dat
         for step in range(kept + 2, STEPS + 1, 2):
             shutil.rmtree(cut / f"checkpoint-{step}")
         (cut / "model.safetensors").unlink()
-        runs.write_json(cut / "run.json", runs.read_json(cut / "run.json") | {"status": "interrupted"})
+        write_json(cut / "run.json", read_json(cut / "run.json") | {"status": "interrupted"})
         train(ranks, 2, cut, data, *flags, *sizes(2), "--resume")
         same_weights(whole, cut, rtol=1e-4, atol=1e-6)
-        assert runs.read_json(cut / "run.json")["processes"] == 2
+        assert read_json(cut / "run.json")["processes"] == 2
         assert metrics(cut, "tokens") == metrics(whole, "tokens")
 
 
 def test_other_processes_must_have_the_same_steps(ranks, tmp_path, data):
     run = train(ranks, 2, tmp_path / "run", data, *JEPA, *sizes(2))
-    runs.write_json(run / "run.json", runs.read_json(run / "run.json") | {"status": "interrupted"})
+    write_json(run / "run.json", read_json(run / "run.json") | {"status": "interrupted"})
     common = ("--train_file", data, "--output_dir", run, "--model_name", MODEL, "--learning_rate", "1e-3", *JEPA)
     common = (*common, "--num_epochs", 2, "--resume")
     codes, errors = ranks(4, *common, *sizes(2))
@@ -171,7 +171,7 @@ def test_adapters_train_to_what_one_process_trains_to(ranks, tmp_path, data, tie
     flags = (*JEPA, *more, "--lora", "--lora_rank", 4, "--lora_dropout", 0, "--merge")
     one = train(ranks, 1, tmp_path / "one", data, *flags, *sizes(1, 8), model=model)
     two = train(ranks, 2, tmp_path / "two", data, *flags, *sizes(2), model=model)
-    assert runs.read_json(two / "args.json")["sharding"] == sharding
+    assert read_json(two / "args.json")["sharding"] == sharding
     assert metrics(two, "total") == pytest.approx(metrics(one, "total"), rel=1e-5)
     first, second = (weights(run, "adapter_model.safetensors") for run in (one, two))
     assert first.keys() == second.keys()
@@ -188,7 +188,7 @@ def test_quantised_weights_of_two_processes(ranks, tmp_path, data):
     wide = variant(tmp_path / "llama3", hidden_size=64, intermediate_size=128, head_dim=16)
     one = train(ranks, 1, tmp_path / "one", data, *flags, *sizes(1, 8), model=wide)
     two = train(ranks, 2, tmp_path / "two", data, *flags, *sizes(2), model=wide)
-    assert runs.read_json(two / "args.json")["sharding"] == "ddp"
+    assert read_json(two / "args.json")["sharding"] == "ddp"
     assert metrics(two, "total") == pytest.approx(metrics(one, "total"), rel=2e-3)
     whole = train(ranks, 1, tmp_path / "whole", data, *flags[:-1], *sizes(1, 8), model=wide)
     assert abs(metrics(one, "lm_loss")[0] - metrics(whole, "lm_loss")[0]) > 1e-4  # the frozen weights are not the same
@@ -285,7 +285,7 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(ranks, tmp_path, 
     log = killed.with_suffix(".log")
     assert job.wait(timeout=200) == 0, log.read_text()
     assert "resuming from checkpoint-" in log.read_text()
-    record = runs.read_json(killed / "run.json")
+    record = read_json(killed / "run.json")
     assert record["status"] == "finished" and len(record["attempts"]) == 2
     same_weights(tmp_path / "calm", killed)
     assert metrics(killed, "lm_loss") == metrics(tmp_path / "calm", "lm_loss")
@@ -321,7 +321,7 @@ def test_a_restart_that_one_node_counts_is_one_of_all(ranks, tmp_path, data):
 def test_what_fails_for_certain_is_not_tried_again(ranks, tmp_path, data):
     run = train(ranks, 2, tmp_path / "run", data, *JEPA, *sizes(2))
     failed = {"status": "failed", "repeats": True, "error": "the loss of step 3 is nan; training stopped"}
-    runs.write_json(run / "run.json", runs.read_json(run / "run.json") | failed)
+    write_json(run / "run.json", read_json(run / "run.json") | failed)
     flags = ("--model_name", MODEL, "--learning_rate", "1e-3", "--num_epochs", 2, *JEPA, *sizes(2))
     codes, errors = ranks(2, "--train_file", data, "--output_dir", run, *flags, TORCHELASTIC_RESTART_COUNT="1")
     assert codes == [2, 2] and errors.count("the loss of step 3 is nan; training stopped (not tried again)") == 1, (
@@ -376,7 +376,7 @@ def test_two_nodes_train_as_one_process_and_their_checkpoint_goes_on(ranks, tmp_
     same_run(one, out)
     shutil.rmtree(out / "checkpoint-6")
     (out / "model.safetensors").unlink()
-    runs.write_json(out / "run.json", runs.read_json(out / "run.json") | {"status": "interrupted"})
+    write_json(out / "run.json", read_json(out / "run.json") | {"status": "interrupted"})
     where = ("--train_file", data, "--output_dir", out, "--model_name", MODEL, "--learning_rate", "1e-3")
     codes, errors = ranks(2, *where, *flags, "--resume")
     assert codes == [0, 0] and "resuming from checkpoint-4" in errors, errors

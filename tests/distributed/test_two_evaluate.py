@@ -12,7 +12,7 @@ import pytest
 from conftest import GOLDEN, ROOT, call, message_row, write_rows
 from ranks import Ranks
 
-import generation
+from llm_jepa.evaluation import generation
 
 USERS = [f"lines with the number {i}" + " or a vowel" * (i * 5 % 7) for i in range(11)]
 FLAGS = ("--model_name", GOLDEN / "models" / "llama3", "--batch_size", 2, "--max_new_tokens", 6, "--dtype", "float32")

@@ -14,7 +14,7 @@ import pytest
 from conftest import GOLDEN, ROOT, message_row, same_weights, write_rows
 from ranks import Ranks
 
-import runs
+from llm_jepa.files import read_json
 
 # 13 rows in steps of 8: the second step has 5, so that one process gets a short micro-batch with --batch_size 4, and
 # with --batch_size 1 --grad_accum 4 some get none at all.
@@ -23,7 +23,15 @@ ROWS = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 3)) for 
 
 def launch(out: Path, data: Path, *flags: object) -> subprocess.Popen:
     """Two processes of finetune.py under torchrun."""
-    command = [sys.executable, "-m", "launch", "--standalone", "--nproc_per_node", 2, ROOT / "finetune.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "llm_jepa.large.launch",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        ROOT / "finetune.py",
+    ]
     command += ["--train_file", data, "--output_dir", out, "--model_name", GOLDEN / "models" / "llama3"]
     command += ["--learning_rate", "1e-3", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -75,7 +83,7 @@ def test_two_processes_equal_one(ranks, tmp_path, flags, sizes):
         assert metrics(two, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-4)
         for key in ("tokens", "label_tokens", "pairs", "spans"):
             assert metrics(two, key) == metrics(one, key)
-        assert runs.read_json(two / "run.json")["processes"] == 2
+        assert read_json(two / "run.json")["processes"] == 2
 
 
 @pytest.mark.parametrize("bad", [1, 6, 7])
@@ -91,10 +99,10 @@ def test_a_bad_row_in_the_stream_of_any_process_is_named(ranks, tmp_path, bad):
     if bad == 1:  # among the first rows, which are looked at before the run folder is made
         assert not run.exists()
     else:
-        assert runs.read_json(run / "run.json")["error"] == reason
+        assert read_json(run / "run.json")["error"] == reason
     codes, errors = ranks(2, *where, *flags, "--overwrite", "--skip_bad_examples")
     assert codes == [0, 0] and f"skipped 1 bad examples: {reason}" in errors
-    assert runs.read_json(run / "run.json")["skipped_examples"] == 1
+    assert read_json(run / "run.json")["skipped_examples"] == 1
 
 
 def test_a_mistake_ends_all_processes(tmp_path):
@@ -119,7 +127,7 @@ def test_a_signal_to_torchrun_ends_all_without_a_traceback(tmp_path, sent, code)
     job.send_signal(sent)
     _, errors = job.communicate(timeout=60)
     assert job.returncode == code and "Traceback" not in errors, errors
-    assert runs.read_json(run / "run.json")["status"] == "interrupted"
+    assert read_json(run / "run.json")["status"] == "interrupted"
 
 
 def test_no_thread_of_the_process_group_outlives_training(ranks, tmp_path):

@@ -12,8 +12,8 @@ import torch
 from conftest import GOLDEN, MODELS, call, message_row, write_rows
 
 import evaluate
-import generation
-from examples import Example, ExampleError
+from llm_jepa.data.examples import Example, ExampleError
+from llm_jepa.evaluation import generation
 
 CHOICES = ("A", "B", "C", "D")
 LONG = ("A", "a word, then another", "AB 12")  # of several tokens each

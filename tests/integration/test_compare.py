@@ -18,9 +18,10 @@ from conftest import ROOT, same_weights
 from test_drivers import environment, make_stub, pairs, running
 
 import finetune
-import runs
+from llm_jepa.cli import parse_flags
+from llm_jepa.files import read_json
 
-NAMES = ("run.sh", "compare.sh", "report.py", "runs.py", "sweep.py")
+NAMES = ("run.sh", "compare.sh")
 
 # Stands for the interpreter in run.sh. FAKE=1: finetune.py and evaluate.py write at once what run.sh reads; else they
 # run in a fork of a server that has torch loaded. The report is only recorded: its folders are tested elsewhere.
@@ -28,11 +29,13 @@ STUB = r"""
 import hashlib, json, os, pathlib, signal, socket, sys, time
 
 argv = sys.argv[1:]
+if argv[0] == "-m" and argv[1].startswith("llm_jepa.") and argv[1].count(".") == 1:
+    argv = [argv[1].removeprefix("llm_jepa.") + ".py", *argv[2:]]
 script, given, trouble = argv[0], set(argv), os.environ.get("STUB", "").split()
 value = lambda flag, default=None: argv[argv.index(flag) + 1] if flag in given else default
 checksum = lambda path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 if script == "sweep.py" or (script == "report.py" and "--output_dir" not in given):
-    os.execv(sys.executable, [sys.executable, *argv])
+    os.execv(sys.executable, [sys.executable, "-m", "llm_jepa." + argv[0].removesuffix(".py"), *argv[1:]])
 with open("calls.jsonl", "a") as log:
     log.write(json.dumps({"argv": argv, "threads": os.environ.get("OMP_NUM_THREADS"), "pid": os.getpid()}) + "\n")
 if script == "finetune.py" and trouble:
@@ -128,6 +131,7 @@ class Project:
         self.folder = folder
         for name in NAMES:
             shutil.copy(ROOT / name, folder)
+        shutil.copytree(ROOT / "llm_jepa", folder / "llm_jepa")
         (folder / "models").symlink_to(ROOT / "models")
         (folder / "datasets").mkdir()
         for part, count in (("train", 40), ("test", 4)):
@@ -182,7 +186,7 @@ def test_compare_trains_both_arms_alike_and_jobs_do_not_change_the_weights(proje
     assert lines == [[arm, f"seed {seed}"] for seed in (1, 2) for arm in ("regular", "jepa")]
     for regular, jepa in zip(BOTH[::2], BOTH[1::2], strict=True):
         differing = {"regular": (True, False), "predictors": (0, 1), "lbd": (0.1, 1.0), "output_dir": (regular, jepa)}
-        a, b = (runs.read_json(project.folder / run / "args.json") for run in (regular, jepa))
+        a, b = (read_json(project.folder / run / "args.json") for run in (regular, jepa))
         assert {k: (a[k], b[k]) for k in a if a[k] != b[k]} == differing
         a, b = (label_tokens(project.folder / run) for run in (regular, jepa))
         assert a == b and len(set(a)) > 1, "the same rows in the same order"
@@ -202,7 +206,7 @@ def label_tokens(run: Path) -> list[int]:
 
 def test_sweep_of_the_embedded_model(project, server):
     done = project.run("sweep", SERVER=server, SEEDS="1", GRID_K="1 0", GRID_LBD="1", LEARNING_RATES="1e-3", JOBS="2")
-    found = runs.read_json(project.folder / SWEEP / "sweep.json")
+    found = read_json(project.folder / SWEEP / "sweep.json")
     assert found["score"] == "dfa_equal" and found["held_out"]["n"] == 8
     assert [len(found["arms"][arm]["cells"]) for arm in ("regular", "jepa")] == [1, 2]
     assert "picked: lr=0.001 k=0 λ=1, the first by learning rate, k and λ of what is equal" in done.err
@@ -250,7 +254,7 @@ def test_sweep_picks_each_arm_s_best_cell_on_held_out_rows_and_reads_test_for_it
     assert [pairs(a)["--model_name"] for a in done.answered[9:]] == final
     assert {pairs(a)["--input_file"] for a in done.answered[9:]} == {"datasets/synth_test.jsonl"}
     assert done.reports == [["report.py", *final, "--output_dir", SWEEP]]
-    found = runs.read_json(project.folder / SWEEP / "sweep.json")["arms"]
+    found = read_json(project.folder / SWEEP / "sweep.json")["arms"]
     picked = {arm: found[arm]["cells"][found[arm]["picked"]] for arm in found}
     assert picked["regular"]["runs"] == [expected[1]] and picked["jepa"]["runs"] == [expected[5]]
     assert picked["jepa"]["score"] == pytest.approx(0.7) and "equal to" not in done.err
@@ -312,7 +316,7 @@ def test_flags_behind_a_second_separator_are_of_the_jepa_arm_alone(project):
     settings = [resolved(argv) for argv in swept.trained]
     assert {s["regular"] for s in settings} == {True, False}
     assert all(s["jepa_ratio"] == (1.0 if s["regular"] else 0.5) for s in settings)
-    best = runs.read_json(next(project.folder.glob("reports/*sweep*/sweep.json")))["arms"]["jepa"]
+    best = read_json(next(project.folder.glob("reports/*sweep*/sweep.json")))["arms"]["jepa"]
     best = best["cells"][best["picked"]]
     assert (settings[-1]["predictors"], settings[-1]["lbd"]) == (best["predictors"], best["lbd"])
 
@@ -381,7 +385,7 @@ PUBLISHED = {
 
 def resolved(argv: list[str]) -> dict:
     """What args.json of a command line of finetune.py holds."""
-    settings, given = runs.parse_flags(finetune.Settings, "", argv[1:])
+    settings, given = parse_flags(finetune.Settings, "", argv[1:])
     return dataclasses.asdict(finetune.check_settings(settings, given))
 
 

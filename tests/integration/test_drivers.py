@@ -25,8 +25,10 @@ RUN_STUB = r"""
 import hashlib, json, os, pathlib, signal, subprocess, sys, time
 
 argv = sys.argv[1:]
+if argv[0] == "-m" and argv[1].startswith("llm_jepa.") and argv[1].count(".") == 1:
+    argv = [argv[1].removeprefix("llm_jepa.") + ".py", *argv[2:]]
 if argv[0] == "report.py":
-    os.execv(sys.executable, [sys.executable, *argv])
+    os.execv(sys.executable, [sys.executable, "-m", "llm_jepa." + argv[0].removesuffix(".py"), *argv[1:]])
 with open("calls.jsonl", "a") as log:
     log.write(json.dumps({"argv": argv, "threads": os.environ.get("OMP_NUM_THREADS")}) + "\n")
 script = next(a for a in argv if a.endswith(".py"))
@@ -80,8 +82,8 @@ class Project:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        for name in ("run.sh", "report.py", "runs.py"):
-            shutil.copy(ROOT / name, folder)
+        shutil.copy(ROOT / "run.sh", folder)
+        shutil.copytree(ROOT / "llm_jepa", folder / "llm_jepa")
         (folder / "datasets").mkdir()
         for name in ("synth", "turk", "paraphrase", "rotten_tomatoes", "yelp"):
             for part in ("train", "test"):
@@ -219,7 +221,7 @@ def test_several_processes_use_torchrun(project):
     done = project.run("run_jepa", SEEDS="4", NPROC="2")
     assert done.returncode == 0, done.stderr
     training, evaluation = project.calls()
-    assert training[:6] == ["-m", "launch", "--standalone", "--nproc_per_node", "2", "finetune.py"]
+    assert training[:6] == ["-m", "llm_jepa.large.launch", "--standalone", "--nproc_per_node", "2", "finetune.py"]
     assert training[-1].endswith("-e2-s4-p2"), "another number of processes is another batch size"
     assert evaluation[0] == "evaluate.py"
     assert project.threads == [str(max(1, os.cpu_count() // 2)), None]
@@ -389,7 +391,7 @@ if argv == ["-V"]:
 elif argv[0] == "-c":
     if "version_info" in argv[1]:
         sys.exit(trouble == "old")
-    os.execv(sys.executable, [sys.executable, *argv])
+    os.execv(sys.executable, [sys.executable, "-m", "llm_jepa." + argv[0].removesuffix(".py"), *argv[1:]])
 elif argv[:2] == ["-m", "venv"]:
     folder = here / argv[-1]
     if "--clear" in argv and folder.exists():

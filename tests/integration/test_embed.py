@@ -18,13 +18,13 @@ from safetensors import safe_open
 from sklearn.manifold import TSNE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import embeddings
 import finetune
-import loading
-import segments
-from examples import Example, ExampleError, Problems
-from rendering import Renderer
-from runs import UsageError
+from llm_jepa.cli import UsageError
+from llm_jepa.data import batching, segments
+from llm_jepa.data.examples import Example, ExampleError, Problems
+from llm_jepa.data.rendering import Renderer
+from llm_jepa.evaluation import embeddings
+from llm_jepa.model import load_model, load_tokenizer
 
 TINY = "tiny"
 WORDS = (
@@ -59,8 +59,8 @@ def loaded(name: str):
     """(model, HeadInput, tokenizer), tiny with random weights."""
     s = settings(name, plain=True)
     torch.manual_seed(0)
-    tokenizer = loading.load_tokenizer(s)
-    model = loading.load_model(s, tokenizer).eval()
+    tokenizer = load_tokenizer(s)
+    model = load_model(s, tokenizer).eval()
     return model, finetune.HeadInput(model), tokenizer
 
 
@@ -72,7 +72,7 @@ def renderer(name: str, **flags: object) -> Renderer:
 def training_reads(name: str, layout: str = "separate", model=None, head=None, **flags: object) -> torch.Tensor:
     """The views (2, P, D) that the JEPA loss gets."""
     r = renderer(name, **flags)
-    items = segments.SegmentDataset(EXAMPLES, r, Problems()).items
+    items = batching.SegmentDataset(EXAMPLES, r, Problems()).items
     batch = finetune.Collator(layout, r.tokenizer.pad_token_id, 256)(items)
     return (head or loaded(name)[1]).read(model or loaded(name)[0], batch)[1]
 
@@ -172,8 +172,8 @@ def test_batches_are_of_like_lengths_and_neither_logits_nor_other_layers_are_kep
 
 def test_embeddings_are_float32_without_gradients_and_without_dropout(capsys):
     s = settings("llama3", lora=True)
-    tokenizer = loading.load_tokenizer(s)
-    model = loading.load_model(s, tokenizer).train()
+    tokenizer = load_tokenizer(s)
+    model = load_model(s, tokenizer).train()
     shake(model)
     r = Renderer(tokenizer, s)
     first, second = (embeddings.embed(model.train(), r, EXAMPLES, 4) for _ in range(2))
@@ -200,7 +200,7 @@ def test_an_adapter_is_part_of_the_model():
     flags = {"predictors": 2, "lora": True}
     s = settings("llama3", **flags)
     torch.manual_seed(0)
-    model = loading.load_model(s, loaded("llama3")[2])
+    model = load_model(s, loaded("llama3")[2])
     shake(model)
     r = renderer("llama3", **flags)
     views = embeddings.embed(model, r, EXAMPLES, 4)

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 
 import evaluate
 import finetune
-import generation
-import loading
-import segments
-from examples import Example, Problems, read_examples
-from runs import UsageError
-from scoring import TASKS, Task, pure
+from llm_jepa.cli import UsageError
+from llm_jepa.data import segments
+from llm_jepa.data.examples import Example, Problems, read_examples
+from llm_jepa.evaluation import generation
+from llm_jepa.model import check_name
+from llm_jepa.scoring.tasks import TASKS, Task, pure
 
 STEPS = 16
 USERS = [
@@ -1197,7 +1197,7 @@ def test_a_model_that_is_not_there_is_said_to_be_that(model, data, tmp_path):
         done = call("evaluate", "--model_name", "runs/mien", "--input_file", data)
         other = call("evaluate", "--model_name", model, "--original_model_name", "./base", "--input_file", data)
         patch.chdir("runs")
-        loading.check_name("gpt2")  # beside runs too, a name of the hub
+        check_name("gpt2")  # beside runs too, a name of the hub
     assert done.code == 2 and "--model_name runs/mien: there is no such folder" in done.err
     assert other.code == 2 and "--original_model_name ./base: there is no such folder" in other.err
 
@@ -1226,7 +1226,7 @@ def test_a_sandbox_that_does_not_start_is_an_error_and_no_wrong_answer(tmp_path,
     predictions.write_text('{"id": 1, "prediction": "y|x"}\n')
     monkeypatch.setattr("sandbox.sys.executable", "/bin/false")
     done = call("evaluate", "--score_only", predictions, "--input_file", rows)
-    assert done.code == 1 and "regexes:dfa_equal does not start with /bin/false" in done.err
+    assert done.code == 1 and "llm_jepa.scoring.regexes:dfa_equal does not start with /bin/false" in done.err
     assert not (tmp_path / "metrics.json").exists()
 
 

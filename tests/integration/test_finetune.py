@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import finetune
-import loading
-import runs
+from llm_jepa.files import read_json, sha256
+from llm_jepa.model import load_tokenizer
+from llm_jepa.run_folder import whole_checkpoints
 
 ROWS = [message_row(f"lines with the number {i} and word {i * i}", f"({i}).*[{i * i}]") for i in range(24)]
 
@@ -142,16 +143,16 @@ def test_six_steps_stop_and_resume_to_eight_equal_eight_straight(data, tmp_path,
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
         stopped = train(data, tmp_path / "stopped", *flags, code=130)
-    assert runs.read_json(stopped / "run.json")["status"] == "interrupted"
+    assert read_json(stopped / "run.json")["status"] == "interrupted"
     train(data, stopped, *flags, "--resume")
     name = "adapter_model.safetensors" if "--lora" in flags else "model.safetensors"
     first, second = weights(straight, name), weights(stopped, name)
     assert all(first[k].equal(second[k]) for k in first)
     assert [m["step"] for m in metrics(stopped)] == list(range(1, 9))
     assert [m["total"] for m in metrics(stopped)] == [m["total"] for m in metrics(straight)]
-    record = runs.read_json(stopped / "run.json")
+    record = read_json(stopped / "run.json")
     assert record["status"] == "finished" and len(record["attempts"]) == 2
-    assert record["tokens"] == runs.read_json(straight / "run.json")["tokens"]
+    assert record["tokens"] == read_json(straight / "run.json")["tokens"]
 
 
 def test_resume_takes_the_last_whole_checkpoint(data, tmp_path, monkeypatch):
@@ -160,11 +161,11 @@ def test_resume_takes_the_last_whole_checkpoint(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 4)
         run = train(data, tmp_path / "run", *flags, code=130)
-    assert [p.name for p in runs.whole_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+    assert [p.name for p in whole_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
     # As a kill in the middle of saving leaves it: a file cut short.
     torn = run / "checkpoint-4" / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:1000])
-    assert [p.name for p in runs.whole_checkpoints(run)] == ["checkpoint-2"]
+    assert [p.name for p in whole_checkpoints(run)] == ["checkpoint-2"]
     done = train_to_the_end(data, run, *flags, "--resume")
     assert done.code == 0 and "not whole, left aside: checkpoint-4" in done.err
     assert "resuming from checkpoint-2" in done.err
@@ -186,8 +187,8 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint(data, tmp_
         done = train_to_the_end(data, tmp_path / "run", *flags)
     assert done.code == 1 and "No space left" in done.err
     run = tmp_path / "run"
-    assert runs.read_json(run / "run.json")["status"] == "failed"
-    assert [p.name for p in runs.whole_checkpoints(run)] == ["checkpoint-2"]
+    assert read_json(run / "run.json")["status"] == "failed"
+    assert [p.name for p in whole_checkpoints(run)] == ["checkpoint-2"]
     train(data, run, *flags, "--resume")
     same_weights(straight, run)
 
@@ -198,11 +199,11 @@ def test_kill_minus_nine_and_resume(data, tmp_path):
     command = [sys.executable, ROOT / "finetune.py", *flags, "--output_dir", tmp_path / "run"]
     process = subprocess.Popen([str(c) for c in command], stderr=subprocess.DEVNULL, cwd=ROOT)
     deadline = time.time() + 120
-    while not runs.whole_checkpoints(tmp_path / "run") and time.time() < deadline:
+    while not whole_checkpoints(tmp_path / "run") and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert runs.read_json(tmp_path / "run" / "run.json")["status"] == "running"
+    assert read_json(tmp_path / "run" / "run.json")["status"] == "running"
     refused = call("finetune", *flags, "--output_dir", tmp_path / "run")
     assert refused.code == 2 and "--resume" in refused.err
     assert call("finetune", *flags, "--output_dir", tmp_path / "run", "--resume").code == 0
@@ -242,7 +243,7 @@ def test_a_run_killed_in_its_last_save_is_finished_without_another_step(data, tm
         run = train(data, tmp_path / "run", *flags, code=130)
     train(data, run, *flags, "--resume")
     same_weights(straight, run)
-    first, second = (runs.read_json(r / "run.json") for r in (straight, run))
+    first, second = (read_json(r / "run.json") for r in (straight, run))
     assert (second["steps"], second["tokens"]) == (first["steps"], first["tokens"]) == (8, first["tokens"])
     assert [m["step"] for m in metrics(run)] == list(range(1, 9))
 
@@ -259,7 +260,7 @@ def test_a_run_resumes_under_another_spelling_of_its_folder(data, tmp_path, monk
         run = train(data, tmp_path / "run", *flags, code=130)
     moved = run.rename(tmp_path / "moved")
     train(data, f"{tmp_path}/./moved", *flags, "--resume")
-    assert runs.read_json(moved / "run.json")["steps"] == 4
+    assert read_json(moved / "run.json")["steps"] == 4
 
 
 def test_tokens_are_counted_whatever_the_log_interval_and_over_a_resume(data, tmp_path, monkeypatch):
@@ -270,7 +271,7 @@ def test_tokens_are_counted_whatever_the_log_interval_and_over_a_resume(data, tm
         stop_at(patch, 4)
         stopped = train(data, tmp_path / "stopped", *flags, code=130)
     train(data, stopped, *flags, "--resume", "--logging_steps", 3)
-    counted = [runs.read_json(r / "run.json")["tokens"] for r in (every, some, stopped)]
+    counted = [read_json(r / "run.json")["tokens"] for r in (every, some, stopped)]
     assert counted == [sum(m["tokens"] for m in metrics(every))] * 3
 
 
@@ -328,7 +329,7 @@ def test_lora_trains_the_predictor_rows_and_merges(data, tmp_path, model):
     adapter = weights(run, "adapter_model.safetensors")
     rows = next(v for k, v in adapter.items() if "trainable_tokens" in k)
     base = weights(GOLDEN / "models" / model)["model.embed_tokens.weight"]
-    ids = loading.load_tokenizer(finetune.Settings(model_name=str(run))).convert_tokens_to_ids(
+    ids = load_tokenizer(finetune.Settings(model_name=str(run))).convert_tokens_to_ids(
         ["<|predictor_1|>", "<|predictor_2|>"]
     )
     assert rows.shape[0] == 2 and not torch.allclose(rows, base[ids])
@@ -361,7 +362,7 @@ def test_plain_runs_and_evaluates(data, tmp_path, flags):
     done = call("evaluate", "--model_name", run, "--input_file", test, "--task", "text", "--plain", "--statswith",
                 "--max_new_tokens", 4)  # fmt: skip
     assert done.code == 0, done.err
-    assert runs.read_json(run / "eval" / "words" / "metrics.json")["score"] == "startswith"
+    assert read_json(run / "eval" / "words" / "metrics.json")["score"] == "startswith"
 
 
 def test_an_adapter_without_chat_format_trains_what_an_output_layer_has_for_the_added_tokens(data, tmp_path):
@@ -425,7 +426,7 @@ def test_a_model_without_room_for_the_new_tokens_grows(data, tmp_path):
 
 def test_the_saved_model_stops_where_it_was_trained_to(data, tmp_path):
     run = train(data, tmp_path / "run", "--regular", "--max_steps", 1, model="chatml")
-    end = loading.load_tokenizer(finetune.Settings(model_name=str(run))).convert_tokens_to_ids("<|im_end|>")
+    end = load_tokenizer(finetune.Settings(model_name=str(run))).convert_tokens_to_ids("<|im_end|>")
     assert end in json.loads((run / "generation_config.json").read_text())["eos_token_id"]
 
 
@@ -556,7 +557,7 @@ def test_same_flop_spends_what_regular_fine_tuning_in_that_layout_spends(data, t
     spent = {r.name: metrics(r)[-1]["flops"] for r in (one, same, regular)}
     assert spent["one"] > 1.15 * spent["regular"]
     assert spent["same"] == pytest.approx(spent["regular"], rel=0.08)
-    assert runs.read_json(same / "run.json")["steps"] < runs.read_json(one / "run.json")["steps"]
+    assert read_json(same / "run.json")["steps"] < read_json(one / "run.json")["steps"]
     assert len(metrics(same)) < len(metrics(one)) == len(metrics(regular))
 
 
@@ -565,9 +566,9 @@ def test_same_flop_spends_what_regular_fine_tuning_in_that_layout_spends(data, t
 
 def test_run_folder_tells_where_it_came_from(data, tmp_path):
     run = train(data, tmp_path / "run", *JEPA, "--max_steps", 2)
-    record, args = runs.read_json(run / "run.json"), runs.read_json(run / "args.json")
+    record, args = read_json(run / "run.json"), read_json(run / "args.json")
     assert record["status"] == "finished" and record["steps"] == 2
-    assert record["data_sha256"] == {str(data): runs.sha256(data)}
+    assert record["data_sha256"] == {str(data): sha256(data)}
     assert record["versions"]["torch"] == torch.__version__
     assert record["tokens"] == sum(m["tokens"] for m in metrics(run)) and record["wall_seconds"] > 0
     assert (args["lbd"], args["lm_labels"], args["layout"], args["finetune_seed"]) == (1.0, "answer", "packed", 42)
@@ -583,7 +584,7 @@ def test_an_existing_folder_is_refused_and_overwritten_only_when_asked(data, tmp
     train(bad, run, "--regular", "--overwrite", code=2)  # the mistake is found before anything is lost
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     train(data, run, "--regular", "--max_steps", 2, "--overwrite")
-    assert runs.read_json(run / "run.json")["steps"] == 2
+    assert read_json(run / "run.json")["steps"] == 2
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("mine")
@@ -603,11 +604,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path, monkeyp
     monkeypatch.setattr(finetune, "lm_loss", broken)
     flags = ("--regular", "--num_epochs", 1, "--save_strategy", "steps", "--save_steps", 2)
     run = train(data, tmp_path / "run", *flags, code=1)
-    record = runs.read_json(run / "run.json")
+    record = read_json(run / "run.json")
     assert record["status"] == "failed" and "step 3 is nan" in record["error"]
     assert record["system_turn"] == "Write the regular expression."
     assert not (run / "model.safetensors").exists()
-    kept = weights(runs.whole_checkpoints(run)[-1])
+    kept = weights(whole_checkpoints(run)[-1])
     assert all(torch.isfinite(v).all() for v in kept.values())
 
 
@@ -625,9 +626,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(data, tmp_path, mon
     monkeypatch.setattr(finetune, "lm_loss", broken)
     steps = ("--num_epochs", 1, "--save_strategy", "steps", "--save_steps", 2)
     run = train(data, tmp_path / "run", "--regular", *steps, *flags, code=1)
-    record = runs.read_json(run / "run.json")
+    record = read_json(run / "run.json")
     assert record["status"] == "failed" and "the gradient norm of step 3 is nan" in record["error"]
-    kept = weights(runs.whole_checkpoints(run)[-1])
+    kept = weights(whole_checkpoints(run)[-1])
     assert all(torch.isfinite(v).all() for v in kept.values())
 
 
@@ -745,7 +746,7 @@ def test_a_memorised_answer_is_exact_with_a_stop_token_and_only_startswith_witho
                 "--eval_strategy", "steps", "--eval_steps", 60, "--save_strategy", "no")  # fmt: skip
     done = call("evaluate", "--model_name", run, "--input_file", data, "--task", "text", "--max_new_tokens", 40)
     assert done.code == 0, done.err
-    scores = runs.read_json(run / "eval" / "two" / "metrics.json")
+    scores = read_json(run / "eval" / "two" / "metrics.json")
     stops = float(scope == "answer")
     assert (scores["exact"], scores["startswith"], scores["stop_rate"]) == (stops, 1.0, stops)
     assert metrics(run, "eval_exact")[-1]["eval_exact"] == stops
@@ -771,7 +772,7 @@ def test_a_bad_line_is_named_and_nothing_is_written_or_it_is_skipped_and_counted
     done = train_to_the_end(data, tmp_path / "run", "--regular", "--max_steps", 1)
     assert done.code == 2 and f"{data}:25" in done.err and not (tmp_path / "run").exists()
     run = train(data, tmp_path / "run", "--regular", "--max_steps", 1, "--skip_bad_examples")
-    assert runs.read_json(run / "run.json")["skipped_examples"] == 1
+    assert read_json(run / "run.json")["skipped_examples"] == 1
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "a folder"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-import generation
+from llm_jepa.evaluation import generation
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT, call, message_row, write_rows
 
-from examples import Example
-from sandbox import MEGABYTE, Failure, Sandbox
-from sql import MAX_QUERY, MAX_RESULT, ExecutionMatch, execute, spider_databases
+from llm_jepa.data.examples import Example
+from llm_jepa.scoring.sandbox import MEGABYTE, Failure, Sandbox
+from llm_jepa.scoring.sql import MAX_QUERY, MAX_RESULT, ExecutionMatch, execute, spider_databases
 
 SECONDS = 1.0  # for one query
 MARGIN = 3.0  # beyond it: the child's start and the way to it and back, on a loaded machine
@@ -497,7 +497,8 @@ def test_without_the_authorizer_a_database_is_still_read_only(place):
     """Were a kind of statement ever overlooked: the file is opened read-only, and no other file can be."""
     groups = ("writes", "writes to the schema's table", "schema", "transactions", "other files", "pragmas")
     code = """
-import collections, json, sys, sql
+import collections, json, sys
+from llm_jepa.scoring import sql
 sql.ALLOWED, reasons = set(range(99)), collections.Counter()
 for text in json.load(sys.stdin):
     try:

@@ -9,13 +9,12 @@ import pytest
 import torch
 from conftest import GOLDEN, MODELS, call, dry_run, message_row, weights, write_rows
 
-import embeddings
 import finetune
-import loading
-import rendering
-import segments
-from examples import Problems, read_examples
-from rendering import Renderer
+from llm_jepa.data import batching, rendering
+from llm_jepa.data.examples import Problems, read_examples
+from llm_jepa.data.rendering import Renderer
+from llm_jepa.evaluation import embeddings
+from llm_jepa.model import load_model, load_tokenizer
 
 ROWS = str(GOLDEN / "regex_rows.jsonl")
 EXAMPLES = read_examples(ROWS, Problems())[:6]
@@ -25,16 +24,16 @@ EXAMPLES = read_examples(ROWS, Problems())[:6]
 def loaded(name: str):
     """(model, HeadInput, tokenizer)"""
     s = finetune.Settings(model_name=str(GOLDEN / "models" / name))
-    tokenizer = loading.load_tokenizer(s)
-    model = loading.load_model(s, tokenizer).eval()
+    tokenizer = load_tokenizer(s)
+    model = load_model(s, tokenizer).eval()
     return model, finetune.HeadInput(model), tokenizer
 
 
-def dataset(name: str, k: int, **flags: object) -> segments.SegmentDataset:
+def dataset(name: str, k: int, **flags: object) -> batching.SegmentDataset:
     s = finetune.Settings(
         model_name=str(GOLDEN / "models" / name), lm_labels="answer", predictors=k, text_view="in_chat", **flags
     )
-    return segments.SegmentDataset(EXAMPLES, Renderer(loaded(name)[2], s), Problems(), dropout=True)
+    return batching.SegmentDataset(EXAMPLES, Renderer(loaded(name)[2], s), Problems(), dropout=True)
 
 
 @torch.no_grad()
@@ -50,7 +49,7 @@ def read(name: str, items: list, layout: str = "packed") -> tuple[torch.Tensor, 
 def test_the_chat_is_as_without_a_view_and_the_view_as_without_the_answer(name, k, layout):
     items = dataset(name, k).items
     logits, (text, _) = read(name, items, layout)
-    plain, _ = read(name, [segments.without_views(item) for item in items], "separate")
+    plain, _ = read(name, [batching.without_views(item) for item in items], "separate")
     torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-5)
     # The view as a row of its own: what stands in front of it in the chat, and the predictor tokens.
     alone = [item[0].text_view for item in items]
@@ -149,6 +148,6 @@ def test_a_text_view_of_its_own_is_refused_by_line(tmp_path):
 
 def test_plain_chats_have_it_too():
     data = dataset("llama3", 1, plain=True)
-    tokenizer = loading.load_tokenizer(dataclasses.replace(data.s))
+    tokenizer = load_tokenizer(dataclasses.replace(data.s))
     chat = data.items[0][0]
     assert tokenizer.decode(chat.text_view.ids).endswith(EXAMPLES[0].user + "<|predictor_1|>")

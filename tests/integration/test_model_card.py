@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from synthetic_runs import change
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import hub
+from llm_jepa.reports import hub
 
 ROWS = [message_row(f"lines with the number {i}", f"({i}).*") for i in range(8)]
 MODEL = GOLDEN / "models" / "llama3"
@@ -50,14 +50,14 @@ def run(finished, tmp_path) -> Path:
 
 
 def write(run: Path, *flags: object) -> ModelCard:
-    done = call("model_card", run, *flags)
+    done = call("llm_jepa.model_card", run, *flags)
     assert done.code == 0, done.err
     assert done.out.splitlines()[0] == str(run / "README.md")
     return ModelCard.load(run / "README.md")
 
 
 def refused(*argv: object, code: int = 2) -> str:
-    done = call("model_card", *argv)
+    done = call("llm_jepa.model_card", *argv)
     assert (done.code, done.out) == (code, "") and done.err.startswith("model_card.py: error: ")
     return done.err
 
@@ -248,10 +248,10 @@ def test_the_code_in_the_card_answers(finished, adapter, tmp_path, kind, capsys)
     exec(code.replace('"mine"', repr(str(run))).replace("max_new_tokens=128", "max_new_tokens=3"), space)
     assert len(space["answer"]) <= space["prompt"]["input_ids"].shape[1] + 3 and capsys.readouterr().out
     # The prompt is that of training and of evaluate.py.
-    from examples import Example
     from finetune import Settings
-    from loading import load_tokenizer
-    from rendering import Renderer
+    from llm_jepa.data.examples import Example
+    from llm_jepa.data.rendering import Renderer
+    from llm_jepa.model import load_tokenizer
 
     s = Settings(model_name=str(run))
     asked = Renderer(load_tokenizer(s), s).prompt(Example("…", "…", "x", "here", 1))
@@ -342,7 +342,7 @@ def test_what_is_named_is_uploaded_and_nothing_else(run, fake_hub):
         (run / name).write_text("secret")
     assert (run / "training_args.bin").exists() and (run / "eval/mine_test/predictions.jsonl").exists()
     assert list(run.glob("checkpoint-2/optimizer.pt"))
-    done = call("model_card", run, "--push_to_hub", "me/run")
+    done = call("llm_jepa.model_card", run, "--push_to_hub", "me/run")
     assert done.code == 0, done.err
     assert done.out.splitlines() == [str(run / "README.md"), f"{fake_hub.url}/me/run"]
     named = set("README.md args.json run.json metrics.jsonl config.json generation_config.json model.safetensors "
@@ -354,22 +354,24 @@ def test_what_is_named_is_uploaded_and_nothing_else(run, fake_hub):
     assert b'from_pretrained("me/run")' in fake_hub.files["README.md"]
     assert fake_hub.tokens == {"Bearer hf_fake"} and "visibility" not in fake_hub.created[0]
     fake_hub.exists = True
-    assert call("model_card", run, "--push_to_hub", "me/run").code == 0, "a repository that is there is updated"
+    assert call("llm_jepa.model_card", run, "--push_to_hub", "me/run").code == 0, (
+        "a repository that is there is updated"
+    )
 
 
 def test_of_an_adapter_the_adapter_is_uploaded(adapter, tmp_path, fake_hub):
     run = shutil.copytree(adapter, tmp_path / "mine")
     shutil.copytree(MODEL, run / "merged")
-    assert call("model_card", run, "--push_to_hub", "me/run").code == 0
+    assert call("llm_jepa.model_card", run, "--push_to_hub", "me/run").code == 0
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(fake_hub.files)
     assert not [name for name in fake_hub.files if name.startswith(("merged", "checkpoint"))]
 
 
 def test_private_means_private(run, fake_hub):
-    assert call("model_card", run, "--push_to_hub", "me/run", "--private").code == 0
+    assert call("llm_jepa.model_card", run, "--push_to_hub", "me/run", "--private").code == 0
     assert fake_hub.created[0]["visibility"] == "private" and "model.safetensors" in fake_hub.files
     fake_hub.exists, fake_hub.private, fake_hub.files = True, False, {}
-    done = call("model_card", run, "--push_to_hub", "me/run", "--private")
+    done = call("llm_jepa.model_card", run, "--push_to_hub", "me/run", "--private")
     assert done.code == 2 and "--private: me/run is there already and public; nothing was uploaded" in done.err
     assert fake_hub.files == {}
 
@@ -379,14 +381,14 @@ def test_private_means_private(run, fake_hub):
 def test_what_the_hub_refuses_is_said_with_exit_code_1(run, fake_hub, code, why, where):
     fake_hub.refuse = {where: code}
     fake_hub.exists = where == "commit"
-    done = call("model_card", run, "--push_to_hub", "me/run")
+    done = call("llm_jepa.model_card", run, "--push_to_hub", "me/run")
     assert done.code == 1 and f"--push_to_hub me/run: the hub refuses ({code})" in done.err and why in done.err
     assert "Traceback" not in done.err and done.err.count("\n") == 1 and not fake_hub.files
 
 
 def test_no_network_is_said_with_exit_code_1(run, fake_hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    done = call("model_card", run, "--push_to_hub", "me/run")
+    done = call("llm_jepa.model_card", run, "--push_to_hub", "me/run")
     assert done.code == 1 and "--push_to_hub me/run: http://127.0.0.1:9 cannot be reached" in done.err
 
 

@@ -11,7 +11,7 @@ import datasets
 import pytest
 from conftest import GOLDEN, call, dry_run, message_row, same_weights, write_rows
 
-import runs
+from llm_jepa.files import sha256
 
 PAIRS = [(f"the number {i}, and its square", f"({i})|[{i * i}]") for i in range(12)]
 SYSTEM = "Write the regular expression."
@@ -42,7 +42,7 @@ def test_named_fields_train_to_the_weights_of_the_same_rows_as_chats(kind, files
     fields = train(files[kind], tmp_path / "fields", *FIELDS, "--system", SYSTEM, "--val_fraction", 0.25)
     same_weights(chats, fields)
     record = json.loads((fields / "run.json").read_text())
-    assert record["data_sha256"] == {str(files[kind]): runs.sha256(files[kind])}
+    assert record["data_sha256"] == {str(files[kind]): sha256(files[kind])}
 
 
 def test_an_eval_file_has_the_same_fields(files, tmp_path):

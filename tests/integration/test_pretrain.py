@@ -12,8 +12,8 @@ from test_drivers import environment, make_stub
 
 
 def test_pretrained_weights_are_fine_tuned_and_evaluated(tmp_path, server):  # noqa: F811
-    for name in ("run.sh", "report.py", "runs.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "run.sh", tmp_path)
+    shutil.copytree(ROOT / "llm_jepa", tmp_path / "llm_jepa")
     shutil.copytree(ROOT / "models" / "tiny", tmp_path / "models" / "tiny")
     (tmp_path / "datasets").mkdir()
     words = ["lake", "ring", "truck", "dog", "wood", "stone", "sand", "moss"]

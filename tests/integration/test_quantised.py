@@ -11,8 +11,8 @@ from conftest import GOLDEN, call, message_row, write_rows
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import evaluate
-import generation
-from examples import Example
+from llm_jepa.data.examples import Example
+from llm_jepa.evaluation import generation
 
 EXAMPLES = [Example("Choose.", f"question {i}", "A", f"rows:{i}", i) for i in range(4)]
 

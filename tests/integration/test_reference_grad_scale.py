@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 import finetune
-import loading
-import rendering
-import segments
-from examples import Problems, read_examples
+from llm_jepa.data import batching, rendering
+from llm_jepa.data.examples import Problems, read_examples
+from llm_jepa.model import load_model, load_tokenizer
 
 MODEL = GOLDEN / "models" / "llama3"
 RATE, LBD = 1e-2, 2.0
@@ -39,13 +38,13 @@ def lines(run: Path) -> list[dict]:
 def by_hand(data: Path, lm_labels: str) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """(weights, gradient norm of each step, loss of each step): the sum of the micro-batches' own mean losses."""
     s = finetune.Settings(model_name=str(MODEL), lbd=LBD, lm_labels=lm_labels)
-    tokenizer = loading.load_tokenizer(s)
+    tokenizer = load_tokenizer(s)
     set_seed(42)  # rows of added tokens are drawn at random
-    model = loading.load_model(s, tokenizer).train()
+    model = load_model(s, tokenizer).train()
     head = finetune.HeadInput(model)
     examples = read_examples(str(data), Problems())
-    items = segments.SegmentDataset(examples, rendering.Renderer(tokenizer, s), Problems()).items
-    micro_batches = [part for _, part in segments.MicroBatches(items.lengths, 42, True, batch_size=2)]
+    items = batching.SegmentDataset(examples, rendering.Renderer(tokenizer, s), Problems()).items
+    micro_batches = [part for _, part in batching.MicroBatches(items.lengths, 42, True, batch_size=2)]
     collator, norms, totals = finetune.Collator("packed", tokenizer.pad_token_id, 256), [], []
     for step in (micro_batches[:4], micro_batches[4:]):
         total = 0.0

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from regexes import dfa_equal
-from sandbox import Sandbox
-from scoring import REGEX_SECONDS, REGEX_STATES
+from llm_jepa.scoring.regexes import dfa_equal
+from llm_jepa.scoring.sandbox import Sandbox
+from llm_jepa.scoring.tasks import REGEX_SECONDS, REGEX_STATES
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -71,7 +71,7 @@ def one_word_changed(regex: str, word: str) -> str:
 def test_answers_equal_themselves_and_rewritten_forms_only(name):
     rng, wrong = random.Random(5), []
     words = ["", "a", "E", "7", "dog", "truckdog", r"\bring\b", "x1Z", "☃", "aaaa000000"]
-    with Sandbox("regexes:dfa_equal", REGEX_SECONDS) as sandbox:
+    with Sandbox("llm_jepa.scoring.regexes:dfa_equal", REGEX_SECONDS) as sandbox:
         for regex in answers(name):
             rewritten = rng.choice(REWRITES).format(x=regex)
             changed = one_word_changed(regex, rng.choice(words) or "()")

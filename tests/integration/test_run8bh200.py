@@ -72,7 +72,7 @@ def launch(argv: list[str]) -> list[str]:
     return argv[: next(i for i, a in enumerate(argv) if a.endswith(".py"))]
 
 
-TORCHRUN = ["-m", "launch", "--nproc_per_node", "8"]
+TORCHRUN = ["-m", "llm_jepa.large.launch", "--nproc_per_node", "8"]
 
 
 def test_alone_it_is_both_arms_on_five_seeds_after_the_preflight(node):

@@ -19,8 +19,8 @@ import pytest
 import sqlglot
 from sqlglot import exp
 
-from examples import Example, ExampleError
-from sql import ExecutionMatch
+from llm_jepa.data.examples import Example, ExampleError
+from llm_jepa.scoring.sql import ExecutionMatch
 
 ROOT = Path(__file__).resolve().parents[2]
 SPIDER = ROOT.parent / "shared" / "data" / "spider_data"

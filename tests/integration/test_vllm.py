@@ -15,12 +15,11 @@ from conftest import GOLDEN, MODELS, ROOT, call, message_row, write_rows
 
 import evaluate
 import finetune
-import generation
-import loading
-import report
-import vllm_engine
-from examples import Problems, read_examples
-from runs import read_json
+from llm_jepa.data.examples import Problems, read_examples
+from llm_jepa.evaluation import generation, vllm_engine
+from llm_jepa.files import read_json
+from llm_jepa.model import load_tokenizer
+from llm_jepa.reports import results
 
 STEPS = 12
 MODEL = GOLDEN / "models" / "llama3"
@@ -334,7 +333,7 @@ def test_without_vllm_it_says_how_to_install_it_and_writes_nothing(how, model, d
 
 
 def test_the_worker_names_its_versions_without_vllm_too():
-    command = [sys.executable, "-I", ROOT / "vllm_worker.py", "--versions"]
+    command = [sys.executable, "-I", ROOT / "llm_jepa/evaluation/vllm_worker.py", "--versions"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (1, "{}\n", "")
 
@@ -382,7 +381,7 @@ def test_an_adapter_and_a_model_without_the_tokens_are_refused(model, data, stub
     assert done.code == 2 and f"{adapter} is an adapter; give it merged" in done.err
     short = tmp_path / "short"
     shutil.copytree(model, short)
-    tokens = len(loading.load_tokenizer(finetune.Settings(model_name=str(short)), predictors=False))
+    tokens = len(load_tokenizer(finetune.Settings(model_name=str(short)), predictors=False))
     (short / "config.json").write_text(json.dumps(read_json(short / "config.json") | {"vocab_size": tokens - 1}))
     done = vllm(short, data, tmp_path / "out" / "p.jsonl")
     assert done.code == 2 and f"{short} has {tokens - 1} embeddings for {tokens} tokens" in done.err
@@ -406,9 +405,9 @@ def test_a_report_never_averages_engines_and_knows_evaluations_from_before_there
 
     old, new = run(1), run(2, engine="transformers", tensor_parallel_size=1)
     served = [run(3 + size, engine="vllm", tensor_parallel_size=size) for size in (1, 8)]
-    assert report.main([old, new]) == 0
+    assert results.main([old, new]) == 0
     assert "mean ± sd (n = 2)" in capsys.readouterr().out
-    assert report.main([old, new, *served]) == 0
+    assert results.main([old, new, *served]) == 0
     assert capsys.readouterr().out.count("mean ± sd (n = 2)") == 2
 
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples import Example
-from runs import sha256
-from sql import ExecutionMatch
+from llm_jepa.data.examples import Example
+from llm_jepa.files import sha256
+from llm_jepa.scoring.sql import ExecutionMatch
 
 GOLD = "SELECT name FROM singer"
 REASONS = {"empty", "several_statements", "refused", "error", "too_large", "memory", "timeout"}  # no crash

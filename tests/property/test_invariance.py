@@ -13,10 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import finetune
-import loading
-import rendering
-import segments
-from examples import Example, Problems
+from llm_jepa.data import batching, rendering, segments
+from llm_jepa.data.examples import Example, Problems
+from llm_jepa.model import load_model, load_tokenizer
 
 text = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=30)
 content = text.filter(lambda t: t.strip())
@@ -27,14 +26,14 @@ quick = settings(max_examples=15, deadline=None, suppress_health_check=list(Heal
 @cache
 def model_and_tokenizer(name: str):
     s = finetune.Settings(model_name=str(GOLDEN / "models" / name))
-    tokenizer = loading.load_tokenizer(s)
-    model = loading.load_model(s, tokenizer).eval()
+    tokenizer = load_tokenizer(s)
+    model = load_model(s, tokenizer).eval()
     return model, finetune.HeadInput(model), tokenizer
 
 
 def items_of(name: str, examples: list[Example], k: int = 1, **flags) -> list[tuple[segments.Segment, ...]]:
     s = finetune.Settings(model_name=name, predictors=k, lm_labels="answer", max_length=1000, **flags)
-    return segments.SegmentDataset(examples, rendering.Renderer(model_and_tokenizer(name)[2], s), Problems()).items
+    return batching.SegmentDataset(examples, rendering.Renderer(model_and_tokenizer(name)[2], s), Problems()).items
 
 
 def score(name: str, items: list, layout: str, tokens_per_row: int = 64, distance: str = "cosine") -> dict:

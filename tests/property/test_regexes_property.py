@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regexes import dfa_equal
-from sandbox import Failure
+from llm_jepa.scoring.regexes import dfa_equal
+from llm_jepa.scoring.sandbox import Failure
 
 SYMBOLS, LENGTH, STATES = ("a", "b", r"\b", "c"), 4, 10_000
 WORDS = [word for n in range(LENGTH + 1) for word in itertools.product(SYMBOLS, repeat=n)]

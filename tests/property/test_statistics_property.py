@@ -5,7 +5,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statistics_of_runs import LEVEL, Comparison, compare, conclude, holm
+from llm_jepa.reports.stats import LEVEL, Comparison, compare, conclude, holm
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 SCORES = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=8)

@@ -16,10 +16,10 @@ from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 
-import embeddings
-from embeddings import similarity
-from examples import Example, ExampleError
-from runs import UsageError
+from llm_jepa.cli import UsageError
+from llm_jepa.data.examples import Example, ExampleError
+from llm_jepa.evaluation import embeddings
+from llm_jepa.evaluation.embeddings import similarity
 
 
 def pairs(n: int, dims: int, noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -334,6 +334,6 @@ def test_t_sne_groups_of_classes_are_the_texts_in_a_fixed_order():
 
 
 def test_drawing_libraries_are_loaded_only_to_draw():
-    code = "import sys, embeddings; print({'matplotlib', 'sklearn'} & set(sys.modules))"
+    code = "import sys, llm_jepa.evaluation.embeddings; print({'matplotlib', 'sklearn'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr

@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import message_row, write_rows
 
-from examples import Example, ExampleError, Problems, read_examples, split_examples
+from llm_jepa.data.examples import Example, ExampleError, Problems, read_examples, split_examples
 
 GOOD = json.dumps(message_row("one", "1")).encode()
 

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from conftest import message_row, write_rows
 
-from examples import (
+from llm_jepa.data.examples import (
     Example,
     ExampleError,
     Fields,

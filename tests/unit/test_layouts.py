@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import finetune
-import segments
 from finetune import Collator
-from segments import Segment
+from llm_jepa.data import batching
+from llm_jepa.data.segments import Segment
 
 
 def items(lengths: list[tuple[int, int, int]]) -> list[tuple[Segment, ...]]:
@@ -116,26 +116,26 @@ def test_an_empty_micro_batch_still_has_a_row():
 @pytest.mark.parametrize("tokens", [0, 60])
 def test_micro_batches_are_seeded_by_epoch_and_as_many_for_each_process(tokens):
     lengths = np.array([8, 9, 30, 4, 5, 6, 17, 8, 12, 3])
-    sampler = segments.MicroBatches(lengths, 1, True, processes=2, batch_size=4, tokens=tokens)
+    sampler = batching.MicroBatches(lengths, 1, True, processes=2, batch_size=4, tokens=tokens)
     first = list(sampler)
     sampler.epoch = 1
     second = list(sampler)
     assert len(first) == len(second) == len(sampler) == (2 if tokens else 4)
     assert sorted(i for _, part in first for i in part) == sorted(i for _, part in second for i in part) == [*range(10)]
     assert first != second and {e for e, _ in second} == {1}
-    assert list(segments.MicroBatches(lengths, 1, True, processes=2, batch_size=4, tokens=tokens)) == first
-    assert list(segments.MicroBatches(lengths, 2, True, processes=2, batch_size=4, tokens=tokens)) != first
+    assert list(batching.MicroBatches(lengths, 1, True, processes=2, batch_size=4, tokens=tokens)) == first
+    assert list(batching.MicroBatches(lengths, 2, True, processes=2, batch_size=4, tokens=tokens)) != first
     if not tokens:
         assert [len(part) for _, part in first] == [4, 4, 2, 0]
-    ordered = segments.MicroBatches(lengths, 1, False, batch_size=4, tokens=tokens)
+    ordered = batching.MicroBatches(lengths, 1, False, batch_size=4, tokens=tokens)
     assert [i for _, part in ordered for i in part] == [*range(10)]
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=200), st.integers(1, 9), st.integers(2, 8), st.integers(0, 9))
 def test_processes_exchange_examples_of_what_they_have_at_the_same_time(lengths, batch_size, processes, seed):
     lengths = np.array(lengths)
-    alone = [part for _, part in segments.MicroBatches(lengths, seed, True, batch_size=batch_size)]
-    dealt = [part for _, part in segments.MicroBatches(lengths, seed, True, processes, batch_size)]
+    alone = [part for _, part in batching.MicroBatches(lengths, seed, True, batch_size=batch_size)]
+    dealt = [part for _, part in batching.MicroBatches(lengths, seed, True, processes, batch_size)]
     assert len(dealt) % processes == 0
     for start in range(0, len(dealt), processes):
         before, after = (part[start : start + processes] for part in (alone, dealt))
@@ -150,7 +150,7 @@ def test_processes_have_about_the_same_tokens():
     lengths = np.random.default_rng(0).lognormal(4, 0.7, 4096).astype(int) + 5
 
     def slowest(processes):
-        parts = [part for _, part in segments.MicroBatches(lengths, 1, True, processes, 8)]
+        parts = [part for _, part in batching.MicroBatches(lengths, 1, True, processes, 8)]
         tokens = np.array([lengths[part].sum() for part in parts]).reshape(-1, 8)
         return (tokens.max(axis=1) / tokens.mean(axis=1)).mean()
 
@@ -160,7 +160,7 @@ def test_processes_have_about_the_same_tokens():
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=300), st.integers(1, 2000), st.integers(1, 4))
 def test_micro_batches_of_a_token_budget_are_of_like_length(lengths, tokens, processes):
     lengths = np.array(lengths)
-    parts = list(segments.MicroBatches(lengths, 0, True, processes=processes, tokens=tokens))
+    parts = list(batching.MicroBatches(lengths, 0, True, processes=processes, tokens=tokens))
     sums = [int(lengths[part].sum()) for _, part in parts]
     mean = lengths.sum() / len(parts)
     assert len(parts) % processes == 0 and sum(sums) == lengths.sum()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import finetune
-import segments
+from llm_jepa.data import spans
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_patch_is_one_minus_the_cosine_of_the_span_and_the_rest(points, expected
 
 @pytest.mark.parametrize("tube", sorted(finetune.TUBES))
 def test_spans_are_summed_in_float32_and_reach_every_point_and_none_give_a_zero_with_a_graph(tube):
-    k = segments.POINTS[tube]
+    k = spans.POINTS[tube]
     hidden = torch.randn(k, 6, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
     total, count = finetune.stp_loss(hidden, tube)
     apart = [finetune.stp_loss(hidden[:, [i]], tube)[0].item() for i in range(6)]

@@ -13,10 +13,10 @@ from conftest import GOLDEN, call
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import finetune
-import memory
-from loading import load_model, load_tokenizer
-from memory import Recipe
-from runs import UsageError
+from llm_jepa.cli import UsageError
+from llm_jepa.large import memory
+from llm_jepa.large.memory import Recipe
+from llm_jepa.model import load_model, load_tokenizer
 
 TINY = {"vocab_size": 515, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -193,9 +193,9 @@ def test_tokens_of_a_micro_batch(tmp_path):
 
 def test_the_script(tmp_path):
     model = shape(tmp_path / "model", **TINY)
-    done = call("memory", "--model_name", model, "--tokens", 64, "--gpus", "1,4", "--json")
+    done = call("llm_jepa.memory", "--model_name", model, "--tokens", 64, "--gpus", "1,4", "--json")
     assert done.code == 0 and json.loads(done.out) == memory.plan(Recipe(model_name=model, tokens=64, gpus="1,4"))
-    shown = call("memory", "--model_name", model, "--gpus", "1,8").out
+    shown = call("llm_jepa.memory", "--model_name", model, "--gpus", "1,8").out
     assert "1 GPU " in shown and "8 GPUs" in shown and "peak" in shown and "GiB a checkpoint" in shown
 
 
@@ -205,7 +205,7 @@ def test_the_script(tmp_path):
 def test_a_bad_model_is_named(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    done = call("memory", "--model_name", tmp_path)
+    done = call("llm_jepa.memory", "--model_name", tmp_path)
     assert done.code == 2 and str(tmp_path) in done.err and done.out == "" and "Traceback" not in done.err
 
 

@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 from synthetic_runs import JEPA, REGULAR, change, export_views, log_steps, synthetic_arm
 
-import pictures
-from report import Table, compare_arms, main, read_runs
-from runs import UsageError
+from llm_jepa.cli import UsageError
+from llm_jepa.reports import plots
+from llm_jepa.reports.results import Table, compare_arms, main, read_runs
 
 FEW = {82: 90.0, 23: 80.0}
 
@@ -24,9 +24,9 @@ def figures(monkeypatch) -> dict:
 
     def keep(figure, name, caption):
         drawn[name] = (figure, caption)
-        return pictures.Picture(name, caption, b"")
+        return plots.Picture(name, caption, b"")
 
-    monkeypatch.setattr(pictures, "finish", keep)
+    monkeypatch.setattr(plots, "finish", keep)
     return drawn
 
 
@@ -43,8 +43,8 @@ def both(root: Path) -> list[str]:
 
 
 def test_dots_of_a_seed_are_joined(tmp_path, figures):
-    drawn = pictures.Drawn()
-    pictures.paired_dots(table(both(tmp_path)), drawn)
+    drawn = plots.Drawn()
+    plots.paired_dots(table(both(tmp_path)), drawn)
     axes = figures["scores"][0].axes
     assert [a.get_ylabel() for a in axes] == ["exact, %", "startswith, %", "stop_rate, %"]
     lines = [[None if math.isnan(y) else y for y in line.get_ydata()] for line in axes[0].lines]
@@ -59,8 +59,8 @@ def test_training_curves_are_means_of_blocks(tmp_path, figures):
     runs = both(tmp_path)
     for run in runs:
         log_steps(run, 600)
-    drawn = pictures.Drawn()
-    pictures.training_curves(table(runs), drawn)
+    drawn = plots.Drawn()
+    plots.training_curves(table(runs), drawn)
     axes = figures["training"][0].axes
     assert [len(a.lines) for a in axes] == [5, 3, 3, 3], "a line a run, and regular runs have no views"
     losses = [json.loads(line)["lm_loss"] for line in (Path(runs[0]) / "metrics.jsonl").read_text().splitlines()[:-1]]
@@ -76,9 +76,9 @@ def test_training_curves_are_means_of_blocks(tmp_path, figures):
 @pytest.mark.parametrize("n", [1, 149, 150, 151, 1000])
 def test_blocks_keep_the_mean(n):
     steps, values = np.arange(1.0, n + 1), np.random.default_rng(n).normal(size=n)
-    x, y = pictures.blocks(steps, values)
-    size = math.ceil(n / pictures.POINTS)
-    assert len(x) == len(y) == math.ceil(n / size) <= pictures.POINTS
+    x, y = plots.blocks(steps, values)
+    size = math.ceil(n / plots.POINTS)
+    assert len(x) == len(y) == math.ceil(n / size) <= plots.POINTS
     assert y == pytest.approx([values[i : i + size].mean() for i in range(0, n, size)])
     assert x == pytest.approx([steps[i : i + size].mean() for i in range(0, n, size)])
 
@@ -87,7 +87,7 @@ def test_a_step_that_a_resumed_run_repeated_counts_once(tmp_path):
     rows = [(1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5)]
     text = "".join(json.dumps({"step": s, "lm_loss": loss, "loss": 9.0}) + "\n" for s, loss in rows)
     (tmp_path / "metrics.jsonl").write_text(text + json.dumps({"step": 3, "eval_lm_loss": 7.0}) + "\n")
-    read = pictures.read_metrics(tmp_path)
+    read = plots.read_metrics(tmp_path)
     assert read == [{"step": 1, "lm_loss": 3.0}, {"step": 2, "lm_loss": 2.5}, {"step": 3, "lm_loss": 1.0}]
 
 
@@ -95,7 +95,7 @@ def test_a_step_that_a_resumed_run_repeated_counts_once(tmp_path):
 def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lm_loss": 3.0}\n' + line)
     with pytest.raises(UsageError, match=r"metrics\.jsonl:2: no line of metrics"):
-        pictures.read_metrics(tmp_path)
+        plots.read_metrics(tmp_path)
 
 
 def test_costs_of_the_runs_that_counted_them(tmp_path, figures):
@@ -103,8 +103,8 @@ def test_costs_of_the_runs_that_counted_them(tmp_path, figures):
     for run in runs[:3]:
         log_steps(run, 100)
     log_steps(runs[3], 100, flops=False)
-    drawn = pictures.Drawn()
-    pictures.costs(table(runs), drawn)
+    drawn = plots.Drawn()
+    plots.costs(table(runs), drawn)
     figure, caption = figures["costs"]
     flops, seconds = figure.axes
     assert [d.get_offsets().tolist() for d in flops.collections] == [[[1.0, 90.0], [1.0, 80.0]], [[2.0, 81.0]]]
@@ -115,8 +115,8 @@ def test_costs_of_the_runs_that_counted_them(tmp_path, figures):
 
 
 def test_without_counted_operations_time_is_left(tmp_path, figures):
-    drawn = pictures.Drawn()
-    pictures.costs(table(both(tmp_path)), drawn)
+    drawn = plots.Drawn()
+    plots.costs(table(both(tmp_path)), drawn)
     assert [a.get_xlabel() for a in figures["costs"][0].axes] == ["training, seconds of wall time"]
     assert "python finetune.py --track_flop" in drawn.missing[0]
 
@@ -131,8 +131,8 @@ def cells(root: Path, which: list[tuple[int, float]]) -> list[str]:
 
 def test_the_map_shows_means_at_their_k_and_lambda(tmp_path, figures):
     runs = cells(tmp_path, [(2, 1.0), (0, 0.5), (2, 0.5), (0, 1.0), (1, 1.0)])
-    drawn = pictures.Drawn()
-    pictures.grid(table(runs), drawn)
+    drawn = plots.Drawn()
+    plots.grid(table(runs), drawn)
     figure, caption = figures["grid"]
     axes = figure.axes[0]
     shown = axes.images[0].get_array().filled(np.nan)
@@ -148,16 +148,16 @@ def test_the_map_shows_means_at_their_k_and_lambda(tmp_path, figures):
     "which", [[(1, 1.0)], [(0, 1.0), (1, 1.0), (2, 1.0)], [(0, 1.0), (1, 1.0), (2, 2.0), (0, 3.0)]]
 )
 def test_there_is_no_map_of_fewer_than_two_by_two(tmp_path, figures, which):
-    drawn = pictures.Drawn()
-    pictures.grid(table(cells(tmp_path, which)), drawn)
+    drawn = plots.Drawn()
+    plots.grid(table(cells(tmp_path, which)), drawn)
     assert not figures and "bash run.sh run_jepa" in drawn.missing[0]
 
 
 def test_singular_values_are_of_the_difference_of_the_views(tmp_path, figures):
     runs = both(tmp_path)
     paths = [export_views(run, seed=i) for i, run in enumerate(runs[1:4])]
-    drawn = pictures.Drawn()
-    pictures.embeddings(table(runs), drawn)
+    drawn = plots.Drawn()
+    plots.embeddings(table(runs), drawn)
     (axes,) = figures["singular_values"][0].axes
     assert len(axes.lines) == 3 and axes.get_yscale() == "log"
     views = load_file(paths[0])
@@ -175,16 +175,16 @@ def test_collapsed_views_are_drawn(tmp_path, figures):
     same = np.ones((12, 4), dtype=np.float32)
     path = export_views(runs[0])
     save_file({"text": same, "code": same}, path, {"layer": "-1", "pooling": "last", "data_sha256": "5c44"})
-    drawn = pictures.Drawn()
-    pictures.embeddings(table(runs), drawn)
+    drawn = plots.Drawn()
+    plots.embeddings(table(runs), drawn)
     assert set(figures) == {"singular_values", "t_sne"} and not drawn.damaged
 
 
 def test_views_are_asked_for_with_a_command_of_evaluate_py(tmp_path, figures):
     import evaluate
 
-    drawn = pictures.Drawn()
-    pictures.embeddings(table(both(tmp_path)), drawn)
+    drawn = plots.Drawn()
+    plots.embeddings(table(both(tmp_path)), drawn)
     (line,) = drawn.missing
     script, *flags = line.split("python ")[1].split()
     settings, given = evaluate.parse_flags(evaluate.Settings, "", flags)
@@ -239,7 +239,7 @@ def test_no_two_arms_look_alike(tmp_path):
     for k, lbd in itertools.product(range(11), (1.0, 2.0)):
         runs += synthetic_arm(tmp_path, f"{k}-{lbd}", JEPA | {"predictors": k, "lbd": lbd}, {82: 1.0})
     runs += synthetic_arm(tmp_path, "regular", REGULAR, {82: 1.0})
-    looks = pictures.styles(table(runs)).values()
+    looks = plots.styles(table(runs)).values()
     for one, other in itertools.combinations(looks, 2):
         assert (one["color"], one["marker"]) != (other["color"], other["marker"])
         assert (one["color"], one["linestyle"]) != (other["color"], other["linestyle"])
@@ -249,5 +249,5 @@ def test_runs_with_the_task_score_are_drawn_by_it(tmp_path, figures):
     runs = both(tmp_path)
     for run in runs:
         change(run, "eval/synth/metrics.json", scores=["dfa_equal"], score="dfa_equal", dfa_equal=0.5)
-    pictures.costs(table(runs), pictures.Drawn())
+    plots.costs(table(runs), plots.Drawn())
     assert figures["costs"][0].axes[0].get_ylabel() == "dfa_equal, %"

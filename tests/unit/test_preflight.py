@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, call
+from conftest import GOLDEN, call
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import meeting
-import preflight
-from preflight import Preflight
+from llm_jepa.large import preflight, rendezvous
+from llm_jepa.large.preflight import Preflight
 
 MODEL = GOLDEN / "models/llama3"
 GIB = 2**30
@@ -46,7 +45,7 @@ def flags(tmp_path, data, **changes) -> list[str]:
 
 
 def test_nothing_is_missing(tmp_path, data):
-    done = call("preflight", *flags(tmp_path, data))
+    done = call("llm_jepa.preflight", *flags(tmp_path, data))
     assert (done.code, done.out) == (0, "") and "nothing is missing" in done.err
     assert "not checked: GPUs and their memory (--device cpu)" in done.err, "what was not made is said"
     assert (tmp_path / "runs").is_dir() and not list((tmp_path / "runs").iterdir())
@@ -60,7 +59,7 @@ def test_a_missing_gpu_and_everything_else_at_once(tmp_path, data):
         "data_files": f"{data},none.jsonl,{tmp_path}/file",
         "output_dir": tmp_path / "file/runs",
     }
-    done = call("preflight", *flags(tmp_path, data, model_name="org/Nothing", nproc_per_node=2, **changes))
+    done = call("llm_jepa.preflight", *flags(tmp_path, data, model_name="org/Nothing", nproc_per_node=2, **changes))
     assert done.code == 1
     told = [line.removeprefix("preflight.py: missing: ") for line in done.err.splitlines() if "missing: " in line]
     assert len(told) == 5
@@ -90,10 +89,12 @@ def test_gpu_memory_is_held_against_the_plan(tmp_path, data, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: asked.append(i) or ((3 if i else 1) * GIB, 80 * GIB))
     monkeypatch.setattr(preflight, "collective_problems", lambda s: [])
-    done = call("preflight", *flags(tmp_path, data, device="cuda", nproc_per_node=2))
+    done = call("llm_jepa.preflight", *flags(tmp_path, data, device="cuda", nproc_per_node=2))
     assert done.code == 1 and asked == [0, 1]
     assert "GPU 0 has 1.0 GiB free, 2.1 GiB are predicted" in done.err and "GPU 1 has" not in done.err
-    more = call("preflight", *flags(tmp_path, data, device="cuda", nproc_per_node=2), "--", "--tokens_per_batch", 65536)
+    more = call(
+        "llm_jepa.preflight", *flags(tmp_path, data, device="cuda", nproc_per_node=2), "--", "--tokens_per_batch", 65536
+    )
     assert "GPU 1 has 3.0 GiB free" in more.err, "the training's flags count"
 
 
@@ -114,7 +115,7 @@ def test_disk():
 def test_merged_adapters_need_room_for_whole_models(tmp_path, data, monkeypatch):
     monkeypatch.setattr(preflight, "free_space", lambda folder: 0)
     adapter, merged = (
-        call("preflight", *flags(tmp_path, data), "--", "--lora", *more).err for more in ((), ("--merge",))
+        call("llm_jepa.preflight", *flags(tmp_path, data), "--", "--lora", *more).err for more in ((), ("--merge",))
     )
     assert "MiB are needed" in adapter and adapter != merged
 
@@ -127,7 +128,7 @@ def test_a_full_disk(tmp_path, data):
         pytest.skip("a file system cannot be mounted here")
     try:
         assert preflight.free_space(str(disk / "runs/deeper")) == 2**20
-        done = call("preflight", *flags(tmp_path, data, output_dir=disk / "runs"))
+        done = call("llm_jepa.preflight", *flags(tmp_path, data, output_dir=disk / "runs"))
         assert done.code == 1 and f"{disk}/runs has 1.0 MiB free on its disk, " in done.err
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -177,19 +178,19 @@ def test_a_model_without_weights(tmp_path, data):
     shutil.copytree(MODEL, tmp_path / "model")
     (tmp_path / "model/model.safetensors").unlink()
     given = flags(tmp_path, data, model_name=tmp_path / "model")
-    done = call("preflight", *given)
+    done = call("llm_jepa.preflight", *given)
     assert done.code == 1 and "has neither model.safetensors nor model.safetensors.index.json" in done.err
-    assert call("preflight", *given, "--", "--pretrain").code == 0, "random weights need no file"
+    assert call("llm_jepa.preflight", *given, "--", "--pretrain").code == 0, "random weights need no file"
 
 
 def test_a_model_without_tokenizer_or_config(tmp_path, data, sharded):
-    done = call("preflight", *flags(tmp_path, data, model_name=sharded))
+    done = call("llm_jepa.preflight", *flags(tmp_path, data, model_name=sharded))
     assert done.code == 1 and "its tokenizer cannot be loaded" in done.err and done.err.count("missing: ") == 1
     (tmp_path / "model").mkdir()
     shutil.copy(MODEL / "model.safetensors", tmp_path / "model")
     assert (
         "no causal language model can be made of it"
-        in call("preflight", *flags(tmp_path, data, model_name=tmp_path / "model")).err
+        in call("llm_jepa.preflight", *flags(tmp_path, data, model_name=tmp_path / "model")).err
     )
 
 
@@ -198,22 +199,22 @@ def test_a_package_that_is_missing(tmp_path, data, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
     )
-    done = call("preflight", *flags(tmp_path, data, nproc_per_node=1), "--", "--optim", "adamw_bnb_8bit")
+    done = call("llm_jepa.preflight", *flags(tmp_path, data, nproc_per_node=1), "--", "--optim", "adamw_bnb_8bit")
     assert done.code == 1 and "--optim adamw_bnb_8bit: install the package bitsandbytes first" in done.err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (80 * GIB, 80 * GIB))
     monkeypatch.setattr(preflight, "collective_problems", lambda s: [])
     for gpus, lacks in ((1, True), (2, False)):  # the default of one GPU is AdamW of 8 bits
-        done = call("preflight", *flags(tmp_path, data, device="cuda", nproc_per_node=gpus))
+        done = call("llm_jepa.preflight", *flags(tmp_path, data, device="cuda", nproc_per_node=gpus))
         assert ("install the package bitsandbytes" in done.err) == lacks
 
 
 def test_flags_that_the_training_would_refuse(tmp_path, data):
-    done = call("preflight", *flags(tmp_path, data, nproc_per_node=1), "--", "--lorra", "--lora")
+    done = call("llm_jepa.preflight", *flags(tmp_path, data, nproc_per_node=1), "--", "--lorra", "--lora")
     assert done.code == 1 and "a training that takes these flags: unrecognized arguments: --lorra" in done.err
     wrong = ("--predictors", 11, "--param_dtype", "bfloat16", "--lora", "--sharding", "ddp")
-    done = call("preflight", *flags(tmp_path, data, nproc_per_node=1), "--", *wrong)
+    done = call("llm_jepa.preflight", *flags(tmp_path, data, nproc_per_node=1), "--", *wrong)
     for told in (
         "--predictors 11 is not in 0 to 10",
         "--param_dtype: not with --lora",
@@ -222,16 +223,19 @@ def test_flags_that_the_training_would_refuse(tmp_path, data):
         assert f"missing: a training that takes these flags: {told}" in done.err
     assert done.code == 1 and done.err.count("these flags") == 3
     both = ("--regular", "--jepa_ratio", 0.5, "--", "--jepa_ratio", 0.5)
-    done = call("preflight", *flags(tmp_path, data, nproc_per_node=1), "--", *both)
+    done = call("llm_jepa.preflight", *flags(tmp_path, data, nproc_per_node=1), "--", *both)
     assert "these flags: --jepa_ratio: not with --regular" in done.err and done.err.count("these flags") == 1
 
 
 def test_wrong_flags(tmp_path, data):
-    done = call("preflight", *flags(tmp_path, data, nnodes=2, node_rank=2, master_port=0, runs=0))
+    done = call("llm_jepa.preflight", *flags(tmp_path, data, nnodes=2, node_rank=2, master_port=0, runs=0))
     assert done.code == 2 and done.err.count("\n") == 3
     for name in ("--node_rank 2", "--master_port 0", "--runs 0"):
         assert name in done.err
-    assert "--load_in_4bit: only with --lora" in call("preflight", *flags(tmp_path, data), "--", "--load_in_4bit").err
+    assert (
+        "--load_in_4bit: only with --lora"
+        in call("llm_jepa.preflight", *flags(tmp_path, data), "--", "--load_in_4bit").err
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- the nodes
@@ -247,7 +251,7 @@ def met(*nodes: tuple[Preflight, list[str]]) -> list[list[str]]:
     heard: list = [None] * len(nodes)
 
     def run(i: int, s: Preflight, problems: list[str]) -> None:
-        heard[i] = (meeting.tell if s.node_rank else meeting.gather)(s, problems)
+        heard[i] = (rendezvous.tell if s.node_rank else rendezvous.gather)(s, problems)
 
     threads = [threading.Thread(target=run, args=(i, *node)) for i, node in enumerate(nodes)]
     for thread in reversed(threads):  # the first node comes last
@@ -284,14 +288,14 @@ def test_two_nodes_of_one_rank(tmp_path):
 def test_a_busy_port(tmp_path):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        (told,) = meeting.gather(of(tmp_path, 0, port), [])
+        (told,) = rendezvous.gather(of(tmp_path, 0, port), [])
     assert told.startswith(f"node 0: MASTER_PORT {port} cannot be used on this node") and "in use" in told
-    assert meeting.busy_port(port) == []
+    assert rendezvous.busy_port(port) == []
 
 
 def test_a_node_that_does_not_come(tmp_path):
     port, begin = free_port(), time.monotonic()
-    told = meeting.gather(of(tmp_path, 0, port, nnodes=3, join_limit=0.5), ["x"])
+    told = rendezvous.gather(of(tmp_path, 0, port, nnodes=3, join_limit=0.5), ["x"])
     assert time.monotonic() - begin < 5
     assert told[0] == "node 0: x" and told[1].startswith(f"node 1, 2 did not come to port {port} within 0.5 s")
 
@@ -302,7 +306,7 @@ def test_a_node_that_does_not_come(tmp_path):
 def test_an_unreachable_first_node(tmp_path, address, why):
     begin = time.monotonic()
     given = of(tmp_path, 1, free_port(), master_addr=address, join_limit=1.0)
-    told = meeting.tell(given, ["x"])
+    told = rendezvous.tell(given, ["x"])
     assert time.monotonic() - begin < 8
     assert told[0] == "node 1: x"
     assert (
@@ -323,7 +327,7 @@ def test_something_else_answers_for_the_first_node(tmp_path, capsys):
         thread = threading.Thread(target=answer)
         thread.start()
         given = of(tmp_path, 1, server.getsockname()[1], master_addr="127.0.0.1", join_limit=0.4)
-        (told,) = meeting.tell(given, [])
+        (told,) = rendezvous.tell(given, [])
         thread.join()
     assert "(what answers there is no preflight.py)" in told
     assert f"looking for node 0 at 127.0.0.1:{given.master_port}, 0.4 s at most" in capsys.readouterr().err
@@ -331,24 +335,24 @@ def test_something_else_answers_for_the_first_node(tmp_path, capsys):
 
 def test_somebody_else_at_the_port(tmp_path):
     port = free_port()
-    thread = threading.Thread(target=lambda: heard.append(meeting.gather(of(tmp_path, 0, port), [])))
+    thread = threading.Thread(target=lambda: heard.append(rendezvous.gather(of(tmp_path, 0, port), [])))
     heard: list = []
     thread.start()
     time.sleep(0.2)
     for text in (b"GET / HTTP/1.1\r\n", b"[1]\n", b'{"node": 1}\n', b""):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(text)
-    assert meeting.tell(of(tmp_path, 1, port), []) == []
+    assert rendezvous.tell(of(tmp_path, 1, port), []) == []
     thread.join(20)
     assert heard == [[]]
 
 
 def test_two_nodes_by_the_script(tmp_path, data):
     port, begin = free_port(), time.monotonic()
-    command = [sys.executable, ROOT / "preflight.py", *flags(tmp_path, data, nnodes=2, master_port=port)]
+    command = [sys.executable, "-m", "llm_jepa.preflight", *flags(tmp_path, data, nnodes=2, master_port=port)]
     command[command.index("--data_files") + 1] = "lost.jsonl"
     second = subprocess.Popen([*command, "--node_rank", "1"], text=True, stderr=subprocess.PIPE)
-    first = call("preflight", *flags(tmp_path, data, nnodes=2, master_port=port, join_limit=120))
+    first = call("llm_jepa.preflight", *flags(tmp_path, data, nnodes=2, master_port=port, join_limit=120))
     _, told = second.communicate(timeout=60)
     assert (first.code, second.returncode) == (1, 1) and time.monotonic() - begin < 120
     for text in (first.err, told):

@@ -23,7 +23,7 @@ import convert
 import prepare
 import sources
 
-import examples
+from llm_jepa.data import examples
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Features, Value, ClassLabel = datasets.Features, datasets.Value, datasets.ClassLabel

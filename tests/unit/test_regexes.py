@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from regexes import dfa_equal, parse
-from sandbox import Failure, Sandbox
+from llm_jepa.scoring.regexes import dfa_equal, parse
+from llm_jepa.scoring.sandbox import Failure, Sandbox
 
 STATES = 10_000
 UNIVERSE, NOTHING = ".*", "~(.*)"
@@ -269,7 +269,7 @@ NASTY = {
 
 
 def test_nasty_inputs_end_soon_with_a_reason():
-    with Sandbox("regexes:dfa_equal", seconds=20) as sandbox:
+    with Sandbox("llm_jepa.scoring.regexes:dfa_equal", seconds=20) as sandbox:
         for name, (text, expected) in NASTY.items():
             before = time.monotonic()
             try:
@@ -282,14 +282,14 @@ def test_nasty_inputs_end_soon_with_a_reason():
 
 @pytest.mark.parametrize("text", ["(a*)*" * 2_000, "(.{0,50}a.{0,50}b.{0,50}c){5}"])
 def test_slow_inputs_are_stopped(text):
-    with Sandbox("regexes:dfa_equal", seconds=0.5) as sandbox:
+    with Sandbox("llm_jepa.scoring.regexes:dfa_equal", seconds=0.5) as sandbox:
         with pytest.raises(Failure, match="timeout"):
             sandbox.call(text, "a", STATES)
         assert sandbox.call("a", "a", STATES) is True
 
 
 def test_imports_nothing_heavy():
-    code = "import sys, regexes; print([m for m in ('torch', 'scipy', 'transformers', 'numpy') if m in sys.modules])"
+    code = "import sys, llm_jepa.scoring.regexes; print({'torch', 'scipy', 'transformers', 'numpy'} & set(sys.modules))"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"

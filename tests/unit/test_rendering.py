@@ -11,10 +11,9 @@ import pytest
 from conftest import GOLDEN, MODELS, ROOT
 
 import finetune
-import loading
-import rendering
-import segments
-from examples import Example, ExampleError, Problems
+from llm_jepa.data import batching, rendering, segments
+from llm_jepa.data.examples import Example, ExampleError, Problems
+from llm_jepa.model import load_tokenizer
 
 REAL = ROOT.parent / "shared" / "tokenizers"
 REAL_NAMES = ("deepseek_v3", "gemma3", "llama3_2", "mistral_nemo", "qwen3")
@@ -43,7 +42,7 @@ def folder(name: str) -> Path:
 def tokenizer(name: str):
     if not folder(name).exists():
         pytest.skip(f"the tokenizer {name} is not at hand")
-    return loading.load_tokenizer(finetune.Settings(model_name=str(folder(name))))
+    return load_tokenizer(finetune.Settings(model_name=str(folder(name))))
 
 
 def renderer(name: str, **settings) -> rendering.Renderer:
@@ -205,7 +204,7 @@ def test_a_template_without_an_end_of_turn_token_is_refused_for_answers_only():
 def test_content_that_the_template_changes_cannot_be_located():
     r = with_template("{% for m in messages %}<|im_start|>{{ m['content'] | upper }}<|im_end|>{% endfor %}")
     with pytest.raises(ExampleError, match=r"rows:1: the content cannot be located"):
-        segments.SegmentDataset(EXAMPLES[:1], r, Problems())
+        batching.SegmentDataset(EXAMPLES[:1], r, Problems())
 
 
 def test_a_token_that_joins_answer_and_template_is_refused():
@@ -232,9 +231,9 @@ def test_an_example_over_max_length_is_named_or_skipped_and_counted():
     long = dataclasses.replace(EXAMPLES[0], assistant="Good " * 200, source="rows:7")
     r = renderer("llama3", max_length=100)
     with pytest.raises(ExampleError, match=r"rows:7: the chat has \d+ tokens, over --max_length 100"):
-        segments.SegmentDataset([EXAMPLES[0], long], r, Problems())
+        batching.SegmentDataset([EXAMPLES[0], long], r, Problems())
     problems = Problems(skip=True)
-    assert len(segments.SegmentDataset([EXAMPLES[0], long], r, problems)) == 1
+    assert len(batching.SegmentDataset([EXAMPLES[0], long], r, problems)) == 1
     assert "skipped 1 bad examples" in problems.report()
 
 
@@ -257,14 +256,14 @@ def test_real_tokenizers_score_the_same_packed_and_separate_with_a_small_model(n
 
     r = renderer(name, predictors=2, plain=plain)
     if plain:
-        r.tokenizer = loading.load_tokenizer(r.s)
+        r.tokenizer = load_tokenizer(r.s)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=len(r.tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1,
                     num_attention_heads=2, num_key_value_heads=1)
     ).eval()  # fmt: skip
     head = finetune.HeadInput(model)
-    items = segments.SegmentDataset(EXAMPLES, r, Problems()).items
+    items = batching.SegmentDataset(EXAMPLES, r, Problems()).items
     found = []
     for layout in ("packed", "separate", "additive"):
         with torch.no_grad():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from report import main, mean_sd
+from llm_jepa.reports.results import main, mean_sd
 
 JEPA = {"model_name": "models/tiny", "regular": False, "lbd": 1.0, "predictors": 1, "learning_rate": 1e-3}
 REGULAR = JEPA | {"regular": True, "lbd": 0.0, "predictors": 0}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from synthetic_runs import JEPA, REGULAR, change, export_views, log_steps, synthetic_arm, synthetic_run
 
-import report_files
-from report import main
+from llm_jepa.reports import writer
+from llm_jepa.reports.results import main
 
 METRICS = "eval/synth/metrics.json"
 EXACT = {82: 92.15, 23: 79.45, 37: 92.90, 84: 95.00, 4: 78.90}
@@ -402,7 +402,7 @@ def test_a_report_that_fails_leaves_the_last_one_whole(tmp_path, out, monkeypatc
     def broken(blocks):
         raise RuntimeError("no page")
 
-    monkeypatch.setattr(report_files, "as_html", broken)
+    monkeypatch.setattr(writer, "as_html", broken)
     with pytest.raises(RuntimeError):
         main([*runs[:2], "--output_dir", str(out)])
     assert snapshot(out) == before

@@ -8,11 +8,9 @@ from decimal import Decimal
 
 import pytest
 
-import sandbox
-import scoring
-import sql
-from examples import Example
-from scoring import (
+from llm_jepa.data.examples import Example
+from llm_jepa.scoring import sandbox, sql, tasks
+from llm_jepa.scoring.tasks import (
     LETTERS,
     SENTIMENTS,
     STARS,
@@ -150,7 +148,7 @@ SLOW = "(a*)*" * 2_000
 
 
 def test_a_slow_prediction_and_a_slow_answer_are_told_apart(monkeypatch):
-    monkeypatch.setattr(scoring, "REGEX_SECONDS", 0.3)
+    monkeypatch.setattr(tasks, "REGEX_SECONDS", 0.3)
     with TASKS["synth"].start(None) as score:
         assert score(SLOW, example("dog")) == {"dfa_equal": False, "failure": "timeout"}
         assert score("dog", example(SLOW)) == {"dfa_equal": False, "failure": "gold_timeout"}
@@ -178,7 +176,7 @@ def test_the_child_ends_with_the_scorer(monkeypatch):
             super().__init__(*arguments)
             opened.append(self)
 
-    monkeypatch.setattr(scoring, "Sandbox", Recorded)
+    monkeypatch.setattr(tasks, "Sandbox", Recorded)
     with TASKS["synth"].start(None) as score:
         score("a", example("b"))
         child = opened[0]._child

@@ -9,7 +9,7 @@ from conftest import GOLDEN, ROOT, call
 
 import evaluate
 import finetune
-from runs import UsageError, build_parser, parse_flags
+from llm_jepa.cli import UsageError, build_parser, parse_flags
 
 OLD_FLAGS = """train_file eval_file data_file eval_split split_seed model_name output_dir max_length batch_size
 grad_accum learning_rate num_epochs finetune_seed regular predictors lbd gamma last_token lora lora_rank pretrain plain

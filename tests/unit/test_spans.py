@@ -11,12 +11,13 @@ import torch
 from conftest import GOLDEN, MODELS
 
 import finetune
-import loading
-import segments
-from examples import Problems, read_examples
 from finetune import Collator
-from rendering import Renderer
-from segments import Segment, draw_patch, draw_triple
+from llm_jepa.data import batching, spans
+from llm_jepa.data.examples import Problems, read_examples
+from llm_jepa.data.rendering import Renderer
+from llm_jepa.data.segments import Segment
+from llm_jepa.data.spans import draw_patch, draw_triple
+from llm_jepa.model import load_tokenizer
 
 EXAMPLES = read_examples(str(GOLDEN / "regex_rows.jsonl"), Problems())[:6]
 PARTS = ((3, 7), (10, 13))  # seven tokens, with three of the template's between them
@@ -37,15 +38,15 @@ class Fixed:
 
 @cache
 def tokenizer(name: str):
-    return loading.load_tokenizer(finetune.Settings(model_name=str(GOLDEN / "models" / name)))
+    return load_tokenizer(finetune.Settings(model_name=str(GOLDEN / "models" / name)))
 
 
-def dataset(name: str = "llama3", **flags: object) -> segments.SegmentDataset:
+def dataset(name: str = "llama3", **flags: object) -> batching.SegmentDataset:
     s = finetune.Settings(model_name=str(GOLDEN / "models" / name), lm_labels="answer", predictors=1, **flags)
-    return segments.SegmentDataset(EXAMPLES, Renderer(tokenizer(name), s), Problems(), dropout=True)
+    return batching.SegmentDataset(EXAMPLES, Renderer(tokenizer(name), s), Problems(), dropout=True)
 
 
-def paths(data: segments.SegmentDataset, epoch: int = 0, batch: int = 6) -> list[list]:
+def paths(data: batching.SegmentDataset, epoch: int = 0, batch: int = 6) -> list[list]:
     parts = [range(i, min(6, i + batch)) for i in range(0, 6, batch)]
     return [item[0].path.tolist() for part in parts for item in data[epoch, part]]
 
@@ -112,13 +113,13 @@ def test_the_turns_of_a_chat_are_located(name):
 @pytest.mark.parametrize("flags", [{}, {"regular": True}, {"text_view": "in_chat"}, {"plain": True}], ids=str)
 @pytest.mark.parametrize("part", ["content", "user", "answer", "chat"])
 def test_spans_lie_in_the_part_they_are_drawn_from(part, flags):
-    for stp in segments.POINTS:
+    for stp in spans.POINTS:
         data = dataset(stp=stp, stp_part=part, stp_spans=20, **flags)
         for chat, *_ in data[0, range(6)]:
             inside = {*range(*chat.user)} if part in ("content", "user") else set()
             inside |= {*range(*chat.answer)} if part in ("content", "answer") else set()
             inside = {*range(len(chat.ids) - chat.branch)} if part == "chat" else inside
-            assert chat.path.shape == (20, segments.POINTS[stp]) and chat.path.min() >= 0
+            assert chat.path.shape == (20, spans.POINTS[stp]) and chat.path.min() >= 0
             if stp == "geodesic":
                 assert {*chat.path.flatten().tolist()} <= inside and (np.diff(chat.path) > 0).all()
             else:  # a step of token t is read at t − 1 and t
@@ -126,7 +127,7 @@ def test_spans_lie_in_the_part_they_are_drawn_from(part, flags):
                 assert between == inside - {0}
 
 
-@pytest.mark.parametrize("stp", segments.POINTS)
+@pytest.mark.parametrize("stp", spans.POINTS)
 def test_draws_are_decided_by_seed_epoch_and_example_alone(stp):
     first = paths(dataset(stp=stp, stp_spans=3))
     for batch in (1, 2, 5):

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import sql
-from examples import Example, ExampleError
-from runs import UsageError, sha256
-from sandbox import Failure, Sandbox
-from sql import ExecutionMatch, execute, is_ordered, results_match, spider_databases
+from llm_jepa.cli import UsageError
+from llm_jepa.data.examples import Example, ExampleError
+from llm_jepa.files import sha256
+from llm_jepa.scoring import sql
+from llm_jepa.scoring.sandbox import Failure, Sandbox
+from llm_jepa.scoring.sql import ExecutionMatch, execute, is_ordered, results_match, spider_databases
 
 SCRIPT = """
 CREATE TABLE singer (id INTEGER PRIMARY KEY, name TEXT, age INTEGER);
@@ -288,7 +289,7 @@ def test_memory_is_bounded(database):
     query = (
         "SELECT hex(zeroblob(4000000)) || a.id || b.id || c.id || d.id AS x FROM singer a, singer b, singer c, singer d"
     )
-    with Sandbox("sql:execute", 20) as sandbox, pytest.raises(Failure, match="memory"):
+    with Sandbox("llm_jepa.scoring.sql:execute", 20) as sandbox, pytest.raises(Failure, match="memory"):
         sandbox.call(str(database), f"{query} ORDER BY x")
 
 
@@ -320,7 +321,7 @@ def test_database_is_read_without_locks_and_without_files_beside_it(tmp_path):
     os.chmod(tmp_path, 0o755)
     assert execute(str(path), "SELECT count(*) FROM singer") == [[3]]
     seen_by_child = "SELECT name FROM singer WHERE id = 2"
-    with Sandbox("sql:execute", 5) as sandbox:
+    with Sandbox("llm_jepa.scoring.sql:execute", 5) as sandbox:
         assert sandbox.call(str(path), seen_by_child) == [["Bo"]]
     assert listing(tmp_path) == before
 
@@ -333,9 +334,9 @@ def test_database_that_another_process_has_locked_can_be_read(database):
 
 
 def test_child_imports_nothing_heavy():
-    code = "import sys, sql; print(*sys.modules)"
+    code = "import sys, llm_jepa.scoring.sql; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {"torch", "scipy", "numpy", "transformers", "jinja2", "runs"} & set(done.stdout.split())
+    assert not {"torch", "scipy", "numpy", "transformers", "jinja2", "llm_jepa.run_folder"} & set(done.stdout.split())
 
 
 # ------------------------------------------------------------------------------------------------ ExecutionMatch
@@ -603,7 +604,7 @@ def test_without_databases_the_message_says_what_is_missing(database, tmp_path):
 def test_two_processes_unpack_at_once(database, tmp_path):
     members = official(database) | {f"spider_data/database/d{i}/d{i}.sqlite": os.urandom(200_000) for i in range(30)}
     path = make_zip(tmp_path / "a.zip", members)
-    code = "import sys, sql, pathlib; print(sql.spider_databases(*map(pathlib.Path, sys.argv[1:])))"
+    code = "import sys, pathlib, llm_jepa.scoring.sql as s; print(s.spider_databases(*map(pathlib.Path, sys.argv[1:])))"
     command = [sys.executable, "-c", code, str(path), str(tmp_path / "cache")]
     started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     printed = {process.communicate(timeout=60)[0].strip() for process in started}

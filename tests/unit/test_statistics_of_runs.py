@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from statistics_of_runs import (
+from llm_jepa.reports.stats import (
     LEVEL,
     Comparison,
     compare,

@@ -10,8 +10,8 @@ import pytest
 from conftest import call
 from synthetic_runs import JEPA, REGULAR, change, synthetic_run
 
-import sweep
-from runs import UsageError
+from llm_jepa.cli import UsageError
+from llm_jepa.reports import sweep
 
 SPLIT = {"data_file": "datasets/synth_train.jsonl", "eval_split": 0.2, "split_seed": 42}
 HELD_OUT = SPLIT | {"sha256": "5c44", "n": 2000}
@@ -225,10 +225,10 @@ def test_main_prints_the_run_folder_and_writes_every_cell(cell, tmp_path):
     regular = [cell(score, arm="regular", learning_rate=lr) for lr, score in ((1e-3, 70.0), (2e-3, 75.0))]
     jepa = [cell(score, seed, lbd=lbd) for lbd, score in ((0.5, 80.0), (1.0, 85.0)) for seed in (7, 9)]
     file = tmp_path / "reports" / "new" / "sweep.json"
-    done = call("sweep", "--pick", "regular", "--output_file", file, *regular)
+    done = call("llm_jepa.sweep", "--pick", "regular", "--output_file", file, *regular)
     assert (done.code, done.out) == (0, f"{regular[1]}\n")
     assert list(json.loads(file.read_text())["arms"]) == ["regular"]
-    done = call("sweep", "--pick", "jepa", "--output_file", file, *regular, *jepa)
+    done = call("llm_jepa.sweep", "--pick", "jepa", "--output_file", file, *regular, *jepa)
     assert (done.code, done.out) == (0, f"{jepa[2]}\n"), "the first seed's run stands for the cell"
     assert "picked: lr=0.001 k=1 λ=1" in done.err
     written = json.loads(file.read_text())
@@ -246,11 +246,11 @@ def test_main_prints_the_run_folder_and_writes_every_cell(cell, tmp_path):
 def test_main_names_what_is_wrong_and_writes_nothing(cell, tmp_path):
     file = tmp_path / "sweep.json"
     regular, broken = cell(arm="regular"), cell()
-    done = call("sweep", "--pick", "jepa", "--output_file", file, regular)
+    done = call("llm_jepa.sweep", "--pick", "jepa", "--output_file", file, regular)
     assert done.code == 2 and done.err == "sweep.py: error: none of the runs is of arm jepa\n"
     change(broken, "run.json", status="running")
-    done = call("sweep", "--pick", "jepa", "--output_file", file, regular, broken)
+    done = call("llm_jepa.sweep", "--pick", "jepa", "--output_file", file, regular, broken)
     assert done.code == 2 and str(broken) in done.err and done.out == "" and not file.exists()
     (tmp_path / "taken").write_text("")
-    done = call("sweep", "--pick", "regular", "--output_file", tmp_path / "taken" / "sweep.json", regular)
+    done = call("llm_jepa.sweep", "--pick", "regular", "--output_file", tmp_path / "taken" / "sweep.json", regular)
     assert done.code == 2 and "taken" in done.err and done.out == ""

@@ -1,0 +1,137 @@
+"""What every command shares: flags from dataclasses, refusals of contradictions, errors and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn
+
+
+class UsageError(Exception):
+    """Wrong flags or folders: printed as one message, exit code 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message without what libraries append to it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def flag(default: Any, help: str, group: str, *aliases: str) -> Any:
+    """A field of a settings dataclass: its default, its help text and its other spellings, said once."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "aliases": aliases})
+
+
+def no_default(f: dataclasses.Field) -> bool:
+    """Whether there is no default to show; 0 is one."""
+    return f.default is None or f.default is False or f.default == ""
+
+
+def _value_type(annotation: Any) -> tuple[Any, tuple | None]:
+    """(type, choices) of a flag's annotation: `int | None` → int, Literal["a", "b"] → str and its choices."""
+    if typing.get_origin(annotation) is Literal:
+        return str, typing.get_args(annotation)
+    options = [a for a in typing.get_args(annotation) if a is not type(None)]
+    return _value_type(options[0]) if options else (annotation, None)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, for an unknown flag with those that look like it, in place of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.findall(r"(--[\w-]+)", message) if message.startswith("unrecognized") else []
+        near = [f for flag in unknown for f in difflib.get_close_matches(flag, self._option_string_actions, 2, 0.7)]
+        hint = f" (did you mean {' or '.join(dict.fromkeys(near))}?)" if near else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint}; --help lists all flags\n")
+
+
+def build_parser(settings: type, doc: str) -> FlagParser:
+    """The parser of a settings dataclass; defaults stay out of it, so that flags that were given can be told apart."""
+    parser = FlagParser(
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    types, groups = typing.get_type_hints(settings), {}
+    for f in dataclasses.fields(settings):
+        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
+        kind, choices = _value_type(types[f.name])
+        shown = "" if no_default(f) else f" (default {f.default})"
+        options: dict[str, Any] = {"dest": f.name, "help": (f.metadata["help"] + shown).replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+        else:
+            options.update(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
+        group.add_argument(f"--{f.name}", *f.metadata["aliases"], **options)
+    return parser
+
+
+def parse_flags(settings: type, doc: str, argv: list[str] | None = None) -> tuple[Any, set[str]]:
+    """(settings, names of the flags given on the command line)."""
+    given = vars(build_parser(settings, doc).parse_args(argv))
+    return settings(**given), set(given)
+
+
+def flag_table(settings: type, beyond: type | None = None) -> str:
+    """The README's Markdown table of a settings dataclass, or of what it has beyond another."""
+    lines, types, group = [], typing.get_type_hints(settings), None
+    known = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(beyond)} if beyond else {}
+    groups = list(dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(settings)))
+    for f in sorted(dataclasses.fields(settings), key=lambda f: groups.index(f.metadata["group"])):
+        if known.get(f.name) == (f.default, f.metadata["help"]):
+            continue
+        if f.metadata["group"] != group:
+            group = f.metadata["group"]
+            lines += ["", f"**{group}**", "", "| flag | default | |", "|---|---|---|"]
+        _, choices = _value_type(types[f.name])
+        spellings = (f"--{f.name}", *f.metadata["aliases"], *([f"--no-{f.name}"] if f.default is True else []))
+        names = ", ".join(f"`{n}`" for n in spellings)
+        values = f" ({', '.join(f'`{c}`' for c in choices)})" if choices else ""
+        default = "" if no_default(f) else f"`{f.default}`"
+        text = f"{f.metadata['help']}{values}".replace("|", "\\|")  # a bare pipe would end the cell
+        lines.append(f"| {names} | {default} | {text} |".replace("  ", " "))
+    return "\n".join(lines).strip() + "\n"
+
+
+class Refusals(list):
+    """Messages about wrong or inapplicable flags, collected so that all are said at once."""
+
+    def __init__(self, given: set[str]):
+        self.given = given
+
+    def refuse(self, condition: bool, message: str) -> None:
+        """Adds the message where the condition holds."""
+        if condition:
+            self.append(message)
+
+    def only_if(self, applies: bool, names: str, reason: str) -> None:
+        """Refuses those of the named flags that were given, unless they apply."""
+        unused = [f"--{n}" for n in names.split() if n in self.given]
+        self.refuse(bool(unused) and not applies, f"{', '.join(unused)}: {reason}")
+
+
+def run_command(name: str, work: Callable[[], int | None], speaks: Callable[[], bool] = lambda: True) -> int:
+    """Runs a command's work; an error that the user can mend becomes one line on stderr. Returns the exit code.
+
+    0 finished (or what `work` returns), 1 failed, 2 wrong usage or data, 130 interrupted. Other exceptions are bugs in
+    the program and keep their traceback. `speaks`: whether this process prints what every process finds.
+    """
+    code, message = 1, ""
+    try:
+        return work() or 0
+    except UsageError as error:
+        code, message = 2, str(error)
+    except FloatingPointError as error:
+        message = str(error)
+    except OSError as error:
+        message = first_line(error)
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    for line in message.splitlines() if speaks() else ():
+        print(f"{name}: {'' if code == 130 else 'error: '}{line}", file=sys.stderr, flush=True)
+    return code

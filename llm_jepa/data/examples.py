@@ -1,0 +1,303 @@
+"""Examples: one line of data each, read, checked, named by file and line, and rendered by a chat template.
+
+An example is a pair of views with an optional system turn, stored as one JSON object a line:
+
+    {"messages": [{"role": "system", "content": "…"},
+                  {"role": "user", "content": "…"},
+                  {"role": "assistant", "content": "…"}]}
+
+or as two fields of any JSONL, CSV or Parquet file or hub dataset, named by `Fields`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from llm_jepa.cli import UsageError
+from llm_jepa.files import sha256
+
+ROLES = (["system", "user", "assistant"], ["user", "assistant"])
+HUB = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:@[]+))?:(?P<split>[^:@[]+(\[[^]]*\])?)(@(?P<revision>[\w.-]+))?"
+)
+
+
+class ExampleError(UsageError, ValueError):
+    """Something is wrong with the data; the message names the file and, where there is one, the line."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line of data: `user` is the Text view's content, `assistant` the Code view's, unless `text`, `code` are."""
+
+    system: str | None
+    user: str
+    assistant: str
+    source: str  # "path:line", for messages
+    id: int  # line number in the file (of a CSV or Parquet file or a hub dataset the row), counted from 1
+    text: str | None = None
+    code: str | None = None
+    answers: tuple[str, ...] | None = None  # where more than one is right; `assistant` holds them all
+    group: str | None = None  # what it belongs to with others: its set of paraphrases
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where foreign data has its views: the fields of Text and Code; `system` is every example's system turn."""
+
+    text: str
+    code: str
+    system: str | None = None
+
+
+@dataclass
+class Problems:
+    """What is wrong with the data: raised at the first one, or with `skip` collected to be counted and reported."""
+
+    skip: bool = False
+    found: dict[str, str] = field(default_factory=dict)  # reasons by place, so that a row counts once
+
+    @property
+    def messages(self) -> list[str]:
+        """Place and reason of each bad example."""
+        return [f"{source}: {reason}" for source, reason in self.found.items()]
+
+    def add(self, source: str, reason: str) -> None:
+        """Raises ExampleError unless bad examples are skipped."""
+        if not self.skip:
+            raise ExampleError(f"{source}: {reason}")
+        self.found[source] = reason
+
+    def report(self) -> str | None:
+        """A line for the reader, or None where nothing was skipped."""
+        if not self.found:
+            return None
+        more = f" (and {len(self.found) - 3} more)" if len(self.found) > 3 else ""
+        return f"skipped {len(self.found)} bad examples: " + "; ".join(self.messages[:3]) + more
+
+
+def check_text(value: Any, what: str) -> str:
+    """The value. Raises ValueError where it is no text that can be trained on."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {type(value).__name__}, not a string")
+    if not value.strip():
+        raise ValueError(f"{what} is empty")
+    if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
+        raise ValueError(f"{what} holds half a surrogate pair")
+    return value
+
+
+def parse_json(line: bytes) -> Any:
+    """The value on a line of JSON. Raises ValueError with the reason, without the place."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read (nested too deeply)") from None
+
+
+def parse_messages(row: Any, source: str, number: int) -> Example:
+    """A row in the project's own format → Example. Raises ValueError with the reason, without the place."""
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
+        raise ValueError('no "messages" list (rows of another kind: --text_field, --code_field)')
+    messages = row["messages"]
+    roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
+    if roles not in ROLES:
+        raise ValueError(f"roles are {roles}, not system (optional), user, assistant")
+    for message in messages:
+        check_text(message.get("content"), f"content of the {message['role']} turn")
+    system = messages[0]["content"] if len(messages) == 3 else None
+    answers = row.get("answers")
+    if answers is not None and (not isinstance(answers, list) or not answers):
+        raise ValueError('"answers" is not a list of texts')
+    return Example(
+        system,
+        messages[-2]["content"],
+        messages[-1]["content"],
+        source,
+        number,
+        text=_view(row, "text", "user"),
+        code=_view(row, "code", "assistant"),
+        answers=answers and tuple(check_text(a, '"answers"') for a in answers),
+        group=row["group"] if isinstance(row.get("group"), str) else None,
+    )
+
+
+def _view(row: dict[str, Any], name: str, role: str) -> str | None:
+    """The content of a view that is not its turn of the chat; a "text" or "code" that is no list is something else."""
+    if not isinstance(row.get(name), list):
+        return None
+    if [m.get("role") if isinstance(m, dict) else None for m in row[name]] != [role]:
+        raise ValueError(f'"{name}" is not a list of one {role} message')
+    return check_text(row[name][0].get("content"), f'content of the view "{name}"')
+
+
+def parse_fields(row: Any, source: str, number: int, fields: Fields) -> Example:
+    """A row of foreign data → Example. Raises ValueError with the reason, without the place."""
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    for name in (fields.text, fields.code):
+        if name not in row:
+            raise ValueError(f"no field {name!r} (there are {', '.join(map(repr, row)) or 'none'})")
+        check_text(row[name], f"field {name!r}")
+    return Example(fields.system, row[fields.text], row[fields.code], source, number)
+
+
+def parse_example(row: Any, source: str, number: int, fields: Fields | None) -> Example:
+    """A row → Example, in the project's own format without `fields`. Raises ValueError with the reason."""
+    return parse_fields(row, source, number, fields) if fields else parse_messages(row, source, number)
+
+
+Rows = Iterator[tuple[str, int, Callable[[], Any]]]  # place, number, and a function that gives or refuses the row
+
+
+def _jsonl_rows(path: str) -> Rows:
+    # As bytes, so that lines end at newlines alone: text would also break at U+2028 inside a JSON string.
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield f"{path}:{number}", number, lambda line=line: parse_json(line)
+
+
+def _csv_rows(path: str) -> Rows:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        # A cell may be as long as the file.
+        csv.field_size_limit(max(csv.field_size_limit(), Path(path).stat().st_size))
+        reader = csv.DictReader(file, strict=True)
+        try:
+            names = reader.fieldnames or []
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ExampleError(f"{path}:1: the field {twice[0]!r} stands there twice")
+            for number, row in enumerate(reader, start=1):
+                yield f"{path}:{reader.line_num}", number, lambda row=row: _whole(row)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ExampleError(f"{path}: not CSV behind line {reader.line_num} ({error})") from None
+
+
+def _whole(row: dict[str | None, Any]) -> dict[str, Any]:
+    if None in row or None in row.values():
+        raise ValueError("the row has more or fewer cells than the first line")
+    return row
+
+
+def _parquet_rows(path: str) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        number = 0
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", number, lambda row=row: row
+    except pyarrow.ArrowException as error:
+        raise ExampleError(f"{path}: not Parquet ({str(error).splitlines()[0]})") from None
+
+
+def _hub_rows(path: str, streaming: bool = False) -> Rows:
+    from datasets import ClassLabel, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    place = HUB.fullmatch(path)
+    try:
+        where = {"split": place["split"], "revision": place["revision"]} | ({"streaming": True} if streaming else {})
+        data = load_dataset(place["name"], place["config"], **where)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise ExampleError(f"{path}: cannot be loaded from the hub ({str(error).splitlines()[0]})") from None
+    labels = {name: kind for name, kind in (data.features or {}).items() if isinstance(kind, ClassLabel)}
+    for number, row in enumerate(data, start=1):
+        names = {k: kind.int2str(row[k]) for k, kind in labels.items() if row[k] is not None and row[k] >= 0}
+        yield f"{path}: row {number}", number, lambda row=row, names=names: row | names
+
+
+def is_hub(path: str) -> bool:
+    """Whether a data path means a hub dataset, OWNER/NAME[:CONFIG]:SPLIT[@REVISION], and not a file."""
+    return HUB.fullmatch(path) is not None and not Path(path).exists()
+
+
+def read_rows(path: str, streaming: bool = False) -> Rows:
+    """The rows of a JSONL, CSV or Parquet file (told by its ending) or a hub dataset, in order.
+
+    Files are read row by row; with `streaming` a hub dataset is too, instead of being fetched first.
+    """
+    if is_hub(path):
+        return _hub_rows(path, streaming)
+    return {".csv": _csv_rows, ".parquet": _parquet_rows}.get(Path(path).suffix.lower(), _jsonl_rows)(path)
+
+
+def read_examples(path: str, problems: Problems, fields: Fields | None = None) -> list[Example]:
+    """All examples of a file or hub dataset, in order; blank lines do not count as lines of data.
+
+    Without `fields` rows are in the project's own format. Raises ExampleError for a missing, unreadable or empty file,
+    and for a bad row unless `problems` skips those.
+    """
+    examples = []
+    try:
+        for source, number, row in read_rows(path):
+            try:
+                examples.append(parse_example(row(), source, number, fields))
+            except ValueError as error:
+                problems.add(source, str(error))
+    except OSError as error:
+        raise ExampleError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not examples:
+        skipped = f" ({problems.report()})" if problems.report() else ""
+        raise ExampleError(f"{path}: no examples in the file{skipped}")
+    return examples
+
+
+def data_sha256(path: str, streaming: bool = False) -> str:
+    """Hexadecimal SHA-256 of a data file, or of a hub dataset's rows; with `streaming` of its place and commit instead.
+
+    Raises ExampleError where the hub does not tell the commit.
+    """
+    if not is_hub(path):
+        return sha256(path)
+    digest = hashlib.sha256()
+    if streaming:  # to read all rows would fetch them all
+        place = HUB.fullmatch(path)
+        try:
+            commit = HfApi().dataset_info(place["name"], revision=place["revision"]).sha
+        except (OSError, ValueError) as error:
+            raise ExampleError(f"{path}: the hub does not tell its commit ({str(error).splitlines()[0]})") from None
+        digest.update(f"{path.partition('@')[0]}@{commit}".encode())
+        return digest.hexdigest()
+    for _, _, row in read_rows(path):
+        digest.update(json.dumps(row(), sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def split_examples(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(train, held out): a random `share` of the examples held out, the same one for the same seed and number of rows.
+
+    Raises ExampleError where either part would be empty.
+    """
+    from datasets import Dataset
+
+    # Dataset.train_test_split rounds the held-out part up.
+    if not 0 < share < 1 or math.ceil(share * len(examples)) >= len(examples):
+        place = f"{examples[0].source}: " if examples else ""
+        raise ExampleError(f"{place}a share of {share} cannot be held out of {len(examples)} examples")
+    parts = Dataset.from_dict({"i": range(len(examples))}).train_test_split(test_size=share, seed=seed)
+    return [examples[i] for i in parts["train"]["i"]], [examples[i] for i in parts["test"]["i"]]
+
+
+def dataset_name(path: str) -> str:
+    """A data file's base name without its part: datasets/synth_test.jsonl → synth; of a hub dataset its NAME."""
+    stem = HUB.fullmatch(path)["name"].split("/")[1] if is_hub(path) else Path(path).stem
+    return next((stem.removesuffix(p) for p in ("_train", "_test", "_dev", "_val") if stem.endswith(p)), stem)
