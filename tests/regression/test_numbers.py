@@ -1,0 +1,149 @@
+"""Training runs and scores must give the stored numbers: a change that should do nothing must leave them equal.
+
+values.json stores some steps of 20-step runs on a small model and the scorers' results on the golden examples. The
+relative tolerance is 1e-6, because kernels differ between CPUs. `LLM_JEPA_EXACT=1` requires equality bit for bit, for
+comparisons on one machine. To store new values after an intended change of the numbers:
+
+    LLM_JEPA_WRITE=1 python -m pytest -n 0 tests/regression
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN, ROOT, call
+
+from examples import Example, Problems, read_examples
+from scoring import TASKS, score_text
+
+VALUES = Path(__file__).with_name("values.json")
+EXACT, WRITE = (os.environ.get(f"LLM_JEPA_{name}") == "1" for name in ("EXACT", "WRITE"))
+MODEL = GOLDEN / "models" / "llama3"
+EXAMPLES = 22  # not a multiple of the batch size: the last step of an epoch is short
+KEPT_STEPS = (1, 5, 10, 15, 20)
+RENAMED = {"total": "loss"}  # log keys whose stored name differs
+TIMING = ("runtime", "per_second")
+BOUNDED = ("cosine", "spread")  # near 0 their rounding error is that of numbers near 1
+
+JEPA = "--predictors 1 --lbd 1"
+RUNS = {
+    "regular": "--regular",
+    "pretrain": "--regular --pretrain",
+    "train_all": "--regular --train_all",
+    "packed": JEPA,
+    "additive": f"{JEPA} --layout additive",
+    "separate": f"{JEPA} --layout separate",
+    "in_chat": f"{JEPA} --text_view in_chat",
+    "cosine": "--predictors 0 --lbd 2 --gamma 0.5",
+    "l2": f"{JEPA} --jepa_l2",
+    "mse": f"{JEPA} --jepa_mse",
+    "infonce": f"{JEPA} --infonce",
+    "reverse": f"{JEPA} --reverse_pred",
+    "geodesic": "--regular --stp geodesic --stp_lbd 1 --stp_spans 2",
+    "patch": f"{JEPA} --stp patch --stp_lbd 1 --stp_warmup 10",
+    "lora": f"{JEPA} --lora",
+    "plain": f"{JEPA} --plain",
+    "reference_labels": f"{JEPA} --lm_labels reference --last_token -1",
+    "accumulation": f"{JEPA} --batch_size 2 --grad_accum 2",
+    "reference_grad_scale": f"{JEPA} --batch_size 2 --grad_accum 2 --reference_grad_scale",
+    "jepa_ratio": f"{JEPA} --jepa_ratio 0.5",
+    "tokens_per_batch": f"{JEPA} --tokens_per_batch 300",
+    "streaming": f"{JEPA} --streaming",
+    "two_processes": f"{JEPA} --batch_size 1 --grad_accum 2",
+}
+DEFAULTS = {"--batch_size": 4, "--grad_accum": 1, "--learning_rate": 3e-5, "--max_steps": 20, "--save_strategy": "no"}
+
+
+def read_line(line: str) -> dict[str, float]:
+    """The numbers of one line of metrics.jsonl under their stored names, without times."""
+    return {RENAMED.get(k, k): v for k, v in json.loads(line).items() if not k.endswith(TIMING)}
+
+
+def train(name: str, folder: Path) -> dict[str, list[float]]:
+    """Runs finetune.py with the flags of a case: the values of each log key at the kept steps."""
+    data, run = folder / "examples.jsonl", folder / "run"
+    data.write_text("".join((GOLDEN / "regex_rows.jsonl").read_text().splitlines(keepends=True)[:EXAMPLES]))
+    argv = [*RUNS[name].split(), "--train_file", data, "--model_name", MODEL, "--output_dir", run]
+    unused = [*argv, "--batch_size"] if name == "tokens_per_batch" else argv
+    argv += [part for flag, value in DEFAULTS.items() if flag not in unused for part in (flag, value)]
+    argv += [] if name == "streaming" else ["--eval_file", GOLDEN / "tricky_rows.jsonl", "--eval_strategy", "epoch"]
+    if name == "two_processes":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*torchrun, ROOT / "finetune.py", *map(str, argv)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    else:
+        done = call("finetune", *argv)
+        assert done.code == 0, done.err
+    columns: dict[str, list[float]] = {}
+    for line in map(read_line, (run / "metrics.jsonl").read_text().splitlines()):
+        for key, value in line.items():
+            if line["step"] in KEPT_STEPS and key != "step":
+                columns.setdefault(key, []).append(value)
+    return columns
+
+
+def make_databases(folder: Path, examples: list[Example]) -> Path:
+    """Makes the databases that the SQL examples name, with 12 lines of equal and different ranks in each table."""
+    for example in examples:
+        name, table = example.user.split("[")[1].split("]")[0], example.assistant.split(" FROM ")[1].split()[0]
+        (folder / name).mkdir(exist_ok=True)
+        connection = sqlite3.connect(folder / name / f"{name}.sqlite")
+        connection.execute(f"DROP TABLE IF EXISTS {table}")
+        connection.execute(f"CREATE TABLE {table} (name TEXT, rank INTEGER)")
+        connection.executemany(f"INSERT INTO {table} VALUES (?, ?)", [(f"n{i}", i * 5 % 11) for i in range(12)])
+        connection.commit()
+        connection.close()
+    return folder
+
+
+def score(task: str, file: str, folder: Path) -> list[str]:
+    """For each example the scores of five predictions: 1 right, 0 wrong, and the reason of a failure."""
+    examples = read_examples(str(GOLDEN / file), Problems())
+    compact = []
+    with TASKS[task].start(make_databases(folder, examples) if task == "spider" else None) as scorer:
+        for number, example in enumerate(examples):
+            gold, other = example.assistant, examples[number - 1].assistant
+            same = {"spider": gold.replace(" DESC", " DESC, 1"), "synth": f"~(~({gold}))"}.get(task, f" {gold}.")
+            near = gold.replace(" >  ", " >= ").replace(" DESC", "").replace("[0-9]", "[1-9]").replace("cat", "cats")
+            verdicts = []
+            for prediction in (gold, same, near, other, gold[:-1]):
+                scores = score_text(prediction, gold) | scorer(prediction, example)
+                verdicts.append("".join(v if isinstance(v, str) else str(int(v)) for v in scores.values()))
+            compact.append(" ".join(verdicts))
+    return compact
+
+
+SCORES = {"spider": "sql_rows.jsonl", "synth": "regex_rows.jsonl", "rotten_tomatoes": "tricky_rows.jsonl"}
+
+
+def check(name: str, measured: dict[str, list]) -> None:
+    """Compares the values of a case with the stored ones, or stores them with LLM_JEPA_WRITE=1."""
+    stored = json.loads(VALUES.read_text()) if VALUES.exists() else {}
+    if WRITE:
+        kept = {case: stored[case] for case in (*RUNS, "scores") if case in stored} | {name: measured}
+        lines = {c: ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in kept[c].items()) for c in kept}
+        VALUES.write_text("{\n" + ",\n".join(f' "{c}": {{\n{text}\n }}' for c, text in lines.items()) + "\n}\n")
+        return
+    assert measured.keys() == stored[name].keys()
+    for key, values in stored[name].items():
+        near = pytest.approx(values, rel=1e-6, abs=1e-6 if key.endswith(BOUNDED) else 0)
+        assert measured[key] == (values if EXACT or isinstance(values[0], str) else near), key
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_gives_stored_numbers(name, tmp_path):
+    values = train(name, tmp_path)
+    assert len(values["loss"]) == len(KEPT_STEPS) and all(map(math.isfinite, values["loss"]))
+    check(name, values)
+
+
+def test_scorers_give_stored_results(tmp_path):
+    check("scores", {task: score(task, file, tmp_path) for task, file in SCORES.items()})
