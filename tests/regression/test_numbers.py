@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN, ROOT, call
 
-from examples import Example, Problems, read_examples
-from scoring import TASKS, score_text
+from llm_jepa.data.examples import Example, Problems, read_examples
+from llm_jepa.scoring.tasks import TASKS, score_text
 
 VALUES = Path(__file__).with_name("values.json")
 EXACT, WRITE = (os.environ.get(f"LLM_JEPA_{name}") == "1" for name in ("EXACT", "WRITE"))
