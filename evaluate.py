@@ -18,7 +18,7 @@ import shlex
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers import BitsAndBytesConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
+from finetune import Collator, LMHeadSelector
 from llm_jepa.cli import Refusals, UsageError, first_line, flag, parse_flags
 from llm_jepa.data.examples import (
     Example,
@@ -42,8 +43,17 @@ from llm_jepa.data.examples import (
     split_examples,
 )
 from llm_jepa.data.rendering import Renderer
+from llm_jepa.data.segments import Encoder, Item
 from llm_jepa.evaluation import vllm_engine
-from llm_jepa.evaluation.generation import Generation, choose, encode_choices, generate, stop_ids, tokenise
+from llm_jepa.evaluation.generation import (
+    Generation,
+    choose,
+    encode_choices,
+    float32_logits,
+    generate,
+    stop_ids,
+    tokenise,
+)
 from llm_jepa.evaluation.predictions import (
     agreed,
     begin_output,
@@ -55,10 +65,10 @@ from llm_jepa.evaluation.predictions import (
     write_rows,
 )
 from llm_jepa.files import folder_sha256, read_json, sha256, write_json
-from llm_jepa.model import LOADING_ERRORS, check_name, load_tokenizer, load_weights
+from llm_jepa.model import LOADING_ERRORS, check_name, load_pretrained, load_tokenizer
 from llm_jepa.run_folder import provenance
 from llm_jepa.scoring.tasks import TASKS, Scorer, score_text, wilson
-from llm_jepa.settings import Settings as TrainingSettings
+from llm_jepa.training.checks import on_device
 
 HERE = Path(__file__).resolve().parent
 GOLD_RIGHT = 0.9  # of the rows' own answers must count as right: published sets have a few that fail
@@ -299,38 +309,43 @@ def notes_on(s: Settings, examples: list[Example], checksum: str) -> list[str]:
     return notes
 
 
-def load_renderer(name: str, s: Settings, base: str) -> Renderer:
-    """The renderer of a model's prompts and views; `base` has the tokenizer of an adapter that has none.
+def load_encoder(name: str, s: Settings, base: str) -> Encoder:
+    """Encodes a model's prompts and views as in its training; `base` has the tokenizer of an adapter without one.
 
-    Raises UsageError for an unfinished run or a run trained in the other format.
+    Raises UsageError for an unfinished run or a run trained in another format.
     """
     folder, trained = Path(name), check_run(name, s)
     has_tokenizer = (folder / "tokenizer_config.json").is_file() or not folder.is_dir()
-    flags = ("predictors", "front_pred", "reverse_pred", "last_token", "text_view") if s.embeds else ()
-    views = {k: trained[k] for k in flags if k in trained}
-    render_as = TrainingSettings(
-        model_name=name if has_tokenizer else s.original_model_name or base, revision=s.revision, plain=s.plain,
-        max_length=sys.maxsize, lm_labels="answer_text" if s.task and TASKS[s.task].choices else "answer", **views,
+    source = name if has_tokenizer else s.original_model_name or base
+    tokenizer = load_tokenizer(source, s.revision, plain=s.plain, predictors=False)
+    views = trained if s.embeds else {}
+    renderer = Renderer(
+        tokenizer, plain=s.plain, predictors=views.get("predictors", 0), front_pred=views.get("front_pred", False),
+        reverse_pred=views.get("reverse_pred", False),
     )  # fmt: skip
-    return Renderer(load_tokenizer(render_as, predictors=False), render_as)
+    labels = "answer_text" if s.task and TASKS[s.task].choices else "answer"
+    return Encoder(
+        renderer, labels, max_length=sys.maxsize, last_token=views.get("last_token"),
+        text_view=views.get("text_view", "alone"),
+    )  # fmt: skip
 
 
-def load(name: str, s: Settings) -> tuple[Any, Renderer]:
-    """The model, on its device and in evaluation mode, and its renderer.
+def load(name: str, s: Settings) -> tuple[Any, Encoder]:
+    """The model, on its device and in evaluation mode, and its encoder.
 
-    Raises UsageError as load_renderer does, or for a model that cannot be loaded.
+    Raises UsageError as load_encoder does, or for a model that cannot be loaded.
     """
     folder, base = Path(name), name
     adapter = (folder / "adapter_config.json").is_file()
     if adapter:
         base = s.original_model_name or read_json(folder / "adapter_config.json")["base_model_name_or_path"]
-    renderer = load_renderer(name, s, base)
-    tokenizer, (options, device) = renderer.tokenizer, load_options(s)
+    encoder = load_encoder(name, s, base)
+    tokenizer, (options, device) = encoder.renderer.tokenizer, load_options(s)
     set_seed(42)  # rows of tokens that a model lacks (--plain) are drawn at random
     try:
         if adapter and s.revision is None:
             options["revision"] = read_json(folder / "adapter_config.json").get("revision")
-        model = load_weights(base, **options)
+        model = load_pretrained(base, **options)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         if adapter:
@@ -339,14 +354,15 @@ def load(name: str, s: Settings) -> tuple[Any, Renderer]:
             model = PeftModel.from_pretrained(model, name)
     except LOADING_ERRORS as error:
         raise UsageError(f"--model_name {name} cannot be loaded: {first_line(error)}") from None
-    return (model if "device_map" in options else model.to(device)).eval(), renderer
+    return (model if "device_map" in options else model.to(device)).eval(), encoder
 
 
-def describe(name: str, s: Settings) -> tuple[Any, Renderer]:
+def describe(name: str, s: Settings) -> tuple[Any, Encoder]:
     """As `load`, with what the model's configuration tells in place of its weights, which vLLM loads."""
     vllm_engine.check_whole(name)
-    renderer = load_renderer(name, s, name)
-    return vllm_engine.Described.read(name, s.revision, str(load_options(s)[0]["dtype"]), renderer), renderer
+    encoder = load_encoder(name, s, name)
+    dtype = str(load_options(s)[0]["dtype"])
+    return vllm_engine.Described.read(name, s.revision, dtype, encoder.renderer), encoder
 
 
 def load_options(s: Settings) -> tuple[dict[str, Any], str]:
@@ -433,6 +449,14 @@ def table(metrics: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------ run
 
 
+@contextlib.contextmanager
+def label_logits(model: Any, pad_id: int) -> Iterator[Callable[[list[Item]], torch.Tensor]]:
+    """A function of items: the logits (N, V) at their labels."""
+    collator = Collator("separate", pad_id, sys.maxsize)
+    with float32_logits(model), contextlib.closing(LMHeadSelector(model)) as selector:
+        yield lambda items: selector.read(model, on_device(collator(items), model.device)).logits
+
+
 def answer(
     name: str, examples: list[Example], s: Settings, path: Path, identity: dict[str, Any], problems: Problems
 ) -> list[dict[str, Any]]:
@@ -443,11 +467,14 @@ def answer(
     with contextlib.ExitStack() as stack:
         with agreed():  # whatever is wrong with the examples is refused before anything is replaced
             choices, vllm = TASKS[s.task].choices, s.engine == "vllm"
-            model, renderer = (describe if vllm else load)(name, s)
+            model, encoder = (describe if vllm else load)(name, s)
+            renderer = encoder.renderer
             if choices:
-                examples, encoded = encode_choices(model, renderer, examples, choices, problems)
-                answers = partial(choose, model, renderer, examples, choices, s.batch_size, encoded=encoded,
-                                  tokens_per_batch=s.tokens_per_batch)  # fmt: skip
+                examples, encoded = encode_choices(model, encoder, examples, choices, problems)
+                read = stack.enter_context(label_logits(model, renderer.tokenizer.pad_token_id))
+                answers = partial(
+                    choose, read, examples, encoded, choices, s.batch_size, tokens_per_batch=s.tokens_per_batch
+                )
             else:
                 examples, prompts = tokenise(model, renderer, examples, problems)
                 stop_ids(model, renderer)
@@ -577,15 +604,15 @@ def run_embeddings(s: Settings, examples: list[Example], record: dict[str, Any],
     for path in (drawing, drawing and drawing.with_suffix(".json"), figures, vectors):
         if path and path.exists() and not s.overwrite:
             raise UsageError(f"{path} exists; give --overwrite")
-    model, renderer = load(s.model_name, s)
+    model, encoder = load(s.model_name, s)
     if s.skip_bad_examples:
-        examples = embeddings.usable(model, renderer, examples, problems)
+        examples = embeddings.usable(model, encoder, examples, problems)
     record["skipped_examples"] = len(problems.messages)
     if problems.report():
         print(problems.report(), file=sys.stderr)
     where = {"model": s.model_name, "layer": s.embedding_layer, "pooling": s.embedding_pooling}
     text, code = embeddings.embed(
-        model, renderer, examples, s.batch_size, s.embedding_layer, s.embedding_pooling,
+        model, encoder, examples, s.batch_size, s.embedding_layer, s.embedding_pooling,
         tokens_per_batch=s.tokens_per_batch,
     )  # fmt: skip
     if vectors:

@@ -1,34 +1,35 @@
-"""LLM-JEPA fine-tuning of models of some eight billion weights, on one large GPU or on nodes of them.
+"""LLM-JEPA fine-tuning of models of about eight billion parameters, on one large GPU or on nodes of them.
 
-    python finetune8bh200.py --model_name MODEL --train_file ROWS --predictors 1 --lbd 1            one GPU
-    torchrun --nproc_per_node 8 finetune8bh200.py …                                              all GPUs of a node
+    python finetune8bh200.py --model_name MODEL --train_file FILE --predictors 1 --lbd 1             one GPU
+    torchrun --nproc_per_node 8 finetune8bh200.py …                                               all GPUs of a node
 
-The method, its flags and the run folder are finetune.py's; this file changes only how the weights are held. With
-several processes FSDP2 shards weights, gradients and optimiser states over them: the main process reads the weights,
-once, and hands out the shards; checkpoints are sharded too, and can be gone on with by another number above one; at
-the end one whole model is saved, and the checkpoints are removed. Started again by torchrun (--max-restarts), it goes
-on from the last whole one.
+The method, its flags and the run folder are finetune.py's; this file changes only how the parameters are stored. With
+several processes FSDP2 shards parameters, gradients and optimizer states. The main process reads the parameters once
+and distributes the shards. Checkpoints are sharded too, and training can resume from them with another number of
+processes (at least two). At the end one complete model is saved and the checkpoints are removed. If torchrun restarts
+the job (--max-restarts), training resumes from the last complete checkpoint.
 
-Memory of full fine-tuning, in bytes a weight, shared out over the processes:
+Memory of full fine-tuning in bytes per parameter, divided by the number of processes:
 
     master weights     4 (float32) or 2 (--param_dtype bfloat16)
-    gradients          as the master weights
-    AdamW's moments    twice the master weights; 2 with an 8-bit optimiser
-    gathered           2 (bfloat16) of two decoder layers and the output layer; a process alone: of all, by autocast
+    gradients          the same
+    AdamW's moments    twice the master weights; 2 with an 8-bit optimizer
+    gathered           2 (bfloat16) for two decoder layers and the output layer; on one GPU for all, by autocast
 
-and beside them one hidden state a layer and token (activations are recomputed) and 2^26 logits. Of 8.03e9 weights that
-is 128 GB in float32, 96 GB with an 8-bit optimiser and autocast's copies on one GPU, 16 GB on each of eight.
+and in addition one hidden state per layer and token (activations are recomputed) and 2^26 logits. For 8.03e9 parameters
+this is 128 GB in float32, 96 GB with an 8-bit optimizer and autocast's copies on one GPU, 16 GB on each of eight.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -37,218 +38,171 @@ from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments, set_seed
 
-import finetune
-from finetune import Engine, JepaTrainer, Parts, training_arguments
-from llm_jepa.cli import Refusals, UsageError, flag
+from finetune import JepaTrainer, Parts, adapted, fine_tune, load_on_device
+from llm_jepa.cli import UsageError, parse_flags
 from llm_jepa.files import read_json
-from llm_jepa.model import load_config, load_model
-from llm_jepa.run_folder import launch, processes
-from llm_jepa.settings import MODEL, OPTIM, RUN, Settings, check_settings, resolve
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass
-class LargeSettings(Settings):
-    """finetune.py's flags, and what a large model needs besides."""
-
-    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass", MODEL)
-    param_dtype: Literal["float32", "bfloat16"] = flag(
-        "float32",
-        "precision of the master weights, their gradients and AdamW's moments; bfloat16 halves the memory, loses "
-        "updates below 1/256 of a weight, and with --adam_beta2 above 0.99 AdamW's second moment no longer falls",
-        MODEL,
-    )
-    sharding: Literal["fsdp2", "ddp"] | None = flag(
-        None,
-        "several processes: fsdp2 shares out weights, gradients and optimiser states, with ddp each has them all; "
-        "default fsdp2, with --load_in_4bit or a --lora adapter on tied embeddings ddp",
-        MODEL,
-    )
-    load_in_4bit: bool = flag(False, "QLoRA: keep the frozen weights in 4 bits", MODEL)
-    keep_checkpoints: bool = flag(
-        False, "keep them behind the end; else a finished run, which does not go on, has its model alone", RUN
-    )
-    optim: str = flag(
-        "auto",
-        "optimiser of transformers; auto: adamw_bnb_8bit for all weights on one GPU, else adamw_torch_fused",
-        OPTIM,
-    )
+from llm_jepa.large.settings import DTYPES, LargeSettings, check_large_settings
+from llm_jepa.model import load_model
+from llm_jepa.run_folder import launch_id, processes
+from llm_jepa.training.arguments import training_arguments, uses_bfloat16
+from llm_jepa.training.process import run_training
 
 
-def sharding(s: LargeSettings, several: bool) -> str | None:
-    """How several processes share the weights: fsdp2, ddp (each has them all), None where there is one process.
-
-    Raises UsageError where there is no such model, or its weights cannot be shared as asked.
-    """
-    if not several:
-        return None
-    whole = "its 4-bit weights" if s.load_in_4bit else None
-    if s.lora and not whole and load_config(s).get_text_config().tie_word_embeddings:
-        whole = "an adapter on embeddings that are the output layer's too"  # accelerate shards them twice
-    if s.sharding == "fsdp2" and whole:
-        raise UsageError(f"--sharding fsdp2: cannot share out {whole}; give --sharding ddp")
-    return s.sharding or ("ddp" if whole else "fsdp2")
-
-
-def restarted() -> bool:
-    """Whether torchrun has started this job before: on any node, since each counts its own restarts alone."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    return count is not None and any(gather_object([count != "0"]))
-
-
-def computes(s: LargeSettings, device: torch.device) -> torch.dtype:
+def compute_dtype(s: LargeSettings, device: torch.device) -> torch.dtype:
     """Precision of the computation."""
-    return DTYPES["bfloat16" if s.param_dtype == "bfloat16" or finetune.WHOLE.half(s, device) else "float32"]
+    return DTYPES["bfloat16" if s.param_dtype == "bfloat16" or uses_bfloat16(s, device) else "float32"]
+
+
+# ------------------------------------------------------------------------------------------------------- sharding
+
+
+def load(s: LargeSettings, tokenizer: Any, device: torch.device) -> Any:
+    """The model on its device. To be sharded: on the main process's CPU, and without memory on the others."""
+    if s.dry_run:
+        return load_on_device(s, tokenizer, device)
+    sharded = s.sharding == "fsdp2"
+    # With LoRA only the adapter, which is float32, is updated in small steps.
+    options: dict[str, Any] = {"dtype": compute_dtype(s, device) if s.lora else DTYPES[s.param_dtype]}
+    if s.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
+        options["device_map"] = {"": device}
+    model = load_model(
+        s.model_name, s.revision, tokenizer, pretrain=s.pretrain, attn_implementation=s.attn_implementation,
+        empty=sharded and not PartialState().is_main_process, **options,
+    )  # fmt: skip
+    model = adapted(model, s, tokenizer) if s.lora else model
+    return model if sharded or s.load_in_4bit else model.to(device)
+
+
+def sharded_arguments(s: LargeSettings, *, bf16: bool, max_steps: int, device: torch.device) -> TrainingArguments:
+    """The Trainer's arguments for FSDP2."""
+    # The model recomputes activations itself: accelerate's way would draw other dropout the second time.
+    config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
+    arguments = training_arguments(s, bf16=bf16, max_steps=max_steps, device=device, fsdp_config=config)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(s, device), reduce_dtype=torch.float32)
+    arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
+    if device.type == "cpu":  # accelerate shards only between processes that it believes to have GPUs
+        arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    return arguments
+
+
+class CheckSharded(TrainerCallback):
+    """Checks the first examples when the model is sharded, before the first step."""
+
+    def __init__(self, parts: Parts, half: bool):
+        self.parts, self.half = parts, half
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Raises UsageError, on every process, if the model does not support the layout."""
+        self.parts.inspect(self.half)
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
 
 
 class LargeTrainer(JepaTrainer):
     """JepaTrainer on a model that FSDP2 shards."""
 
+    def __init__(self, *args: Any, full_model: Callable[[Any], Any], **kwargs: Any):
+        """`full_model(tokenizer)` loads the model unsharded and without an adapter."""
+        super().__init__(*args, **kwargs)
+        self.full_model = full_model
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves one whole model; within a checkpoint nothing, which has the shards."""
+        """Saves one complete model; within a checkpoint nothing, because that has the shards."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif not _internal_call:
             weights = self.accelerator.get_state_dict(self.model)  # gathered on the main process
             if self.args.should_save:
                 for name in self.accelerator.unwrap_model(self.model).all_tied_weights_keys or ():
-                    weights.pop(name, None)  # gathered apart from the weight that it is tied to
+                    weights.pop(name, None)  # gathered separately from the weight that it is tied to
                 self._save(output_dir or self.args.output_dir, state_dict=weights)
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Takes the weights of a checkpoint; they are sharded, so the model has to be first."""
+        """Loads the parameters of a checkpoint; they are sharded, so the model must be sharded first."""
         if not self.is_fsdp_enabled:
             super().load_checkpoint(folder)
         else:
             self._prepare_for_training(self.state.max_steps or 1, self.get_train_dataloader(), str(folder))
 
     def merged_model(self) -> Any:
-        """The model with its adapter merged in, from the whole adapter that was saved; on the main process alone."""
-        if not (self.is_fsdp_enabled or self.s.load_in_4bit):
+        """The model with its adapter merged in, from the saved adapter; only on the main process."""
+        if not self.is_fsdp_enabled and not getattr(self.model, "is_loaded_in_4bit", False):
             return super().merged_model()
-        set_seed(self.s.finetune_seed)  # the rows of added tokens are drawn again
-        base = load_model(replace(self.s, lora=False), self.processing_class, dtype=computes(self.s, self.args.device))
-        return PeftModel.from_pretrained(base, self.args.output_dir).merge_and_unload()
+        return PeftModel.from_pretrained(
+            self.full_model(self.processing_class), self.args.output_dir
+        ).merge_and_unload()
 
 
-class Inspection(TrainerCallback):
-    """Looks at the model when its shards are in place, before the first step."""
-
-    def __init__(self, s: LargeSettings, parts: Parts, half: bool):
-        self.s, self.parts, self.half = s, parts, half
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Raises UsageError, on every process, where the model cannot be laid out as asked."""
-        finetune.inspect_model(self.s, self.parts, self.half)
+def full_model(s: LargeSettings, device: torch.device, tokenizer: Any) -> Any:
+    """The model that a saved adapter belongs to."""
+    set_seed(s.finetune_seed)  # the rows of added tokens are drawn again
+    dtype = compute_dtype(s, device)
+    return load_model(s.model_name, s.revision, tokenizer, attn_implementation=s.attn_implementation, dtype=dtype)
 
 
-class Sharded(Engine):
-    """Weights shared out over the processes by FSDP2; of a process alone whole, in the precision asked for."""
+def remove_checkpoints(folder: str) -> None:
+    """Removes a finished run's checkpoints, each three times as large as its model."""
+    for path in Path(folder).glob("checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
-    name, doc, settings, trainer = "finetune8bh200.py", __doc__, LargeSettings, LargeTrainer
 
-    def check(self, s: LargeSettings, given: set[str], several: bool | None = None) -> LargeSettings:
-        """The resolved settings. Raises UsageError naming all that is wrong or inapplicable.
+# ----------------------------------------------------------------------------------------------------------- main
 
-        `several`: whether they are for more than one process; None: for those that there are.
-        """
-        r, several = Refusals(given), processes() > 1 if several is None else several
-        shared = sharding(s, several) if s.model_name else None
-        if s.optim == "auto":
-            alone = torch.cuda.is_available() and not (several or s.lora)
-            s = replace(s, optim="adamw_bnb_8bit" if alone else "adamw_torch_fused")
-        bitsandbytes = "bnb" in s.optim or "8bit" in s.optim
-        missing = importlib.util.find_spec("bitsandbytes") is None
-        r.refuse(bitsandbytes and shared == "fsdp2", f"--optim {s.optim}: not with --sharding fsdp2")
-        asks = "--load_in_4bit" if s.load_in_4bit else f"--optim {s.optim}"
-        r.refuse(
-            (bitsandbytes or s.load_in_4bit) and missing,
-            f"{asks}: install the package bitsandbytes first (.venv/bin/pip install bitsandbytes)",
-        )
-        r.only_if(s.lora, "load_in_4bit", "only with --lora")
-        r.only_if(not s.lora, "param_dtype", "not with --lora: its adapter is float32, the frozen weights as --dtype")
-        mixed = s.param_dtype == "bfloat16" and s.dtype not in ("auto", "bfloat16")
-        r.refuse(mixed, f"--dtype {s.dtype}: not with --param_dtype bfloat16")
-        r.only_if(several, "sharding", "only with several processes")
-        whole = "eval_generate same_flop torch_compile"
-        r.only_if(shared != "fsdp2", whole, "not with --sharding fsdp2, where no process has the whole model")
-        s = replace(s, sharding=shared)
-        folder = Path(resolve(s).output_dir)
-        if restarted():
-            path = folder / "run.json"
-            before = read_json(path) if path.is_file() else {}
-            mine = not before or before["attempts"][-1].get("launch") == launch()  # not a folder that was there before
-            begun = (folder / "args.json").is_file()
-            before, mine, begun = broadcast_object_list([before, mine, begun])  # as the main process finds it
-            if mine and before.get("status") == "finished":
-                raise SystemExit(0)  # a process failed behind the end
-            if mine and before.get("repeats"):
-                raise UsageError(f"{before['error']} (not tried again)")
-            if mine and begun:
-                s = replace(s, resume=True, overwrite=False)
-                given = (given | {"resume"}) - {"overwrite"}
-        return check_settings(s, given, r)
 
-    def half(self, s: LargeSettings, device: torch.device) -> bool:
-        """Whether the Trainer computes in bfloat16 on float32 weights; bfloat16 weights need no autocast."""
-        return super().half(s, device) and s.param_dtype == "float32"
+def was_restarted() -> bool:
+    """Whether torchrun has started this job before, on any node: each node counts only its own restarts."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    return count is not None and any(gather_object([count != "0"]))
 
-    def load(self, s: LargeSettings, tokenizer: Any, device: torch.device) -> Any:
-        """The model on its device; to be shared out, on the main process's CPU, and the others' without memory."""
-        if s.dry_run:
-            return super().load(s, tokenizer, device)
-        shared, dtype = s.sharding == "fsdp2", DTYPES[s.param_dtype]
-        if s.lora:
-            dtype = computes(s, device)  # nothing but the adapter, which is float32, takes small steps
-        options: dict[str, Any] = {"dtype": dtype}
-        if s.load_in_4bit:
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
-            options["device_map"] = {"": device}
-        model = load_model(s, tokenizer, empty=shared and not PartialState().is_main_process, **options)
-        return model if shared or s.load_in_4bit else model.to(device)
 
-    def inspect(self, s: LargeSettings, parts: Parts) -> None:
-        """Of shards later, by `Inspection`."""
-        if s.sharding != "fsdp2" or s.dry_run:
-            dtype = next(p for p in parts.model.parameters() if p.is_floating_point()).dtype
-            finetune.inspect_model(s, parts, half=dtype != torch.float32)
+def resume_after_restart(s: LargeSettings) -> LargeSettings | None:
+    """The settings with --resume if torchrun has restarted a run of this job that had begun; None if it is finished.
 
-    def arguments(self, s: LargeSettings, bf16: bool, steps: int, device: torch.device) -> TrainingArguments:
-        """The Trainer's own settings."""
-        if s.sharding != "fsdp2":
-            return training_arguments(s, bf16, steps, device)
-        # Activations are recomputed by the model itself: accelerate's way would draw other dropout the second time.
-        arguments = training_arguments(s, bf16, steps, device, sharding={
-            "version": 2,
-            "state_dict_type": "SHARDED_STATE_DICT",
-            "cpu_ram_efficient_loading": True,
-        })  # fmt: skip
-        dtype = computes(s, device)
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
-        if device.type == "cpu":  # accelerate shards between processes that it takes for ones with GPUs alone
-            arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
-        return arguments
-
-    def callbacks(self, s: LargeSettings, parts: Parts, device: torch.device) -> list[TrainerCallback]:
-        """What follows the training besides the run folder."""
-        return [Inspection(s, parts, computes(s, device) != torch.float32)] if s.sharding == "fsdp2" else []
-
-    def clean_up(self, s: LargeSettings) -> None:
-        """Removes a finished run's checkpoints, each three times as large as its model."""
-        for folder in () if s.keep_checkpoints else Path(s.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+    Raises UsageError if the run failed in a way that a restart would repeat.
+    """
+    folder = Path(s.output_dir)
+    path = folder / "run.json"
+    before = read_json(path) if path.is_file() else {}
+    mine = not before or before["attempts"][-1].get("launch") == launch_id()  # not a folder that existed before
+    begun = (folder / "args.json").is_file()
+    before, mine, begun = broadcast_object_list([before, mine, begun])  # as the main process finds it
+    if mine and before.get("status") == "finished":  # a process failed after the end
+        return None
+    if mine and before.get("repeats"):
+        raise UsageError(f"{before['error']} (not tried again)")
+    return replace(s, resume=True, overwrite=False) if mine and begun else s
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes as of finetune.py."""
-    return finetune.main(argv, Sharded())
+    settings, given = parse_flags(LargeSettings, __doc__, argv)
+
+    def work(state: PartialState) -> None:
+        s = check_large_settings(settings, given, processes() > 1)
+        s = resume_after_restart(s) if was_restarted() else s
+        if s is None:
+            return
+        sharded, device, dtype = s.sharding == "fsdp2", state.device, compute_dtype(s, state.device)
+        in_half = (dtype if s.lora else DTYPES[s.param_dtype]) != torch.float32
+        fine_tune(
+            s, state,
+            load=load,
+            half=None if sharded and not s.dry_run else in_half and not s.dry_run,
+            callbacks=lambda parts: [CheckSharded(parts, dtype != torch.float32)] if sharded else [],
+            clean_up=(lambda: None) if s.keep_checkpoints else partial(remove_checkpoints, s.output_dir),
+            trainer_class=partial(LargeTrainer, full_model=partial(full_model, s, device)),
+            arguments=sharded_arguments if sharded else training_arguments,
+            bf16=uses_bfloat16(s, device) and s.param_dtype == "float32",
+        )  # fmt: skip
+
+    return run_training("finetune8bh200.py", work)
 
 
 if __name__ == "__main__":

@@ -115,23 +115,25 @@ class Refusals(list):
         self.refuse(bool(unused) and not applies, f"{', '.join(unused)}: {reason}")
 
 
-def run_command(name: str, work: Callable[[], int | None], speaks: Callable[[], bool] = lambda: True) -> int:
+def run_command(
+    name: str, work: Callable[[], int | None], speaks: Callable[[], bool] = lambda: True, hint: str = ""
+) -> int:
     """Runs a command's work; an error that the user can mend becomes one line on stderr. Returns the exit code.
 
     0 finished (or what `work` returns), 1 failed, 2 wrong usage or data, 130 interrupted. Other exceptions are bugs in
-    the program and keep their traceback. `speaks`: whether this process prints what every process finds.
+    the program and keep their traceback. `speaks`: whether this process prints what every process finds. `hint`: text
+    after "interrupted".
     """
-    code, message = 1, ""
     try:
         return work() or 0
     except UsageError as error:
-        code, message = 2, str(error)
+        code, lines = 2, [f"error: {line}" for line in str(error).splitlines()]
     except FloatingPointError as error:
-        message = str(error)
-    except OSError as error:
-        message = first_line(error)
+        code, lines = 1, [f"error: {error}"]
+    except OSError as error:  # of this process only, so it is printed anyway
+        code, lines, speaks = 1, [f"error: {first_line(error)}"], lambda: True
     except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    for line in message.splitlines() if speaks() else ():
-        print(f"{name}: {'' if code == 130 else 'error: '}{line}", file=sys.stderr, flush=True)
+        code, lines = 130, [f"interrupted{hint}"]
+    for line in lines if speaks() else ():
+        print(f"{name}: {line}", file=sys.stderr, flush=True)
     return code

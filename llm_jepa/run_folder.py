@@ -1,7 +1,7 @@
-"""What every script shares about a run: its flags, its folder, where it came from and how it ended.
+"""The run folder: settings, provenance, status and complete checkpoints.
 
 A run folder holds `args.json` (all resolved settings), `run.json` (provenance and status), `metrics.jsonl`, the model,
-checkpoints and `eval/<dataset>/`. Nothing about a run is ever read from printed output.
+checkpoints and `eval/<dataset>/`. Nothing about a run is read from printed output.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json, write_json
 
 CHECKPOINT_MARK = "complete.json"
-# Settings without a part in the numbers: a resumed run may change them, and no arm is told apart by them.
+# Settings that change no number: a resumed run may change them, and they do not distinguish arms.
 VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "logging_steps",
             "dataloader_num_workers", "preprocessing_num_workers"}  # fmt: skip
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers."""
+    """Versions of Python and of the packages that determine a run's numbers."""
     return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
 def provenance(data: dict[str, str]) -> dict[str, Any]:
-    """Where a result comes from: command, commit, versions, device, checksums of the data by path."""
+    """Where a result comes from: command, commit, versions, device, and `data`, the checksums of the data by path."""
     import torch
 
     def git(*command: str) -> str | None:
@@ -61,21 +61,21 @@ def provenance(data: dict[str, str]) -> dict[str, Any]:
 
 
 def processes() -> int:
-    """How many processes train together, as torchrun says."""
+    """The number of processes that train together, from torchrun's environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def launch() -> str | None:
-    """What tells this job of torchrun from others, the same in each of its restarts."""
+def launch_id() -> str | None:
+    """Identifies this torchrun job, the same in each of its restarts."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    # Without a rendezvous id, which torchrun calls "none", its process on this node stands for the job.
+    # Without a rendezvous id, which torchrun calls "none", its process on this node identifies the job.
     return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
 
 
-class Run:
+class RunFolder:
     """A run folder. Only the main process writes to it.
 
-    The folder is made (or with `overwrite` emptied) by `start`, after all input was checked, so that a mistake on the
+    `start` makes the folder (or empties it with `overwrite`) after all input was checked, so that a mistake on the
     command line loses nothing.
     """
 
@@ -86,7 +86,7 @@ class Run:
         self._started = time.time()
 
     def check(self, resume: bool, overwrite: bool) -> None:
-        """Raises UsageError where the folder exists and neither flag allows that, or where it is another run's."""
+        """Raises UsageError if the folder exists and neither flag allows that, or if it belongs to another run."""
         if resume and not self.path.exists():
             raise UsageError(f"--resume: there is no run folder {self.path}")
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
@@ -94,15 +94,15 @@ class Run:
         if not (resume or overwrite):
             raise UsageError(f"--output_dir {self.path} exists; give --resume, --overwrite or another folder")
         if not (self.path / "args.json").is_file():
-            raise UsageError(f"--output_dir {self.path} exists and is no run folder (it has no args.json)")
+            raise UsageError(f"--output_dir {self.path} exists and is not a run folder (it has no args.json)")
         if overwrite:
             return
         before, now = read_json(self.path / "args.json"), json.loads(json.dumps(self.settings, default=str))
-        # A kill right at the start leaves args.json alone.
+        # A kill right at the start leaves only args.json.
         record = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
         if record.get("status") == "finished":
             raise UsageError(f"--resume: {self.path} is finished")
-        free = VOLATILE | self._same_steps(before, now, record.get("processes", processes()))
+        free = VOLATILE | self._free_batch_settings(before, now, record.get("processes", processes()))
         differing = [
             f"--{name} {before.get(name)!r} (now {now.get(name)!r})"
             for name in sorted(before.keys() | now.keys())
@@ -111,10 +111,10 @@ class Run:
         if differing:
             raise UsageError(f"--resume: {self.path} was made with other settings: " + ", ".join(differing))
 
-    def _same_steps(self, before: dict[str, Any], now: dict[str, Any], had: int) -> set[str]:
-        """Settings that may differ since other processes go on: an optimiser step has the same examples all the same.
+    def _free_batch_settings(self, before: dict[str, Any], now: dict[str, Any], had: int) -> set[str]:
+        """Settings that may differ with another number of processes: an optimizer step keeps its examples.
 
-        Raises UsageError where it has not.
+        Raises UsageError if a step would have other examples.
         """
         have = processes()
         if had == have or not {"batch_size", "grad_accum"} <= before.keys() & now.keys():
@@ -131,26 +131,26 @@ class Run:
         return set(by)
 
     def start(self, overwrite: bool, record: dict[str, Any]) -> None:
-        """Makes the folder and writes args.json and run.json with status `running`; a resumed run keeps its history."""
+        """Makes the folder and writes args.json and run.json with status `running`. A resumed run keeps its history."""
         self._lock()
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         previous = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
-        if previous.get("status") == "finished":  # by another process, since `check`
+        if previous.get("status") == "finished":  # by another process, after `check`
             raise UsageError(f"--resume: {self.path} is finished")
         if record["data_sha256"] != previous.get("data_sha256", record["data_sha256"]):
             raise UsageError(f"--resume: the data of {self.path} has changed since it was started")
-        attempts = previous.get("attempts", []) + [{"argv": record["argv"], "started": _now(), "launch": launch()}]
+        attempts = previous.get("attempts", []) + [{"argv": record["argv"], "started": _now(), "launch": launch_id()}]
         self._previous_seconds = previous.get("wall_seconds", 0.0)
         self.record = {"status": "running", **record, "wall_seconds": self._previous_seconds, "attempts": attempts}
         write_json(self.path / "args.json", self.settings)
         write_json(self.path / "run.json", self.record)
 
     def _lock(self) -> None:
-        """Keeps every other process off the folder until `close`. Raises UsageError where one has it already.
+        """Keeps every other process out of the folder until `close`. Raises UsageError if one is using it.
 
-        The lock stands beside the folder, which --overwrite replaces, and goes with the process, however it ends.
+        The lock file is next to the folder, which --overwrite replaces, and ends with the process.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock_file = open(self.path.with_name(f".{self.path.name}.lock"), "a")
@@ -162,12 +162,12 @@ class Run:
             return
 
     def close(self) -> None:
-        """Gives the folder free."""
+        """Releases the lock."""
         if self._lock_file is not None:
             self._lock_file.close()
 
     def update(self, status: str, **facts: Any) -> None:
-        """Records how the run stands: `running`, `finished`, `failed` or `interrupted`."""
+        """Records the status of the run: `running`, `finished`, `failed` or `interrupted`."""
         self.record |= {
             "status": status,
             "wall_seconds": round(self._previous_seconds + time.time() - self._started, 1),
@@ -181,7 +181,7 @@ def _now() -> str:
 
 
 def mark_checkpoint(folder: Path) -> None:
-    """Marks a checkpoint as whole: the sizes of its files, written when all of them are on the disk."""
+    """Marks a checkpoint as complete: the sizes of its files, written when all of them are on the disk."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != CHECKPOINT_MARK]
     for path in files:
         with open(path, "rb") as file:
@@ -189,10 +189,10 @@ def mark_checkpoint(folder: Path) -> None:
     write_json(folder / CHECKPOINT_MARK, {str(p.relative_to(folder)): p.stat().st_size for p in files})
 
 
-def whole_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run that were saved to the end, oldest first; not one cut short by a kill or a full disk."""
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first; a kill or a full disk can leave incomplete ones."""
 
-    def whole(folder: Path) -> bool:
+    def complete(folder: Path) -> bool:
         try:
             sizes = json.loads((folder / CHECKPOINT_MARK).read_text())
             return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -200,4 +200,4 @@ def whole_checkpoints(run: Path) -> list[Path]:
             return False
 
     numbered = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return [p for p in sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-"))) if whole(p)]
+    return [p for p in sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-"))) if complete(p)]

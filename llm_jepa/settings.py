@@ -171,14 +171,14 @@ class Settings:
         return not self.regular and self.lbd > 0 and self.jepa_ratio > 0
 
     @property
-    def tube(self) -> str | None:
-        """The loss of Semantic Tube Prediction that is added, a key of TUBES, None where none is."""
+    def stp_variant(self) -> str | None:
+        """The loss of Semantic Tube Prediction that is added, a key of STP_VARIANTS, None if there is none."""
         return self.stp if self.stp_lbd > 0 else None
 
     @property
     def locates_user(self) -> bool:
         """Whether the user turn's place in the chat is asked for."""
-        return self.text_view == "in_chat" or (bool(self.tube) and self.stp_part in ("content", "user"))
+        return self.text_view == "in_chat" or (bool(self.stp_variant) and self.stp_part in ("content", "user"))
 
     @property
     def distance(self) -> str:
@@ -223,7 +223,7 @@ def check_method(s: Settings, r: Refusals) -> None:
     r.refuse(s.regular and s.layout == "additive", "--layout additive: not with --regular, which has no views")
     r.only_if(s.predictors > 0, "front_pred reverse_pred", "only with --predictors")
     r.refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
-    nothing = s.gamma == 0 and not s.jepa and not s.tube
+    nothing = s.gamma == 0 and not s.jepa and not s.stp_variant
     r.refuse(nothing, "--gamma 0: without the JEPA term and --stp there is no loss left")
     r.only_if(s.grad_accum > 1, "reference_grad_scale", "not with --grad_accum 1, where it changes nothing")
     r.refuse(s.jepa_l2 + s.jepa_mse + s.infonce > 1, "give one of --jepa_l2, --jepa_mse and --infonce")

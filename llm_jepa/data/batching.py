@@ -1,35 +1,29 @@
-"""Encoded examples and the micro-batches that they are grouped into."""
+"""Encoded examples, and the micro-batches that they are grouped into."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
-import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from llm_jepa.data.examples import Example, ExampleError, Problems
-from llm_jepa.data.rendering import Renderer
-from llm_jepa.data.segments import ENCODING_FLAGS, KINDS, TEXTS, Segment, encode, special_ids
-from llm_jepa.data.spans import draw_spans
+from llm_jepa.data.segments import Encoder, Item, Segment
 
-FEW = 5000  # examples; fewer are tokenised sooner than a cache is looked up
-A_PROCESS = 10_000  # examples that are worth a process of their own
+TEXTS = ("system", "user", "assistant", "text", "code")  # the fields of an example that are encoded
+KINDS = ("chat", "text_view", "code_view")
+EXAMPLES_PER_PROCESS = 10_000  # fewer are not worth a process of their own
 
 
-def encode_columns(columns: dict[str, list], renderer: Renderer) -> dict[str, list]:
-    """`encode` for the map of `datasets`: columns of texts to the columns that its Arrow file holds."""
+def encode_columns(columns: dict[str, list], encoder: Encoder) -> dict[str, list]:
+    """Encodes a batch of `Dataset.map`: columns of texts to columns of token ids, labels, shapes and errors."""
     texts = [dict(zip(TEXTS, values, strict=True)) for values in zip(*(columns[n] for n in TEXTS), strict=True)]
     rows: dict[str, list] = {"ids": [], "labels": [], "shapes": [], "error": []}
-    for item in encode(renderer, [Example(**t, source="", id=0) for t in texts]):
+    for item in encoder([Example(**t, source="", id=0) for t in texts]):
         error, item = (str(item), ()) if isinstance(item, ValueError) else (None, item)
         rows["ids"].append(np.concatenate([x.ids for x in item] or [np.empty(0)]).astype(np.int32))
         rows["labels"].append(np.concatenate([x.labels for x in item] or [np.empty(0)]).astype(np.uint8))
@@ -42,28 +36,10 @@ def encode_columns(columns: dict[str, list], renderer: Renderer) -> dict[str, li
     return rows
 
 
-def cache_key(renderer: Renderer, examples: list[Example]) -> str:
-    """Start of the SHA-256 of all that decides how examples are encoded: texts, tokenizer, flags, code, versions."""
-    tokenizer, here = renderer.tokenizer, Path(__file__).parent
-    digest = hashlib.sha256()
-    what = {name: getattr(renderer.s, name) for name in ENCODING_FLAGS}
-    what |= {"template": tokenizer.chat_template, "special": sorted(special_ids(tokenizer))}
-    what |= {"pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token}
-    what |= {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")}
-    digest.update(json.dumps(what, sort_keys=True).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for name in ("segments.py", "rendering.py", "batching.py"):
-        digest.update((here / name).read_bytes())
-    for example in examples:
-        digest.update(repr([getattr(example, name) for name in TEXTS]).encode())
-    return digest.hexdigest()[:32]  # `datasets` allows 64 characters, with what it adds for each process
+def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) -> Any:
+    """A `datasets.Dataset` with the columns of `encode_columns`, one row per example.
 
-
-def encode_all(renderer: Renderer, examples: list[Example], processes: int = 0, cached: bool = False) -> Any:
-    """A `datasets.Dataset` of `encode_columns`' columns, a row an example.
-
-    `processes`: 0 as many as the number of examples is worth and there are cores. `cached`: taken from, and kept in,
-    the cache folder of `datasets`, unless there are few examples or the folder cannot be written.
+    `processes`: 0 means one for each EXAMPLES_PER_PROCESS examples, at most the number of cores.
     """
     import datasets
 
@@ -73,37 +49,25 @@ def encode_all(renderer: Renderer, examples: list[Example], processes: int = 0, 
         features=datasets.Features(dict.fromkeys(TEXTS, text)),
     )
     encoded = {name: datasets.LargeList(datasets.Value(kind)) for name, kind in numbers.items()} | {"error": text}
-    processes = processes or min(len(examples) // A_PROCESS, len(os.sched_getaffinity(0)))
-    run = partial(
-        data.map, encode_columns, batched=True, remove_columns=list(TEXTS), features=datasets.Features(encoded),
-        fn_kwargs={"renderer": renderer}, num_proc=processes if processes > 1 else None, desc="tokenise",
-    )  # fmt: skip
-    bar = contextlib.nullcontext() if len(examples) >= A_PROCESS else _no_bar(datasets)
-    with bar, _no_threads() if processes > 1 else contextlib.nullcontext():
-        if cached and len(examples) >= FEW:
-            key = cache_key(renderer, examples)
-            path = Path(datasets.config.HF_DATASETS_CACHE) / "llm-jepa" / f"{key}.arrow"
-            with contextlib.suppress(OSError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                return run(cache_file_name=str(path), new_fingerprint=key)
-        return run(keep_in_memory=True, load_from_cache_file=False, new_fingerprint="tokens")
-
-
-@contextlib.contextmanager
-def _no_bar(datasets: Any) -> Iterator[None]:
-    """For what is done before a bar could be read."""
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+    processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, os.cpu_count() or 1)
+    bar_shown = datasets.is_progress_bar_enabled()
+    if len(examples) < EXAMPLES_PER_PROCESS:  # done before a bar could be read
+        datasets.disable_progress_bars()
     try:
-        yield
+        with no_tokenizer_threads() if processes > 1 else contextlib.nullcontext():
+            return data.map(
+                encode_columns, batched=True, remove_columns=list(TEXTS), features=datasets.Features(encoded),
+                fn_kwargs={"encoder": encoder}, num_proc=processes if processes > 1 else None, desc="tokenize",
+                keep_in_memory=True, load_from_cache_file=False, new_fingerprint="tokens",
+            )  # fmt: skip
     finally:
-        if shown:
+        if bar_shown:
             datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager
-def _no_threads() -> Iterator[None]:
-    """For processes that are forked here: a tokenizer's threads do not survive that, and would be waited for."""
+def no_tokenizer_threads() -> Iterator[None]:
+    """For code that forks: a tokenizer's threads do not survive a fork, and the child would wait for them."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -115,10 +79,10 @@ def _no_threads() -> Iterator[None]:
 
 
 class Items(Sequence):
-    """Encoded examples as tuples of segments, cut out of Arrow's columns where they are asked for."""
+    """Encoded examples as items, cut out of Arrow columns when they are requested."""
 
     def __init__(self, encoded: Any, rows: list[int]):
-        """`encoded`: what `encode_all` gives; `rows`: which of them."""
+        """`encoded`: the return value of `encode_all`; `rows`: the usable rows."""
         self._rows = np.asarray(rows, dtype=np.int64)
         columns = [encoded.data.column(name).combine_chunks() for name in ("ids", "labels", "shapes")]
         self._values = [c.values.to_numpy() for c in columns]
@@ -142,36 +106,19 @@ class Items(Sequence):
         return tuple(segments)
 
 
-def without_views(item: tuple[Segment, ...]) -> tuple[Segment]:
-    """What regular fine-tuning has of an example."""
-    return (item[0].without_view,)
-
-
-def drop_views(item: tuple[Segment, ...], s: Any, epoch: int, number: int) -> tuple[Segment, ...]:
-    """The item, without its views where --jepa_ratio leaves it out: random JEPA-loss dropout (paper section 3.3).
-
-    Decided by seed, epoch and number of the example, so that layouts, batch sizes and ranks agree on it and a dropped
-    pair is never encoded by the model.
-    """
-    if s.jepa_ratio >= 1:
-        return item
-    draw = np.random.default_rng([s.finetune_seed, epoch, number]).random()
-    return item if draw < s.jepa_ratio else without_views(item)
-
-
 class SegmentDataset(torch.utils.data.Dataset):
-    """Examples as tuples of segments (`encode`), asked for a micro-batch at a time by (epoch, indices).
+    """Encoded examples, indexed by one micro-batch at a time: (epoch, indices) → list of items.
 
-    With `dropout` the items of --jepa_ratio's share alone have views.
+    `draws(item, epoch, index)` makes the random draws of an epoch, see `spans.Draws`.
     """
 
     def __init__(
-        self, examples: list[Example], renderer: Renderer, problems: Problems, dropout: bool = False,
-        processes: int = 0, cached: bool = False,
+        self, examples: list[Example], encoder: Encoder, problems: Problems, draws: Callable[[Item, int, int], Item],
+        processes: int = 0,
     ):  # fmt: skip
         """Raises ExampleError for an example that cannot be used, unless `problems` skips those."""
-        encoded = encode_all(renderer, examples, processes, cached)
-        self.s, self.dropout, good = renderer.s, dropout, []
+        encoded = encode_all(encoder, examples, processes)
+        good = []
         for row, error in enumerate(encoded["error"]):
             if error is None:
                 good.append(row)
@@ -179,36 +126,35 @@ class SegmentDataset(torch.utils.data.Dataset):
                 problems.add(examples[row].source, error)
         if not good:
             raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
-        self.items, self.examples = Items(encoded, good), [examples[row] for row in good]
+        self.items, self.examples, self.draws = Items(encoded, good), [examples[row] for row in good], draws
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, key: tuple[int, Sequence[int]]) -> list[tuple[Segment, ...]]:
+    def __getitem__(self, key: tuple[int, Sequence[int]]) -> list[Item]:
         epoch, indices = key
-        items = [(i, self.items[i]) for i in indices]
-        items = [(i, drop_views(item, self.s, epoch, i) if self.dropout else item) for i, item in items]
-        return [draw_spans(item, self.s, epoch, i) for i, item in items]
+        return [self.draws(self.items[i], epoch, i) for i in indices]
 
 
 class MicroBatches(torch.utils.data.Sampler):
     """(epoch, indices) of each micro-batch, in an order decided by seed and epoch.
 
-    A micro-batch has `batch_size` examples, or with `tokens` as many as have about so many tokens, at least one: the
-    examples in their order are cut into parts of like total length, `tokens` on average at most. Their number is the
-    same in each epoch and a multiple of the processes'; filling up with empty ones behind the others, instead of
-    repeating examples, keeps every rank in step without counting an example twice.
+    A micro-batch has `batch_size` examples. With `tokens` it has as many as have about that many tokens, at least one:
+    the shuffled examples are cut into parts of similar total length, on average at most `tokens`. The number of
+    micro-batches is the same in each epoch and a multiple of the number of processes. Empty micro-batches are appended
+    to reach it, instead of repeating examples, so that ranks stay in step and no example counts twice.
 
-    Micro-batches of `batch_size` that different processes have at the same time exchange examples until their tokens
-    are about the same, so that no process waits for the one with the longest.
+    Micro-batches of `batch_size` that different processes run at the same time exchange examples until their numbers of
+    tokens are similar, so that no process waits for the one with the longest examples.
     """
 
     def __init__(
         self, lengths: np.ndarray, seed: int, shuffle: bool, processes: int = 1, batch_size: int = 1, tokens: int = 0
     ):
+        """`lengths`: tokens of each example."""
         self.lengths, self.seed, self.shuffle, self.batch_size, self.tokens = lengths, seed, shuffle, batch_size, tokens
         self.epoch, self.processes = 0, processes
-        # Not more micro-batches than examples: a step of empty ones would move the weights by AdamW's moments alone.
+        # At most one micro-batch per example: in a step of empty ones AdamW's moments alone would move the parameters.
         count = min(math.ceil(lengths.sum() / tokens), len(lengths)) if tokens else math.ceil(len(lengths) / batch_size)
         self._count = math.ceil(count / processes) * processes
 
@@ -224,7 +170,7 @@ class MicroBatches(torch.utils.data.Sampler):
             middles = np.cumsum(lengths) - lengths / 2
             cuts = np.searchsorted(middles, np.arange(1, len(self)) * (lengths.sum() / len(self)))
             numbers = np.arange(1, len(self))
-            room = max(0, len(order) - len(self))  # examples beyond one for each
+            room = max(0, len(order) - len(self))  # examples beyond one per micro-batch
             cuts = np.maximum.accumulate(np.clip(cuts - numbers, 0, room)) + numbers
         else:
             cuts = np.arange(1, len(self)) * self.batch_size
@@ -233,8 +179,11 @@ class MicroBatches(torch.utils.data.Sampler):
         yield from ((self.epoch, part.tolist()) for part in np.split(order, cuts))
 
     def _balanced(self, order: np.ndarray) -> np.ndarray:
-        """The order with the examples that the processes have at the same time dealt out anew: each the next longest to
-        whoever has the fewest tokens and still room. Each process has as many as before."""
+        """The order in which the processes' simultaneous micro-batches have similar numbers of tokens.
+
+        The longest example goes first, each to the process with the fewest tokens that has room. Every process keeps
+        its number of examples.
+        """
         size, parts = self.batch_size, []
         for start in range(0, len(order), size * self.processes):
             together = order[start : start + size * self.processes]

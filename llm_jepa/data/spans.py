@@ -1,57 +1,80 @@
-"""Random spans of a chat at which Semantic Tube Prediction reads hidden states."""
+"""Random draws for each example: JEPA-loss dropout, and the tokens at which Semantic Tube Prediction reads a chat.
+
+Each draw is decided by the seed, the epoch and the example's number, so layouts, batch sizes and ranks agree on it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from llm_jepa.data.segments import Segment
+from llm_jepa.data.segments import Item
 
-POINTS = {"geodesic": 3, "patch": 8}  # tokens at which --stp reads a span
+POINTS = {"geodesic": 3, "patch": 8}  # tokens at which each --stp variant reads a span
 
 
-def draw_spans(item: tuple[Segment, ...], s: Any, epoch: int, number: int) -> tuple[Segment, ...]:
-    """The item, its chat with --stp_spans random spans, or with none where it is too short for one.
+def without_views(item: Item) -> Item:
+    """The example as in regular fine-tuning."""
+    return (item[0].without_view,)
 
-    Decided, like `drop_views`, by seed, epoch and number of the example.
+
+@dataclass(frozen=True)
+class Draws:
+    """Applies the random draws to an item. The fields are flags of finetune.py.
+
+    A fraction 1 − `jepa_ratio` of the examples loses its views: random JEPA-loss dropout (paper section 3.3). Each chat
+    gets `stp_spans` spans as `Segment.path` (S, K), or none if it is too short.
     """
-    if not s.tube:
-        return item
-    chat = item[0]
-    whole = (0, len(chat.ids) - chat.branch)
-    parts = {"content": (chat.user, chat.answer), "user": (chat.user,), "answer": (chat.answer,), "chat": (whole,)}
-    draw = {"geodesic": draw_triple, "patch": draw_patch}[s.tube]
-    rng = np.random.default_rng([s.finetune_seed, epoch, number, 1])  # the 1 makes it another than that of drop_views
-    drawn = [draw(rng, parts[s.stp_part], s.stp_max_length or whole[1]) for _ in range(s.stp_spans)]
-    path = np.array([points for points in drawn if points is not None], dtype=np.int64)
-    return (dataclasses.replace(chat, path=path.reshape(-1, POINTS[s.tube])), *item[1:])  # (S, K)
+
+    seed: int
+    jepa_ratio: float = 1.0
+    stp_variant: str | None = None
+    stp_part: str = "content"
+    stp_spans: int = 1
+    stp_max_length: int = 0
+
+    def __call__(self, item: Item, epoch: int, number: int) -> Item:
+        """The item of example `number` in an epoch."""
+        keep = self.jepa_ratio >= 1 or np.random.default_rng([self.seed, epoch, number]).random() < self.jepa_ratio
+        item = item if keep else without_views(item)
+        if self.stp_variant is None:
+            return item
+        chat = item[0]
+        full = (0, len(chat.ids) - chat.branch)
+        parts = {"content": (chat.user, chat.answer), "user": (chat.user,), "answer": (chat.answer,), "chat": (full,)}
+        draw = {"geodesic": draw_triple, "patch": draw_patch}[self.stp_variant]
+        rng = np.random.default_rng([self.seed, epoch, number, 1])  # the 1 makes it independent of the dropout
+        drawn = [draw(rng, parts[self.stp_part], self.stp_max_length or full[1]) for _ in range(self.stp_spans)]
+        path = np.array([points for points in drawn if points is not None], dtype=np.int64)
+        path = path.reshape(-1, POINTS[self.stp_variant])  # (S, K)
+        return (dataclasses.replace(chat, path=path), *item[1:])
 
 
 def draw_triple(rng: np.random.Generator, parts: Sequence[tuple[int, int]], longest: int) -> np.ndarray | None:
-    """Tokens s < r < t (3,) of the parts, t at most `longest` tokens behind s, each triple as likely as another.
+    """Tokens s < r < t (3,) of the parts, t at most `longest` tokens after s; every such triple is equally likely.
 
-    The parts, [first, stop) each, count as one text. None where there is no such triple.
+    The parts, [first, stop) each, count as one text. Returns None if there is no such triple.
     """
     tokens = np.concatenate([np.arange(*part) for part in parts])
-    reach = np.minimum(longest, np.arange(len(tokens))[::-1])  # tokens behind each that could be r or t
+    reach = np.minimum(longest, np.arange(len(tokens))[::-1])  # tokens after each one that could be r or t
     pairs = reach * (reach - 1) / 2
     if not pairs.sum():
         return None
     first = rng.choice(len(tokens), p=pairs / pairs.sum())
-    behind = np.sort(rng.choice(reach[first], 2, replace=False))
-    return tokens[[first, *(first + 1 + behind)]]
+    after = np.sort(rng.choice(reach[first], 2, replace=False))
+    return tokens[[first, *(first + 1 + after)]]
 
 
 def draw_patch(rng: np.random.Generator, parts: Sequence[tuple[int, int]], longest: int) -> np.ndarray | None:
-    """Tokens (8,) at which a random span of the parts is read, four in each of two parts; None without such a span.
+    """Tokens (8,) at which a random span of the parts is read, four in each of two parts; None if there is no span.
 
-    The span [a, b) has 1 to `longest` tokens of the parts as one text, but not all of them; a, then b, is drawn evenly.
-    The four tokens of a part are the one in front of it, the one in front of what the span has of it, the last of that,
-    and the part's last: as in the released code, a token's step on the path is from the one in front of it to itself,
-    and what stands between the parts has none. Nor has a chat's first token.
+    The span [a, b) has 1 to `longest` tokens of the parts as one text, but not all of them; a, then b, is drawn
+    uniformly. The four tokens of a part are: the one before the part, the one before the span's share of the part, the
+    last one of that share, and the part's last one. As in the released code, a token's step on the path goes from the
+    token before it to itself, so text between the parts and a chat's first token have no step.
     """
     parts = [(max(1, first), max(1, first, stop)) for first, stop in parts]
     count = sum(stop - first for first, stop in parts)

@@ -1,4 +1,8 @@
-"""Micro-batches from data that is tokenized as it is read."""
+"""Micro-batches from data that is tokenized as it is read, for data larger than memory.
+
+`datasets.IterableDataset.state_dict` is not used: it does not restore the shuffle buffer, so a resumed run would see
+other examples than an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -10,45 +14,45 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_jepa.data.batching import _no_threads, drop_views
-from llm_jepa.data.examples import Example, ExampleError, Problems, parse_example, read_rows
-from llm_jepa.data.rendering import Renderer
-from llm_jepa.data.segments import Segment, encode
-from llm_jepa.data.spans import draw_spans
+from llm_jepa.data.batching import no_tokenizer_threads
+from llm_jepa.data.examples import Example, ExampleError, Fields, Problems, parse_example, read_rows
+from llm_jepa.data.segments import Encoder, Item
 
-BLOCK = 8192  # rows that are shuffled together
-CHUNK = 256  # rows that are tokenised together
-Place = tuple[int, int, int]  # epoch, block and how many of this process's rows in it are used up
+BLOCK = 8192  # examples that are shuffled together
+CHUNK = 256  # examples that are tokenized together
+Place = tuple[int, int, int]  # epoch, block, and how many of this process's examples in the block were used
 
 
 class SegmentStream(torch.utils.data.IterableDataset):
-    """Micro-batches without end from rows that are tokenised as they are read, for data larger than memory.
+    """Endless micro-batches from a file or hub dataset.
 
-    Rows are read in blocks, shuffled within the block in an order decided by seed, epoch and block, and dealt out to
-    the processes in turn. Each micro-batch comes with the place behind it, from which another stream goes on, and with
-    the bad rows that were skipped on the way, reasons by place. From a row that cannot be used on all items are the
-    ExampleError itself: out of a DataLoader's worker a raised one would come as a traceback.
+    Examples are read in blocks, shuffled within the block in an order decided by seed, epoch and block, and distributed
+    over the processes in turn. Each micro-batch comes with the place after it, from which another stream resumes, and
+    with the bad examples that were skipped on the way (reasons by place). After an example that cannot be used, every
+    micro-batch is the ExampleError itself: an exception raised in a DataLoader worker would arrive as a traceback.
     """
 
     def __init__(
-        self, path: str, renderer: Renderer, skip: bool, batch_size: int, tokens: int = 0,
-        process: int = 0, processes: int = 1,
+        self, path: str, encoder: Encoder, draws: Callable[[Item, int, int], Item], *, fields: Fields | None, seed: int,
+        skip: bool, batch_size: int, tokens: int = 0, process: int = 0, processes: int = 1,
     ):  # fmt: skip
-        """`batch_size` examples a micro-batch, or as many as stay within `tokens`; `skip`: bad rows."""
-        self.path, self.renderer, self.problems, self.s = path, renderer, Problems(skip), renderer.s
-        self.batch_size, self.tokens, self.process, self.processes = batch_size, tokens, process, processes
+        """A micro-batch has `batch_size` examples, or as many as stay within `tokens`. `skip`: skip bad examples."""
+        self.path, self.encoder, self.draws, self.fields, self.seed = path, encoder, draws, fields, seed
+        self.problems, self.batch_size, self.tokens = Problems(skip), batch_size, tokens
+        self.process, self.processes = process, processes
         self.place: Place = (0, 0, 0)
 
     def first(self, count: int) -> list[Example]:
-        """The first usable examples in the order of the file, so many at most. Raises ExampleError."""
+        """The first usable examples in file order, at most `count`. Raises ExampleError."""
         encoded = (pair for block in self._blocks() for row in block for pair in self._encoded([row]))
         examples = list(itertools.islice((example for example, item in encoded if item is not None), count))
         if not examples:
             raise ExampleError(f"{self.path}: no usable example")
+        self.problems.found = {}  # met again by the micro-batches
         return examples
 
-    def __iter__(self) -> Iterator[tuple[list[tuple[Segment, ...]], Place, dict[str, str]] | ExampleError]:
-        with _no_threads() if torch.utils.data.get_worker_info() else contextlib.nullcontext():
+    def __iter__(self) -> Iterator[tuple[list[Item], Place, dict[str, str]] | ExampleError]:
+        with no_tokenizer_threads() if torch.utils.data.get_worker_info() else contextlib.nullcontext():
             try:
                 yield from self._micro_batches()
             except ExampleError as error:
@@ -57,7 +61,7 @@ class SegmentStream(torch.utils.data.IterableDataset):
                 reason = f"{self.path}: cannot be read ({error.strerror or error})"
                 yield from itertools.repeat(ExampleError(reason))
 
-    def _micro_batches(self) -> Iterator[tuple[list[tuple[Segment, ...]], Place, dict[str, str]]]:
+    def _micro_batches(self) -> Iterator[tuple[list[Item], Place, dict[str, str]]]:
         batch, size, last = [], 0, self.place
         for item, place in self._items():
             length = sum(len(segment.ids) for segment in item)
@@ -73,34 +77,33 @@ class SegmentStream(torch.utils.data.IterableDataset):
         while block := list(itertools.islice(rows, BLOCK)):
             yield block
 
-    def _items(self) -> Iterator[tuple[tuple[Segment, ...], Place]]:
+    def _items(self) -> Iterator[tuple[Item, Place]]:
         begin, used = self.place[:2], self.place[2]
         for epoch in itertools.count(begin[0]):
-            found = (epoch, 0, 0) < self.place  # the part before the place had some
+            found = (epoch, 0, 0) < self.place  # the part before the place had usable examples
             for number, block in enumerate(self._blocks()):
                 if (epoch, number) < begin:
                     continue
-                order = np.random.default_rng([self.s.finetune_seed, epoch, number]).permutation(len(block))
+                order = np.random.default_rng([self.seed, epoch, number]).permutation(len(block))
                 order = order[self.process :: self.processes].tolist()
                 for start in range(used if (epoch, number) == begin else 0, len(order), CHUNK):
                     chunk = order[start : start + CHUNK]
-                    for behind, (example, item) in enumerate(self._encoded([block[i] for i in chunk]), start + 1):
+                    for after, (example, item) in enumerate(self._encoded([block[i] for i in chunk]), start + 1):
                         if item is not None:
                             found = True
-                            item = drop_views(item, self.s, epoch, example.id)
-                            yield draw_spans(item, self.s, epoch, example.id), (epoch, number, behind)
+                            yield self.draws(item, epoch, example.id), (epoch, number, after)
             if not found:
                 raise ExampleError(f"{self.path}: no usable example for process {self.process}")
 
-    def _encoded(self, rows: list) -> list[tuple[Example | None, tuple[Segment, ...] | None]]:
-        """An (example, item) for each row, (…, None) for a bad one that is skipped."""
+    def _encoded(self, rows: list) -> list[tuple[Example | None, Item | None]]:
+        """An (example, item) for each row, (None, None) for a bad one that is skipped."""
         examples: list[Example | ValueError] = []
         for source, number, row in rows:
             try:
-                examples.append(parse_example(row(), source, number, self.s.fields))
+                examples.append(parse_example(row(), source, number, self.fields))
             except ValueError as error:
                 examples.append(error)
-        encoded = iter(encode(self.renderer, [e for e in examples if isinstance(e, Example)]))
+        encoded = iter(self.encoder([e for e in examples if isinstance(e, Example)]))
         out = []
         for (source, _, _), example in zip(rows, examples, strict=True):
             item = next(encoded) if isinstance(example, Example) else example

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example, ExampleError, Problems
-from llm_jepa.data.rendering import Renderer
-from llm_jepa.data.segments import Segment, encode_chats, encode_views
-from llm_jepa.evaluation.generation import batches, context
+from llm_jepa.data.segments import Encoder, Segment
+from llm_jepa.evaluation.generation import batches
 from llm_jepa.files import write_json
+from llm_jepa.model import context_length
 from llm_jepa.scoring.tasks import STARS
 
 # Letters: P pairs, R rows of a batch, T tokens in a row, D hidden size.
@@ -47,14 +47,14 @@ MARKS = (
 # ---------------------------------------------------------------------------------------------------------- embed
 
 
-def view_segments(model: Any, renderer: Renderer, examples: list[Example]) -> tuple[list[Segment], list[Segment]]:
+def view_segments(model: Any, encoder: Encoder, examples: list[Example]) -> tuple[list[Segment], list[Segment]]:
     """(Text views, Code views), in this order also where --reverse_pred trained on the Code view first.
 
     Raises ExampleError for a view that cannot be rendered or is longer than the model's context.
     """
-    limit, views = context(model), encode_views(renderer, examples)
-    if renderer.s.text_view == "in_chat":
-        chats = encode_chats(renderer, examples)
+    limit, views = context_length(model.config), encoder.views(examples)
+    if encoder.text_view == "in_chat":
+        chats = encoder.chats(examples)
         texts = [chat if isinstance(chat, ValueError) else chat.text_view for chat in chats]
         views = [(text, code) for text, (_, code) in zip(texts, views, strict=True)]
     for example, view in ((e, v) for e, pair in zip(examples, views, strict=True) for v in pair):
@@ -63,15 +63,15 @@ def view_segments(model: Any, renderer: Renderer, examples: list[Example]) -> tu
         if limit and len(view.ids) > limit:
             raise ExampleError(f"{example.source}: a view has {len(view.ids)} tokens, the model's context {limit}")
     first, second = (list(side) for side in zip(*views, strict=True))
-    return (second, first) if renderer.s.reverse_pred else (first, second)
+    return (second, first) if encoder.renderer.reverse_pred else (first, second)
 
 
-def usable(model: Any, renderer: Renderer, examples: list[Example], problems: Problems) -> list[Example]:
+def usable(model: Any, encoder: Encoder, examples: list[Example], problems: Problems) -> list[Example]:
     """The examples whose views can be encoded. Raises ExampleError for another one unless `problems` skips those."""
     good = []
     for example in examples:
         try:
-            view_segments(model, renderer, [example])
+            view_segments(model, encoder, [example])
             good.append(example)
         except ExampleError as error:
             problems.add(example.source, str(error).removeprefix(f"{example.source}: "))
@@ -98,20 +98,20 @@ def hidden_states(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int)
 
 
 def embed(
-    model: Any, renderer: Renderer, examples: list[Example], batch_size: int, layer: int = -1, pooling: str = "last",
+    model: Any, encoder: Encoder, examples: list[Example], batch_size: int, layer: int = -1, pooling: str = "last",
     *, tokens_per_batch: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Embeddings (P, D) of the Text and the Code views, float32 on the CPU, in the order of the examples.
 
-    Views are rendered by `renderer`, whose settings are those of training, and encoded in batches as in
+    Views are encoded by `encoder`, whose flags are those of training, and encoded in batches as in
     `generation.batches`, each in a row of its own. Pooling `last` reads the view token, as the JEPA loss does; `mean`
     averages over all the view's tokens, those of template and predictors too; `cls` is the first token, which in a
     causal model has seen nothing of the view. The model is put in evaluation mode.
 
     Raises ExampleError for a view that cannot be encoded, UsageError for a wrong layer or embeddings that overflow.
     """
-    text, code = view_segments(model, renderer, examples)
-    segments, pad = text + code, renderer.tokenizer.pad_token_id
+    text, code = view_segments(model, encoder, examples)
+    segments, pad = text + code, encoder.renderer.tokenizer.pad_token_id
     model.eval()
     parts, order = [], []
     with tqdm(total=len(segments), unit="view") as bar, torch.inference_mode():

@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,11 +19,12 @@ from jinja2 import TemplateError
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-import finetune
 from llm_jepa.cli import UsageError
-from llm_jepa.data import segments
 from llm_jepa.data.examples import Example, Problems
 from llm_jepa.data.rendering import Renderer
+from llm_jepa.data.segments import Encoder, Segment, end_of_turn
+from llm_jepa.model import context_length
+from llm_jepa.scoring.tasks import score_text
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,12 @@ def stop_ids(model: Any, renderer: Renderer) -> list[int]:
     """The template's end-of-turn token and every other token that ends generation."""
     eos = model.generation_config.eos_token_id
     known = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    return sorted((known | {segments.end_of_turn(renderer), renderer.tokenizer.eos_token_id}) - {None})
-
-
-def context(model: Any) -> int | None:
-    """The longest text of the model in tokens, None where its configuration does not tell."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return sorted((known | {end_of_turn(renderer), renderer.tokenizer.eos_token_id}) - {None})
 
 
 def longest_answers(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
     """Most tokens that may follow each prompt: max_new_tokens (−1: any number), within the model's context."""
-    limit, most = context(model), sys.maxsize if max_new_tokens == -1 else max_new_tokens
+    limit, most = context_length(model.config), sys.maxsize if max_new_tokens == -1 else max_new_tokens
     return [min(most, limit - len(p)) if limit else min(most, 8192) for p in prompts]
 
 
@@ -211,7 +207,7 @@ def tokenise(
         except (ValueError, TemplateError) as error:
             problems.add(example.source, str(error))
     prompts = renderer.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    limit, fitting = context(model) or sys.maxsize, []
+    limit, fitting = context_length(model.config) or sys.maxsize, []
     for example, prompt in zip(good, prompts, strict=True):
         if len(prompt) < limit:
             fitting.append((example, prompt))
@@ -275,17 +271,17 @@ def generate(
 
 
 def encode_choices(
-    model: Any, renderer: Renderer, examples: list[Example], choices: tuple[str, ...], problems: Problems | None = None
-) -> tuple[list[Example], list[list[segments.Segment]]]:
-    """(examples, the chat of each with each choice for its answer, cut behind that); `renderer` labels answers' texts.
+    model: Any, encoder: Encoder, examples: list[Example], choices: tuple[str, ...], problems: Problems | None = None
+) -> tuple[list[Example], list[list[Segment]]]:
+    """(examples, each example's chat with each choice as its answer, cut after it). `encoder` must label answer texts.
 
     Raises ExampleError for one the template refuses or that is longer than the model's context, unless `problems` skips
     them.
     """
     problems = problems or Problems()
-    limit, good, encoded = context(model) or sys.maxsize, [], []
+    limit, good, encoded = context_length(model.config) or sys.maxsize, [], []
     for example in examples:
-        chats = segments.encode_chats(renderer, [dataclasses.replace(example, assistant=c) for c in choices])
+        chats = encoder.chats([dataclasses.replace(example, assistant=c) for c in choices])
         reason = next((str(chat) for chat in chats if isinstance(chat, ValueError)), None)
         if reason is None and (most := max(len(chat.ids) for chat in chats)) > limit:
             reason = f"{most} tokens, over the model's context of {limit}"
@@ -294,11 +290,11 @@ def encode_choices(
             continue
         good.append(example)
         ends = [int(chat.labels.nonzero()[0][-1]) + 1 for chat in chats]
-        encoded.append([segments.Segment("chat", c.ids[:e], c.labels[:e]) for c, e in zip(chats, ends, strict=True)])
+        encoded.append([Segment("chat", c.ids[:e], c.labels[:e]) for c, e in zip(chats, ends, strict=True)])
     return good, encoded
 
 
-def share_prompt(chats: list[segments.Segment]) -> bool:
+def share_prompt(chats: list[Segment]) -> bool:
     """Whether the choices are single tokens behind the same prompt, so that one forward pass of it tells them all."""
     return all(c.labels.sum() == 1 for c in chats) and len({c.ids[:-1].tobytes() for c in chats}) == 1
 
@@ -326,36 +322,53 @@ def float32_logits(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def choose(
-    model: Any, renderer: Renderer, examples: list[Example], choices: tuple[str, ...], batch_size: int,
-    done: set[int] = frozenset(), encoded: list[list[segments.Segment]] | None = None,
-    *, tokens_per_batch: int = 0, share: tuple[int, int] = (0, 1),
+    read: Callable[[list[tuple[Segment, ...]]], torch.Tensor], examples: list[Example], encoded: list[list[Segment]],
+    choices: tuple[str, ...], batch_size: int, done: set[int] = frozenset(), *, tokens_per_batch: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[list[tuple[Example, Generation]]]:  # fmt: skip
-    """The most likely of the choices for each example, batch by batch as in `generate`; leaves out ids in `done`.
+    """The most likely of the choices for each example, batch by batch as in `generate`; skips ids in `done`.
 
-    A choice's log-likelihood is Σ log p(token | all before it) over its tokens behind the whole prompt, in nats.
-    Raises UsageError where one is not finite: no choice would be the likeliest.
+    `encoded` is the return value of encode_choices. `read(items)` gives the logits (N, V) at the labels of items, in
+    their order. A choice's log-likelihood is Σ log p(token | all tokens before it) over its tokens, in nats.
+
+    Raises UsageError if one is not finite.
     """
-    if encoded is None:
-        examples, encoded = encode_choices(model, renderer, examples, choices)
     rows = [chats[:1] if share_prompt(chats) else chats for chats in encoded]
     lengths, counts = [max(len(chat.ids) for chat in row) for row in rows], [len(row) for row in rows]
     by_length = batches(lengths, batch_size, tokens_per_batch, counts)
-    collator = finetune.Collator("separate", renderer.tokenizer.pad_token_id, sys.maxsize)
-    with float32_logits(model), contextlib.closing(finetune.HeadInput(model)) as head:
-        for batch in unanswered(by_length, examples, done, share):
-            items = [tuple(rows[i]) for i in batch]
-            logits, _ = head.read(model, finetune.on_device(collator(items), model.device))
-            labels = iter(logits.float().log_softmax(-1).cpu())  # N × (V,), labels in the order of items
-            answers = []
-            for i in batch:
-                if len(rows[i]) < len(encoded[i]):
-                    label = next(labels)
-                    sums = [float(label[c.ids[-1]]) for c in encoded[i]]
-                else:
-                    sums = [sum(float(next(labels)[t]) for t in c.ids[c.labels]) for c in encoded[i]]
-                if not all(map(math.isfinite, sums)):
-                    what = "the likelihoods of the choices are not finite"
-                    raise UsageError(f"{examples[i].source}: {what}: a damaged model, or one for --dtype float32")
-                likelihoods = dict(zip(choices, sums, strict=True))
-                answers.append(Generation(max(likelihoods, key=likelihoods.__getitem__), None, likelihoods))
-            yield [(examples[i], a) for i, a in zip(batch, answers, strict=True) if examples[i].id not in done]
+    for batch in unanswered(by_length, examples, done, share):
+        logits = read([tuple(rows[i]) for i in batch])
+        labels = iter(logits.float().log_softmax(-1).cpu())  # N × (V,), labels in the order of items
+        answers = []
+        for i in batch:
+            if len(rows[i]) < len(encoded[i]):
+                label = next(labels)
+                sums = [float(label[c.ids[-1]]) for c in encoded[i]]
+            else:
+                sums = [sum(float(next(labels)[t]) for t in c.ids[c.labels]) for c in encoded[i]]
+            if not all(map(math.isfinite, sums)):
+                what = "the likelihoods of the choices are not finite"
+                raise UsageError(f"{examples[i].source}: {what}: the model is damaged, or needs --dtype float32")
+            likelihoods = dict(zip(choices, sums, strict=True))
+            answers.append(Generation(max(likelihoods, key=likelihoods.__getitem__), None, likelihoods))
+        yield [(examples[i], a) for i, a in zip(batch, answers, strict=True) if examples[i].id not in done]
+
+
+# --------------------------------------------------------------------------------------------------- during training
+
+
+def exact_match(
+    renderer: Renderer, examples: list[Example], process: int = 0, processes: int = 1
+) -> Callable[[Any], dict[str, float]]:
+    """A function of the model: exact match of its greedy answers, of at most 128 tokens, over all processes."""
+    mine = examples[process::processes]
+
+    def exact(model: Any) -> dict[str, float]:
+        answers = generate(model, renderer, mine, batch_size=32, max_new_tokens=128) if mine else []
+        hits = sum(score_text(g.text, e.assistant)["exact"] for batch in answers for e, g in batch)
+        counts = torch.tensor([float(hits), float(len(mine))], device=model.device)
+        if processes > 1:
+            torch.distributed.all_reduce(counts)
+        return {"exact": (counts[0] / counts[1]).item()}
+
+    return exact

@@ -1,0 +1,77 @@
+"""The Trainer's own arguments from the flags of finetune.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from llm_jepa.settings import Settings
+
+
+def uses_bfloat16(s: Settings, device: torch.device) -> bool:
+    """Whether float32 parameters are computed with in bfloat16 (autocast)."""
+    on_gpu = device.type == "cuda"
+    return s.dtype == "bfloat16" or (s.dtype == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+
+
+def training_arguments(
+    s: Settings, *, bf16: bool, max_steps: int, device: torch.device, fsdp_config: dict[str, Any] | None = None
+) -> TrainingArguments:
+    """The TrainingArguments of a run. `fsdp_config`: for a model that is sharded over the processes."""
+    names = {f.name for f in dataclasses.fields(TrainingArguments)}  # transformers 5.23 renamed this one
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    default_workers = (1 if s.streaming else 2) if device.type == "cuda" else 0
+    arguments = TrainingArguments(
+        output_dir=s.output_dir,
+        # The items of the data set are complete micro-batches.
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=s.grad_accum,
+        learning_rate=s.learning_rate,
+        num_train_epochs=s.num_epochs,
+        max_steps=max_steps,
+        weight_decay=s.weight_decay,
+        warmup_steps=s.warmup_steps if s.warmup_steps < 1 else int(s.warmup_steps),
+        lr_scheduler_type=s.lr_scheduler_type,
+        max_grad_norm=s.max_grad_norm,
+        optim=s.optim,
+        adam_beta2=s.adam_beta2,
+        seed=s.finetune_seed,
+        use_cpu=device.type == "cpu",
+        bf16=bf16,
+        fp16=s.dtype == "float16",
+        **{checkpointing: s.gradient_checkpointing},
+        fsdp=bool(fsdp_config) or None,
+        fsdp_config=fsdp_config,
+        torch_compile=s.torch_compile,
+        use_liger_kernel=s.use_liger_kernel,
+        eval_strategy=s.eval_strategy,
+        eval_steps=s.eval_steps,
+        save_strategy=s.save_strategy,
+        save_steps=s.save_steps,
+        save_total_limit=s.save_total_limit,
+        logging_steps=s.logging_steps,
+        logging_nan_inf_filter=False,
+        disable_tqdm=False,
+        log_level="error",
+        report_to=s.report_to.split(","),
+        run_name=Path(s.output_dir).name,
+        remove_unused_columns=False,
+        dataloader_num_workers=default_workers if s.dataloader_num_workers is None else s.dataloader_num_workers,
+        dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={
+            "non_blocking": device.type == "cuda",
+            # Deferring the reduction would keep unsharded gradients.
+            "gradient_accumulation_kwargs": {"sync_each_batch": bool(fsdp_config)},
+        },
+        ignore_data_skip=s.streaming,  # a stream resumes by itself
+        ddp_find_unused_parameters=False,
+        label_names=["label_ids"],
+    )
+    # One device without torchrun: torch's DataParallel would split packed rows.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

@@ -1,0 +1,68 @@
+"""Callbacks of a training: metrics.jsonl and the progress bar."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+from llm_jepa.files import write_text
+from llm_jepa.run_folder import RunFolder
+
+
+class MetricsCallback(TrainerCallback):
+    """Sets the sampler's epoch, stops at a step that is not finite, and writes metrics.jsonl."""
+
+    def __init__(self, run: RunFolder, trainer: Any):
+        self.run, self.trainer, self.file = run, trainer, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drops the lines of steps that a resumed run repeats."""
+        self.trainer.seen_tokens.fill_(state.num_input_tokens_seen)
+        if not state.is_world_process_zero:
+            return
+        path = self.run.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+        write_text(path, "".join(kept))
+        self.file = open(path, "a", encoding="utf-8")  # closed in on_train_end
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.sampler is not None:  # a stream counts its own epochs
+            self.trainer.sampler.epoch = int(state.epoch or 0)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.require_finite_step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.file is not None:
+            line = {"step": state.global_step} | {k: v for k, v in logs.items() if k != "total_flos"}
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.run.update("running")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+class Bar(ProgressCallback):
+    """One progress bar that shows the latest losses instead of printing a line per step."""
+
+    def close(self) -> None:
+        """Ends the bar's line, so that an error message gets a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Shows no second bar during an evaluation."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs:
+            shown = ("lm_loss", "jepa_loss", "cosine", "stp_loss", "eval_lm_loss", "eval_exact")
+            self.training_bar.set_postfix({k: f"{logs[k]:.4g}" for k in shown if k in logs}, refresh=False)

@@ -1,0 +1,279 @@
+"""What the Trainer needs besides the loss: micro-batches, finite steps, statistics, complete checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from llm_jepa.cli import UsageError
+from llm_jepa.data.batching import MicroBatches
+from llm_jepa.data.examples import ExampleError, Problems
+from llm_jepa.data.segments import Item
+from llm_jepa.data.streaming import Place, SegmentStream
+from llm_jepa.files import read_json, write_json
+from llm_jepa.run_folder import mark_checkpoint
+
+STATISTICS = ("lm_sum", "jepa_sum", "cosine_sum", "spread_sum", "stp_sum", "labels", "pairs", "spans",
+              "spread_pairs", "chat", "text_view", "code_view", "padding")  # fmt: skip
+
+
+@torch.no_grad()
+def view_statistics(views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of the pairs' cosines, spread × P) of the views' embeddings (2, P, D).
+
+    Spread is 1 − the mean cosine between different examples' views of one kind, averaged over the two kinds: 0 if all
+    embeddings have collapsed into one direction, near 1 if they point in all directions. It needs P > 1.
+    """
+    text, code = F.normalize(views.float(), dim=-1)  # (P, D) each
+    p = len(text)
+    between = [(u.sum(dim=0).square().sum() - p) / max(1, p * (p - 1)) for u in (text, code)]
+    return (text * code).sum(), (1 - (between[0] + between[1]) / 2) * p
+
+
+def collate(collator: Callable, micro_batches: list[list[Item]]) -> dict[str, Any]:
+    """For a DataLoader whose items are complete micro-batches."""
+    return collator(micro_batches[0])
+
+
+def collate_stream(
+    collator: Callable, micro_batch: tuple[list[Item], Place, dict[str, str]] | ExampleError
+) -> dict[str, Any]:
+    """The same for a stream. `place` is the place after this micro-batch, `skipped` the bad examples before it."""
+    if isinstance(micro_batch, ExampleError):
+        return collator(()) | {"error": micro_batch}
+    items, place, skipped = micro_batch
+    return collator(items) | {"place": place, "skipped": skipped}
+
+
+class StepTrainer(Trainer):
+    """transformers' Trainer on complete micro-batches, for losses that are normalized over the optimizer step.
+
+    A subclass's compute_loss calls `add_statistics`; its get_batch_samples adds to `seen_tokens` and calls
+    `follow_stream`.
+    """
+
+    def __init__(
+        self, *args: Any, collator: Callable, micro_batches: Callable[..., MicroBatches], problems: Problems,
+        gamma: float, terms: list[Any], track_flop: bool = False,
+        generate: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any,
+    ):  # fmt: skip
+        """`micro_batches(lengths, shuffle=, processes=)` groups examples; `problems` gets what a stream skips.
+
+        `gamma` and `terms`: the objective. `generate(model)` returns metrics from generation, at each evaluation.
+        """
+        super().__init__(*args, data_collator=partial(collate, collator), **kwargs)
+        self.collator, self.micro_batches, self.problems = collator, micro_batches, problems
+        self.gamma, self.terms, self.track_flop, self.generate = gamma, terms, track_flop, generate
+        exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self.statistics = torch.zeros(len(STATISTICS), dtype=exact, device=self.args.device)
+        # Tells the Trainer that the loss is already scaled for gradient accumulation.
+        self.model_accepts_loss_kwargs = True
+        self.streaming = isinstance(self.train_dataset, SegmentStream)
+        self.sampler: MicroBatches | None = None
+        self.place: Place | None = None  # after the last micro-batch of a stream
+        self.seen_tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self._step_loss = torch.zeros((), device=self.args.device)
+        self._grad_norm = torch.zeros((), device=self.args.device)
+        self._error: ExampleError | None = None  # of the stream
+        self._flops, self._since = 0.0, time.time()
+
+    # -- data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> MicroBatches:
+        self.sampler = self._batches(self.train_dataset, shuffle=True)
+        return self.sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> MicroBatches:
+        return self._batches(eval_dataset, shuffle=False)
+
+    def _batches(self, dataset: Any, shuffle: bool) -> MicroBatches:
+        return self.micro_batches(dataset.items.lengths, shuffle=shuffle, processes=self.args.world_size)
+
+    def get_train_dataloader(self) -> Any:
+        """Of a stream: each process reads its own share of the examples, so accelerate distributes nothing."""
+        if not self.streaming:
+            return super().get_train_dataloader()
+        return DataLoaderShard(
+            self.train_dataset, device=self.args.device, batch_size=None,
+            collate_fn=partial(collate_stream, self.collator), _non_blocking=True,
+            num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory,
+        )  # fmt: skip
+
+    def follow_stream(self, batches: list[dict[str, Any]]) -> None:
+        """Notes where the stream is after these micro-batches, and its error if there is one."""
+        for batch in batches if self.streaming else ():
+            if "error" in batch:  # the other processes learn of it in require_finite_step
+                self._error, self._step_loss = batch["error"], torch.full_like(self._step_loss, torch.nan)
+                break
+            self.place = batch["place"]
+            self.problems.found |= batch["skipped"]
+
+    # -- steps
+
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
+        """A micro-batch's forward and backward pass, with --track_flop under torch's counter."""
+        if not self.track_flop:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with FlopCounterMode(display=False) as counter:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._flops = float(counter.get_total_flops())
+        return loss
+
+    def floating_point_ops(self, inputs: dict) -> float:
+        """The FLOPs of the last micro-batch; the Trainer sums them over ranks and keeps the sum in checkpoints."""
+        return self._flops
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> torch.Tensor:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shards
+        return self._grad_norm
+
+    def require_finite_step(self) -> None:
+        """Raises on every process, before the parameters change.
+
+        FloatingPointError if the step's loss or gradient is not finite, ExampleError if any process's stream has
+        reached an example that cannot be used.
+        """
+        loss = self.accelerator.reduce(self._step_loss, "sum")
+        self._step_loss = torch.zeros_like(self._step_loss)
+        figures = [loss] if self.args.fp16 else [loss, self._grad_norm.to(loss)]  # fp16's scaler skips such steps
+        if not torch.isfinite(torch.stack(figures)).all():
+            for error in gather_object([self._error]):
+                if error is not None:
+                    raise error
+            what, value = ("gradient norm", self._grad_norm) if torch.isfinite(loss) else ("loss", loss)
+            raise FloatingPointError(
+                f"the {what} of step {self.state.global_step + 1} is {value.item()}; training stopped"
+            )
+
+    # -- statistics
+
+    def add_statistics(
+        self, loss: torch.Tensor, lm_sum: torch.Tensor, sums: dict[str, torch.Tensor], views: torch.Tensor, batch: dict
+    ) -> None:
+        """Adds a micro-batch: its share of the step's loss, its sums and counts, its views (2, P, D)."""
+        self._step_loss = self._step_loss + loss.detach()
+        pairs, zero = views.shape[1], lm_sum.new_zeros(())
+        cosine, spread = view_statistics(views) if "jepa" in sums else (zero, zero)
+        figures = (lm_sum, sums.get("jepa", zero), cosine, spread if pairs > 1 else zero, sums.get("stp", zero))
+        figures = torch.stack([x.detach().float() for x in figures]).to(self.statistics)
+        spread_pairs = batch["counts"][1:2] * (pairs > 1)
+        # Only tensors that are on the device already: copying a number there would make the host wait.
+        self.statistics += torch.cat([figures, batch["counts"], spread_pairs, batch["tokens"]])
+
+    def _drain(self, statistics: torch.Tensor) -> dict[str, float]:
+        total = dict(zip(STATISTICS, self.accelerator.reduce(statistics, "sum").tolist(), strict=True))
+        statistics.zero_()
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the method's figures to what the Trainer logs."""
+        if "loss" in logs:
+            t, now = self._drain(self.statistics), time.time()
+            tokens = t["chat"] + t["text_view"] + t["code_view"]
+            logs |= {
+                "lm_loss": t["lm_sum"] / max(1, t["labels"]),
+                "tokens": int(tokens),
+                "padding": int(t["padding"]),
+                "label_tokens": int(t["labels"]),
+                "tokens_per_second": round(tokens / max(1e-9, now - self._since), 1),
+            }
+            self._since = now
+            for term in self.terms:
+                logs |= {f"{term.name}_loss": t[f"{term.name}_sum"] / max(1, t[term.counts])}
+                logs |= {term.counts: int(t[term.counts])}
+                if term.warmup:
+                    logs[f"{term.name}_lbd"] = term.weight_at(self.state.global_step, self.state.max_steps)
+            logs |= {"cosine": t["cosine_sum"] / t["pairs"]} if t["pairs"] else {}
+            logs |= {"spread": t["spread_sum"] / t["spread_pairs"]} if t["spread_pairs"] else {}
+            if self.track_flop:
+                logs["flops"] = self.state.total_flos
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Losses of the held-out examples, each normalized over all of them, and with --eval_generate exact match."""
+        model, one = self.accelerator.unwrap_model(self.model), torch.ones(3, device=self.args.device)
+        model.eval()
+        during_training, self.statistics = self.statistics, torch.zeros_like(self.statistics)
+        step_loss = self._step_loss
+        for batch in dataloader:
+            self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=one)
+        t = self._drain(self.statistics)
+        self.statistics, self._step_loss = during_training, step_loss
+        lm = t["lm_sum"] / max(1, t["labels"])
+        metrics = {"loss": self.gamma * lm, "lm_loss": lm}
+        for term in self.terms:  # at its full weight whatever the warm-up, so that evaluations are comparable
+            metrics[f"{term.name}_loss"] = t[f"{term.name}_sum"] / max(1, t[term.counts])
+            metrics["loss"] += term.weight * metrics[f"{term.name}_loss"]
+            if term.name == "jepa":
+                metrics["cosine"] = t["cosine_sum"] / max(1, t["pairs"])
+        if self.generate is not None:
+            metrics |= self.generate(model)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self._since = time.time()
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+
+    # -- checkpoints
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Loads the parameters of a checkpoint without training."""
+        self._load_from_checkpoint(str(folder))
+
+    def merged_model(self) -> Any:
+        """The model with its adapter merged in; only on the main process."""
+        return self.accelerator.unwrap_model(self.model).merge_and_unload()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Older checkpoints are removed after the new one is complete, so that a kill while saving leaves one to resume.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.state.num_input_tokens_seen = int(self.seen_tokens)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.streaming:
+            place = {"place": self.place, "processes": self.args.world_size, "skipped": self.problems.found}
+            write_json(folder / f"stream-{self.args.process_index}.json", place)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_checkpoint(folder)
+            rotate_checkpoints(self.args.output_dir, limit)
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Trains from a complete checkpoint, or from the start. One of the last step is only loaded."""
+        if checkpoint is not None and self.streaming:
+            self._resume_stream(checkpoint)
+        if checkpoint is not None:
+            reached = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if reached.global_step >= reached.max_steps:  # the Trainer would train beyond it
+                self.load_checkpoint(checkpoint)
+                self.state = reached
+                self.seen_tokens.fill_(reached.num_input_tokens_seen)
+                return
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _resume_stream(self, checkpoint: Path) -> None:
+        """Raises UsageError if the checkpoint was written by another number of processes."""
+        stream = self.train_dataset
+        path = checkpoint / f"stream-{stream.process}.json"
+        kept = read_json(path) if path.is_file() else {"processes": "fewer"}
+        if kept["processes"] != stream.processes:
+            raise UsageError(f"{checkpoint} was written by {kept['processes']} processes, not {stream.processes}")
+        stream.place = tuple(kept["place"])
+        self.problems.found |= kept["skipped"]
