@@ -256,7 +256,7 @@ class SpiderFiles:
     def licence(self) -> str | None:
         """The licence that a README.txt beside the rows states, as that of the project's own set does."""
         try:
-            stated = re.search(rb"^Licence: ([\w.-]*\w)", self.read("README.txt"), re.MULTILINE)
+            stated = re.search(rb"^Licen[cs]e: ([\w.-]*\w)", self.read("README.txt"), re.MULTILINE)
         except ExampleError:
             return None
         return stated and stated[1].decode()
