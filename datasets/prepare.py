@@ -100,7 +100,7 @@ def prepare(name: str, args: argparse.Namespace, source_path: Path | None) -> No
 
 def unexpected_counts(dataset: Dataset, parts: Parts, flags: dict[str, Any]) -> dict[str, str]:
     """Part → "3000, not 7473" for each part whose count is not the published one and was not set by a flag."""
-    split = flags.get("split", "by_database" if "split" in dataset.flags else "")
+    split = flags.get("split", next(iter(dataset.counts), ""))
     counts = zip(dataset.parts, (len(parts.train), len(parts.test)), dataset.counts.get(split, ()), strict=False)
     return {
         part: f"{count}, not {published}"

@@ -1,6 +1,6 @@
-"""The README's picture: scores of the experiment `stopping` of findings.sh, by label scope and arm.
+"""Draws the README's figure: scores of the experiment `stopping` of findings.sh, by label scope and arm.
 
-python experiments/picture.py runs/other7500-tiny-stops-* --output_file experiments/labels.png
+python experiments/plot.py runs/other7500-tiny-stops-* --output_file experiments/labels.png
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ARMS = {True: ("regular", "#0072B2", "o"), False: ("JEPA, k = 1, λ = 1", "#D55E
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 drawn, 2 wrong runs."""
+    """Exit code: 0 written, 2 missing or unreadable runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--output_file", required=True, type=Path, help="PNG")
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         if problems or missing or not seeds:
             raise UsageError("; ".join(problems) or f"no run of (labels, regular, seed) {missing[:1]}")
     except UsageError as error:
-        print(f"picture.py: error: {error}", file=sys.stderr)
+        print(f"plot.py: error: {error}", file=sys.stderr)
         return 2
     figure, axes = pyplot.subplots(1, 3, figsize=(9, 3), layout="constrained", sharey=True)
     for axis, (column, heading) in zip(axes, SCORES.items(), strict=True):
