@@ -71,7 +71,7 @@ stopping() {
 data() {
   local n dataset
   export LEARNING_RATES=1e-3 GRID_K="0 2" GRID_LBD=1
-  for n in ${ROWS:-500 2000 8000 1000}; do
+  for n in 500 2000 8000 1000; do
     dataset=first$n
     subset "$dataset" --first "$n"
     export EPOCHS=$((8000 / n)) DATASET=$dataset # 1000 steps

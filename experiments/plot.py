@@ -42,14 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     figure, axes = pyplot.subplots(1, 3, figsize=(9, 3), layout="constrained", sharey=True)
     for axis, (column, heading) in zip(axes, SCORES.items(), strict=True):
-        for place, scope in enumerate(SCOPES):
+        for position, scope in enumerate(SCOPES):
             for seed in seeds:
                 pair = [by[scope, arm, seed][column] for arm in ARMS]
-                axis.plot((place - 0.15, place + 0.15), pair, color="#bbbbbb", linewidth=0.8, zorder=1)
-            for shift, (arm, (label, colour, marker)) in zip((-0.15, 0.15), ARMS.items(), strict=True):
+                axis.plot((position - 0.15, position + 0.15), pair, color="#bbbbbb", linewidth=0.8, zorder=1)
+            for shift, (arm, (label, color, marker)) in zip((-0.15, 0.15), ARMS.items(), strict=True):
                 values = [by[scope, arm, seed][column] for seed in seeds]
-                named = label if not place else None
-                axis.scatter([place + shift] * len(seeds), values, c=colour, marker=marker, s=28, label=named, zorder=2)
+                name = label if not position else None
+                axis.scatter([position + shift] * len(seeds), values, c=color, marker=marker, s=28, label=name, zorder=2)
         axis.set_title(heading, fontsize=10)
         axis.set_xticks(range(len(SCOPES)), SCOPES.values())
         axis.set_xlim(-0.5, 1.5)
