@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -16,27 +17,16 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub
 import pytest
-from conftest import message_row, write_rows
+from conftest import call, message_row, write_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "datasets"))
 
 import convert
-import prepare
 
+run = functools.partial(call, "prepare")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REGEX_SYSTEM = "Convert natural language to regular expression."
 SQL_SYSTEM = "Convert natural language to SQL."
-
-
-def run(capsys, *argv):
-    """prepare.main in this process: its exit code, output and errors."""
-    try:
-        code = prepare.main([str(a) for a in argv])
-    except SystemExit as exit_:
-        code = exit_.code
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return SimpleNamespace(code=code, out=out, err=err)
 
 
 def read(path):
@@ -103,9 +93,9 @@ def labeled(names, rows):
 # ------------------------------------------------------------------------------------------------ from the hub
 
 
-def test_gsm8k(hub, out, capsys):
+def test_gsm8k(hub, out):
     put_gsm(hub)
-    done = run(capsys, "gsm8k", "--out_dir", out)
+    done = run("gsm8k", "--out_dir", out)
     assert done.code == 0, done.err
     system, commit = "Answer the math question, show steps.", "740312add88f781978c0658806c59bc2815b9866"
     for part, rows in (("train", GSM[:3]), ("test", GSM[3:])):
@@ -127,24 +117,24 @@ def test_gsm8k(hub, out, capsys):
     assert "3, not 7473" in done.err and "2, not 1319" in done.err
 
 
-def test_rotten_tomatoes(hub, out, capsys):
+def test_rotten_tomatoes(hub, out):
     name = "cornell-movie-review-data/rotten_tomatoes"
     hub.data[name, None, "train"] = labeled(["neg", "pos"], [("fine .", 1), ("dull .", 0)])
     hub.data[name, None, "test"] = labeled(["neg", "pos"], [("awful", 0)])
-    assert run(capsys, "rotten_tomatoes", "--out_dir", out).code == 0
+    assert run("rotten_tomatoes", "--out_dir", out).code == 0
     system = "Determine whether the comment is positive or negative"
     assert turns(out / "rotten_tomatoes_train.jsonl") == [(system, "fine .", "Good"), (system, "dull .", "Bad")]
     assert turns(out / "rotten_tomatoes_test.jsonl") == [(system, "awful", "Bad")]
 
 
-def test_yelp_draws_the_same_examples_again(hub, out, capsys):
+def test_yelp_draws_the_same_examples_again(hub, out):
     names = ["1 star", "2 star", "3 stars", "4 stars", "5 stars"]
     for part in ("train", "test"):
         data = labeled(names, [(f"review {i}", i % 5) for i in range(40)])
         hub.data["Yelp/yelp_review_full", "yelp_review_full", part] = data
     flags = ("--train_rows", 10, "--test_rows", 20)
     for folder in (out, out / "again"):
-        assert run(capsys, "yelp", "--out_dir", folder, *flags).code == 0
+        assert run("yelp", "--out_dir", folder, *flags).code == 0
     assert (out / "again" / "yelp_test.jsonl").read_bytes() == (out / "yelp_test.jsonl").read_bytes()
     drawn = turns(out / "yelp_test.jsonl")
     numbers = [int(user.removeprefix("review ")) for _, user, _ in drawn]
@@ -154,11 +144,11 @@ def test_yelp_draws_the_same_examples_again(hub, out, capsys):
     assert manifest(out)["yelp"]["split"] == "10 and 20 of the authors' parts, drawn with seed 42"
 
 
-def test_hellaswag_views_are_context_and_ending(hub, out, capsys):
+def test_hellaswag_views_are_context_and_ending(hub, out):
     rows = [{"ctx": f"They {i}", "endings": [f"{i}{c}" for c in "abcd"], "label": str(i)} for i in range(4)]
     for part in ("train", "validation"):
         hub.data["Rowan/hellaswag", None, part] = datasets.Dataset.from_list(rows)
-    assert run(capsys, "hellaswag", "--out_dir", out, "--train_rows", 0, "--test_rows", 0).code == 0
+    assert run("hellaswag", "--out_dir", out, "--train_rows", 0, "--test_rows", 0).code == 0
     assert read(out / "hellaswag_train.jsonl")[2] == {
         **message_row("They 2\nA) 2a\nB) 2b\nC) 2c\nD) 2d", "C", convert.HELLASWAG_SYSTEM),
         "text": [{"role": "user", "content": "They 2"}],
@@ -167,11 +157,11 @@ def test_hellaswag_views_are_context_and_ending(hub, out, capsys):
     assert [answer for _, _, answer in turns(out / "hellaswag_test.jsonl")] == ["A", "B", "C", "D"]
 
 
-def test_nq_open_keeps_all_answers(hub, out, capsys):
+def test_nq_open_keeps_all_answers(hub, out):
     train = [{"question": f"who is {i}", "answer": [f"{i}", f"the {i}th"]} for i in range(5)]
     hub.data["google-research-datasets/nq_open", "nq_open", "train"] = datasets.Dataset.from_list(train)
     hub.data[convert.NQ_OPEN_TEST] = b'{"question": "where", "answer": ["1; 2", "3"]}\n'
-    assert run(capsys, "nq_open", "--out_dir", out, "--train_rows", 2).code == 0
+    assert run("nq_open", "--out_dir", out, "--train_rows", 2).code == 0
     answers = {row["question"]: row["answer"] for row in train}
     for example in read(out / "nq_open_train.jsonl"):
         assert example["answers"] == answers[example["messages"][1]["content"]]
@@ -181,11 +171,11 @@ def test_nq_open_keeps_all_answers(hub, out, capsys):
     assert manifest(out)["nq_open"]["source"][1] == source
 
 
-def test_paraphrase_pairs_neighbors_within_a_set_at_a_resolved_commit(hub, out, capsys):
+def test_paraphrase_pairs_neighbors_within_a_set_at_a_resolved_commit(hub, out):
     texts = [(7, "a"), (7, "b"), (9, "x"), (7, "c"), (9, "y"), (11, "single")]
     rows = [{"paraphrase_set_id": i, "text": text} for i, text in texts]
     hub.data["cestwc/paraphrase", None, "coco"] = datasets.Dataset.from_list(rows)
-    assert run(capsys, "paraphrase", "--out_dir", out).code == 0
+    assert run("paraphrase", "--out_dir", out).code == 0
     assert turns(out / "paraphrase_train.jsonl") == [(None, "a", "b"), (None, "b", "c"), (None, "x", "y")]
     assert [example["group"] for example in read(out / "paraphrase_train.jsonl")] == ["7", "7", "9"]
     assert not (out / "paraphrase_test.jsonl").exists()
@@ -194,15 +184,10 @@ def test_paraphrase_pairs_neighbors_within_a_set_at_a_resolved_commit(hub, out, 
 
 
 @pytest.mark.parametrize("name", [name for name in convert.DATASETS if name != "synth"])
-def test_unreachable_hub_is_exit_code_2(name, hub, out, capsys, monkeypatch, tmp_path):
+def test_unreachable_hub_is_exit_code_2(name, hub, out, monkeypatch, tmp_path):
     monkeypatch.setattr(convert, "SPIDER_ZIP", tmp_path / "none.zip")
-    done = run(capsys, name, "--out_dir", out)
+    done = run(name, "--out_dir", out)
     assert done.code == 2 and ("Hub" in done.err or "https://" in done.err) and list(out.iterdir()) == []
-
-
-def test_hub_revisions_are_commits():
-    for address in (convert.GSM8K, convert.SPIDER, convert.ROTTEN_TOMATOES, convert.YELP, convert.NQ_OPEN):
-        assert len(address.partition("@")[2]) == 40
 
 
 # ------------------------------------------------------------------------------------------- deep-regex, Spider
@@ -219,14 +204,14 @@ def write_deep_regex(folder, count):
 @pytest.mark.parametrize(
     "name, place", [("synth", "NL-RX-Synth"), ("turk", "datasets/NL-RX-Turk"), ("turk", ""), ("turk", "URL")]
 )
-def test_deep_regex_has_the_published_split(name, place, hub, tmp_path, out, capsys):
+def test_deep_regex_has_the_published_split(name, place, hub, tmp_path, out):
     folder = write_deep_regex(tmp_path / "source" / place, 11)
     flags = ("--source", tmp_path / "source")
     if place == "URL":
         flags = ()
         for file in folder.iterdir():
             hub.data[f"{convert.DEEP_REGEX_RAW}/datasets/NL-RX-Turk/{file.name}"] = file.read_bytes()
-    assert run(capsys, name, *flags, "--out_dir", out).code == 0
+    assert run(name, *flags, "--out_dir", out).code == 0
     expected = datasets.Dataset.from_dict({"i": range(11)}).train_test_split(test_size=0.2, seed=42)
     for part in ("train", "test"):
         wanted = [(REGEX_SYSTEM, f"lines with {i}", f".*{i}.*") for i in expected[part]["i"]]
@@ -234,14 +219,14 @@ def test_deep_regex_has_the_published_split(name, place, hub, tmp_path, out, cap
     assert manifest(out)[name]["licence"] == "MIT" and not (out / "SHA256SUMS").exists()
 
 
-def test_split_is_published_only_with_the_published_counts_and_no_skipped_example(tmp_path, out, capsys, monkeypatch):
+def test_split_is_published_only_with_the_published_counts_and_no_skipped_example(tmp_path, out, monkeypatch):
     source = write_deep_regex(tmp_path / "source", 10)
     flags = ("turk", "--source", source, "--out_dir", out, "--overwrite", "--skip_bad_examples")
 
     def split(counts):
         entry = dataclasses.replace(convert.DATASETS["turk"], counts={"": counts})
         monkeypatch.setitem(convert.DATASETS, "turk", entry)
-        assert run(capsys, *flags).code == 0
+        assert run(*flags).code == 0
         return manifest(out)["turk"]["split"]
 
     assert "published" in split((8, 2))
@@ -275,9 +260,9 @@ def write_spider(path, train, dev, top="spider_data/", readme=None):
 
 @pytest.mark.parametrize("top", ["spider_data/", ""])
 @pytest.mark.parametrize("kind", ["s.zip", "s"])
-def test_spider_by_database_is_the_official_split(kind, top, tmp_path, out, capsys):
+def test_spider_by_database_is_the_official_split(kind, top, tmp_path, out):
     path = write_spider(tmp_path / kind, spider_rows("farm", 3), spider_rows("pets", 2), top)
-    done = run(capsys, "spider", "--source", path, "--out_dir", out)
+    done = run("spider", "--source", path, "--out_dir", out)
     assert done.code == 0 and "3, not 7000" in done.err
     for part, database, count in (("train", "farm", 3), ("test", "pets", 2)):
         assert turns(out / f"spider_{part}.jsonl") == [
@@ -289,10 +274,10 @@ def test_spider_by_database_is_the_official_split(kind, top, tmp_path, out, caps
     assert manifest(out)["spider"]["source"] == [{"file": file.name, "sha256": sha256(file)} for file in files]
 
 
-def test_spider_random_is_the_published_split_of_both_files(tmp_path, out, capsys):
+def test_spider_random_is_the_published_split_of_both_files(tmp_path, out):
     both = spider_rows("farm", 30) + spider_rows("pets", 20)
     path = write_spider(tmp_path / "s.zip", both[:30], both[30:])
-    assert run(capsys, "spider", "--source", path, "--split", "random", "--out_dir", out).code == 0
+    assert run("spider", "--source", path, "--split", "random", "--out_dir", out).code == 0
     expected = datasets.Dataset.from_dict({"i": range(50)}).train_test_split(test_size=0.18, seed=42)
     for part in ("train", "test"):
         wanted = [f"For db_id:[{both[i]['db_id']}]\n\n{both[i]['question']}" for i in expected[part]["i"]]
@@ -300,25 +285,25 @@ def test_spider_random_is_the_published_split_of_both_files(tmp_path, out, capsy
 
 
 @pytest.mark.parametrize("split", ["by_database", "random"])
-def test_spider_archive_of_the_project_has_its_own_license_and_no_published_counts(split, out, capsys):
-    done = run(capsys, "spider", "--split", split, "--out_dir", out)
+def test_spider_archive_of_the_project_has_its_own_license_and_no_published_counts(split, out):
+    done = run("spider", "--split", split, "--out_dir", out)
     entry = manifest(out)["spider"]
     assert done.code == 0 and done.err == "" and entry["licence"] == "Apache-2.0"
     assert "rows other than published" not in entry and "published" not in entry["split"]
     assert len(turns(out / "spider_train.jsonl")) + len(turns(out / "spider_test.jsonl")) == 650
 
 
-def test_spider_from_the_hub_without_an_archive(hub, tmp_path, out, capsys, monkeypatch):
+def test_spider_from_the_hub_without_an_archive(hub, tmp_path, out, monkeypatch):
     monkeypatch.setattr(convert, "SPIDER_ZIP", tmp_path / "none.zip")
     for part, database in (("train", "farm"), ("validation", "pets")):
         hub.data["xlangai/spider", "spider", part] = datasets.Dataset.from_list(spider_rows(database, 2))
-    assert run(capsys, "spider", "--out_dir", out).code == 0
+    assert run("spider", "--out_dir", out).code == 0
     assert [user.split("\n")[0] for _, user, _ in turns(out / "spider_test.jsonl")] == ["For db_id:[pets]"] * 2
 
 
-def test_spider_by_database_refuses_shared_databases(tmp_path, out, capsys):
+def test_spider_by_database_refuses_shared_databases(tmp_path, out):
     path = write_spider(tmp_path / "s.zip", spider_rows("farm", 3) + spider_rows("pets", 1), spider_rows("pets", 2))
-    done = run(capsys, "spider", "--source", path, "--out_dir", out)
+    done = run("spider", "--source", path, "--out_dir", out)
     assert done.code == 2 and "[pets]" in done.err and "--split random" in done.err and list(out.iterdir()) == []
 
 
@@ -334,14 +319,14 @@ def test_spider_by_database_refuses_shared_databases(tmp_path, out, capsys):
         ("train_spider.json", None, ""),
     ],
 )
-def test_bad_spider_file_is_reported_with_its_place(name, content, place, tmp_path, out, capsys):
+def test_bad_spider_file_is_reported_with_its_place(name, content, place, tmp_path, out):
     path = write_spider(tmp_path / "s", spider_rows("farm", 1), spider_rows("pets", 1), top="")
     (path / name).unlink() if content is None else (path / name).write_text(content, encoding="utf-8")
-    done = run(capsys, "spider", "--source", path, "--out_dir", out)
+    done = run("spider", "--source", path, "--out_dir", out)
     assert done.code == 2 and place in done.err and list(out.iterdir()) == []
 
 
-def test_source_that_is_missing_or_has_other_files_is_reported(tmp_path, out, capsys):
+def test_source_that_is_missing_or_has_other_files_is_reported(tmp_path, out):
     (tmp_path / "no.zip").write_bytes(b"no archive")
     write_deep_regex(tmp_path / "short", 3)
     (tmp_path / "short" / "targ.txt").write_text("a\n", encoding="utf-8")
@@ -349,54 +334,48 @@ def test_source_that_is_missing_or_has_other_files_is_reported(tmp_path, out, ca
         ("turk", "none", "--source"), ("turk", "out", "no src.txt"), ("turk", "short", "src.txt:3"),
         ("spider", "no.zip", "no.zip"), ("all", "none", "--source"),
     ):  # fmt: skip
-        done = run(capsys, name, "--source", tmp_path / source, "--out_dir", out)
+        done = run(name, "--source", tmp_path / source, "--out_dir", out)
         assert done.code == 2 and message in done.err and list(out.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------ files and manifest
 
 
-def test_bad_example_is_reported_or_skipped(hub, out, capsys):
+def test_bad_example_is_reported_or_skipped(hub, out):
     put_gsm(hub, train=[*GSM, {"question": "And?", "answer": "4"}, {"question": " ", "answer": "#### 1"}])
-    done = run(capsys, "gsm8k", "--out_dir", out)
+    done = run("gsm8k", "--out_dir", out)
     assert done.code == 2 and "row 6: " in done.err and list(out.iterdir()) == []
-    done = run(capsys, "gsm8k", "--out_dir", out, "--skip_bad_examples")
+    done = run("gsm8k", "--out_dir", out, "--skip_bad_examples")
     assert done.code == 0 and "skipped 2" in done.out and len(turns(out / "gsm8k_train.jsonl")) == 5
     assert manifest(out)["gsm8k"]["skipped"] == 2
 
 
-def test_empty_part_is_an_error(hub, out, capsys):
+def test_empty_part_is_an_error(hub, out):
     put_gsm(hub, test=[{"question": "And?", "answer": "4"}])
-    done = run(capsys, "gsm8k", "--out_dir", out, "--skip_bad_examples")
+    done = run("gsm8k", "--out_dir", out, "--skip_bad_examples")
     assert done.code == 2 and "test part" in done.err and list(out.iterdir()) == []
 
 
-def test_other_examples_are_replaced_only_with_overwrite(hub, out, capsys):
+def test_other_examples_are_replaced_only_with_overwrite(hub, out):
     put_gsm(hub)
     (out / "manifest.json").write_text('{"zoo": {"licence": "MIT"}}', encoding="utf-8")
     for _ in range(2):  # the same examples again are no conflict
-        assert run(capsys, "gsm8k", "--out_dir", out).code == 0
+        assert run("gsm8k", "--out_dir", out).code == 0
     before = {path: path.read_bytes() for path in out.iterdir()}
     put_gsm(hub, train=GSM[:1])
-    done = run(capsys, "gsm8k", "--out_dir", out)
+    done = run("gsm8k", "--out_dir", out)
     assert done.code == 2 and "gsm8k_train.jsonl" in done.err and "--overwrite" in done.err
     assert "gsm8k_test.jsonl" not in done.err and {path: path.read_bytes() for path in out.iterdir()} == before
-    assert run(capsys, "gsm8k", "--out_dir", out, "--overwrite").code == 0
+    assert run("gsm8k", "--out_dir", out, "--overwrite").code == 0
     assert len(turns(out / "gsm8k_train.jsonl")) == 1 and list(manifest(out)) == ["gsm8k", "zoo"]
 
 
-def test_all_prepares_what_it_can_and_lists_the_rest(hub, tmp_path, out, capsys):
+def test_all_prepares_what_it_can_and_lists_the_rest(hub, tmp_path, out):
     put_gsm(hub)
     write_deep_regex(tmp_path / "downloads" / "turk", 10)
-    done = run(capsys, "all", "--source", tmp_path / "downloads", "--out_dir", out)
+    done = run("all", "--source", tmp_path / "downloads", "--out_dir", out)
     assert done.code == 2 and sorted(manifest(out)) == ["gsm8k", "spider", "synth", "turk"]
     assert "not prepared: paraphrase, rotten_tomatoes, yelp, nq_open, hellaswag" in done.err
-
-
-@pytest.mark.parametrize("argv", [(), ("yelp", "--split", "random"), ("sinth",), ("gsm8k", "--over")])
-def test_wrong_usage_is_exit_code_2(argv, capsys):
-    done = run(capsys, *argv)
-    assert done.code == 2 and "usage: " in done.err
 
 
 # ------------------------------------------------------------------------------------------------------ own data
@@ -410,7 +389,7 @@ def write_csv(path, rows):
     return path
 
 
-def test_own_csv_is_split_by_share_and_seed(tmp_path, out, capsys):
+def test_own_csv_is_split_by_share_and_seed(tmp_path, out):
     path = write_csv(tmp_path / "mine.csv", [(f"q{i}", f"a{i}", "n") for i in range(10)])
     own = ("own", "--name", "mine", "--train_file", path, *FIELDS, "--out_dir", out)
     for seed in (42, 7):
@@ -421,7 +400,7 @@ def test_own_csv_is_split_by_share_and_seed(tmp_path, out, capsys):
             0.25,
             *(("--split_seed", 7, "--overwrite") if seed == 7 else ()),
         )
-        assert run(capsys, *own, *flags).code == 0
+        assert run(*own, *flags).code == 0
         expected = datasets.Dataset.from_dict({"i": range(10)}).train_test_split(test_size=0.25, seed=seed)
         for part in ("train", "test"):
             wanted = [message_row(f"q{i}", f"a{i}", "Be brief.") for i in expected[part]["i"]]
@@ -435,23 +414,23 @@ def test_own_csv_is_split_by_share_and_seed(tmp_path, out, capsys):
     ]
     assert entry["source"] == [{"file": "mine.csv", "sha256": sha256(path)}]
     # A test part of another split would not match the new train part.
-    assert run(capsys, *own).code == 2 and (out / "mine_test.jsonl").exists()
-    assert run(capsys, *own, "--overwrite").code == 0 and not (out / "mine_test.jsonl").exists()
+    assert run(*own).code == 2 and (out / "mine_test.jsonl").exists()
+    assert run(*own, "--overwrite").code == 0 and not (out / "mine_test.jsonl").exists()
 
 
-def test_own_files_keep_order_views_and_answers(tmp_path, out, capsys):
+def test_own_files_keep_order_views_and_answers(tmp_path, out):
     views = {"text": [{"role": "user", "content": "t"}], "code": [{"role": "assistant", "content": "c"}]}
     train = [message_row("q1", "a1") | views, message_row("q2", "a2", None)]
     test = [message_row("q3", "x; y") | {"answers": ["x", "y"]}]
     files = (write_rows(tmp_path / "a.jsonl", train), write_rows(tmp_path / "b.jsonl", test))
     flags = ("--train_file", files[0], "--test_file", files[1], "--out_dir", out)
-    assert run(capsys, "own", "--name", "m", *flags).code == 0
+    assert run("own", "--name", "m", *flags).code == 0
     assert read(out / "m_train.jsonl") == train and read(out / "m_test.jsonl") == test
 
 
-def test_own_hub_dataset_is_recorded_by_commit(hub, out, capsys):
+def test_own_hub_dataset_is_recorded_by_commit(hub, out):
     hub.data["me/rows", "small", "train"] = datasets.Dataset.from_dict({"ask": ["q"], "sql": ["a"]})
-    assert run(capsys, "own", "--name", "m", "--train_file", "me/rows:small:train", *FIELDS, "--out_dir", out).code == 0
+    assert run("own", "--name", "m", "--train_file", "me/rows:small:train", *FIELDS, "--out_dir", out).code == 0
     assert hub.requests == [("me/rows", "small", "train", COMMIT)]
     entry = {"hub": "me/rows", "config": "small", "split": "train", "revision": COMMIT}
     assert manifest(out)["m"]["source"] == [entry]
@@ -472,7 +451,7 @@ def test_own_hub_dataset_is_recorded_by_commit(hub, out, capsys):
         (("--name", "m", "--train_file", "none.csv"), ["none.csv"]),
     ],
 )
-def test_wrong_own_flags_or_data_are_reported(flags, messages, tmp_path, out, capsys):
+def test_wrong_own_flags_or_data_are_reported(flags, messages, tmp_path, out):
     path = write_csv(tmp_path / "mine.csv", [("two\nlines", "a", " "), ("q", "b", "n")])
-    done = run(capsys, "own", "--train_file", path, "--out_dir", out, *flags)
+    done = run("own", "--train_file", path, "--out_dir", out, *flags)
     assert done.code == 2 and all(message in done.err for message in messages) and list(out.iterdir()) == []

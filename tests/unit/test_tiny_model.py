@@ -48,11 +48,6 @@ def test_special_tokens_have_fixed_ids():
     assert (TOKENIZER.pad_token, TOKENIZER.eos_token, TOKENIZER.bos_token) == ("<|pad|>", "<|eot_id|>", None)
 
 
-def test_frequent_pieces_are_one_token():
-    for piece in ["[AEIOUaeiou]", "[0-9]", "[A-Z]", "[a-z]", "[A-Za-z]", " vowel", " letter", " followed", " before"]:
-        assert len(TOKENIZER.encode(piece)) == 1, piece
-
-
 def test_template_trims_and_ends_each_turn():
     system = "<|system|>Convert natural language to regular expression.<|eot_id|>"
     user = "<|user|>lines with a  vowel before the string 'dog', 3 or more times<|eot_id|>"
