@@ -161,8 +161,8 @@ def manifest_mismatches(paths: Iterable[Path]) -> list[str]:
     for path in paths:
         manifest = path.parent / "manifest.json"
         entries = read_json(manifest).values() if manifest.exists() else ()
-        recorded = [entry["files"][path.name]["sha256"] for entry in entries if path.name in entry["files"]]
-        if any(checksum != sha256(path) for checksum in recorded):
+        recorded = [file for entry in entries if (file := entry.get("files", {}).get(path.name))]
+        if any(file["sha256"] != sha256(path) for file in recorded):
             lines.append(f"{path}: checksum differs from manifest.json; prepare it again")
     return lines
 

@@ -56,21 +56,6 @@ def to_examples(rows: Iterable[Row], convert: Callable[[Any], dict[str, Any]], p
     return examples
 
 
-def get(row: Any, name: str) -> Any:
-    """A field of a row. Raises ValueError if there is none."""
-    if not isinstance(row, dict) or name not in row:
-        raise ValueError(f"no field {name!r}")
-    return row[name]
-
-
-def label(row: Any, texts: dict[str, str]) -> str:
-    """The text of a row's label. Raises ValueError for an unknown label."""
-    value = get(row, "label")
-    if value not in texts:
-        raise ValueError(f"unknown label {value!r}")
-    return texts[value]
-
-
 def draw(rows: Iterable[Row], count: int) -> list[Row]:
     """`count` rows in random order, the same for every Python version; all rows in their order if `count` is 0.
 
@@ -92,15 +77,14 @@ def describe_draw(counts: Iterable[int], of: str) -> str:
 class Parts:
     """The examples of a dataset and the manifest's text on how they were split.
 
-    `published_split` replaces `split` if the counts are the published ones and no row was skipped. `own_set`: these are
-    not the published examples, so the published counts do not apply, and `license` replaces the table's.
+    `published_split` replaces `split` if the counts are the published ones and no row was skipped. `license` is given
+    for examples other than the published ones: it replaces the table's, and the published counts do not apply.
     """
 
     train: list[Example]
     test: list[Example]
     split: str
     published_split: str | None = None
-    own_set: bool = False
     license: str | None = None
 
 
@@ -144,7 +128,7 @@ def synth(source: Source, problems: Problems) -> Parts:
         )
         for pairs in synth_grammar.draw_pairs()
     )
-    return Parts(train, test, "every fifth pair is a test pair", own_set=True, license="Apache-2.0")
+    return Parts(train, test, "every fifth pair is a test pair", license="Apache-2.0")
 
 
 def turk(source: Source, problems: Problems) -> Parts:
@@ -159,10 +143,9 @@ def gsm8k(source: Source, problems: Problems) -> Parts:
     """GSM8K of arXiv 2110.14168: questions and answers in steps that end with `#### N`."""
 
     def convert(row: Any) -> dict[str, Any]:
-        answer = get(row, "answer")
-        if not isinstance(answer, str) or not re.search(r"#### .+\Z", answer):
+        if not re.search(r"#### .+\Z", row["answer"]):
             raise ValueError("the answer does not end with '#### N'")
-        return chat("Answer the math question, show steps.", get(row, "question"), answer)
+        return chat("Answer the math question, show steps.", row["question"], row["answer"])
 
     train, test = (to_examples(source.hub(GSM8K.format(part)), convert, problems) for part in ("train", "test"))
     return Parts(train, test, "the authors' own")
@@ -180,7 +163,7 @@ def spider(source: Source, problems: Problems, split: str = "by_database") -> Pa
     """
 
     def convert(row: Any) -> dict[str, Any]:
-        db_id, question, query = (get(row, name) for name in ("db_id", "question", "query"))
+        db_id, question, query = (row.get(name) for name in ("db_id", "question", "query"))
         if not all(isinstance(value, str) and value.strip() for value in (db_id, question, query)):
             raise ValueError("db_id, question and query must be non-empty strings")
         return chat("Convert natural language to SQL.", f"For db_id:[{db_id}]\n\n{question}", query)
@@ -197,11 +180,10 @@ def spider(source: Source, problems: Problems, split: str = "by_database") -> Pa
         rows, license = map(json_rows, files), stated_license(folder / "README.txt")
         source.entries += map(file_entry, files if path.is_dir() else [path])
     train, dev = (to_examples(part, convert, problems) for part in rows)
-    own = {"own_set": license is not None, "license": license}
     if split == "random":
         train, dev = split_examples(train + dev, 0.18, SEED)
         text = f"18 % of train_spider.json and dev.json at random, seed {SEED}"
-        return Parts(train, dev, text, f"{text}: the published split", **own)
+        return Parts(train, dev, text, f"{text}: the published split", license)
     both = sorted(databases(train) & databases(dev))
     if both:
         raise ExampleError(
@@ -209,7 +191,7 @@ def spider(source: Source, problems: Problems, split: str = "by_database") -> Pa
             "the test databases would not be unseen; use --split random"
         )
     text = "by database: {} train_spider.json and dev.json"
-    return Parts(train, dev, text.format("the source's"), text.format("the authors'"), **own)
+    return Parts(train, dev, text.format("the source's"), text.format("the authors'"), license)
 
 
 PARAPHRASE = "cestwc/paraphrase:coco@main"  # no stable commit is published; the manifest records the one that was read
@@ -242,7 +224,7 @@ def rotten_tomatoes(source: Source, problems: Problems) -> Parts:
     """Sentences of Pang and Lee's polarity dataset, with the hub's train and test parts."""
 
     def convert(row: Any) -> dict[str, Any]:
-        return chat(SENTIMENT_SYSTEM, get(row, "text"), label(row, POLARITY))
+        return chat(SENTIMENT_SYSTEM, row["text"], POLARITY[row["label"]])
 
     parts = (to_examples(source.hub(ROTTEN_TOMATOES.format(p)), convert, problems) for p in ("train", "test"))
     return Parts(*parts, "the hub's own")
@@ -257,7 +239,7 @@ def yelp(source: Source, problems: Problems, train_rows: int = DRAWN_TRAIN, test
     """Yelp Review Full of arXiv 1509.01626: reviews with their stars in words."""
 
     def convert(row: Any) -> dict[str, Any]:
-        return chat(SENTIMENT_SYSTEM, get(row, "text"), label(row, STARS))
+        return chat(SENTIMENT_SYSTEM, row["text"], STARS[row["label"]])
 
     counts = {"train": train_rows, "test": test_rows}
     parts = (to_examples(draw(source.hub(YELP.format(p)), n), convert, problems) for p, n in counts.items())
@@ -276,8 +258,8 @@ def nq_open(source: Source, problems: Problems, train_rows: int = DRAWN_TRAIN) -
     """NQ-Open of arXiv 1906.00300: train from its own training part, test from EfficientQA's, as published."""
 
     def convert(row: Any) -> dict[str, Any]:
-        answers = get(row, "answer")
-        return chat("Answer the question below.", get(row, "question"), "; ".join(answers)) | {"answers": answers}
+        answers = row["answer"]
+        return chat("Answer the question below.", row["question"], "; ".join(answers)) | {"answers": answers}
 
     train = to_examples(draw(source.hub(NQ_OPEN), train_rows), convert, problems)
     test = to_examples(source.lines(NQ_OPEN_TEST), lambda line: convert(json.loads(line)), problems)
@@ -296,13 +278,11 @@ def hellaswag(source: Source, problems: Problems, train_rows: int = DRAWN_TRAIN,
     """
 
     def convert(row: Any) -> dict[str, Any]:
-        context, endings, answer = (get(row, name) for name in ("ctx", "endings", "label"))
-        if str(answer) not in ("0", "1", "2", "3"):
-            raise ValueError(f"label {answer!r} is not 0, 1, 2 or 3")
+        context, endings, answer = row["ctx"], row["endings"], int(row["label"])
         choices = "".join(f"\n{letter}) {ending}" for letter, ending in zip("ABCD", endings, strict=True))
-        return chat(HELLASWAG_SYSTEM, f"{context}{choices}", "ABCD"[int(answer)]) | {
+        return chat(HELLASWAG_SYSTEM, f"{context}{choices}", "ABCD"[answer]) | {
             "text": [{"role": "user", "content": context}],
-            "code": [{"role": "assistant", "content": endings[int(answer)]}],
+            "code": [{"role": "assistant", "content": endings[answer]}],
         }
 
     counts = {"train": train_rows, "validation": test_rows}

@@ -73,8 +73,6 @@ def write_dataset(args: argparse.Namespace, name: str, parts: Parts, entry: dict
 def prepare(name: str, args: argparse.Namespace, source_path: Path | None) -> None:
     """Prepares one dataset of DATASETS. Raises ExampleError, UsageError, OSError."""
     dataset = DATASETS[name]
-    if source_path is not None and not source_path.exists():
-        raise UsageError(f"--source {source_path}: no such file or folder; expected: {dataset.source}")
     problems, source = Problems(skip=args.skip_bad_examples), Source(source_path)
     flags = {flag: getattr(args, flag) for flag in dataset.flags if hasattr(args, flag)}
     parts = dataset.convert(source, problems, **flags)
@@ -83,10 +81,10 @@ def prepare(name: str, args: argparse.Namespace, source_path: Path | None) -> No
         if not getattr(parts, part):
             raise ExampleError(f"no examples in the {part} part of {name}" + (f" ({skipped})" if skipped else ""))
     entry = {"licence": parts.license or dataset.license, "source": source.entries, "skipped": len(problems.found)}
-    unexpected = {} if parts.own_set else unexpected_counts(dataset, parts, flags)
+    unexpected = {} if parts.license else unexpected_counts(dataset, parts, flags)
     if unexpected:
         entry["rows other than published"] = unexpected
-    elif parts.published_split and not parts.own_set and not skipped:
+    elif parts.published_split and not parts.license and not skipped:
         parts.split = parts.published_split
     paths = write_dataset(args, name, parts, entry)
     if "generator" in source.entries[0]:  # the same bytes everywhere

@@ -70,10 +70,7 @@ class Source:
             if place is None:
                 raise ExampleError(f"--source {self.path} has no {' and no '.join(names)}")
             self.entries.append(file_entry(place))
-            try:
-                text = place.read_text(encoding="utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise ExampleError(f"{place}: not UTF-8 ({error})") from None
+            text = place.read_text(encoding="utf-8-sig")
         lines = text.removesuffix("\n").split("\n")
         return [(f"{place}:{number}", number, line.strip()) for number, line in enumerate(lines, start=1)]
 
