@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> int:
         for position, scope in enumerate(SCOPES):
             for seed in seeds:
                 pair = [by[scope, arm, seed][column] for arm in ARMS]
-                axis.plot((position - 0.15, position + 0.15), pair, color="#bbbbbb", linewidth=0.8, zorder=1)
+                axis.plot((position - 0.15, position + 0.15), pair, color="#bbbbbb", linewidth=0.8, zorder=0)
             for shift, (arm, (label, color, marker)) in zip((-0.15, 0.15), ARMS.items(), strict=True):
                 values = [by[scope, arm, seed][column] for seed in seeds]
                 name = label if not position else None
-                axis.scatter([position + shift] * len(seeds), values, c=color, marker=marker, s=28, label=name, zorder=2)
+                axis.scatter([position + shift] * len(seeds), values, c=color, marker=marker, s=28, label=name)
         axis.set_title(heading, fontsize=10)
         axis.set_xticks(range(len(SCOPES)), SCOPES.values())
         axis.set_xlim(-0.5, 1.5)
