@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from examples import Example, Problems, read_examples
-from rendering import Renderer
-from runs import UsageError, read_json, sha256
+from llm_jepa.data.examples import Example, Problems, read_examples
+from llm_jepa.data.rendering import Renderer
+from llm_jepa.cli import UsageError
+from llm_jepa.files import read_json, sha256
 
 SHOWN = 5  # line numbers per finding
 LOOSE = "ignoring case, spaces and Unicode form"

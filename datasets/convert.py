@@ -17,7 +17,7 @@ from typing import Any
 import synth_grammar
 from sources import Row, Source, file_entry, json_rows, spider_folder, stated_license
 
-from examples import Example, ExampleError, Problems, parse_messages, split_examples
+from llm_jepa.data.examples import Example, ExampleError, Problems, parse_messages, split_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 42  # of `draw`, and of the published splits of deep-regex and Spider

@@ -28,8 +28,9 @@ import check
 from convert import DATASETS, Dataset, Parts, to_json
 from sources import Source, file_entry, pinned
 
-from examples import Example, ExampleError, Fields, Problems, is_hub, read_examples, split_examples
-from runs import UsageError, read_json, sha256, write_json, write_text
+from llm_jepa.data.examples import Example, ExampleError, Fields, Problems, is_hub, read_examples, split_examples
+from llm_jepa.cli import UsageError
+from llm_jepa.files import read_json, sha256, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 

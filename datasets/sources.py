@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples import HUB, ExampleError, read_rows
-from runs import sha256
+from llm_jepa.data.examples import HUB, ExampleError, read_rows
+from llm_jepa.files import sha256
 
 Row = tuple[str, int, Any]  # place (for messages), number counted from 1, value
 

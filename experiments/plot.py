@@ -16,8 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from report import read_runs
-from runs import UsageError
+from llm_jepa.reports.results import read_runs
+from llm_jepa.cli import UsageError
 
 SCORES = {"exact %": "exact match, %", "startswith %": "startswith, %", "stop_rate %": "stop rate, %"}
 SCOPES = {"reference": "published labels", "answer": "corrected labels"}

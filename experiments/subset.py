@@ -18,8 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the repository's own modules
 
-from examples import Example, ExampleError, Problems, read_examples
-from runs import UsageError, write_text
+from llm_jepa.data.examples import Example, ExampleError, Problems, read_examples
+from llm_jepa.cli import UsageError
+from llm_jepa.files import write_text
 
 
 def derange(answers: list[str], seed: int) -> list[str]:

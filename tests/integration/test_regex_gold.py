@@ -6,8 +6,8 @@ import json
 import random
 from pathlib import Path
 
-from sandbox import Sandbox
-from scoring import REGEX_SECONDS, REGEX_STATES
+from llm_jepa.scoring.sandbox import Sandbox
+from llm_jepa.scoring.tasks import REGEX_SECONDS, REGEX_STATES
 
 SYNTH_TEST = Path(__file__).resolve().parents[2] / "datasets" / "synth_test.jsonl"
 REWRITES = [  # each keeps the language of any x

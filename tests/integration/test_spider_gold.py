@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from examples import Example
-from sql import ExecutionMatch
+from llm_jepa.data.examples import Example
+from llm_jepa.scoring.sql import ExecutionMatch
 
 SPIDER_ZIP = Path(__file__).resolve().parents[2] / "spider_data.zip"
 SAMPLE = 100  # queries per variant; those with repeated rows first

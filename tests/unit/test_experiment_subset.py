@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import message_row, write_rows
 
-from examples import Problems, read_examples
-from runs import UsageError
+from llm_jepa.data.examples import Problems, read_examples
+from llm_jepa.cli import UsageError
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "subset.py"
 spec = importlib.util.spec_from_file_location("experiment_subset", SCRIPT)

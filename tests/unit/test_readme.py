@@ -14,8 +14,8 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import finetune  # noqa: E402
 import finetune8bh200  # noqa: E402
-import scoring  # noqa: E402
-from runs import build_parser, flag_table  # noqa: E402
+from llm_jepa.scoring import tasks  # noqa: E402
+from llm_jepa.cli import build_parser, flag_table  # noqa: E402
 
 SETTINGS = {"finetune": finetune.Settings, "evaluate": evaluate.Settings}
 LARGE = "finetune8bh200"
@@ -89,7 +89,7 @@ def test_the_table_of_datasets_is_the_codes():
     for name, (source, counts, scores, command) in table.items():
         for numbers in convert.DATASETS[name].counts.values():
             assert not numbers or " / ".join(map(str, numbers)) in counts, name
-        task = scoring.TASKS.get(name)
+        task = tasks.TASKS.get(name)
         assert re.findall(r"`(\w+)`", scores) == list(task.scores if task else ()), name
         assert source and (f"DATASET={name} " in command) == (name not in ("synth", "paraphrase"))
 
