@@ -87,7 +87,7 @@ def test_the_table_of_datasets_is_the_codes():
     table = {row[0].strip("`"): row[1:] for row in rows if len(row) == 5}
     assert table.keys() == convert.DATASETS.keys()
     for name, (source, counts, scores, command) in table.items():
-        for numbers in convert.DATASETS[name].rows.values():
+        for numbers in convert.DATASETS[name].counts.values():
             assert not numbers or " / ".join(map(str, numbers)) in counts, name
         task = tasks.TASKS.get(name)
         assert re.findall(r"`(\w+)`", scores) == list(task.scores if task else ()), name

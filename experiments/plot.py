@@ -1,6 +1,6 @@
-"""The README's picture: scores of the experiment `stopping` of findings.sh, by label scope and arm.
+"""Draws the README's figure: scores of the experiment `stopping` of findings.sh, by label scope and arm.
 
-python experiments/picture.py runs/other7500-tiny-stops-* --output_file experiments/labels.png
+python experiments/plot.py runs/other7500-tiny-stops-* --output_file experiments/labels.png
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ARMS = {True: ("regular", "#0072B2", "o"), False: ("JEPA, k = 1, λ = 1", "#D55E
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 drawn, 2 wrong runs."""
+    """Exit code: 0 written, 2 missing or unreadable runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--output_file", required=True, type=Path, help="PNG")
@@ -38,18 +38,18 @@ def main(argv: list[str] | None = None) -> int:
         if problems or missing or not seeds:
             raise UsageError("; ".join(problems) or f"no run of (labels, regular, seed) {missing[:1]}")
     except UsageError as error:
-        print(f"picture.py: error: {error}", file=sys.stderr)
+        print(f"plot.py: error: {error}", file=sys.stderr)
         return 2
     figure, axes = pyplot.subplots(1, 3, figsize=(9, 3), layout="constrained", sharey=True)
     for axis, (column, heading) in zip(axes, SCORES.items(), strict=True):
-        for place, scope in enumerate(SCOPES):
+        for position, scope in enumerate(SCOPES):
             for seed in seeds:
                 pair = [by[scope, arm, seed][column] for arm in ARMS]
-                axis.plot((place - 0.15, place + 0.15), pair, color="#bbbbbb", linewidth=0.8, zorder=1)
-            for shift, (arm, (label, colour, marker)) in zip((-0.15, 0.15), ARMS.items(), strict=True):
+                axis.plot((position - 0.15, position + 0.15), pair, color="#bbbbbb", linewidth=0.8, zorder=0)
+            for shift, (arm, (label, color, marker)) in zip((-0.15, 0.15), ARMS.items(), strict=True):
                 values = [by[scope, arm, seed][column] for seed in seeds]
-                named = label if not place else None
-                axis.scatter([place + shift] * len(seeds), values, c=colour, marker=marker, s=28, label=named, zorder=2)
+                name = label if not position else None
+                axis.scatter([position + shift] * len(seeds), values, c=color, marker=marker, s=28, label=name)
         axis.set_title(heading, fontsize=10)
         axis.set_xticks(range(len(SCOPES)), SCOPES.values())
         axis.set_xlim(-0.5, 1.5)
