@@ -38,10 +38,10 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from llm_jepa.cli import UsageError, first_line, parse_flags
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
-from llm_jepa.data.examples import Problems, data_sha256, read_examples, split_examples
+from llm_jepa.data.examples import Problems, data_sha256
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, Segment, end_of_turn
-from llm_jepa.data.spans import POINTS, Draws
+from llm_jepa.data.spans import POINTS
 from llm_jepa.data.streaming import SegmentStream
 from llm_jepa.evaluation.generation import exact_match
 from llm_jepa.model import (
@@ -59,6 +59,7 @@ from llm_jepa.settings import Settings, check_settings, is_flash
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.callbacks import Bar, MetricsCallback
 from llm_jepa.training.checks import inspect_model, on_device
+from llm_jepa.training.data import load_data
 from llm_jepa.training.describe import first_example, start_block
 from llm_jepa.training.flops import flop_share
 from llm_jepa.training.process import full_disk_is_an_error, run_training
@@ -448,15 +449,15 @@ class JepaTrainer(StepTrainer):
 class Parts:
     """What a run consists of, all of it checked. Of a stream `train_set` holds the first examples."""
 
-    encoder: Encoder
     train_set: SegmentDataset
     stream: SegmentStream | None
     held_out: SegmentDataset | None
+    problems: Problems
+    encoder: Encoder
     model: Any
     selector: LMHeadSelector
     collator: Collator
     terms: list[Term]
-    problems: Problems
     compiled: bool
 
     def inspect(self, half: bool) -> None:
@@ -495,55 +496,22 @@ def auxiliary_terms(s: Settings) -> list[Term]:
 def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -> Parts:
     """Reads and encodes the data and loads the model. Raises UsageError; writes nothing."""
     device = torch.device("cpu") if s.dry_run else state.device
-    problems, tokenizer = Problems(s.skip_bad_examples), load_tokenizer(s.model_name, s.revision, plain=s.plain)
-    limit = context_length(load_config(s.model_name, s.revision)) or s.max_length
-    if limit < s.max_length and state.is_main_process:
-        print(f"--max_length {limit}, the model's context, instead of {s.max_length}", file=sys.stderr)
+    tokenizer = load_tokenizer(s.model_name, s.revision, plain=s.plain)
+    max_length = min(s.max_length, context_length(load_config(s.model_name, s.revision)) or s.max_length)
+    if max_length < s.max_length and state.is_main_process:
+        print(f"--max_length {max_length}, the model's context, instead of {s.max_length}", file=sys.stderr)
     renderer = Renderer(tokenizer, s.plain, s.train_all, s.predictors, s.front_pred, s.reverse_pred)
-    max_length = min(limit, s.max_length)
     encoder = Encoder(renderer, s.lm_labels, max_length, s.last_token, s.jepa, s.text_view, s.locates_user)
-    spans = {"stp_part": s.stp_part, "stp_spans": s.stp_spans, "stp_max_length": s.stp_max_length}
-    draws = Draws(s.finetune_seed, s.jepa_ratio, s.stp_variant, **spans)
-    stream = None
-    if s.streaming:
-        stream = SegmentStream(
-            s.train_file, encoder, draws, fields=s.fields, seed=s.finetune_seed, skip=s.skip_bad_examples,
-            batch_size=s.batch_size, tokens=s.tokens_per_batch, process=state.process_index,
-            processes=state.num_processes,
-        )  # fmt: skip
-    train = (
-        stream.first(s.dry_run or 4 * s.batch_size)
-        if stream
-        else read_examples(s.train_file or s.data_file, problems, s.fields)
-    )
-    if share := s.eval_split if s.data_file else s.val_fraction:
-        train, held_out = split_examples(train, share, s.split_seed)
-    else:
-        held_out = read_examples(s.eval_file, problems, s.fields) if s.eval_file else []
-    train_set = SegmentDataset(train[: s.dry_run or None], encoder, problems, draws, s.preprocessing_num_workers)
-    held_out_set = None
-    if held_out and not s.dry_run:
-        draws = dataclasses.replace(draws, jepa_ratio=1.0)
-        held_out_set = SegmentDataset(held_out, encoder, problems, draws, s.preprocessing_num_workers)
+    data = load_data(s, encoder, state)
     set_seed(s.finetune_seed)
     model = load(s, tokenizer, device)
     # A dense mask is quadratic in the row, so short rows are faster on a CPU; flash kernels want one long row.
     tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
-    return Parts(
-        encoder=encoder,
-        train_set=train_set,
-        stream=stream,
-        held_out=held_out_set,
-        model=model,
-        selector=LMHeadSelector(model, s.stp_layer if s.stp_variant else -1),
-        # Few row lengths with --torch_compile, so that few shapes are compiled.
-        collator=Collator(
-            s.layout, tokenizer.pad_token_id, tokens_per_row, 64 if s.torch_compile else 1, POINTS.get(s.stp_variant, 0)
-        ),
-        terms=auxiliary_terms(s),
-        problems=problems,
-        compiled=s.torch_compile,
-    )
+    # Few row lengths with --torch_compile, so that few shapes are compiled.
+    multiple, points = 64 if s.torch_compile else 1, POINTS.get(s.stp_variant, 0)
+    collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, multiple, points)
+    selector = LMHeadSelector(model, s.stp_layer if s.stp_variant else -1)
+    return Parts(*data, encoder, model, selector, collator, auxiliary_terms(s), s.torch_compile)
 
 
 def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
