@@ -32,13 +32,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.checkpoint import checkpoint
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from llm_jepa.cli import UsageError, first_line, parse_flags
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
-from llm_jepa.data.examples import Problems, data_sha256
+from llm_jepa.data.examples import Problems
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, Segment, end_of_turn
 from llm_jepa.data.spans import POINTS
@@ -54,13 +53,13 @@ from llm_jepa.model import (
     load_model,
     load_tokenizer,
 )
-from llm_jepa.run_folder import RunFolder, complete_checkpoints, provenance
+from llm_jepa.run_folder import RunFolder
 from llm_jepa.settings import Settings, check_settings, is_flash
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.callbacks import Bar, MetricsCallback
 from llm_jepa.training.checks import inspect_model, on_device
 from llm_jepa.training.data import load_data
-from llm_jepa.training.describe import first_example, start_block
+from llm_jepa.training.describe import final_record, first_example, last_checkpoint, start_block, start_record
 from llm_jepa.training.flops import flop_share
 from llm_jepa.training.process import full_disk_is_an_error, run_training
 from llm_jepa.training.trainer import StepTrainer
@@ -213,7 +212,7 @@ class LMHeadSelector:
     """Gives the output layer hidden states of labels only, so that logits exist nowhere else.
 
     A forward pre-hook on the output layer: everything before it runs as in any forward of the (wrapped) model. Outside
-    of `read` and `lm_loss` it does nothing, so generation is not affected.
+    of `read` and `lm_sum` it does nothing, so generation is not affected.
 
     `stp_layer`: the hidden states at which spans are read. Those of an inner layer are taken by a pre-hook on the block
     that receives them, so no other layer's are kept.
@@ -281,7 +280,7 @@ class LMHeadSelector:
         finally:
             self.batch = self.views = self.path = self._inner = None
 
-    def lm_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, States]:
+    def lm_sum(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, States]:
         """The sum of `lm_loss` over the labels, and the states, by one forward pass.
 
         More than `max_logits` logits are computed slice by slice, and again in the backward pass.
@@ -431,7 +430,7 @@ class JepaTrainer(StepTrainer):
 
         With --reference_grad_scale the micro-batch's own objective, whatever the step has.
         """
-        lm_sum, states = self.selector.lm_loss(model, inputs)
+        lm_sum, states = self.selector.lm_sum(model, inputs)
         counts, ranks = num_items_in_batch, self.args.world_size
         if self.reference_grad_scale:
             counts, ranks = inputs["counts"].clamp(min=1), 1
@@ -518,7 +517,7 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
     """Scores the first examples as one micro-batch in float32, with gradient."""
     model = parts.model.eval()
     batch = parts.collator(parts.train_set[0, range(len(parts.train_set))])
-    lm_sum, states = parts.selector.lm_loss(model, batch)
+    lm_sum, states = parts.selector.lm_sum(model, batch)
     counts = batch["counts"].clamp(min=1)
     loss, sums = objective(lm_sum, states, counts, s.gamma, [(term, term.weight) for term in parts.terms])
     if not torch.isfinite(loss):
@@ -544,7 +543,7 @@ def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool
     device = parts.model.device
 
     def loss(items: list[Item]) -> torch.Tensor:
-        lm_sum, states = parts.selector.lm_loss(parts.model, on_device(parts.collator(items), device))
+        lm_sum, states = parts.selector.lm_sum(parts.model, on_device(parts.collator(items), device))
         return lm_sum + jepa_loss(states.views, s.distance)[0]
 
     sampler = micro_batches(parts.train_set.items.lengths, shuffle=True, processes=1)
@@ -605,79 +604,58 @@ def fine_tune(
     precision (None: they are going to be sharded, so a callback checks the first examples), additional callbacks, what
     a finished run removes, and the `trainer_options` of build_trainer.
     """
-    run = RunFolder(s.output_dir, dataclasses.asdict(s))
     main = state.is_main_process
     say = partial(print, file=sys.stderr, flush=True) if main else lambda text: None
-    if not s.dry_run:
-        run.check(s.resume, s.overwrite)
-    parts = prepare(s, state, load)
-    if half is not None:
-        parts.inspect(half)
-    renderer, problems = parts.encoder.renderer, parts.problems
-    if problems.found:
-        say(problems.report())
-    if s.dry_run:
-        print(json.dumps(dry_run(s, parts), ensure_ascii=False))
-        return
+    with contextlib.closing(RunFolder(s.output_dir, dataclasses.asdict(s))) as run:
+        if not s.dry_run:
+            run.check(s.resume, s.overwrite)
+        parts = prepare(s, state, load)
+        if half is not None:
+            parts.inspect(half)
+        if parts.problems.found:
+            say(parts.problems.report())
+        if s.dry_run:
+            print(json.dumps(dry_run(s, parts), ensure_ascii=False))
+            return
 
-    trainer = build_trainer(s, parts, state, **trainer_options)
-    for callback in (Bar, MetricsCallback(run, trainer), *callbacks(parts)):
-        trainer.add_callback(callback)
-    stop = end_of_turn(renderer) if s.lm_labels != "answer_text" else None
-    add_stop_token(parts.model.generation_config, stop)
-    files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
-    record = {"seed": s.finetune_seed, "skipped_examples": len(problems.found)}
-    turns = {example.system for example in parts.train_set.examples}
-    if len(turns) == 1 and not s.streaming:  # otherwise there may be several
-        record["system_turn"] = turns.pop()
-    record |= provenance({f: data_sha256(f, s.streaming and f == s.train_file) for f in files})
-    state.wait_for_everyone()  # every process has checked the folder before the main process fills it
-    if main:
-        say(start_block(s, parts.model, renderer, parts.train_set, len(parts.held_out or ())))
-        run.start(s.overwrite, record)
-    state.wait_for_everyone()
-
-    try:
-        # One process decides: if the file system shows another one less, they would wait for each other forever.
-        (checkpoints,) = broadcast_object_list([complete_checkpoints(run.path) if s.resume else []])
-        if s.resume:
-            damaged = sorted({p.name for p in run.path.glob("checkpoint-*")} - {p.name for p in checkpoints})
-            if damaged:
-                say(f"incomplete, not used: {', '.join(damaged)}")
-            say(f"resuming from {checkpoints[-1].name if checkpoints else 'the start: no complete checkpoint'}")
-        with full_disk_is_an_error(s.output_dir):
-            trainer.train_from(checkpoints[-1] if checkpoints else None)
-            trainer.save_model()
-            if s.merge and main:
-                trainer.merged_model().save_pretrained(run.path / "merged")
-                renderer.tokenizer.save_pretrained(run.path / "merged")
-    except BaseException as error:
+        trainer, bar = build_trainer(s, parts, state, **trainer_options), Bar()
+        for callback in (bar, MetricsCallback(run, trainer), *callbacks(parts)):
+            trainer.add_callback(callback)
+        renderer = parts.encoder.renderer
+        stop = end_of_turn(renderer) if s.lm_labels != "answer_text" else None
+        add_stop_token(parts.model.generation_config, stop)
+        record = start_record(s, parts.train_set, parts.problems)
+        state.wait_for_everyone()  # every process has checked the folder before the main process fills it
         if main:
-            interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
-            repeats = isinstance(error, (UsageError, FloatingPointError))
-            with contextlib.suppress(OSError):  # a full disk must not hide the error itself
-                run.update("interrupted" if interrupted else "failed", error=first_line(error), repeats=repeats)
-        raise
-    if s.streaming:  # each process has met the bad examples of its own share
-        for found in gather_object([problems.found]):
-            problems.found |= found
-    if main:
-        log, tokens = trainer.state.log_history, int(trainer.seen_tokens)
-        losses = ("lm_loss", *(f"{term.name}_loss" for term in parts.terms), "eval_exact")
-        final = {k: v for line in log for k, v in line.items() if k.endswith(losses)}
-        facts = {"steps": trainer.state.global_step, "tokens": tokens, "final": final}
-        if s.streaming:
-            facts["skipped_examples"] = len(problems.found)
-            if problems.found:
-                say(problems.report())
-        if state.device.type == "cuda":
-            facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()  # on the main process's GPU
-        run.update("finished", **facts)
-        clean_up()
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in final.items())
-        say(f"finished {trainer.state.global_step} steps, {tokens} tokens: {shown}")
-    state.wait_for_everyone()  # a process that leaves first would break the others' connections
-    run.close()
+            say(start_block(s, parts.model, renderer, parts.train_set, len(parts.held_out or ())))
+            run.start(s.overwrite, record)
+        state.wait_for_everyone()
+
+        try:
+            checkpoint = last_checkpoint(run.path, say) if s.resume else None
+            with full_disk_is_an_error(s.output_dir):
+                trainer.train_from(checkpoint)
+                trainer.save_model()
+                if s.merge and main:
+                    trainer.merged_model().save_pretrained(run.path / "merged")
+                    renderer.tokenizer.save_pretrained(run.path / "merged")
+        except BaseException as error:
+            bar.close()
+            if main:
+                interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+                repeats = isinstance(error, (UsageError, FloatingPointError))
+                with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+                    run.update("interrupted" if interrupted else "failed", error=first_line(error), repeats=repeats)
+            raise
+        facts = final_record(trainer)
+        if main:
+            run.update("finished", **facts)
+            clean_up()
+            if s.streaming and parts.problems.found:
+                say(parts.problems.report())
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in facts["final"].items())
+            say(f"finished {facts['steps']} steps, {facts['tokens']} tokens: {shown}")
+        state.wait_for_everyone()  # a process that leaves first would break the others' connections
 
 
 def main(argv: list[str] | None = None) -> int:
