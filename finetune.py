@@ -306,7 +306,7 @@ class LMHeadSelector:
             return F.cross_entropy(layer(hidden).float(), label_ids, reduction="none")
 
         size = max(1, self.max_logits // self.vocabulary)
-        parts = zip(hidden[0].split(size), self.batch["label_ids"].split(size), strict=True)
+        parts = zip(hidden[0].split(size), self.batch["label_ids"].split(size), strict=True)  # (≤ size, D), (≤ size,)
         return torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in parts])[None, :, None]  # (1, N, 1)
 
 
@@ -416,8 +416,8 @@ class JepaTrainer(StepTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
         """The step's micro-batches, and the labels, pairs and spans (3,) in all of them over all ranks."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        counts = [torch.cat([b["counts"], b["tokens"][:3].sum()[None]]) for b in batches]
-        counts = torch.stack([*counts, torch.zeros(4, dtype=torch.long, device=device)]).sum(dim=0)  # (4,)
+        counts = [torch.cat([b["counts"], b["tokens"][:3].sum()[None]]) for b in batches]  # (3,), (1,) → (4,)
+        counts = torch.stack([*counts, torch.zeros(4, dtype=torch.long, device=device)]).sum(dim=0)  # → (4,)
         counts = self.accelerator.reduce(counts, "sum")
         self.seen_tokens += counts[3]
         self.follow_stream(batches)
