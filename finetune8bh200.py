@@ -22,13 +22,12 @@ is 128 GB in float32, 96 GB with an 8-bit optimiser and autocast's copies on one
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -39,56 +38,11 @@ from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments,
 
 import finetune
 from finetune import Engine, JepaTrainer, Parts, training_arguments
-from llm_jepa.cli import Refusals, UsageError, flag
+from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json
-from llm_jepa.model import load_config, load_model
+from llm_jepa.large.settings import DTYPES, LargeSettings, check_large_settings
+from llm_jepa.model import load_model
 from llm_jepa.run_folder import launch, processes
-from llm_jepa.settings import MODEL, OPTIM, RUN, Settings, check_settings, resolve
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass
-class LargeSettings(Settings):
-    """finetune.py's flags, and what a large model needs besides."""
-
-    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass", MODEL)
-    param_dtype: Literal["float32", "bfloat16"] = flag(
-        "float32",
-        "precision of the master weights, their gradients and AdamW's moments; bfloat16 halves the memory, loses "
-        "updates below 1/256 of a weight, and with --adam_beta2 above 0.99 AdamW's second moment no longer falls",
-        MODEL,
-    )
-    sharding: Literal["fsdp2", "ddp"] | None = flag(
-        None,
-        "several processes: fsdp2 shares out weights, gradients and optimiser states, with ddp each has them all; "
-        "default fsdp2, with --load_in_4bit or a --lora adapter on tied embeddings ddp",
-        MODEL,
-    )
-    load_in_4bit: bool = flag(False, "QLoRA: keep the frozen weights in 4 bits", MODEL)
-    keep_checkpoints: bool = flag(
-        False, "keep them behind the end; else a finished run, which does not go on, has its model alone", RUN
-    )
-    optim: str = flag(
-        "auto",
-        "optimiser of transformers; auto: adamw_bnb_8bit for all weights on one GPU, else adamw_torch_fused",
-        OPTIM,
-    )
-
-
-def sharding(s: LargeSettings, several: bool) -> str | None:
-    """How several processes share the weights: fsdp2, ddp (each has them all), None where there is one process.
-
-    Raises UsageError where there is no such model, or its weights cannot be shared as asked.
-    """
-    if not several:
-        return None
-    whole = "its 4-bit weights" if s.load_in_4bit else None
-    if s.lora and not whole and load_config(s).get_text_config().tie_word_embeddings:
-        whole = "an adapter on embeddings that are the output layer's too"  # accelerate shards them twice
-    if s.sharding == "fsdp2" and whole:
-        raise UsageError(f"--sharding fsdp2: cannot share out {whole}; give --sharding ddp")
-    return s.sharding or ("ddp" if whole else "fsdp2")
 
 
 def restarted() -> bool:
@@ -148,34 +102,11 @@ class Sharded(Engine):
 
     name, doc, settings, trainer = "finetune8bh200.py", __doc__, LargeSettings, LargeTrainer
 
-    def check(self, s: LargeSettings, given: set[str], several: bool | None = None) -> LargeSettings:
-        """The resolved settings. Raises UsageError naming all that is wrong or inapplicable.
-
-        `several`: whether they are for more than one process; None: for those that there are.
-        """
-        r, several = Refusals(given), processes() > 1 if several is None else several
-        shared = sharding(s, several) if s.model_name else None
-        if s.optim == "auto":
-            alone = torch.cuda.is_available() and not (several or s.lora)
-            s = replace(s, optim="adamw_bnb_8bit" if alone else "adamw_torch_fused")
-        bitsandbytes = "bnb" in s.optim or "8bit" in s.optim
-        missing = importlib.util.find_spec("bitsandbytes") is None
-        r.refuse(bitsandbytes and shared == "fsdp2", f"--optim {s.optim}: not with --sharding fsdp2")
-        asks = "--load_in_4bit" if s.load_in_4bit else f"--optim {s.optim}"
-        r.refuse(
-            (bitsandbytes or s.load_in_4bit) and missing,
-            f"{asks}: install the package bitsandbytes first (.venv/bin/pip install bitsandbytes)",
-        )
-        r.only_if(s.lora, "load_in_4bit", "only with --lora")
-        r.only_if(not s.lora, "param_dtype", "not with --lora: its adapter is float32, the frozen weights as --dtype")
-        mixed = s.param_dtype == "bfloat16" and s.dtype not in ("auto", "bfloat16")
-        r.refuse(mixed, f"--dtype {s.dtype}: not with --param_dtype bfloat16")
-        r.only_if(several, "sharding", "only with several processes")
-        whole = "eval_generate same_flop torch_compile"
-        r.only_if(shared != "fsdp2", whole, "not with --sharding fsdp2, where no process has the whole model")
-        s = replace(s, sharding=shared)
-        folder = Path(resolve(s).output_dir)
+    def check(self, s: LargeSettings, given: set[str]) -> LargeSettings:
+        """The resolved settings. Raises UsageError naming all that is wrong or inapplicable."""
+        s = check_large_settings(s, given, processes() > 1)
         if restarted():
+            folder = Path(s.output_dir)
             path = folder / "run.json"
             before = read_json(path) if path.is_file() else {}
             mine = not before or before["attempts"][-1].get("launch") == launch()  # not a folder that was there before
@@ -187,8 +118,7 @@ class Sharded(Engine):
                 raise UsageError(f"{before['error']} (not tried again)")
             if mine and begun:
                 s = replace(s, resume=True, overwrite=False)
-                given = (given | {"resume"}) - {"overwrite"}
-        return check_settings(s, given, r)
+        return s
 
     def half(self, s: LargeSettings, device: torch.device) -> bool:
         """Whether the Trainer computes in bfloat16 on float32 weights; bfloat16 weights need no autocast."""

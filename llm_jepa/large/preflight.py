@@ -181,7 +181,7 @@ def model_problems(s: Preflight, pretrain: bool) -> list[str]:
 
 def flag_problems(s: Preflight, flags: list[str]) -> list[str]:
     """What the training would refuse of its flags, at each of its starts."""
-    from finetune8bh200 import LargeSettings, Sharded
+    from llm_jepa.large.settings import LargeSettings, check_large_settings
 
     def refuse(message: str) -> None:
         raise UsageError(message)
@@ -193,7 +193,7 @@ def flag_problems(s: Preflight, flags: list[str]) -> list[str]:
         if model_folder(s.model_name, s.revision):
             train_file = next(filter(None, s.data_files.split(",")), "rows.jsonl")
             fixed = {"model_name": s.model_name, "revision": s.revision, "train_file": train_file}
-            Sharded().check(LargeSettings(**given | fixed), set(given), s.nproc_per_node * s.nnodes > 1)
+            check_large_settings(LargeSettings(**given | fixed), set(given), s.nproc_per_node * s.nnodes > 1)
     except UsageError as error:
         return [f"a training that takes these flags: {line}" for line in str(error).splitlines()]
     return []

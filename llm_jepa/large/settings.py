@@ -1,0 +1,90 @@
+"""Flags that finetune8bh200.py adds to those of finetune.py, and their checks."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from llm_jepa.cli import Refusals, UsageError, flag
+from llm_jepa.model import load_config
+from llm_jepa.settings import MODEL, OPTIM, RUN, Settings, check_settings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class LargeSettings(Settings):
+    """The flags of finetune.py and those that only a large model needs."""
+
+    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass", MODEL)
+    param_dtype: Literal["float32", "bfloat16"] = flag(
+        "float32",
+        "precision of the master weights, their gradients and AdamW's moments. bfloat16 halves the memory, but "
+        "updates smaller than 1/256 of a weight are lost, and with --adam_beta2 above 0.99 AdamW's second moment "
+        "cannot decrease",
+        MODEL,
+    )
+    sharding: Literal["fsdp2", "ddp"] | None = flag(
+        None,
+        "with several processes, fsdp2 shards weights, gradients and optimizer states; ddp keeps a full copy in each "
+        "process. Default fsdp2; ddp with --load_in_4bit, or with --lora on a model with tied embeddings",
+        MODEL,
+    )
+    load_in_4bit: bool = flag(False, "QLoRA: store the frozen weights in 4 bits", MODEL)
+    keep_checkpoints: bool = flag(
+        False, "keep checkpoints after training (by default only the final model is kept)", RUN
+    )
+    optim: str = flag(
+        "auto",
+        "optimizer of transformers; auto: adamw_bnb_8bit for full fine-tuning on one GPU, else adamw_torch_fused",
+        OPTIM,
+    )
+
+
+def choose_sharding(requested: str | None, *, lora: bool, load_in_4bit: bool, tied: bool) -> str:
+    """How several processes store the weights: fsdp2 (sharded) or ddp (a full copy each).
+
+    `tied`: whether the embeddings are also the output layer. Raises UsageError if the weights cannot be sharded as
+    requested.
+    """
+    unshardable = None
+    if load_in_4bit:
+        unshardable = "4-bit weights"
+    elif lora and tied:
+        unshardable = "tied embeddings under a LoRA adapter"  # accelerate would shard them twice
+    if requested == "fsdp2" and unshardable:
+        raise UsageError(f"--sharding fsdp2: cannot shard {unshardable}; use --sharding ddp")
+    return requested or ("ddp" if unshardable else "fsdp2")
+
+
+def check_large_settings(s: LargeSettings, given: set[str], several: bool) -> LargeSettings:
+    """Resolves defaults that depend on other flags or on the hardware.
+
+    `given`: names of the flags on the command line; `several`: whether several processes train together. Raises
+    UsageError with all wrong or inapplicable flags.
+    """
+    r, sharding = Refusals(given), None
+    if several and s.model_name:
+        tied = s.lora and not s.load_in_4bit and load_config(s).get_text_config().tie_word_embeddings
+        sharding = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=tied)
+    if s.optim == "auto":
+        one_gpu = torch.cuda.is_available() and not several
+        s = replace(s, optim="adamw_bnb_8bit" if one_gpu and not s.lora else "adamw_torch_fused")
+    bitsandbytes = "bnb" in s.optim or "8bit" in s.optim
+    r.refuse(bitsandbytes and sharding == "fsdp2", f"--optim {s.optim}: not with --sharding fsdp2")
+    r.refuse(
+        (bitsandbytes or s.load_in_4bit) and importlib.util.find_spec("bitsandbytes") is None,
+        f"{'--load_in_4bit' if s.load_in_4bit else f'--optim {s.optim}'}: install the package bitsandbytes first "
+        "(.venv/bin/pip install bitsandbytes)",
+    )
+    r.only_if(s.lora, "load_in_4bit", "only with --lora")
+    r.only_if(not s.lora, "param_dtype", "not with --lora, whose adapter is float32; --dtype sets the frozen weights")
+    mixed = s.param_dtype == "bfloat16" and s.dtype not in ("auto", "bfloat16")
+    r.refuse(mixed, f"--dtype {s.dtype}: not with --param_dtype bfloat16")
+    r.only_if(several, "sharding", "only with several processes")
+    unsharded = "eval_generate same_flop torch_compile"
+    r.only_if(sharding != "fsdp2", unsharded, "not with --sharding fsdp2, where no process has the full model")
+    return check_settings(replace(s, sharding=sharding), given, r)
