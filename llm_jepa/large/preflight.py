@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors import SafetensorError, safe_open
 
-from llm_jepa.cli import Refusals, UsageError, build_parser, first_line, flag, parse_flags, run_command
+from llm_jepa.cli import Refusals, UsageError, first_line, flag, parse_flags, run_command
 from llm_jepa.files import read_json
 
 # Transformers is imported where it is used: the processes of the all-reduce need only torch.
@@ -104,7 +104,7 @@ def weight_problems(folder: Path) -> list[str]:
 
 
 def model_problems(name: str, revision: str | None, pretrain: bool) -> list[str]:
-    """Checks that the model is on this node: weights (unless they will be random, `pretrain`) and tokenizer."""
+    """Checks the weights (unless they will be random, `pretrain`) and the tokenizer."""
     from llm_jepa.model import load_tokenizer
 
     folder = model_folder(name, revision)
@@ -122,32 +122,20 @@ def model_problems(name: str, revision: str | None, pretrain: bool) -> list[str]
     return problems
 
 
+def training_flags(s: Preflight, flags: list[str]) -> tuple[Any, set[str]]:
+    """(settings of a training with these flags, names of the flags). Exits with 2 if they cannot be parsed."""
+    from llm_jepa.large.settings import LargeSettings
+
+    training, given = parse_flags(LargeSettings, "", flags)
+    train_file = s.data_files.split(",")[0] or "examples.jsonl"
+    return replace(training, model_name=s.model_name, revision=s.revision, train_file=train_file), given
+
+
 def data_problems(files: str) -> list[str]:
     """Checks that every data file exists and is not empty."""
     paths = [Path(name) for name in files.split(",") if name]
     missing = [path for path in paths if not (path.is_file() and path.stat().st_size)]
     return [f"{path} does not exist or is empty; see datasets/README.md" for path in missing]
-
-
-def training_flags(s: Preflight, flags: list[str]) -> tuple[Any, list[str]]:
-    """(settings of a training with these flags, None if they cannot be parsed; what the training would refuse)."""
-    from llm_jepa.large.settings import LargeSettings, check_large_settings
-
-    def refuse(message: str) -> None:
-        raise UsageError(message)
-
-    parser, settings = build_parser(LargeSettings, ""), None
-    parser.error = refuse
-    try:
-        given = vars(parser.parse_args(flags))
-        train_file = s.data_files.split(",")[0] or "examples.jsonl"
-        fixed = {"model_name": s.model_name, "revision": s.revision, "train_file": train_file}
-        settings = LargeSettings(**given | fixed)
-        if model_folder(s.model_name, s.revision):
-            settings = check_large_settings(settings, set(given), s.nproc_per_node * s.nnodes > 1)
-    except UsageError as error:
-        return settings, str(error).splitlines()
-    return settings, []
 
 
 # -------------------------------------------------------------------------------------------------------------- disk
@@ -284,35 +272,35 @@ def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- main
 
 
-def local_problems(s: Preflight, arms: list[list[str]]) -> tuple[list[str], list[str]]:
-    """(problems of this node, what could not be checked); `arms`: the flags of each training."""
+def local_problems(s: Preflight, trainings: list[tuple[Any, set[str]]]) -> tuple[list[str], list[str]]:
+    """(problems of this node, what could not be checked); `trainings`: settings and names of the flags given."""
     from llm_jepa.large import memory
+    from llm_jepa.large.settings import check_large_settings
 
-    checked = [training_flags(s, flags) for flags in arms]
-    training, plan, notes = checked[-1][0], None, []
-    problems = model_problems(s.model_name, s.revision, pretrain=bool(training and training.pretrain))
-    problems += [problem for _, refused in checked for problem in refused]
-    if training and model_folder(s.model_name, s.revision):
-        try:
-            plan = memory.plan(training, [s.nproc_per_node * s.nnodes])
-        except UsageError as error:
-            problems += str(error).splitlines()
+    notes, plan, gpus, last = [], None, s.nproc_per_node * s.nnodes, trainings[-1][0]
+    problems = model_problems(s.model_name, s.revision, last.pretrain)
+    if model_folder(s.model_name, s.revision):
+        for training, given in trainings:
+            try:
+                plan = None
+                plan = memory.plan(check_large_settings(training, given, gpus > 1), [gpus])
+            except UsageError as error:
+                problems += str(error).splitlines()
     problems += data_problems(s.data_files) + folder_problems(s.output_dir)
-    found = torch.cuda.device_count() if s.device == "cuda" else s.nproc_per_node
-    enough = found >= s.nproc_per_node
+    enough = s.device == "cpu" or torch.cuda.device_count() >= s.nproc_per_node
     if not enough:
         hint = "set NPROC (--nproc_per_node), or see nvidia-smi and CUDA_VISIBLE_DEVICES"
-        problems.append(f"{s.nproc_per_node} GPUs are needed, {found} found: {hint}")
+        problems.append(f"{s.nproc_per_node} GPUs are needed, {torch.cuda.device_count()} found: {hint}")
     if s.device == "cpu":
         notes.append("GPUs and their memory (--device cpu)")
     elif plan and enough:
         free = [torch.cuda.mem_get_info(i)[0] for i in range(s.nproc_per_node)]
         problems += memory_problems(free, plan["on"][0]["peak"])
     if plan:
-        if training.merge:
-            plan["saved_model"] += plan["parameters"] * (4 if training.param_dtype == "float32" else 2)
-        problems += disk_problems(s.output_dir, plan, s.runs, training.save_total_limit, training.keep_checkpoints)
-        if not training.gradient_checkpointing:
+        if last.merge:
+            plan["saved_model"] += plan["parameters"] * (4 if last.param_dtype == "float32" else 2)
+        problems += disk_problems(s.output_dir, plan, s.runs, last.save_total_limit, last.keep_checkpoints)
+        if not last.gradient_checkpointing:
             notes.append("activations that --no-gradient_checkpointing stores: the predicted memory is without them")
     else:
         notes.append("memory and disk space: they need a model and flags without errors")
@@ -331,7 +319,7 @@ def preflight(argv: list[str]) -> int:
     wrong.refuse(not 0 < s.master_port < 65536, f"--master_port {s.master_port} is not in 1 to 65535")
     if wrong:
         raise UsageError("\n".join(wrong))
-    problems, notes = local_problems(s, arms or [[]])
+    problems, notes = local_problems(s, [training_flags(s, flags) for flags in arms or [[]]])
     if s.nnodes > 1:
         problems = problems_of_all_nodes(problems, s)
     lines = [f"not checked: {note}" for note in notes] + [f"missing: {problem}" for problem in problems]
