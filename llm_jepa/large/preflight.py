@@ -36,6 +36,7 @@ from llm_jepa.files import read_json
 # Transformers is imported where it is used: the processes of the all-reduce need only torch.
 
 TRAINING, NODES = "Training", "Nodes"
+GRACE = 10.0  # seconds after --join_limit that nodes which have met may still exchange their problems
 
 
 @dataclass
@@ -236,7 +237,7 @@ def exchange(problems: list[str], s: Preflight, address: str, marker: Path) -> l
     store.set(f"done {s.node_rank}", "")
     if s.node_rank == 0:
         with contextlib.suppress(dist.DistError):  # the store must live until the other nodes have read it
-            store.wait([f"done {node}" for node in range(s.nnodes)], timedelta(seconds=5))
+            store.wait([f"done {node}" for node in range(s.nnodes)], timedelta(seconds=GRACE / 2))
     return found
 
 
@@ -262,7 +263,7 @@ def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
         marker.touch()
     try:
         thread.start()
-        thread.join(s.join_limit + 10)
+        thread.join(s.join_limit + GRACE)
     finally:
         with contextlib.suppress(OSError):
             marker.unlink()
