@@ -20,7 +20,7 @@ from ranks import Ranks
 
 from llm_jepa.files import read_json, write_json
 
-# 22 examples in steps of 8: the last step of an epoch has 6, so some of four processes have 1 in a micro-batch, or none.
+# 22 examples in steps of 8: the last step of an epoch has 6, so some of four processes have one example, or none.
 EXAMPLES = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 5)) for i in range(22)]
 STEPS = 6  # two epochs
 MODEL = GOLDEN / "models" / "llama3"
