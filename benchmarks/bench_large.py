@@ -36,9 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import finetune  # noqa: E402
 import finetune8bh200  # noqa: E402
-from llm_jepa.cli import UsageError, build_parser
+from llm_jepa.cli import UsageError, parse_flags  # noqa: E402
 from llm_jepa.files import read_json, sha256, write_json  # noqa: E402
 from llm_jepa.large import memory  # noqa: E402
+from llm_jepa.large.settings import LargeSettings  # noqa: E402
 
 JEPA = ["--predictors", "1", "--lbd", "1"]
 ARMS = {
@@ -175,8 +176,8 @@ def measure(name: str, args: argparse.Namespace, model: Path, more: list[str]) -
     rate = statistics.median(step["tokens_per_second"] for step in steps)
     tokens, labels = (sum(step[key] for step in steps) for key in ("tokens", "label_tokens"))
     spent = flops(model, tokens, labels, name.startswith("lora")) / tokens * rate / args.nproc_per_node
-    recipe, _ = build_parser(memory.Recipe, "").parse_known_args(flags)
-    predicted = memory.plan(memory.Recipe(**vars(recipe), gpus=str(args.nproc_per_node)))["on"][0]["peak"]
+    settings, _ = parse_flags(LargeSettings, "", flags)
+    predicted = memory.plan(settings, [args.nproc_per_node])["on"][0]["peak"]
     shutil.rmtree(run)
     used = max(first["used bytes"] or 0, again["used bytes"] or 0)
     return {

@@ -21,7 +21,10 @@ WORDS = ["()", "a", "E", "7", "dog", "truckdog", r"\bring\b", "x1Z", "☃", "aaa
 
 def test_answers_equal_themselves_and_rewrites_but_not_another_language():
     rng, wrong = random.Random(5), []
-    with SYNTH_TEST.open(encoding="utf-8") as lines, Sandbox("llm_jepa.scoring.regexes:dfa_equal", REGEX_SECONDS) as sandbox:
+    with (
+        SYNTH_TEST.open(encoding="utf-8") as lines,
+        Sandbox("llm_jepa.scoring.regexes:dfa_equal", REGEX_SECONDS) as sandbox,
+    ):
         answers = [json.loads(line)["messages"][-1]["content"] for line in lines]
         for regex in rng.sample(answers, 400):
             rewritten, word = rng.choice(REWRITES).format(x=regex), rng.choice(WORDS)
