@@ -1,7 +1,7 @@
 """Write the model card of a run, RUN/README.md, and optionally upload the run.
 
-    python -m llm_jepa.model_card runs/RUN                                       the card: training, settings, scores
-    python -m llm_jepa.model_card runs/RUN --push_to_hub OWNER/NAME --private    also upload the model with its figures
+python -m llm_jepa.model_card runs/RUN                                       the card: training, settings, scores
+python -m llm_jepa.model_card runs/RUN --push_to_hub OWNER/NAME --private    also upload the model with its figures
 """
 
 from __future__ import annotations

@@ -123,32 +123,27 @@ def differences(reference: list[Result], arm: list[Result]) -> dict[str, str]:
 
 
 def find_reference(table: Table, against: str | None) -> str | None:
-    """Label of the reference arm: the regular one, or the one that `against` names by run folder or part of its name.
+    """Label of the reference arm: the regular one, or the one that `against` selects by run folder or part of its name.
 
     None if there is only one arm. Raises UsageError if not exactly one arm matches.
     """
 
-    def is_regular(result: Result) -> bool:
-        stages = [result.settings, *filter(None, [result.inputs["pretraining"]])]
+    def matches(label: str, arm: list[Result]) -> bool:
+        if against:
+            return against in label or any(against in r.run.name or r.run == Path(against) for r in arm)
+        stages = filter(None, [arm[0].settings, arm[0].inputs["pretraining"]])
         return all(stage.get("regular") and not stage.get("stp") for stage in stages)
 
-    arms = table.arms
-    if not against:
-        if len(arms) == 1:
-            return None
-        matches = [label for label, arm in arms.items() if is_regular(arm[0])]
-    else:
-        matches = [label for label, arm in arms.items() if any(r.run == Path(against) for r in arm)]
-        matches = matches or [
-            label for label, arm in arms.items() if against in label or any(against in r.run.name for r in arm)
-        ]
-    if len(matches) != 1:
-        what = f"--against {against} matches" if against else "the reference is the regular arm, and there are"
+    if len(table.arms) == 1 and not against:
+        return None
+    found = [label for label, arm in table.arms.items() if matches(label, arm)]
+    if len(found) != 1:
+        rule = f"--against {against} matches" if against else "the reference is the regular arm, and there are"
         raise UsageError(
-            f"{table.dataset}: {what} {len(matches)} of its arms ({'; '.join(matches or arms)}); "
+            f"{table.dataset}: {rule} {len(found)} of its arms ({'; '.join(found or table.arms)}); "
             "select one with --against, by its run folder or a part of its name"
         )
-    return matches[0]
+    return found[0]
 
 
 def compare_arm(table: Table, label: str, allow: set[str]) -> None:

@@ -2,7 +2,7 @@
 
 `draw` returns a data set's figures and one line for each that could not be drawn: if data is missing, with the command
 that makes it; if a file is damaged, with its name. Arms and groups differ in color and in marker. matplotlib,
-scikit-learn and safetensors are imported when something is drawn.
+pandas and scikit-learn are imported when something is drawn.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import itertools
 import json
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,8 +24,9 @@ from llm_jepa.reports.comparison import Table
 from llm_jepa.reports.results import Result
 
 if TYPE_CHECKING:
-    import matplotlib.figure
+    import pandas
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as MatplotlibFigure
 
 # (color, marker): Okabe and Ito's palette without yellow, which is hard to see on white, then Paul Tol's.
 PALETTE = (
@@ -75,16 +76,18 @@ def draw(table: Table) -> Drawn:
     return drawn
 
 
-def save(fig: matplotlib.figure.Figure, name: str, caption: str) -> Figure:
+def save(fig: MatplotlibFigure, name: str, caption: str) -> Figure:
     """The figure as SVG; the same data gives the same bytes."""
     file = io.BytesIO()
     fig.savefig(file, format="svg", metadata={"Date": None})
     return Figure(name, caption, file.getvalue())
 
 
-def subplots(rows: int, columns: int, n: int, width: float = 8.0, height: float = 3.0) -> tuple[Any, list[Axes]]:
+def subplots(
+    rows: int, columns: int, n: int, width: float = 8.0, height: float = 3.0
+) -> tuple[MatplotlibFigure, list[Axes]]:
     """A figure with n axes in a grid of rows × columns, each `height` inches high."""
-    from matplotlib.figure import Figure as MatplotlibFigure  # without pyplot it needs no display
+    from matplotlib.figure import Figure as MatplotlibFigure  # without pyplot, which needs a display
 
     fig = MatplotlibFigure(figsize=(width, rows * height + 0.5), layout="constrained")
     panels = list(fig.subplots(rows, columns, squeeze=False).flat)
@@ -93,17 +96,13 @@ def subplots(rows: int, columns: int, n: int, width: float = 8.0, height: float 
     return fig, panels[:n]
 
 
-def arm_styles(table: Table) -> dict[str, dict[str, str]]:
-    """Color, marker and line style of each arm, the same in every figure; unique as pairs with the color."""
+def arm_styles(table: Table, key: str) -> dict[str, dict[str, str]]:
+    """Color of each arm with its `key`, marker or linestyle: the same in every figure, and no two arms share both."""
     styles = {}
     for i, arm in enumerate(table.arms):
-        cycle = i // len(PALETTE)  # arms beyond the palette repeat its colors with other markers and dashes
-        marker = PALETTE[(i + cycle) % len(PALETTE)][1]
-        styles[arm] = {
-            "color": PALETTE[i % len(PALETTE)][0],
-            "marker": marker,
-            "linestyle": DASHES[cycle % len(DASHES)],
-        }
+        cycle, color = divmod(i, len(PALETTE))  # arms beyond the palette repeat its colors with another marker and dash
+        style = {"marker": PALETTE[(color + cycle) % len(PALETTE)][1], "linestyle": DASHES[cycle % len(DASHES)]}
+        styles[arm] = {"color": PALETTE[color][0], key: style[key]}
     return styles
 
 
@@ -112,15 +111,13 @@ def escape(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def add_legend(fig: matplotlib.figure.Figure, table: Table, arms: list[str], key: str) -> None:
-    """A legend of the arms below all axes; `key` is marker or linestyle."""
+def add_legend(fig: MatplotlibFigure, styles: dict[str, dict[str, str]], arms: Collection[str]) -> None:
+    """A legend of these arms below all axes."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], label=escape(arm), **{"linestyle": "none", "color": style["color"], key: style[key]})
-        for arm, style in arm_styles(table).items() if arm in arms
-    ]  # fmt: skip
-    columns = max(1, min(4, 110 // (8 + max(map(len, arms)))))
+    shown = {arm: style for arm, style in styles.items() if arm in arms}
+    handles = [Line2D([], [], label=escape(arm), **{"linestyle": "none"} | style) for arm, style in shown.items()]
+    columns = max(1, min(4, 110 // (8 + max(map(len, shown)))))
     fig.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
@@ -132,15 +129,15 @@ def plot_scores(table: Table, drawn: Drawn) -> None:
     names, wide = table.first.scores(), len(table.arms) > 3
     columns = 1 if wide else 2
     fig, panels = subplots(math.ceil(len(names) / columns), columns, len(names))
-    styles, seeds = arm_styles(table), sorted({r.seed for arm in table.arms.values() for r in arm})
+    styles, seeds = arm_styles(table, "marker"), sorted({r.seed for arm in table.arms.values() for r in arm})
     for name, axes in zip(names, panels, strict=True):
         by_arm = [{r.seed: r.columns.get(f"{name} %", math.nan) for r in arm} for arm in table.arms.values()]
         for seed in seeds:
             axes.plot([values.get(seed, math.nan) for values in by_arm], color="0.7", linewidth=1, zorder=1)
-        for x, (arm, values) in enumerate(zip(table.arms, by_arm, strict=True)):
-            style = {"color": styles[arm]["color"], "marker": styles[arm]["marker"], "zorder": 2}
-            axes.scatter([x] * len(values), list(values.values()), s=28, **style)
-            axes.hlines(np.mean(list(values.values())), x - 0.2, x + 0.2, color="black", linewidth=1.5, zorder=3)
+        for x, (arm, by_seed) in enumerate(zip(table.arms, by_arm, strict=True)):
+            values = list(by_seed.values())
+            axes.scatter([x] * len(values), values, s=28, zorder=2, **styles[arm])
+            axes.hlines(np.mean(values), x - 0.2, x + 0.2, color="black", linewidth=1.5, zorder=3)
         rotated = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(by_arm) > 6 else {}
         labels = [escape(textwrap.fill(arm, 80 if rotated else 60 // len(by_arm))) for arm in table.arms]
         if wide and name != names[-1]:  # panels in one column share the lowest one's labels
@@ -205,54 +202,41 @@ def heat_map(table: Table, cells: dict[tuple, list[Result]], ks: list[float], la
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """A run's training steps from metrics.jsonl. A step that was repeated after a resume counts once, the last time.
+def training_steps(table: Table, damaged: list[str]) -> Iterator[tuple[str, Result, pandas.DataFrame]]:
+    """(arm, result, training steps) of every run that has metrics.jsonl; damaged files are added to the list.
 
-    Raises UsageError with file and line if a line is damaged, FileNotFoundError if there is no file.
+    The steps have the columns of CURVES and flops. One that was repeated after a resume counts once, the last time.
     """
-    steps: dict[int, dict[str, Any]] = {}
-    path = run / "metrics.jsonl"
-    for i, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    import pandas
+
+    for arm, result in ((arm, result) for arm, results in table.arms.items() for result in results):
+        path = result.run / "metrics.jsonl"
         try:
-            record = json.loads(line)
-            numbers = {name: float(record[name]) for name in (*CURVES, "flops") if record.get(name) is not None}
-            if "lm_loss" in record:
-                steps[int(record["step"])] = numbers
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise UsageError(f"{path}:{i}: not a line of metrics") from None
-    return [{"step": step} | steps[step] for step in sorted(steps)]
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            damaged.append(f"{path}: damaged ({error})")
+            continue
+        rows = [record for record in records if "lm_loss" in record]  # no evaluations and no summary at the end
+        steps = pandas.DataFrame(rows, columns=["step", *CURVES, "flops"]).astype(float)
+        yield arm, result, steps.drop_duplicates("step", keep="last").sort_values("step")
 
 
-def runs_with_metrics(table: Table, drawn: Drawn) -> Iterator[tuple[str, Result, list[dict[str, Any]]]]:
-    """(arm, result, training steps) of every run that has metrics.jsonl."""
-    for arm, results in table.arms.items():
-        for result in results:
-            try:
-                yield arm, result, read_metrics(result.run)
-            except UsageError as error:
-                drawn.damaged.append(str(error))
-            except FileNotFoundError:
-                pass
-
-
-def block_means(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A curve of at most CURVE_POINTS points: means over blocks of steps; the last block may be shorter."""
-    size = math.ceil(len(steps) / CURVE_POINTS)
-    starts = np.arange(0, len(steps), size)
-    lengths = np.diff(np.append(starts, len(steps)))
-    return np.add.reduceat(steps, starts) / lengths, np.add.reduceat(values, starts) / lengths
+def block_means(curve: pandas.DataFrame) -> pandas.DataFrame:
+    """A curve's at most CURVE_POINTS points: means over blocks of steps; the last block may be shorter."""
+    return curve.groupby(np.arange(len(curve)) // math.ceil(len(curve) / CURVE_POINTS)).mean()
 
 
 def plot_training(table: Table, drawn: Drawn) -> None:
     """Losses, cosine and spread over the steps, smoothed, one thin line per seed."""
-    styles, (fig, panels) = arm_styles(table), subplots(2, 2, 4)
+    styles, (fig, panels) = arm_styles(table, "linestyle"), subplots(2, 2, 4)
     arms: list[str] = []
-    for arm, _, steps in runs_with_metrics(table, drawn):
-        style = {"color": styles[arm]["color"], "linestyle": styles[arm]["linestyle"]}
+    for arm, _, steps in training_steps(table, drawn.damaged):
         for name, axes in zip(CURVES, panels, strict=True):
-            curve = [(row["step"], row[name]) for row in steps if math.isfinite(row.get(name, math.nan))]
-            if curve:
-                axes.plot(*block_means(*np.array(curve, dtype=np.float64).T), linewidth=0.8, alpha=0.8, **style)
+            curve = steps[["step", name]][np.isfinite(steps[name])]
+            if len(curve):
+                axes.plot(*block_means(curve).T.to_numpy(), linewidth=0.8, alpha=0.8, **styles[arm])
                 arms.append(arm)
     if not arms:
         drawn.missing.append(
@@ -268,44 +252,35 @@ def plot_training(table: Table, drawn: Drawn) -> None:
         values = np.concatenate([line.get_ydata() for line in axes.lines])
         if 0 < 30 * values.min() < values.max():
             axes.set_yscale("log")
-    add_legend(fig, table, arms, "linestyle")
+    add_legend(fig, styles, arms)
     caption = f"Training: one line per seed, smoothed to the means of at most {CURVE_POINTS} blocks of steps"
     drawn.figures.append(save(fig, "training", caption))
 
 
 def plot_costs(table: Table, drawn: Drawn) -> None:
     """The primary score against the cost of training: wall time, and FLOPs if they were counted."""
-    counted = {}
-    for _, result, steps in runs_with_metrics(table, Drawn()):  # plot_training has already reported damaged files
-        if flops := max((row.get("flops", 0.0) for row in steps), default=0.0):
-            counted[result.run] = flops
-    if not counted:
+    results = [(arm, r) for arm, results in table.arms.items() for r in results]
+    costs = {"training, seconds of wall time": {r.run: r.columns["train s"] for _, r in results}}
+    flops = {r.run: steps["flops"].max() for _, r, steps in training_steps(table, damaged=[])}  # reported before
+    flops = {run: value for run, value in flops.items() if value > 0}
+    what, styles, score = "wall time", arm_styles(table, "marker"), table.first.primary
+    if flops:
+        exponent = int(math.log10(max(flops.values())))
+        scaled = {run: value / 10**exponent for run, value in flops.items()}
+        costs = {f"training, $10^{{{exponent}}}$ floating-point operations": scaled} | costs
+        what = f"FLOPs (counted in {len(flops)} of {len(results)} runs) and wall time"
+    else:
         drawn.missing.append("no figure of scores against training FLOPs, which python finetune.py --track_flop counts")
-    styles, score = arm_styles(table), table.first.primary
-    exponent = int(math.log10(max(counted.values(), default=1)))
-    costs = [lambda r: r.columns["train s"]]
-    labels = ["training, seconds of wall time"]
-    if counted:
-        costs.insert(0, lambda r: counted.get(r.run, math.nan) / 10**exponent)
-        labels.insert(0, f"training, $10^{{{exponent}}}$ floating-point operations")
-    fig, panels = subplots(1, len(costs), len(costs), width=8 if counted else 5)
-    for axes, cost, label in zip(panels, costs, labels, strict=True):
-        for arm, results in table.arms.items():
-            points = np.array([(cost(r), r.columns.get(f"{score} %", math.nan)) for r in results])  # (runs, 2)
-            points = points[np.isfinite(points).all(axis=1)]
-            axes.scatter(*points.T, s=28, color=styles[arm]["color"], marker=styles[arm]["marker"])
+    fig, panels = subplots(1, len(costs), len(costs), width=8 if flops else 5)
+    for axes, (label, cost) in zip(panels, costs.items(), strict=True):
+        for arm, style in styles.items():
+            runs = [r for name, r in results if name == arm and r.run in cost and f"{score} %" in r.columns]
+            axes.scatter([cost[r.run] for r in runs], [r.columns[f"{score} %"] for r in runs], s=28, **style)
         axes.set(xlabel=label, ylabel=f"{score}, %")
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.locator_params(axis="x", nbins=6)
-    add_legend(fig, table, list(table.arms), "marker")
-    uncounted = sum(map(len, table.arms.values())) - len(counted)
-    note = (
-        f"; FLOPs of {uncounted} runs were not counted (python finetune.py --track_flop)"
-        if counted and uncounted
-        else ""
-    )
-    what = "FLOPs and wall time" if counted else "wall time"
-    drawn.figures.append(save(fig, "costs", f"{score} against {what} of training, one point per run{note}"))
+    add_legend(fig, styles, table.arms)
+    drawn.figures.append(save(fig, "costs", f"{score} against {what} of training, one point per run"))
 
 
 # ----------------------------------------------------------------------------------------------------- embeddings
@@ -361,7 +336,7 @@ def read_embeddings(result: Result) -> tuple[np.ndarray, np.ndarray, dict[str, s
 
 def plot_embeddings(table: Table, drawn: Drawn) -> None:
     """Singular values of Enc(Text) − Enc(Code), one line per run, and t-SNE of one seed of each arm."""
-    styles, views, first = arm_styles(table), {}, {}
+    styles, views, first = arm_styles(table, "linestyle"), {}, {}
     fig, (axes,) = subplots(1, 1, 1, width=6)
     for arm, results in table.arms.items():
         for result in sorted(results, key=lambda r: r.seed):
@@ -379,8 +354,7 @@ def plot_embeddings(table: Table, drawn: Drawn) -> None:
             top = np.linalg.svd(text - code, compute_uv=False)[:100]
             # A logarithmic axis cannot show 0; values below float32's precision mean nothing.
             shown = np.where(top > 1e-7 * top[0], top, np.nan)
-            style = {"color": styles[arm]["color"], "linestyle": styles[arm]["linestyle"]}
-            axes.plot(np.arange(1, len(top) + 1), shown, linewidth=0.8, **style)
+            axes.plot(np.arange(1, len(top) + 1), shown, linewidth=0.8, **styles[arm])
             views.setdefault(arm, (result.seed, text, code))
     if not first:
         drawn.missing.append(
@@ -389,7 +363,7 @@ def plot_embeddings(table: Table, drawn: Drawn) -> None:
         )
         return
     axes.set(xlabel="rank", ylabel="singular value", yscale="log")
-    add_legend(fig, table, list(views), "linestyle")
+    add_legend(fig, styles, views)
     source = f"{first['n']} pairs, layer {first['layer']}, pooling {first['pooling']}"
     caption = f"Largest 100 singular values of Enc(Text) − Enc(Code), one line per run; {source}"
     drawn.figures.append(save(fig, "singular_values", caption))
