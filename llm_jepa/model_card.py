@@ -27,7 +27,7 @@ def work(argv: list[str] | None) -> None:
     run, repo = options.run, options.push_to_hub
     if options.private and not repo:
         raise UsageError("--private: only with --push_to_hub")
-    if repo:
+    if repo and run.is_dir():  # else write_card reports it
         hub.check(run, repo)
     print(write_card(run, options.overwrite, options.license, repo))
     if repo:

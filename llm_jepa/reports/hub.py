@@ -12,17 +12,13 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import HTTPError
 
 from llm_jepa.cli import UsageError, first_line
-from llm_jepa.files import read_json
 
-INDEX = "model.safetensors.index.json"
 FILES = set("README.md args.json run.json metrics.jsonl config.json generation_config.json adapter_config.json "
             "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json "
-            f"vocab.txt merges.txt chat_template.jinja {INDEX}".split())  # fmt: skip
+            "vocab.txt merges.txt chat_template.jinja model.safetensors.index.json".split())  # fmt: skip
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")
 
 
@@ -38,24 +34,14 @@ def files_to_upload(run: Path) -> list[str]:
 
 def check(run: Path, repo: str) -> None:
     """Raises UsageError if the upload cannot work: repository name, offline mode, token, model files."""
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UsageError(f"--push_to_hub {repo}: {first_line(error)}") from None
-    if "/" not in repo:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"--push_to_hub {repo} is not OWNER/NAME")
     if constants.is_offline_mode():
         raise UsageError(f"--push_to_hub {repo}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it")
     if get_token() is None:
         raise UsageError(f"--push_to_hub {repo}: there is no token; set HF_TOKEN or call `hf auth login`")
-    adapter = (run / "adapter_config.json").is_file()
-    parts = sorted(set(read_json(run / INDEX)["weight_map"].values())) if (run / INDEX).is_file() else []
-    for name in parts or ["adapter_model.safetensors" if adapter else "model.safetensors"]:
-        try:
-            with safe_open(run / name, framework="numpy"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{run / name}: no weights to upload ({first_line(error)})") from None
+    if not any(WEIGHTS.fullmatch(name) for name in files_to_upload(run)):
+        raise UsageError(f"{run} has no model.safetensors or adapter_model.safetensors to upload")
 
 
 def push(run: Path, repo: str, private: bool) -> str:
@@ -74,6 +60,6 @@ def push(run: Path, repo: str, private: bool) -> str:
             commit_message="Upload of a run",
             allow_patterns=[glob.escape(name) for name in files_to_upload(run)],
         )
-    except (OSError, HTTPError, RuntimeError) as error:
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:
         raise PushError(f"--push_to_hub {repo}: upload to {api.endpoint} failed: {first_line(error)}") from None
     return str(url)

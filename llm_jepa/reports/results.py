@@ -49,7 +49,7 @@ class Result:
     def remarks(self) -> list[str]:
         """The number of generations that could not be scored, by reason, and the notes of evaluate.py."""
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.failures.items())
-        return ([f"not scored: {reasons}"] if reasons else []) + self.notes
+        return ([f"without a result: {reasons}"] if reasons else []) + self.notes
 
 
 def base_training(model_name: str) -> dict[str, Any] | None:

@@ -69,8 +69,8 @@ def test_training_curves_are_block_means(tmp_path, figures):
     assert axes[0].get_yscale() == "log" and axes[2].get_yscale() == "linear"
 
 
-@pytest.mark.parametrize("n", [1, 149, 150, 151, 1000])
-def test_block_means(n):
+def test_block_means_with_a_shorter_last_block():
+    n = 151
     values = np.random.default_rng(n).normal(size=n)
     means = plots.block_means(pandas.DataFrame({"step": np.arange(1.0, n + 1), "x": values}))
     size = math.ceil(n / plots.CURVE_POINTS)
