@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from llm_jepa.cli import UsageError, run_command
-from llm_jepa.reports.comparison import compare_arms, group_arms, label_arms
+from llm_jepa.reports.comparison import arms_by_dataset, compare_arms
 from llm_jepa.reports.results import Result, read_runs
 from llm_jepa.reports.stats import mean_sd
 from llm_jepa.reports.writer import write_files
@@ -44,8 +44,8 @@ def format_arm(arm: list[Result]) -> str:
 
 def print_arms(results: list[Result]) -> None:
     """Prints a titled table per arm."""
-    for dataset in dict.fromkeys(r.dataset for r in results):
-        for label, arm in label_arms(group_arms([r for r in results if r.dataset == dataset])).items():
+    for dataset, arms in arms_by_dataset(results).items():
+        for label, arm in arms.items():
             print(f"{dataset} ({arm[0].n} examples), {arm[0].settings.get('model_name')}, {label}\n{format_arm(arm)}")
 
 

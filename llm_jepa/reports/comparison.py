@@ -29,7 +29,7 @@ class Table:
 
     dataset: str
     arms: dict[str, list[Result]]
-    reference: str | None  # None if there is only one arm
+    reference: str | None = None  # None if there is only one arm
     comparisons: list[Comparison] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)  # arms that were not compared, and why
     allowed: dict[str, list[str]] = field(default_factory=dict)  # differences accepted by --allow, by arm
@@ -70,12 +70,12 @@ def attributes(result: Result, environment: bool = True) -> dict[str, Any]:
     return dict(flatten("", parts | (result.environment if environment else {})))
 
 
-def group_arms(results: list[Result]) -> list[list[Result]]:
-    """The arms, in the order of their first results."""
-    arms: dict[str, list[Result]] = {}
+def arms_by_dataset(results: list[Result]) -> dict[str, dict[str, list[Result]]]:
+    """The arms of each data set by label, in the order of their first results."""
+    datasets: dict[str, dict[str, list[Result]]] = {}
     for result in results:
-        arms.setdefault(result.arm(), []).append(result)
-    return list(arms.values())
+        datasets.setdefault(result.dataset, {}).setdefault(result.arm(), []).append(result)
+    return {dataset: label_arms(list(arms.values())) for dataset, arms in datasets.items()}
 
 
 def label_arms(arms: list[list[Result]]) -> dict[str, list[Result]]:
@@ -176,8 +176,8 @@ def compare_arms(results: list[Result], against: str | None, allow: set[str]) ->
     if allow - known:
         raise UsageError(f"--allow {' '.join(sorted(allow - known))}: these runs have no such setting")
     tables, problems = [], []
-    for dataset in dict.fromkeys(r.dataset for r in results):
-        table = Table(dataset, label_arms(group_arms([r for r in results if r.dataset == dataset])), None)
+    for dataset, arms in arms_by_dataset(results).items():
+        table = Table(dataset, arms)
         try:
             table.reference = find_reference(table, against)
         except UsageError as error:
