@@ -1,7 +1,7 @@
 """Group results into arms and compare each data set's arms with a reference arm, seed by seed.
 
-Runs that differ in anything but their seed are different arms. Two arms are compared only if they differ in nothing but
-the method (METHOD_SETTINGS), unless the user allows other differences.
+Runs that differ in more than their seed are different arms. Two arms are compared if only the method differs
+(METHOD_SETTINGS), or if the user allows the other differences.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draw the README's figure: scores of the experiment `stopping` of findings.sh, by label scope and arm.
 
-python experiments/picture.py runs/other7500-tiny-stops-* --output_file experiments/labels.png
+python experiments/plot_labels.py runs/other7500-tiny-stops-* --output_file experiments/labels.png
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def work(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 drawn, 2 wrong runs."""
-    return run_command("picture.py", lambda: work(argv))
+    return run_command("plot_labels.py", lambda: work(argv))
 
 
 if __name__ == "__main__":
