@@ -6,7 +6,6 @@ them and `t_sne` draws them.
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 from collections import Counter
@@ -26,6 +25,7 @@ from llm_jepa.data.segments import Encoder, Segment
 from llm_jepa.evaluation.generation import batches
 from llm_jepa.files import write_json
 from llm_jepa.model import context_length
+from llm_jepa.reports import plots
 from llm_jepa.scoring.tasks import STARS
 
 # Letters: P pairs, R rows of a batch, T tokens in a row, D hidden size.
@@ -36,12 +36,7 @@ POOLINGS = {
     "mean": lambda hidden, mask, view_at: (hidden.float() * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True),
     "cls": lambda hidden, mask, view_at: hidden[:, 0],
 }
-MINIMUM_POINTS = 10  # fewer have no neighbourhoods to keep
 PARAPHRASE_SETS = 10  # with more, colours would no longer be told apart
-MARKS = (
-    ("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#E69F00", "D"), ("#CC79A7", "v"),  # Okabe and Ito's
-    ("#56B4E9", "P"), ("#F0E442", "X"), ("#332288", "*"), ("#882255", "<"), ("#999933", ">"),  # and Tol's
-)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- embed
@@ -281,42 +276,20 @@ def classes(examples: list[Example]) -> dict[str, list[int]]:
 
 
 def t_sne(path: Path, groups: dict[str, torch.Tensor], seed: int, title: str) -> dict[str, np.ndarray]:
-    """Draws all groups' vectors (·, D) in one t-SNE plane: a PNG, and the coordinates beside it as JSON.
+    """Draws t-SNE of all groups' vectors (·, D) as a PNG and writes the coordinates to a JSON file of the same name.
 
     Returns the coordinates (·, 2) of each group, the same for the same seed. Raises UsageError for fewer than
-    MINIMUM_POINTS points or a path that does not end in .png.
+    T_SNE_MIN_POINTS points or a path that does not end in .png.
     """
-    from sklearn.manifold import TSNE
-
     points = torch.cat(list(groups.values())).numpy()  # (N, D)
-    if len(points) < MINIMUM_POINTS:
-        raise UsageError(f"--t_sne needs at least {MINIMUM_POINTS} points, not {len(points)}")
+    if len(points) < plots.T_SNE_MIN_POINTS:
+        raise UsageError(f"--t_sne needs at least {plots.T_SNE_MIN_POINTS} points, not {len(points)}")
     if path.suffix != ".png":
         raise UsageError(f"--t_sne {path} does not end in .png")
-    # scikit-learn divides by the spread along PCA's first axis, which embeddings collapsed into one point do not have.
-    init = "pca" if np.ptp(points, axis=0).any() else "random"
-    perplexity = min(30.0, (len(points) - 1) / 3)
-    plane = TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(points)  # (N, 2)
+    plane, perplexity = plots.t_sne(points, seed)  # (N, 2)
     ends = list(itertools.accumulate(map(len, groups.values())))
     coordinates = dict(zip(groups, np.split(plane, ends[:-1]), strict=True))
-    write_bytes(path, picture(coordinates, title))
+    write_bytes(path, plots.t_sne_png(coordinates, title))
     record = {"title": title, "seed": seed, "perplexity": perplexity}
     write_json(path.with_suffix(".json"), record | {"groups": {name: xy.tolist() for name, xy in coordinates.items()}})
     return coordinates
-
-
-def picture(coordinates: dict[str, np.ndarray], title: str) -> bytes:
-    """A PNG of each group's points (·, 2), groups told apart by colour and shape."""
-    from matplotlib.figure import Figure  # without pyplot it draws with Agg and needs no display
-
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    axes = figure.add_subplot(xticks=[], yticks=[])
-    axes.set_title(title, parse_math=False)
-    size = float(np.clip(20000 / sum(map(len, coordinates.values())), 6, 40))  # square points
-    for (name, xy), (colour, marker) in zip(coordinates.items(), itertools.cycle(MARKS), strict=False):
-        label = f"{name} ({len(xy)})"
-        axes.scatter(*xy.T, s=size, c=colour, marker=marker, alpha=0.6, linewidths=0, label=label)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, markerscale=(60 / size) ** 0.5)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    return file.getvalue()

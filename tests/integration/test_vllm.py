@@ -15,11 +15,11 @@ from conftest import GOLDEN, MODELS, ROOT, call, message_row, write_rows
 
 import evaluate
 import finetune
+from llm_jepa import report
 from llm_jepa.data.examples import Problems, read_examples
 from llm_jepa.evaluation import generation, vllm_engine
 from llm_jepa.files import read_json
 from llm_jepa.model import load_tokenizer
-from llm_jepa.reports import results
 
 STEPS = 12
 MODEL = GOLDEN / "models" / "llama3"
@@ -405,9 +405,9 @@ def test_a_report_never_averages_engines_and_knows_evaluations_from_before_there
 
     old, new = run(1), run(2, engine="transformers", tensor_parallel_size=1)
     served = [run(3 + size, engine="vllm", tensor_parallel_size=size) for size in (1, 8)]
-    assert results.main([old, new]) == 0
+    assert report.main([old, new]) == 0
     assert "mean ± sd (n = 2)" in capsys.readouterr().out
-    assert results.main([old, new, *served]) == 0
+    assert report.main([old, new, *served]) == 0
     assert capsys.readouterr().out.count("mean ± sd (n = 2)") == 2
 
 

@@ -20,6 +20,7 @@ from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example, ExampleError
 from llm_jepa.evaluation import embeddings
 from llm_jepa.evaluation.embeddings import similarity
+from llm_jepa.reports import plots
 
 
 def pairs(n: int, dims: int, noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,13 +261,13 @@ def test_every_group_is_seen_in_a_colour_and_a_shape_of_its_own(groups):
     alone = set()
     for k, (name, n) in enumerate(groups.items()):
         coordinates = {other: np.empty((0, 2)) for other in groups} | {name: draw.normal(size=(50 * n, 2))}
-        with Image.open(io.BytesIO(embeddings.picture(coordinates, "title"))) as image:
+        with Image.open(io.BytesIO(plots.t_sne_png(coordinates, "title"))) as image:
             assert image.format == "PNG" and min(image.size) >= 800
             pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
         ink = embeddings.unit(255.0 - pixels[(255 - pixels).max(axis=1) > 80])  # points are transparent
-        colour = 255.0 - np.array([int(embeddings.MARKS[k][0][i : i + 2], 16) for i in (1, 3, 5)])
+        colour = 255.0 - np.array([int(plots.PALETTE[k][0][i : i + 2], 16) for i in (1, 3, 5)])
         assert (ink @ colour > 0.99 * np.linalg.norm(colour)).sum() > 5000
-        alone.add(embeddings.MARKS[k])
+        alone.add(plots.PALETTE[k])
     assert len({c for c, _ in alone}) == len({m for _, m in alone}) == len(groups)
 
 
