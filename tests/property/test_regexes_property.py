@@ -99,7 +99,7 @@ def exactly(words: frozenset[tuple]) -> str:
     return "|".join(branches) or "~(.*)"
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(TREES)
 def test_language_up_to_a_length_is_the_matchers(tree):
     assert equal(f"({written(tree)})&.{{0,{LENGTH}}}", exactly(language(tree))) is True
@@ -111,14 +111,6 @@ def test_equal_languages_agree_on_all_short_words(a, b):
     result = equal(a, b)
     assert result == equal(b, a)
     assert result is not True or language(a) == language(b)
-
-
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(TREES, st.sampled_from([w for w in WORDS if len(w) < 4]))
-def test_one_word_more_or_less_is_another_language(tree, word):
-    one, inside = exactly(frozenset([word])), len(word) in ends(tree, word, 0)
-    assert equal(f"({written(tree)})|{one}", tree) is inside
-    assert equal(f"({written(tree)})&~({one})", tree) is (not inside)
 
 
 REWRITES = [  # (expression, an expression of the same language)

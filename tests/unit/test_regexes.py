@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from llm_jepa.scoring.regexes import dfa_equal, parse
+from llm_jepa.scoring.regexes import dfa_equal
 from llm_jepa.scoring.sandbox import Failure, Sandbox
 
 STATES = 10_000
@@ -82,14 +82,6 @@ def test_text_that_is_no_expression(text):
     assert reason(text) == "syntax"
     assert reason("a", text) == "gold_syntax"
     assert reason("*", text) == "gold_syntax"
-
-
-def test_parse_gives_postfix_order():
-    a, b, c = (("symbols", (range(ord(x), ord(x) + 1),)) for x in "abc")
-    assert parse("abc") == [a, b, c, ("concatenate", 3)]
-    assert parse("a|b&c") == [a, b, c, ("&", 2), ("|", 2)]
-    assert parse("~a{2,}b") == [a, ("~", 1), ("repeat", 2, None), b, ("concatenate", 2)]
-    assert parse("a(b|())?") == [a, b, ("empty",), ("|", 2), ("repeat", 0, 1), ("concatenate", 2)]
 
 
 def test_limit_on_states():
