@@ -24,7 +24,8 @@ FRAGMENTS = st.sampled_from(
      ";", "--", "/*", "*/", "'", '"', "`", "[", "]", "\n", "\0", "\ud800", "☃", "?", "$a(", ".quit", "LIMIT 3",
      "EXPLAIN", GOLD, "SELECT 1", "DROP TABLE singer", "DELETE FROM singer", "PRAGMA user_version = 7",
      "ATTACH 'evil' AS evil", "VACUUM INTO 'evil'", "BEGIN", "load_extension('x')", "pragma_table_info('singer')",
-     "CREATE TABLE evil (a)", "INSERT INTO singer DEFAULT VALUES", "RETURNING name", "WITH singer AS (SELECT 1 AS name)", "randomblob(9)"]
+     "CREATE TABLE evil (a)", "INSERT INTO singer DEFAULT VALUES", "RETURNING name",
+     "WITH singer AS (SELECT 1 AS name)", "randomblob(9)"]
 )  # fmt: skip
 # Mostly one query or statement with something around it, since fragments in random order are rarely a query.
 AROUND = st.lists(
