@@ -5,8 +5,8 @@
     python benchmarks/bench_large.py --model_name LLAMA --work WORK --arms jepa regular -- --param_dtype bfloat16
 
 LLAMA is a model folder. If it has only config.json and a tokenizer, a model with random bfloat16 parameters is written
-to WORK/base. Flags after -- are passed to the training of each arm. WORK needs space for the base, a checkpoint and the saved model
-(`python -m llm_jepa.memory` prints how much); each arm's files are removed when the arm ends.
+to WORK/base. Flags after -- are passed to the training of each arm. WORK needs space for the base, a checkpoint and the
+saved model (`python -m llm_jepa.memory` prints how much); each arm's files are removed when the arm ends.
 
 Each arm trains from the start, with a checkpoint after --steps, and then resumes in new processes. `used` is the memory
 of the main process's GPU that is not free after the steps, including contexts, NCCL and other programs. `of matmul` is

@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -134,8 +135,6 @@ class Sandbox(contextlib.AbstractContextManager):
 
 def serve(function: str, memory: int) -> None:
     """The child process: answers calls until its parent closes the pipe."""
-    import resource
-
     replies = os.fdopen(os.dup(1), "w")
     module, _, name = function.partition(":")
     work = getattr(importlib.import_module(module), name)

@@ -90,7 +90,7 @@ def score_number(prediction: str, example: Example) -> Scores:
     return {"number": marked_number(prediction) == gold, "last_number": last_number(prediction) == gold}
 
 
-# ---------------------------------------------------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------------------------- answers and classes
 
 ARTICLES, PUNCTUATION = re.compile(r"\b(?:a|an|the)\b"), str.maketrans("", "", string.punctuation)
 
@@ -109,9 +109,6 @@ def score_answers(prediction: str, example: Example) -> Scores:
     right = {normalize(answer) for answer in answers} - {""}
     scores: Scores = {"answer_match": normalize(prediction) in right}
     return scores if right else scores | {"failure": "gold_empty"}
-
-
-# ---------------------------------------------------------------------------------------------------------- classes
 
 
 def score_choice(prediction: str, example: Example) -> Scores:

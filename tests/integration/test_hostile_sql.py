@@ -41,7 +41,6 @@ EXHAUSTING = {"timeout", "memory", "too_large"}  # depends on the computer's spe
 QUERIES: dict[str, tuple[set[str | None], list[str]]] = {  # group: (allowed reasons, None if it may run; queries)
     "writes": (REFUSED, [
         "INSERT INTO {t} SELECT * FROM {t}", "INSERT INTO {t} DEFAULT VALUES RETURNING {c}",
-        "REPLACE INTO {t} SELECT * FROM {t}", "INSERT INTO {t} SELECT * FROM {t} WHERE true ON CONFLICT DO NOTHING",
         "UPDATE {t} SET {c} = NULL", "UPDATE OR IGNORE {t} SET {c} = 'x' WHERE false", "DELETE FROM {t} WHERE false",
         "WITH x AS (SELECT * FROM {t}) INSERT INTO {t} SELECT * FROM x", "WITH x AS (SELECT 1) UPDATE {t} SET {c} = 1",
         "EXPLAIN DELETE FROM {t}", "EXPLAIN QUERY PLAN UPDATE {t} SET {c} = 1",
@@ -68,7 +67,6 @@ QUERIES: dict[str, tuple[set[str | None], list[str]]] = {  # group: (allowed rea
         "PRAGMA hard_heap_limit = 0", "PRAGMA temp_store_directory = '{dir}'", "PRAGMA nonsense",
         "EXPLAIN PRAGMA table_info({t})", "SELECT * FROM pragma_table_info('{t}')",
         "SELECT file FROM (SELECT * FROM pragma_database_list) LIMIT 1",
-        "SELECT p.name FROM sqlite_master m, pragma_table_info(m.name) p", "SELECT * FROM pragma_user_version(7)",
         "SELECT * FROM {t} WHERE {c} IN (SELECT name FROM pragma_compile_options)",
     ]),
     "denied functions": (REFUSED, [
@@ -83,13 +81,13 @@ QUERIES: dict[str, tuple[set[str | None], list[str]]] = {  # group: (allowed rea
         "SELECT * FROM csv('{dir}/bait.csv')", "SELECT * FROM generate_series(1, 9223372036854775807)",
         "SELECT * FROM sqlite_dbpage", "SELECT * FROM dbstat", "SELECT * FROM json_each('[1, 2]')",
         "SELECT * FROM fts3tokenize('simple', 'a b')", "COPY {t} TO PROGRAM 'touch {dir}/evil'",
-        "SELECT * FROM {t} INTO OUTFILE '{dir}/evil'", "SELECT * FROM (DELETE FROM {t} RETURNING *)",
+        "SELECT * FROM (DELETE FROM {t} RETURNING *)",
     ]),
     "invalid arguments": (ERROR, [
         "SELECT json(replace(hex(zeroblob(100000)), '0', '['))", "SELECT json_extract('{}', '$[')",
         "SELECT sum(9223372036854775807) FROM {t}", "SELECT snippet({t}) FROM {t}", "SELECT optimize(x'00')",
-        "SELECT nth_value(1, 0) OVER () FROM {t}", "SELECT likelihood(1, 2)", "SELECT ?", "SELECT :a, @b, $c",
-        "SELECT ?999999999", "SELECT $a(') ; DROP TABLE {t} ; --'", "SELECT nothing FROM {t}", "SELECT * FROM nowhere",
+        "SELECT likelihood(1, 2)", "SELECT :a, @b, $c", "SELECT ?999999999",
+        "SELECT $a(') ; DROP TABLE {t} ; --'", "SELECT nothing FROM {t}", "SELECT * FROM nowhere",
     ]),
     "never ends": ({"timeout"}, [
         N + "SELECT count(*) FROM n", "SELECT count(*) " + CROSS,
@@ -122,8 +120,7 @@ QUERIES: dict[str, tuple[set[str | None], list[str]]] = {  # group: (allowed rea
         "SELECT 1\n.shell id", "! touch {dir}/evil", "$(touch {dir}/evil)", "```sql\nSELECT {c} FROM {t}\n```",
         "Sure! Here it is:\n\nSELECT {c} FROM {t}", "SELECT {c} FROM {t}<|eot_id|>", "SELECT {c} FROM {t}</s>",
         "\0", "SELECT 1\0", "SELECT '\0'", "SELECT '\ud800'", "\udc80SELECT 1", "SELECT\u00a01", "ＳＥＬＥＣＴ 1",
-        "SELECT 1 \u037e DROP TABLE {t}", "☃", "SELECT 'a", "SELECT `a", "SELECT '; DROP TABLE {t}; --", "SELECT x'0g'",
-        "/*", "SELECT", "EXPLAIN", "SELECT 1 /",
+        "SELECT 1 \u037e DROP TABLE {t}", "☃", "SELECT `a", "SELECT '; DROP TABLE {t}; --", "SELECT x'0g'", "/*",
     ]),
     "nothing": ({"empty"}, [
         "", " \t\r\n\f", " ; ;\n; ", ";" * MAX_QUERY, "-- SELECT 1", "/* SELECT 1 */", "/* ; */ ; -- ;",
@@ -134,7 +131,7 @@ QUERIES: dict[str, tuple[set[str | None], list[str]]] = {  # group: (allowed rea
         "SELECT 'a\\'; DROP TABLE {t}; --'", "SELECT '''; ' ; DROP TABLE {t}", "SELECT \"a\"; DROP TABLE {t} --\"",
         "SELECT [a]; DROP TABLE {t} --]", "SELECT 1 /* /* */ ; DROP TABLE {t} /* */ */", "SELECT $a(;) FROM {t}",
         "SELECT 1 -- /*\n; DROP TABLE {t} -- */", "/*/ ; */ SELECT 1; DROP TABLE {t}", "SELECT 1;\n.shell id",
-        "BEGIN; DROP TABLE {t}; COMMIT", "SELECT 1; \0", "SELECT 1;\u200b", "SELECT 1" + "; SELECT 1" * 9_000,
+        "SELECT 1; \0", "SELECT 1;\u200b", "SELECT 1" + "; SELECT 1" * 9_000,
         "CREATE TRIGGER evil AFTER INSERT ON {t} BEGIN DELETE FROM {t}; END",
     ]),
     "other results": ({None}, [

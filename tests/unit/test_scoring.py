@@ -30,11 +30,9 @@ def scored(task: str, prediction: str, answer: str, **fields) -> dict:
         ("[0-9]+", "[0-9]+", True, True),
         ("  [0-9]+\n", " [0-9]+ ", True, True),
         ("[0-9]+ and more", "[0-9]+", False, True),
-        ("[0-9]", "[0-9]+", False, False),
         ("say [0-9]+", "[0-9]+", False, False),
         (" \n", "[0-9]+", False, False),
         ("GOOD", "Good", False, False),
-        ("a  b", "a b", False, False),
         ("naïve ☃", "naïve ☃", True, True),
     ],
 )
@@ -106,22 +104,16 @@ def test_slow_prediction_and_slow_answer_have_different_reasons(monkeypatch):
 
 
 def test_a_pair_is_compared_once_and_the_child_ends_with_the_scorer(monkeypatch):
-    calls, boxes, call = Counter(), [], Sandbox.call
-
-    def counted(self, *arguments):
-        boxes.append(self)
-        calls[arguments[:2]] += 1
-        return call(self, *arguments)
-
-    monkeypatch.setattr(Sandbox, "call", counted)
+    calls, call = [], Sandbox.call
+    monkeypatch.setattr(Sandbox, "call", lambda *args: calls.append(args) or call(*args))
     with TASKS["synth"].start(None) as score:
         for _ in range(3):
             assert score("a|b", example("b|a")) == {"dfa_equal": True}
             assert score("a|", example("b|a"))["failure"] == "syntax"
-        child = boxes[0]._child
+        child = calls[0][0]._child
         assert child.poll() is None
     assert child.poll() is not None
-    assert calls == {("a|b", "b|a"): 1, ("a|", "b|a"): 1}
+    assert [arguments[1] for arguments in calls] == ["a|b", "a|"]
 
 
 def test_verdicts_of_golden_regexes():

@@ -72,7 +72,6 @@ def listing(folder: Path) -> dict[str, tuple[int, str]]:
         ([(1,), (2,)], [(2,), (1,)], True, False),
         ([(1,), (1,), (2,)], [(1,), (2,), (2,)], False, False),
         ([(1, "a"), (2, "b")], [("a", 1), ("b", 2)], True, True),
-        ([(1, "a"), (2, "b")], [("b", 2), ("a", 1)], True, False),
         ([(1, "a"), (2, "b")], [("a", 2), ("b", 1)], False, False),
         # One permutation for all rows.
         ([(1, 2), (3, 4)], [(2, 1), (3, 4)], False, False),
@@ -82,7 +81,6 @@ def listing(folder: Path) -> dict[str, tuple[int, str]]:
         # The columns are permutations of each other.
         ([(1, 2, 3), (2, 3, 1), (3, 1, 2)], [(1, 3, 2), (2, 1, 3), (3, 2, 1)], True, True),
         ([(1, 2, 3), (2, 3, 1), (3, 1, 2)], [(1, 2, 3), (2, 1, 3), (3, 3, 1)], False, False),
-        ([(1, 1, 2), (2, 2, 1)], [(1, 2, 2), (2, 1, 1)], True, False),
         ([(0, 0, 1), (0, 1, 0), (1, 0, 0)], [(1, 1, 0), (0, 0, 1), (0, 0, 0)], False, False),
     ],
 )
@@ -149,9 +147,7 @@ def reason(database: Path, query: str) -> str:
 @pytest.mark.parametrize(
     "query",
     [
-        "SELECT count(*) FROM singer",
         "; SELECT count(*) FROM singer ; ;\n; -- that; is all;",
-        "SELECT count(*) FROM singer /* ; */ ;",
         "-- how many;\nSELECT count(*) FROM singer WHERE name != 'a;''b;';",
         'SELECT count(*) AS "a;b" FROM singer',
         "SELECT count(*) AS [a;b] FROM singer",
@@ -219,7 +215,6 @@ def test_database_is_read_from_any_path_without_locks_or_new_files(name, tmp_pat
         ("SELECT name FROM singer ORDER BY id", "SELECT name FROM singer", True, True),
         ("SELECT name, age FROM singer", "SELECT age, name FROM singer", True, False),
         ("SELECT name, age FROM singer ORDER BY id", "SELECT age, name FROM singer ORDER BY id", True, False),
-        ("SELECT age FROM singer", "SELECT DISTINCT age FROM singer", False, False),
         ("SELECT name FROM singer WHERE id > 9", "SELECT id, age FROM singer WHERE id < 0", True, True),
         ("SELECT x'31', id FROM singer", "SELECT id, x'31' FROM singer", True, False),
     ],
