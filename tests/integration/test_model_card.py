@@ -17,6 +17,9 @@ from huggingface_hub.utils import filter_repo_objects
 from synthetic_runs import change
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llm_jepa.data.examples import Example
+from llm_jepa.data.rendering import Renderer
+from llm_jepa.model import load_tokenizer
 from llm_jepa.reports import hub
 
 MODEL = GOLDEN / "models" / "llama3"
@@ -196,13 +199,7 @@ def test_code_in_the_card_generates_from_the_prompt_of_training(finished, adapte
     space: dict = {}
     exec(code.replace('"mine"', repr(str(run))).replace("max_new_tokens=128", "max_new_tokens=3"), space)
     assert len(space["answer"]) <= space["prompt"]["input_ids"].shape[1] + 3 and capsys.readouterr().out
-    from finetune import Settings
-    from llm_jepa.data.examples import Example
-    from llm_jepa.data.rendering import Renderer
-    from llm_jepa.model import load_tokenizer
-
-    s = Settings(model_name=str(run))
-    prompt = Renderer(load_tokenizer(s), s).prompt(Example("…", "…", "x", "here", 1))
+    prompt = Renderer(load_tokenizer(str(run))).prompt(Example("…", "…", "x", "here", 1))
     assert "26 Jul 2024True" in prompt
     assert space["tokenizer"].decode(space["prompt"]["input_ids"][0]) == prompt
 
