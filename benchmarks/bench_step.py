@@ -44,9 +44,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
-from llm_jepa.data import segments  # noqa: E402
 from llm_jepa.data.examples import Problems, read_examples  # noqa: E402
+from llm_jepa.data.segments import Segment  # noqa: E402
 from llm_jepa.files import sha256  # noqa: E402
+from llm_jepa.training.checks import on_device  # noqa: E402
 
 # About 5M parameters for a CPU, and the shape of Llama-3.2-1B.
 SHAPES = {
@@ -100,16 +101,13 @@ class Arm:
 
 def ours(parts: finetune.Parts, model: torch.nn.Module, s: finetune.Settings) -> Callable:
     """The loss of finetune.py with the layout of `parts`."""
-    head = finetune.HeadInput(model)
+    selector = finetune.LMHeadSelector(model)
 
     def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
-        batch = finetune.on_device(parts.collator(items), next(model.parameters()).device)
-        lm, (text, code), _ = head.losses(model, batch)
-        total = lm / max(1, len(batch["label_ids"]))
-        if s.jepa:
-            jepa, pairs = finetune.jepa_loss(text, code, s.distance)
-            total = total + s.lbd * jepa / max(1, pairs)
-        return total
+        batch = on_device(parts.collator(items), next(model.parameters()).device)
+        lm_sum, states = selector.lm_sum(model, batch)
+        terms = [(term, term.weight) for term in parts.terms]
+        return finetune.objective(lm_sum, states, batch["counts"].clamp(min=1), s.gamma, terms)[0]
 
     return loss
 
@@ -157,7 +155,7 @@ def trl_arm(args: argparse.Namespace, parts: finetune.Parts, packing: bool, fold
     )  # fmt: skip
     model = copy.deepcopy(parts.model)
     data = Dataset.from_list([turns(e) for e in parts.train_set.examples[:rows]])
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=parts.renderer.tokenizer)
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=parts.encoder.renderer.tokenizer)
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
     trainer.accelerator.backward = lambda loss, **_: None  # Arm.backward calls loss.backward()
     model.train()
@@ -187,7 +185,7 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
     if len(items) < args.steps * args.batch_size:
         raise SystemExit(f"{args.input_file} has only {len(items)} usable examples for {args.steps} steps")
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
-    pad = parts.renderer.tokenizer.pad_token_id
+    pad = parts.encoder.renderer.tokenizer.pad_token_id
     loss = reference_loss(pad, s.lbd) if name == "reference's way" else ours(parts, parts.model, s)
     useful = sum(len(segment.ids) for item in items for segment in item)
     return Arm(parts.model, batches, loss, len(items), useful, args.dtype == "bfloat16")
@@ -285,7 +283,7 @@ def results(args: argparse.Namespace, arms: dict[str, Arm], folder: str) -> Iter
 GROWTH = (1, 2, 4, 8)
 
 
-def longer(item: tuple[segments.Segment, ...], times: int) -> tuple[segments.Segment, ...]:
+def longer(item: tuple[Segment, ...], times: int) -> tuple[Segment, ...]:
     """The item with each of its segments repeated, in place of a longer text."""
     return tuple(
         dataclasses.replace(
