@@ -46,3 +46,16 @@ def test_one_page_example_prints_its_losses(capsys: pytest.CaptureFixture):
     words = capsys.readouterr().out.replace(",", "").split()
     lm, jepa, total = (float(words[i]) for i in (2, 5, 7))
     assert math.isclose(lm + jepa, total, abs_tol=2e-6)
+
+
+def test_python_api_example_trains_scores_and_embeds(tmp_path: Path):
+    example = load_example("python_api")
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(example.SYNTH.read_text().splitlines(keepends=True)[:16]))
+    scores, views = example.main(str(tmp_path / "run"), data, steps=2, examples=12, max_new_tokens=4)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["pairs"] for line in lines if "pairs" in line] == [8, 8]
+    assert set(scores) == {"dfa_equal", "exact", "startswith", "stop_rate"}
+    assert all(0 <= low <= share <= high <= 1 for share, (low, high) in scores.values())
+    assert views["n"] == 12 and -1 <= views["cosine"] <= 1
