@@ -25,7 +25,7 @@ from llm_jepa.model import load_tokenizer  # noqa: E402
 from llm_jepa.scoring.tasks import TASKS, score_text, wilson  # noqa: E402
 from llm_jepa.settings import Settings, check_settings  # noqa: E402
 
-SYNTH = ROOT / "datasets" / "synth_test.jsonl"
+TRAIN, TEST = (ROOT / "datasets" / f"synth_{part}.jsonl" for part in ("train", "test"))
 
 
 def train(train_file: Path, output_dir: str, steps: int) -> Settings:
@@ -61,15 +61,14 @@ def evaluate(model, renderer: Renderer, examples: list, task: str, max_new_token
 
 
 def main(
-    output_dir: str, train_file: Path = SYNTH.with_name("synth_train.jsonl"), steps: int = 20, examples: int = 200,
-    max_new_tokens: int = 32,
-) -> tuple[dict, dict]:  # fmt: skip
+    output_dir: str, train_file: Path = TRAIN, steps: int = 20, examples: int = 200, max_new_tokens: int = 32
+) -> tuple[dict, dict]:
     """Returns the scores on the first test examples, and the similarity of their views."""
     settings = train(train_file, output_dir, steps)
     model = AutoModelForCausalLM.from_pretrained(output_dir).eval()  # a run folder is a model folder
     tokenizer = load_tokenizer(output_dir)
     renderer = Renderer(tokenizer, predictors=settings.predictors)  # views are rendered as in training
-    test = read_examples(str(SYNTH), Problems())[:examples]
+    test = read_examples(str(TEST), Problems())[:examples]
     scores = evaluate(model, renderer, test, "synth", max_new_tokens)
     text, code = embed(model, Encoder(renderer), test, batch_size=64)  # (P, D) each
     return scores, similarity(text, code, seed=42)

@@ -51,7 +51,7 @@ def test_one_page_example_prints_its_losses(capsys: pytest.CaptureFixture):
 def test_python_api_example_trains_scores_and_embeds(tmp_path: Path):
     example = load_example("python_api")
     data = tmp_path / "train.jsonl"
-    data.write_text("".join(example.SYNTH.read_text().splitlines(keepends=True)[:16]))
+    data.write_text("".join(example.TRAIN.read_text().splitlines(keepends=True)[:16]))
     scores, views = example.main(str(tmp_path / "run"), data, steps=2, examples=12, max_new_tokens=4)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
