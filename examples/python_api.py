@@ -24,6 +24,7 @@ from llm_jepa.evaluation.generation import generate  # noqa: E402
 from llm_jepa.model import load_tokenizer  # noqa: E402
 from llm_jepa.scoring.tasks import TASKS, score_text, wilson  # noqa: E402
 from llm_jepa.settings import Settings, check_settings  # noqa: E402
+from llm_jepa.training.arguments import uses_bfloat16  # noqa: E402
 
 TRAIN, TEST = (ROOT / "datasets" / f"synth_{part}.jsonl" for part in ("train", "test"))
 
@@ -43,7 +44,8 @@ def train(train_file: Path, output_dir: str, steps: int) -> Settings:
         output_dir=output_dir,
     )
     settings = check_settings(settings, given={"max_steps"})  # `given`: checked not to contradict other flags
-    fine_tune(settings, PartialState(cpu=not torch.cuda.is_available()))
+    state = PartialState(cpu=not torch.cuda.is_available())
+    fine_tune(settings, state, bf16=uses_bfloat16(settings, state.device))
     return settings
 
 
