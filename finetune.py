@@ -555,9 +555,13 @@ def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool
 
 def build_trainer(
     s: Settings, parts: Parts, state: PartialState, *, trainer_class: type = JepaTrainer,
-    arguments: Callable = training_arguments, bf16: bool = False,
+    arguments: Callable = training_arguments, bf16: bool | None = None,
 ) -> JepaTrainer:  # fmt: skip
-    """The Trainer of a run. Raises UsageError if the Trainer refuses the settings."""
+    """The Trainer of a run. Raises UsageError if the Trainer refuses the settings.
+
+    `bf16`: whether float32 parameters are computed with in bfloat16; by default as --dtype says.
+    """
+    bf16 = uses_bfloat16(s, state.device) if bf16 is None else bf16
     micro_batches = partial(MicroBatches, seed=s.finetune_seed, batch_size=s.batch_size, tokens=s.tokens_per_batch)
     steps = s.max_steps
     if s.same_flop and s.jepa:
@@ -662,11 +666,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 finished, 1 failed, 2 wrong usage or data, 130 interrupted."""
     settings, given = parse_flags(Settings, __doc__, argv)
 
-    def work(state: PartialState) -> None:
-        s = check_settings(settings, given)
-        fine_tune(s, state, bf16=uses_bfloat16(s, state.device))
-
-    return run_training("finetune.py", work)
+    return run_training("finetune.py", lambda state: fine_tune(check_settings(settings, given), state))
 
 
 if __name__ == "__main__":

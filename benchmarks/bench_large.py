@@ -34,7 +34,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import finetune  # noqa: E402
 import finetune8bh200  # noqa: E402
 from llm_jepa.cli import UsageError, parse_flags  # noqa: E402
 from llm_jepa.files import read_json, sha256, write_json  # noqa: E402
@@ -73,22 +72,6 @@ class Clock(TrainerCallback):
         raise KeyboardInterrupt
 
 
-class Timed(finetune8bh200.Sharded):
-    """finetune8bh200.py's engine with timing."""
-
-    def __init__(self, times: dict[str, Any]):
-        self.times, self.clock = times, Clock(times)
-
-    def load(self, *args: Any) -> Any:
-        begin = time.perf_counter()
-        model = super().load(*args)
-        self.times["load s"] = time.perf_counter() - begin
-        return model
-
-    def callbacks(self, *args: Any) -> list[TrainerCallback]:
-        return [*super().callbacks(*args), self.clock]
-
-
 def used_memory() -> int | None:
     """Bytes of the GPU that are not free."""
     if not torch.cuda.is_available():
@@ -107,18 +90,25 @@ def seconds(action: Any, *args: Any) -> float:
 def worker(file: str, flags: list[str]) -> int:
     """One training process; the main one writes its times to the file."""
     times: dict[str, Any] = {}
-    engine, run_trainer = Timed(times), finetune.run_trainer
-    save_checkpoint = finetune8bh200.LargeTrainer._save_checkpoint
+    clock, load, trainer = Clock(times), finetune8bh200.load, finetune8bh200.LargeTrainer
+    train_from, save_checkpoint = trainer.train_from, trainer._save_checkpoint
 
-    def started(trainer: Any, checkpoints: list[Path]) -> None:
-        engine.clock.trainer, engine.clock.began = trainer, time.perf_counter()
-        run_trainer(trainer, checkpoints)
+    def timed_load(*args: Any) -> Any:
+        begin = time.perf_counter()
+        model = load(*args)
+        times["load s"] = time.perf_counter() - begin
+        return model
 
-    def timed(self: Any, *args: Any) -> None:
+    def timed_training(self: Any, checkpoint: Path | None) -> None:
+        clock.trainer, clock.began = self, time.perf_counter()
+        self.add_callback(clock)
+        train_from(self, checkpoint)
+
+    def timed_checkpoint(self: Any, *args: Any) -> None:
         times["checkpoint s"] = seconds(save_checkpoint, self, *args)
 
-    finetune.run_trainer, finetune8bh200.LargeTrainer._save_checkpoint = started, timed
-    code = finetune.main(flags, engine)
+    finetune8bh200.load, trainer.train_from, trainer._save_checkpoint = timed_load, timed_training, timed_checkpoint
+    code = finetune8bh200.main(flags)
     if os.environ.get("RANK", "0") == "0" and "used bytes" in times:
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         write_json(Path(file), times | {"matmul": matmul_rate(device, dtype)})

@@ -155,7 +155,9 @@ def trl_arm(args: argparse.Namespace, parts: finetune.Parts, packing: bool, fold
     )  # fmt: skip
     model = copy.deepcopy(parts.model)
     data = Dataset.from_list([turns(e) for e in parts.train_set.examples[:rows]])
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=parts.encoder.renderer.tokenizer)
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=data, processing_class=parts.encoder.renderer.tokenizer
+    )
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
     trainer.accelerator.backward = lambda loss, **_: None  # Arm.backward calls loss.backward()
     model.train()

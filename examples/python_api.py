@@ -45,7 +45,7 @@ def train(train_file: Path, output_dir: str, steps: int) -> Settings:
     )
     settings = check_settings(settings, given={"max_steps"})  # `given`: checked not to contradict other flags
     state = PartialState(cpu=not torch.cuda.is_available())
-    fine_tune(settings, state, bf16=uses_bfloat16(settings, state.device))
+    fine_tune(settings, state)
     return settings
 
 
