@@ -404,14 +404,26 @@ class Driver:
         return runs
 
     def run_chain(self, chain: list[Run]) -> None:
-        """Trains and evaluates runs and prints a line for each."""
-        for run in chain:
-            done = ["training"] if run.is_trained() else self.execute("train", run)
-            if run.kind == "pretrain" or self.settings.node_rank != "0":
-                continue
-            done += ["evaluation"] if run.is_evaluated() else self.execute("evaluate", run)
-            line = self.call(["-m", "llm_jepa.report", "--line", str(run.folder)], stdout=subprocess.PIPE)[1].rstrip()
-            print(line + (f"  (done before: {', '.join(done)})" if done else ""), flush=True)
+        """Trains and evaluates runs and prints a line for each, until anything has failed."""
+        try:
+            for run in chain:
+                if self.stopping:
+                    return
+                self.run_steps(run)
+        except BaseException:
+            self.stopping = True  # at once, so that no other chain starts
+            raise
+
+    def run_steps(self, run: Run) -> None:
+        """Trains and evaluates a run as far as that is not done, and prints its line."""
+        done = ["training"] if run.is_trained() else self.execute("train", run)
+        if run.kind == "pretrain" or self.settings.node_rank != "0":
+            return
+        done += ["evaluation"] if run.is_evaluated() else self.execute("evaluate", run)
+        code, line = self.call(["-m", "llm_jepa.report", "--line", str(run.folder)], stdout=subprocess.PIPE)
+        if code:
+            raise CommandFailed(f"{run.folder} cannot be read", code)
+        print(line.rstrip() + (f"  (done before: {', '.join(done)})" if done else ""), flush=True)
 
     def words(self, step: str, run: Run) -> list[str]:
         """A command line of a run; cells of a sweep read the two parts of the train file."""

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,6 @@ from types import SimpleNamespace
 from conftest import ROOT, call
 
 import finetune
-import finetune8bh200
 from llm_jepa import cli, driver
 
 VARIABLES = [name for field in driver.dataclasses.fields(driver.Settings) for name in field.metadata["variables"]]
@@ -28,21 +28,24 @@ FUNCTIONS = {
     "run.sh": "run_regular; run_jepa; run_pretrain; sweep; launchers",
     "run8bh200.sh": "node_variables; run_regular; run_jepa; launchers",
 }
+MODULES = ("llm_jepa.report", "llm_jepa.preflight")
+NODE_DEFAULTS = ("MODEL", "PREDICTORS", "LBD", "NPROC", "NNODES", "NODE_RANK")
 
 
 @cache
-def templates(script: str) -> tuple[str, ...]:
-    """The command lines of a shell script as it passes them to the driver."""
-    text = f'. ./{script}; {FUNCTIONS[script]}; printf "%s\\0" "${{templates[@]}}"'
-    done = subprocess.run(["bash", "-c", text], cwd=ROOT, capture_output=True, text=True, check=True)
-    return tuple(done.stdout.split("\0")[:-1])
+def templates(script: str, variables: tuple[tuple[str, str], ...] = ()) -> tuple[list[str], dict[str, str]]:
+    """The command lines that a shell script passes to the driver, and the variables that run8bh200.sh sets for it."""
+    shown = "".join(f' "${name}"' for name in NODE_DEFAULTS if script == "run8bh200.sh")
+    text = f'. ./{script}; {FUNCTIONS[script]}; printf "%s\\0" "${{templates[@]}}" --{shown}'
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES + NODE_VARIABLES} | dict(variables)
+    done = subprocess.run(["bash", "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    lines, values = driver.partition(done.stdout.split("\0")[:-1])
+    return lines, dict(zip(NODE_DEFAULTS, values, strict=False))
 
 
-def resolved(argv: list[str], script: str = "finetune") -> SimpleNamespace:
-    """The checked settings of a training's flags."""
-    module = {"finetune": finetune, "finetune8bh200": finetune8bh200}[script]
-    settings = module.Settings if script == "finetune" else module.LargeSettings
-    return finetune.check_settings(*cli.parse_flags(settings, "", argv))
+def resolved(argv: list[str]) -> dict:
+    """The settings of a training as args.json would contain them."""
+    return driver.dataclasses.asdict(finetune.check_settings(*cli.parse_flags(finetune.Settings, "", argv)))
 
 
 class Project:
@@ -66,7 +69,7 @@ class Project:
         steps, lock = [], threading.Lock()
 
         def recorded(_, words, stdout=None, log=None):
-            at = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("llm_jepa.re"))
+            at = next(i for i, word in enumerate(words) if word.endswith(".py") or word in MODULES)
             script, argv = words[at].removesuffix(".py"), words[at + 1 :]
             with lock:
                 steps.append((script, argv))
@@ -80,15 +83,15 @@ class Project:
                 return 0, done.out
             return 0, pretend(script, argv, score)
 
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         out, err = io.StringIO(), io.StringIO()
         with self.patch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.setattr(driver.Driver, "call", recorded)
-            for name, value in variables.items():
+            patch.setattr(signal, "signal", lambda *_: None)  # the scripts run in threads
+            large = self.script == "run8bh200.sh"
+            lines, more = templates(self.script, tuple(sorted(variables.items())) if large else ())
+            for name, value in (variables | more).items():
                 patch.setenv(name, value)
-            code = driver.main([self.script, *templates(self.script), "--", *arguments])
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            code = driver.main([self.script, *lines, "--", *arguments])
         trained = [argv for script, argv in steps if script.startswith("finetune")]
         evaluated = [argv for script, argv in steps if script == "evaluate" and "--score_gold" not in argv]
         return SimpleNamespace(
@@ -116,7 +119,10 @@ def pretend(script: str, argv: list[str], score) -> str:
         run, data = Path(flag(argv, "--output_dir")), flag(argv, "--train_file") or flag(argv, "--data_file")
         run.mkdir(parents=True, exist_ok=True)
         args = {"model_name": flag(argv, "--model_name"), "regular": "--regular" in argv}
-        args |= {"finetune_seed": int(flag(argv, "--finetune_seed")), "learning_rate": float(flag(argv, "--learning_rate"))}
+        args |= {
+            "finetune_seed": int(flag(argv, "--finetune_seed")),
+            "learning_rate": float(flag(argv, "--learning_rate")),
+        }
         args |= {"predictors": int(flag(argv, "--predictors") or 0), "lbd": float(flag(argv, "--lbd") or 0.1)}
         args |= {"data_file": flag(argv, "--data_file"), "eval_split": 0.2, "split_seed": 42}
         (run / "args.json").write_text(json.dumps(args))
