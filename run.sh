@@ -42,7 +42,7 @@ sweep() { # the cells of the grid read a part of the train file each, in place o
 
 launchers() {
   template check evaluate.py --score_gold --input_file {test_file} --task {task} {fields} # before the first training
-  template launch -m llm_jepa.large.launch --standalone --nproc_per_node {nproc}          # training if NPROC > 1
+  [ "${NPROC:-1}" = 1 ] || template launch_train -m llm_jepa.large.launch --standalone --nproc_per_node {nproc}
 }
 
 usage() {
@@ -75,6 +75,7 @@ Arguments, all optional, in this order ('-' is the default). The variable in bra
   seed           [SEEDS]        one, several with commas, or all (default): 82 23 37 84 4
   lbd            [LBD]          1
   dataset        [DATASET]      synth; run_pretrain: rotten_tomatoes,yelp; one or several with commas
+  output folder  [RUNS_DIR]     runs: contains the run folders
 run_regular accepts the same list and ignores last_token, predictors and lbd. compare and sweep accept only DATASET and
 MODEL; variables set the rest. FLAGs go to finetune.py and become part of the run folder's name:
   bash run.sh run_jepa -- --lora --lora_rank 64
@@ -91,7 +92,6 @@ More variables:
   NPROC             training processes, one per GPU (1); evaluation uses one process
   JOBS              runs at a time (1), which share the cores; with several, and in compare and sweep, each run writes its
                     output to RUNS_DIR/.logs/RUN.log, and one that fails ends the others
-  RUNS_DIR          folder of the run folders (runs)
   TASK              how to score a data set whose name is no task (evaluate.py --task)
   PYTHON_BIN        interpreter to use; default: setup.sh creates .venv
   ARM               run_pretrain: jepa or regular (jepa); PRETRAIN_DATASET (paraphrase); FINETUNE_LR and FINETUNE_EPOCHS

@@ -1,6 +1,6 @@
 """Training steps on the same rows, weights, precision and optimiser, laid out in every way a user could choose.
 
-    pip install -r requirements-bench.txt        # TRL's arms; they are left out where trl is not installed
+    pip install -e ".[bench]"        # TRL's arms; they are left out where trl is not installed
     python benchmarks/bench_step.py --input_file datasets/synth_train.jsonl --json step.json
     python benchmarks/bench_step.py --growth growth.png --json growth.json
 

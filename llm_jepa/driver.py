@@ -158,10 +158,9 @@ class Run:
         details = f"{self.method}-lr{s.learning_rate}"
         if self.method == "jepa":
             details += f"-lbd{s.lbd}-k{s.predictors}" + (f"-t{s.last_token}" if s.last_token else "")
-        if self.kind == "cell":
-            return s.folder_name(self.dataset, details, self.flags, f"-val{s.eval_split}-{s.split_seed}-s{self.seed}")
-        details += f"-{self.kind}" if self.kind else ""
-        return s.folder_name(self.dataset, details, self.flags, f"-s{self.seed}")
+        details += f"-{self.kind}" if self.kind in ("pretrain", "plain") else ""
+        split = f"-val{s.eval_split}-{s.split_seed}" if self.kind == "cell" else ""
+        return s.folder_name(self.dataset, details, self.flags, f"{split}-s{self.seed}")
 
     @property
     def folder(self) -> Path:
@@ -266,15 +265,18 @@ class Driver:
     """The runs of one call of the script. Raises UsageError if an argument, a variable or a flag is wrong."""
 
     def __init__(self, script: str, templates: Mapping[str, str], arguments: list[str]):
-        self.templates, self.large = templates, "launch_evaluation" in templates
+        self.templates = templates
         self.command, *words = arguments or [""]
-        commands = ["run_regular", "run_jepa", "compare"] + ([] if self.large else ["run_pretrain", "sweep"])
+        commands = ["run_regular", "run_jepa", "compare"]
+        commands += [
+            name for name, need in (("run_pretrain", "train_plain"), ("sweep", "train_cell")) if need in templates
+        ]
         if self.command not in commands:
             raise UsageError(f"unknown function '{self.command}', expected one of {', '.join(commands)} (see --help)")
         given, rest = partition(words)
         self.flags, self.later = map(tuple, partition(rest))
         self.both_arms = self.command in ("compare", "sweep")
-        limit = 2 if self.both_arms else 9 if self.large else 8
+        limit = 2 if self.both_arms else 9
         if len(given) > limit:
             raise UsageError(f"too many arguments: {self.command} accepts {limit}, the next is '{given[limit]}'")
         if "--" in rest and self.command in ("run_regular", "run_jepa"):
@@ -288,18 +290,13 @@ class Driver:
             dataset, model = (*given, "", "")[:2]
             given = [model, *[""] * 6, dataset]
         self.settings = Settings.read(self.command, given, os.environ)
-        self._check_data()
-        self.starting, self.stopping = threading.Lock(), False
-
-    def _check_data(self) -> None:
-        names = items(self.settings.datasets)
-        if self.both_arms and len(names) > 1:
+        if self.both_arms and len(items(self.settings.datasets)) > 1:
             raise UsageError(f"{self.command} accepts one data set, not '{self.settings.datasets}'")
-        files = [f"datasets/{name}_{part}.jsonl" for name in names for part in ("train", "test")]
-        files += [f"datasets/{self.settings.pretrain_dataset}_train.jsonl"] * (self.command == "run_pretrain")
-        for file in files:
-            if not Path(file).exists():
-                raise UsageError(f"{file} does not exist; see datasets/README.md")
+        for run in itertools.chain(*self.chains()):
+            for file in [run.train_file] + [run.test_file] * (run.kind != "pretrain"):
+                if not Path(file).exists():
+                    raise UsageError(f"{file} does not exist; see datasets/README.md")
+        self.starting, self.stopping = threading.Lock(), False
 
     # ---------------------------------------------------------------------------------------------- which runs
 
@@ -310,19 +307,17 @@ class Driver:
 
     def chains(self) -> list[list[Run]]:
         """The runs in the order in which they start; each chain runs in sequence."""
-        s = self.settings
-        seeds, names = items(s.seeds), items(s.datasets)
-        if self.command == "run_pretrain":
-            return [self.pretraining(seed, names) for seed in seeds]
+        s, names = self.settings, items(self.settings.datasets)
         methods = ["regular", "jepa"] if self.both_arms else [self.command.removeprefix("run_")]
-        return [[self.make_run(m, seed, name, s)] for seed in seeds for m in methods for name in names]
-
-    def pretraining(self, seed: str, names: list[str]) -> list[Run]:
-        """Pretraining, then regular fine-tuning of the pretrained model on each data set."""
-        s = self.settings
-        base = Run(s, s.pretrain_arm, s.pretrain_dataset, seed, self.flags, "pretrain", s.model == TINY)
-        after = replace(s, model=str(base.folder), learning_rate=s.finetune_lr, epochs=s.finetune_epochs)
-        return [base, *(Run(after, "regular", name, seed, self.later, "plain", base.tiny) for name in names)]
+        if methods != ["pretrain"]:
+            return [[self.make_run(m, seed, name, s)] for seed in items(s.seeds) for m in methods for name in names]
+        chains = []
+        for seed in items(s.seeds):
+            base = Run(s, s.pretrain_arm, s.pretrain_dataset, seed, self.flags, "pretrain", s.model == TINY)
+            after = replace(s, model=str(base.folder), learning_rate=s.finetune_lr, epochs=s.finetune_epochs)
+            runs = [Run(after, "regular", name, seed, self.later, "plain", base.tiny) for name in names]
+            chains.append([base, *runs])
+        return chains
 
     def report_folder(self) -> Path:
         """The folder of the report of both arms."""
@@ -411,8 +406,9 @@ class Driver:
                     return
                 self.run_steps(run)
         except BaseException:
-            self.stopping = True  # at once, so that no other chain starts
-            raise
+            if not self.stopping:  # else a consequence of another failure
+                self.stopping = True  # at once, so that no other chain starts
+                raise
 
     def run_steps(self, run: Run) -> None:
         """Trains and evaluates a run as far as that is not done, and prints its line."""
@@ -432,24 +428,21 @@ class Driver:
         if run.kind == "cell":
             text = text.replace("--train_file {train_file}", self.templates["train_cell"])
             text = text.replace("--input_file {test_file}", self.templates["evaluate_cell"])
-        return fill(text, run.values())
+        return fill(f"{self.templates.get(f'launch_{step}', '')} {text}", run.values())
 
     def execute(self, step: str, run: Run) -> list[str]:
         """Trains or evaluates. Raises CommandFailed with the end of the log if there is one."""
-        s, log = self.settings, None
-        if self.both_arms or s.jobs != "1":
-            node = f"-node{s.node_rank}" if s.node_rank != "0" else ""
+        log = None
+        if self.both_arms or self.settings.jobs != "1":
+            node = f"-node{self.settings.node_rank}" if self.settings.node_rank != "0" else ""
             log = run.folder.parent / ".logs" / f"{run.name}{node}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
-        launch = self.templates["launch_evaluation" if self.large and step == "evaluate" else "launch"]
-        launched = (s.nproc != "1" and (self.large or step == "train")) or (self.large and step == "train")
-        words = (fill(launch, run.values()) if launched else []) + self.words(step, run)
-        code, _ = self.call(words, None if step == "train" else subprocess.DEVNULL, log)
-        patience = 60 if s.nnodes != "1" else 0  # seconds until a shared file system shows what another node wrote
-        while step == "train" and not code and not is_finished(run.folder) and patience:
-            patience -= 1
+        code, _ = self.call(self.words(step, run), subprocess.DEVNULL if step == "evaluate" else None, log)
+        for _ in range(60 if self.settings.nnodes != "1" else 0):  # a shared file system may show files with a delay
+            if code or is_finished(run.folder):
+                break
             time.sleep(1)
-        if not code and (step == "evaluate" or is_finished(run.folder)):
+        if not code and is_finished(run.folder):
             return []
         what = f"{step} of seed {run.seed} ended " + (f"with exit code {code}" if code else "unfinished")
         tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-5:] if log else []
@@ -464,8 +457,7 @@ class Driver:
             variables["OMP_NUM_THREADS"] = str(max(1, cores // jobs // int(self.settings.nproc)))
         elif jobs > 1:
             variables.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
-        output = open(log, "ab") if log else None
-        with self.starting:
+        with self.starting, open(log, "ab") if log else contextlib.nullcontext() as output:
             if self.stopping:
                 raise CommandFailed("stopped", 1)
             process = subprocess.Popen(

@@ -116,7 +116,7 @@ def test_datasets_run_in_sequence_for_each_seed(project):
 WRONG = [
     ("run_all", {}, "run_all"),
     ("", {}, "unknown function"),
-    ("run_jepa - - - - - - - - ninth", {}, "ninth"),
+    ("run_jepa - - - - - - - - - tenth", {}, "tenth"),
     ("sweep synth m third", {}, "third"),
     ("run_jepa - fast", {}, "fast"),
     ("run_jepa - - two", {}, "two"),
@@ -390,7 +390,7 @@ time.sleep(300)
 def start(project: Project, **variables: str) -> subprocess.Popen:
     """The driver with TRAINER, in a process of its own."""
     Path("train.py").write_text(TRAINER)
-    lines = ["train_jepa=train.py {run}", "check=-c pass", "launch=-c pass"]
+    lines = ["train_jepa=train.py {run}", "check=-c pass"]
     command = [sys.executable, "-m", "llm_jepa.driver", "run.sh", *lines, "--", "run_jepa"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     return subprocess.Popen(
