@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -19,6 +18,7 @@ from conftest import ROOT, call
 
 import finetune
 from llm_jepa import cli, driver
+from llm_jepa.files import sha256
 
 VARIABLES = [name for field in driver.dataclasses.fields(driver.Settings) for name in field.metadata["variables"]]
 NODE_VARIABLES = ["MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "NODE_TIMEOUT", "JOIN_LIMIT", "PREFLIGHT", "DEVICE",
@@ -126,18 +126,14 @@ def pretend(script: str, argv: list[str], score) -> str:
         args |= {"predictors": int(flag(argv, "--predictors") or 0), "lbd": float(flag(argv, "--lbd") or 0.1)}
         args |= {"data_file": flag(argv, "--data_file"), "eval_split": 0.2, "split_seed": 42}
         (run / "args.json").write_text(json.dumps(args))
-        (run / "run.json").write_text(json.dumps({"status": "finished", "data_sha256": {data: checksum(data)}}))
+        (run / "run.json").write_text(json.dumps({"status": "finished", "data_sha256": {data: sha256(data)}}))
     elif script == "evaluate" and "--score_gold" not in argv:
         run, data = Path(flag(argv, "--model_name")), flag(argv, "--input_file")
         folder = run / "eval" / Path(data).stem.rpartition("_")[0]
         folder.mkdir(parents=True, exist_ok=True)
         value = score(SimpleNamespace(**json.loads((run / "args.json").read_text())))
         metrics = {"task": flag(argv, "--task") or "synth", "n": 4, "score": "exact", "scores": [], "exact": value}
-        metrics |= {"startswith": 1.0, "stop_rate": 1.0, "data_sha256": checksum(data)}
+        metrics |= {"startswith": 1.0, "stop_rate": 1.0, "data_sha256": sha256(data)}
         metrics |= {"settings": {"process_split": flag(argv, "--process_split")}}
         (folder / "metrics.json").write_text(json.dumps(metrics))
     return f"line of {argv[-1]}\n" if "--line" in argv else ""
-
-
-def checksum(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -100,7 +100,9 @@ def pick(arm: str, runs: Sequence[str | Path], output_file: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 picked, 2 wrong usage or runs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m llm_jepa.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--pick", required=True, choices=["regular", "jepa"], help="arm whose best cell is printed")
     parser.add_argument("--output_file", required=True, type=Path, help="JSON file for all cells")
