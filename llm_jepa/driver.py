@@ -444,7 +444,9 @@ class Driver:
             time.sleep(1)
         if not code and is_finished(run.folder):
             return []
-        what = f"{step} of seed {run.seed} ended " + (f"with exit code {code}" if code else "unfinished")
+        what = f"{'training' if step == 'train' else 'evaluation'} of seed {run.seed} ended " + (
+            f"with exit code {code}" if code else "unfinished"
+        )
         tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-5:] if log else []
         raise CommandFailed("\n".join([f"{what}: {run.folder}" + f", log {log}" * bool(log), *tail]), code or 1)
 
@@ -498,7 +500,7 @@ def main(argv: list[str] | None = None) -> int:
             return driver.work()
         except CommandFailed as error:
             driver.stop()
-            print(f"{script}: error: {error}", file=sys.stderr)
+            print(f"{script}: {error}", file=sys.stderr)
             return error.code
 
     return run_command(script, work)
