@@ -1,6 +1,6 @@
 """Times training steps on the same examples, model, precision and optimizer in every layout.
 
-    pip install -r requirements-bench.txt        # for TRL's arms, which are skipped if trl is not installed
+    pip install -e ".[bench]"        # for TRL's arms, which are skipped if trl is not installed
     python benchmarks/bench_step.py --input_file datasets/synth_train.jsonl --json step.json
     python benchmarks/bench_step.py --growth growth.png --json growth.json
 

@@ -24,7 +24,6 @@ from llm_jepa.evaluation.generation import generate  # noqa: E402
 from llm_jepa.model import load_tokenizer  # noqa: E402
 from llm_jepa.scoring.tasks import TASKS, score_text, wilson  # noqa: E402
 from llm_jepa.settings import Settings, check_settings  # noqa: E402
-from llm_jepa.training.arguments import uses_bfloat16  # noqa: E402
 
 TRAIN, TEST = (ROOT / "datasets" / f"synth_{part}.jsonl" for part in ("train", "test"))
 
