@@ -67,13 +67,6 @@ def test_answer_text_excludes_end_of_turn_token(name):
         assert np.flatnonzero(a.labels)[:-1].tolist() == np.flatnonzero(b.labels).tolist()
 
 
-def test_scope_all_labels_every_token_and_reference_all_but_padding_id():
-    assert all(c.labels.all() for c in encoder("llama3", lm_labels="all").chats(EXAMPLES))
-    pad = tokenizer("llama3").pad_token_id  # the end-of-turn token, so the published protocol never learns to stop
-    chats = encoder("llama3", lm_labels="reference").chats(EXAMPLES)
-    assert all((c.labels == (c.ids != pad)).all() and not c.labels.all() for c in chats)
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_system_text_is_in_chat_only_and_text_has_at_most_one_bos(name):
     e = encoder(name, predictors=1)
@@ -113,20 +106,7 @@ def test_prompt_equals_chat_up_to_answer(name):
             )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["llama3", "google_gemma", "chatml"])
-def test_reverse_pred_swaps_views_and_front_pred_precedes_content(name):
-    text, code = encoder(name, predictors=2, reverse_pred=True).renderer.views(FIRST)
-    assert "Good<|predictor_2|><|predictor_1|>" in text.text and "film" in code.text
-    front = encoder(name, predictors=2, front_pred=True)
-    text, code = front.renderer.views(FIRST)
-    assert "<|predictor_1|><|predictor_2|>Is it" in text.text and "predictor" not in code.text
-    first, _ = front.views([FIRST])[0]
-    assert decode(front, first.ids[: first.view + 1]).endswith("a Good film")
-
-
-def test_last_token_sets_view_token():
-    text, code = encoder("llama3", last_token=-1).views([FIRST])[0]
-    assert text.view == len(text.ids) - 1 and code.view == len(code.ids) - 1
+def test_last_token_outside_the_view_is_refused():
     assert all(isinstance(x, ValueError) for x in encoder("llama3", last_token=-99).views([FIRST])[0])
 
 
@@ -172,15 +152,12 @@ def test_space_of_template_before_answer_is_label_not_prompt():
         assert decode(e, chat.ids[chat.labels]) == f" {answer}<|im_end|>"
 
 
-def test_plain_format():
-    e = encoder("llama3", plain=True)
-    assert e.renderer.chat(FIRST).text == "Is it Good or Bad: a Good film<|perception|>Good<|eot_id|>"
-    chat = e.chats([FIRST])[0]
-    assert decode(e, chat.ids[chat.labels]) == "Good<|eot_id|>"
-    assert [v.text for v in e.renderer.views(FIRST)] == ["Is it Good or Bad: a Good film", "Good"]
-    both = encoder("llama3", plain=True, train_all=True, lm_labels="all")
-    assert both.renderer.chat(FIRST).text == "Is it Good or Bad: a Good film<|eot_id|>"
-    assert both.chats([FIRST])[0].labels.all()
+def test_plain_chat_ends_with_end_of_turn_label_and_train_all_labels_every_token():
+    plain = encoder("llama3", plain=True)
+    chat = plain.chats([FIRST])[0]
+    assert decode(plain, chat.ids) == "Is it Good or Bad: a Good film<|perception|>Good<|eot_id|>"
+    assert decode(plain, chat.ids[chat.labels]) == "Good<|eot_id|>"
+    assert encoder("llama3", plain=True, train_all=True, lm_labels="all").chats([FIRST])[0].labels.all()
 
 
 def test_example_longer_than_max_length_is_an_error_or_skipped():

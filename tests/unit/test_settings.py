@@ -65,7 +65,6 @@ REFUSED = {
     "--last_token 0": "",
     "--jepa_ratio 1.5": "",
     "--lbd inf": "",
-    "--lbd -1": "",
     "--train_all --lm_labels answer": "--lm_labels",
     "--additive_mask --layout packed": "--additive_mask --layout",
     "--additive_mask --regular": "",
@@ -77,7 +76,6 @@ REFUSED = {
     "--lora --pretrain": "--lora --pretrain",
     "--data_file x": "--train_file --data_file",
     "--eval_split 0.1": "",
-    "--eval_split 1.5": "",
     "--val_fraction 0.1 --eval_file e": "--val_fraction --eval_file",
     "--eval_generate 5": "",
     "--eval_generate 3 --eval_strategy no --eval_file e": "",
@@ -89,12 +87,9 @@ REFUSED = {
     "--track_flop --torch_compile": "--track_flop --torch_compile",
     "--learning_rate nan": "",
     "--batch_size 0": "",
-    "--finetune_seed -1": "",
     "--finetune_seed 4294967296": "",
-    "--split_seed -1 --val_fraction 0.1": "",
     "--split_seed 4294967296 --val_fraction 0.1": "",
     "--adam_beta2 2": "",
-    "--warmup_steps inf": "",
     "--report_to excel": "",
     "--lr_scheduler_type stairs": "",
     "--optim magic": "",
@@ -111,14 +106,6 @@ def test_wrong_or_contradictory_flags_are_refused(flags):
         resolve(*flags.split())
     mentioned = REFUSED[flags].split() or flags.split()[:1]
     assert all(name in str(error.value) for name in mentioned), str(error.value)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    ["--finetune_seed 4294967295", "--split_seed 4294967295 --val_fraction 0.1", "--overwrite --output_dir runs/other"],
-)
-def test_allowed_flags_are_accepted(flags):
-    resolve(*flags.split())
 
 
 def test_all_mistakes_are_reported_at_once_with_exit_code_2(tmp_path):
