@@ -201,6 +201,7 @@ def check_data(s: Settings, r: Refusals) -> None:
     """Which examples are trained on and which are held out."""
     sources = (s.data_file, s.eval_file, s.val_fraction)
     r.refuse(not s.model_name, "--model_name is missing")
+    r.only_if(not Path(s.model_name or "-").is_dir(), "revision", "only with a model of the hub")
     r.refuse(bool(s.train_file) == bool(s.data_file), "give one of --train_file and --data_file")
     r.refuse(sum(map(bool, sources)) > 1, "give at most one of --data_file, --eval_file and --val_fraction")
     r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
@@ -208,6 +209,9 @@ def check_data(s: Settings, r: Refusals) -> None:
     r.only_if(bool(s.data_file), "eval_split", "only with --data_file")
     r.only_if(bool(s.data_file or s.val_fraction), "split_seed", "only with --data_file or --val_fraction")
     r.only_if(any(sources), "eval_strategy eval_steps eval_generate", "there are no held-out examples")
+    for action in ("eval", "save"):
+        in_steps = (getattr(s, f"{action}_strategy") or ("steps" if s.streaming else "epoch")) == "steps"
+        r.only_if(in_steps, f"{action}_steps", f"only with --{action}_strategy steps")
     r.only_if(s.eval_strategy != "no", "eval_generate", "not with --eval_strategy no")
     r.refuse(not 0 < s.eval_split < 1, f"--eval_split {s.eval_split} is not between 0 and 1")
     r.refuse(not 0 <= s.val_fraction < 1, f"--val_fraction {s.val_fraction} is not in 0 to 1")
@@ -229,6 +233,7 @@ def check_method(s: Settings, r: Refusals) -> None:
     kernel = f"--attn_implementation {s.attn_implementation}"
     r.only_if(not s.regular, views, "not with --regular, which has no views")
     r.refuse(s.regular and s.layout == "additive", "--layout additive: not with --regular, which has no views")
+    r.only_if(s.grad_accum > 1, "reference_grad_scale", "not with --grad_accum 1, where it changes nothing")
     r.only_if(s.predictors > 0, "front_pred reverse_pred", "only with --predictors")
     r.refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
     r.refuse(s.jepa_l2 + s.jepa_mse + s.infonce > 1, "give one of --jepa_l2, --jepa_mse and --infonce")
