@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -32,6 +33,8 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are too small for a second thread to gain anything
 
 import finetune  # noqa: E402, F401
+from llm_jepa.files import read_json  # noqa: E402
+from llm_jepa.run_folder import complete_checkpoints  # noqa: E402
 
 # Each run of a script collects garbage; without the freeze most of a short run's time goes to the libraries' objects.
 gc.collect()
@@ -102,8 +105,9 @@ def dry_run(*argv: object) -> dict:
 
 def start(data: Path, out: Path, *flags: object, model: str | Path = "llama3") -> SimpleNamespace:
     """Runs finetune.py on a golden model (or a model folder): its exit code, stdout and stderr."""
+    size = () if "--tokens_per_batch" in flags else ("--batch_size", 4)
     return call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / model, "--output_dir", out,
-                "--batch_size", 4, "--grad_accum", 2, "--learning_rate", "1e-3", *flags)  # fmt: skip
+                *size, "--grad_accum", 2, "--learning_rate", "1e-3", *flags)  # fmt: skip
 
 
 def train(data: Path, out: Path, *flags: object, model: str | Path = "llama3", code: int = 0) -> Path:
@@ -143,6 +147,19 @@ def same_weights(a: Path, b: Path, **tolerance: float) -> None:
     assert first.keys() == second.keys()
     for key in first:
         torch.testing.assert_close(first[key], second[key], **(tolerance or {"rtol": 0, "atol": 0}), msg=key)
+
+
+def interrupted(run: Path, step: int, folder: Path) -> Path:
+    """A copy of a finished run as an interruption after the checkpoint of `step` leaves it."""
+    shutil.copytree(run, folder)
+    for checkpoint in complete_checkpoints(folder):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    record = read_json(folder / "run.json") | {"status": "interrupted"}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
 
 
 @pytest.fixture(scope="module")
