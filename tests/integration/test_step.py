@@ -174,13 +174,13 @@ def test_compiler_gets_few_shapes_and_changes_no_number():
 
     torch._dynamo.reset()
     compiled = torch.compile(parts.model, backend=count)
-    for begin in range(0, 60, 3):
+    for begin in range(0, 45, 3):
         batch = parts.collator(parts.train_set.items[begin : begin + 3])
         assert batch["input_ids"].shape[1] % 64 == 0
         with torch.no_grad():
             ours, theirs = (parts.selector.lm_loss(model, batch)[0] for model in (parts.model, compiled))
         torch.testing.assert_close(ours, theirs)
-        if begin == 30:
+        if begin == 24:
             early = len(graphs)
     torch._dynamo.reset()
     assert 0 < early <= 12 and len(graphs) == early, (early, len(graphs))
