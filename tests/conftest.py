@@ -150,14 +150,14 @@ def same_weights(a: Path, b: Path, **tolerance: float) -> None:
 
 
 def interrupted(run: Path, step: int, folder: Path) -> Path:
-    """A copy of a finished run as an interruption after the checkpoint of `step` leaves it."""
+    """A copy of a finished run as a kill after the checkpoint of `step` leaves it."""
     shutil.copytree(run, folder)
     for checkpoint in complete_checkpoints(folder):
         if int(checkpoint.name.split("-")[1]) > step:
             shutil.rmtree(checkpoint)
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    record = read_json(folder / "run.json") | {"status": "interrupted"}
+    record = read_json(folder / "run.json") | {"status": "running"}
     (folder / "run.json").write_text(json.dumps(record))
     return folder
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,6 @@ from conftest import (
     EXAMPLES,
     GOLDEN,
     JEPA,
-    ROOT,
     call,
     column,
     dry_run,
@@ -31,13 +26,11 @@ from conftest import (
     write_rows,
 )
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune
 from llm_jepa.files import read_json, sha256
 from llm_jepa.run_folder import complete_checkpoints
-from llm_jepa.training.callbacks import MetricsCallback
 
 MODEL = GOLDEN / "models" / "llama3"
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
@@ -118,12 +111,6 @@ def test_each_epoch_has_every_example_once_in_another_order(tmp_path):
     assert sum(labels[:2]) == sum(labels[2:]) and labels[:2] != labels[2:]
 
 
-@pytest.mark.parametrize("layout", ["separate", "additive"])
-def test_layouts_train_to_equal_weights(trained, layout):
-    packed, other = trained(*JEPA, "--max_steps", 3), trained(*JEPA, "--max_steps", 3, "--layout", layout)
-    same_weights(packed, other, rtol=1e-3, atol=2e-5)
-
-
 def test_logged_loss_is_the_formula(trained):
     for m in metrics(trained(*JEPA, "--gamma", 0.5, "--lbd", 2, "--max_steps", 2)):
         assert m["loss"] == pytest.approx(0.5 * m["lm_loss"] + 2 * m["jepa_loss"], rel=1e-5)
@@ -168,16 +155,6 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(data, trained, tmp_pat
     assert [record[key] for key in ("steps", "tokens")] == [first[key] for key in ("steps", "tokens")]
 
 
-def test_interrupt_is_recorded_with_exit_code_130(data, tmp_path, monkeypatch):
-    def on_save(self, args, state, control, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(MetricsCallback, "on_save", on_save)
-    run = train(data, tmp_path / "run", *JEPA, *SAVED, code=130)
-    assert read_json(run / "run.json")["status"] == "interrupted"
-    assert [p.name for p in complete_checkpoints(run)] == ["checkpoint-2"]
-
-
 def test_resume_uses_the_last_complete_checkpoint(data, trained, tmp_path):
     straight = trained(*JEPA, *SAVED)
     run = interrupted(straight, 4, tmp_path / "run")
@@ -189,27 +166,10 @@ def test_resume_uses_the_last_complete_checkpoint(data, trained, tmp_path):
     same_weights(straight, run)
 
 
-def test_run_killed_by_signal_9_can_be_resumed(data, trained, tmp_path):
-    flags = (*JEPA, "--save_strategy", "steps", "--save_steps", 1, "--lr_scheduler_type", "constant")
-    flags = (*flags, "--max_steps", 30, "--batch_size", 1, "--grad_accum", 1)
-    run = tmp_path / "run"
-    command = [sys.executable, ROOT / "finetune.py", "--train_file", data, "--model_name", MODEL, "--output_dir", run,
-               "--learning_rate", "1e-3", *flags]  # fmt: skip
-    process = subprocess.Popen([str(c) for c in command], stderr=subprocess.DEVNULL, cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while not complete_checkpoints(run) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert read_json(run / "run.json")["status"] == "running"
-    assert "--resume" in start(data, run, *flags).err
-    train(data, run, *flags, "--resume")
-    same_weights(trained(*flags), run)
-
-
 def test_resume_with_other_settings_or_data_is_refused(data, trained, tmp_path):
     run = interrupted(trained(*JEPA, *SAVED), 4, tmp_path / "run")
     before = (run / "args.json").read_bytes()
+    assert "--resume" in start(data, run, *JEPA, *SAVED).err
     done = start(data, run, *JEPA, *SAVED, "--lbd", 4, "--learning_rate", 2e-3, "--resume")
     assert done.code == 2 and "--lbd 1.0 (now 4.0)" in done.err and "--learning_rate 0.001 (now 0.002)" in done.err
     assert "--predictors" not in done.err and (run / "args.json").read_bytes() == before
@@ -286,13 +246,6 @@ def test_adapter_of_a_phi_model_reaches_joined_projections_but_no_output_layer_w
     train(data, tmp_path / "run", "--lora", *JEPA, "--max_steps", 1, model=biased)
 
 
-def test_pretrain_starts_from_random_parameters_of_the_seed(trained):
-    flags = ("--pretrain", "--regular", "--max_steps", 1, "--learning_rate", "1e-9", "--finetune_seed")
-    one, two, base = (weights(f)["model.layers.0.mlp.up_proj.weight"] for f in (trained(*flags, 1), trained(*flags, 2),
-                                                                             MODEL))  # fmt: skip
-    assert not torch.allclose(one, two) and not torch.allclose(one, base)
-
-
 @pytest.mark.parametrize("flags", [(), ("--trainall",)], ids=["chat", "text"])
 def test_plain_runs_train_and_evaluate(trained, tmp_path, flags):
     run = trained("--plain", *flags, "--lbd", 1, "--max_steps", 2)
@@ -301,40 +254,17 @@ def test_plain_runs_train_and_evaluate(trained, tmp_path, flags):
     assert read_json(tmp_path / "out" / "metrics.json")["score"] == "startswith"
 
 
-def test_embeddings_grow_for_tokens_that_the_model_has_no_room_for(data, tmp_path):
-    small = shutil.copytree(MODEL, tmp_path / "small")
-    raw, config = (json.loads((small / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
-    raw["added_tokens"] = [t for t in raw["added_tokens"] if t["id"] < 520]
-    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
-        config.pop(key, None)
-    (small / "special_tokens_map.json").unlink()
-    (small / "tokenizer.json").write_text(json.dumps(raw))
-    (small / "tokenizer_config.json").write_text(json.dumps(config))
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
-    model.resize_token_embeddings(520)
-    model.save_pretrained(small)
-    run = train(data, tmp_path / "run", *JEPA, "--max_steps", 1, model=small)
-    assert weights(run)["model.embed_tokens.weight"].shape[0] == len(AutoTokenizer.from_pretrained(run)) > 520
-
-
-def test_generation_config_is_mended_or_refused_before_training(data, tmp_path):
+def test_generation_config_is_corrected_or_refused_before_training(data, tmp_path):
     model = shutil.copytree(GOLDEN / "models" / "chatml", tmp_path / "model")
-    unused = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
-
-    def write(**settings: object) -> None:
-        (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | settings))
-
-    write(do_sample=False, **unused)
-    run = train(data, tmp_path / "greedy", "--regular", "--max_steps", 1, model=model)
+    config, flags = model / "generation_config.json", ("--regular", "--max_steps", 1)
+    config.write_text(json.dumps({"eos_token_id": 2, "do_sample": False, "temperature": 0.6, "top_k": 20}))
+    run = train(data, tmp_path / "run", *flags, model=model)
     saved = read_json(run / "generation_config.json")
-    assert not unused.keys() & saved.keys()
+    assert not {"temperature", "top_k"} & saved.keys()  # transformers refuses to save them with greedy decoding
     assert AutoTokenizer.from_pretrained(run).convert_tokens_to_ids("<|im_end|>") in saved["eos_token_id"]
-    write(do_sample=True, temperature=0.6)
-    run = train(data, tmp_path / "sampled", "--regular", "--max_steps", 1, model=model)
-    assert read_json(run / "generation_config.json")["temperature"] == 0.6
-    write(pad_token_id=-1)
-    done = start(data, tmp_path / "refused", "--regular", "--max_steps", 1, model=model)
-    assert done.code == 2 and "generation_config.json" in done.err and not (tmp_path / "refused").exists()
+    config.write_text(json.dumps({"eos_token_id": 2, "pad_token_id": -1}))
+    done = start(data, tmp_path / "refused", *flags, model=model)
+    assert done.code == 2 and config.name in done.err and not (tmp_path / "refused").exists()
 
 
 def test_model_with_state_along_the_row_is_refused_unless_separate(data, tmp_path):
@@ -392,11 +322,11 @@ def test_held_out_loss_is_that_of_one_batch_without_dropout_and_warmup(data, tra
     ids=["packed", "separate-dropout"],
 )
 def test_same_flop_spends_the_flops_of_regular_fine_tuning(trained, flags, regular):
-    common = ("--batch_size", 8, "--grad_accum", 1, "--num_epochs", 5, "--track_flop")
+    common = ("--batch_size", 4, "--grad_accum", 1, "--num_epochs", 6, "--track_flop")
     one, same = (trained(*JEPA, *flags, *common, *more) for more in ((), ("--same_flop",)))
     flops = [column(run, "flops")[-1] for run in (one, same, trained("--regular", *regular, *common))]
     assert flops[0] > 1.15 * flops[2] and flops[1] == pytest.approx(flops[2], rel=0.08)
-    assert read_json(same / "run.json")["steps"] == len(metrics(same)) < len(metrics(one)) == 15
+    assert read_json(same / "run.json")["steps"] == len(metrics(same)) < len(metrics(one)) == 36
 
 
 @pytest.mark.parametrize("scope", ["answer", "reference"])
@@ -472,23 +402,6 @@ def test_step_that_is_not_finite_stops_training(data, tmp_path, monkeypatch, wha
     assert all(torch.isfinite(v).all() for v in weights(complete_checkpoints(run)[-1]).values())
 
 
-@pytest.mark.parametrize(("layout", "code"), [("packed", 2), ("separate", 1)])
-def test_damaged_parameters_are_refused(data, tmp_path, layout, code):
-    model = shutil.copytree(MODEL, tmp_path / "model")
-    tensors = weights(model)
-    tensors["model.norm.weight"][0] = torch.nan
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    done = call(
-        "finetune", "--train_file", data, "--model_name", model, "--regular", "--layout", layout, "--dry_run", 2
-    )
-    assert (done.code, done.out) == (code, "") and "Traceback" not in done.err
-
-
-def test_one_example_is_enough(tmp_path):
-    data = write_rows(tmp_path / "one.jsonl", EXAMPLES[:1])
-    assert column(train(data, tmp_path / "run", *JEPA, "--max_steps", 1), "pairs") == [1]
-
-
 def test_example_longer_than_the_context_is_reported(tmp_path):
     from transformers import GPT2Config
 
@@ -509,15 +422,6 @@ def test_dry_run_prints_one_object_and_writes_nothing(data, tmp_path, monkeypatc
     assert row["total_loss"] == pytest.approx(row["lm_loss"] + 0.1 * row["jepa_loss"], rel=1e-6)
 
 
-def test_tensorboard_gets_the_losses(trained):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = trained(*JEPA, "--max_steps", 2, "--report_to", "tensorboard")
-    events = EventAccumulator(str(next(run.rglob("events.out*")).parent))
-    events.Reload()
-    assert {"train/jepa_loss", "train/lm_loss", "train/cosine"} <= set(events.Tags()["scalars"])
-
-
 @pytest.mark.parametrize(
     ("flag", "tolerance"), [("--gradient_checkpointing", 1e-5), ("--dtype=bfloat16", 0.05)], ids=["memory", "bf16"]
 )
@@ -532,72 +436,26 @@ def test_memory_and_precision_flags_change_little(trained, flag, tolerance):
 
 BAD_LINES = {
     "not JSON": b'{"messages": [',
-    "not UTF-8": b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}',
     "no messages": b'{"text": "a"}',
-    "wrong roles": b'{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}',
-    "empty content": b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "  "}]}',
     "too long": json.dumps(message_row("a", "b " * 600)).encode(),
 }
 
 
-def test_bad_lines_are_reported_by_file_and_line_or_skipped_and_counted(tmp_path):
-    for number, (name, line) in enumerate(BAD_LINES.items()):
-        data = write_rows(tmp_path / f"{number}.jsonl", EXAMPLES[:3])
-        data.write_bytes(data.read_bytes() + line + b"\n")
-        done = start(data, tmp_path / "run", "--regular", "--max_steps", 1)
-        assert done.code == 2 and f"{data}:4" in done.err and not (tmp_path / "run").exists(), name
-    data = tmp_path / "all.jsonl"
-    data.write_bytes(b"\n".join([*(json.dumps(e).encode() for e in EXAMPLES[:3]), *BAD_LINES.values()]))
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_bad_line_is_reported_by_file_and_line_or_skipped_and_counted(tmp_path, bad):
+    data = write_rows(tmp_path / "data.jsonl", EXAMPLES[:3])
+    data.write_bytes(data.read_bytes() + BAD_LINES[bad] + b"\n")
+    done = start(data, tmp_path / "run", "--regular", "--max_steps", 1)
+    assert done.code == 2 and f"{data}:4" in done.err and not (tmp_path / "run").exists()
     run = train(data, tmp_path / "run", "--regular", "--max_steps", 1, "--skip_bad_examples")
-    assert read_json(run / "run.json")["skipped_examples"] == len(BAD_LINES)
+    assert read_json(run / "run.json")["skipped_examples"] == 1
 
 
-def test_file_without_examples_is_reported(tmp_path):
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "folder.jsonl").mkdir()
-    for name in ("missing.jsonl", "empty.jsonl", "folder.jsonl"):
-        done = start(tmp_path / name, tmp_path / "run", "--regular")
-        assert done.code == 2 and name in done.err and "Traceback" not in done.err
-    assert not (tmp_path / "run").exists()
+REFUSED = ("--lr_scheduler_type cosine_with_min_lr", "--stp patch --stp_layer 3", "--stp patch --stp_layer -4")
 
 
-def test_data_file_is_split_by_share_and_seed(data, tmp_path):
-    losses = []
-    for number, seed in enumerate((42, 42, 1)):
-        done = call("finetune", "--data_file", data, "--model_name", MODEL, "--regular", "--max_steps", 1,
-                    "--eval_split", 0.25, "--split_seed", seed, "--eval_strategy", "steps", "--eval_steps", 1,
-                    "--learning_rate", "1e-9", "--output_dir", tmp_path / str(number))  # fmt: skip
-        assert done.code == 0 and "18 examples, 6 held out" in done.err
-        losses += column(tmp_path / str(number), "eval_loss")
-    assert losses[0] == losses[1] != losses[2]
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--lr_scheduler_type", "cosine_with_min_lr"),
-        ("--adam_beta2", 2),
-        ("--dry_run", 0),
-        ("--streaming",),
-        ("--streaming", "--max_steps", 2, "--val_fraction", 0.1),
-        ("--streaming", "--max_steps", 2, "--save_strategy", "epoch"),
-        ("--tokens_per_batch", 100, "--layout", "separate"),
-        ("--stp", "patch", "--stp_spans", 0),
-        ("--stp", "patch", "--stp_warmup", 2, "--stp_min_lbd", 0.03),
-        ("--stp", "geodesic", "--stp_max_length", 1),
-        ("--stp", "patch", "--stp_layer", 3),
-        ("--stp", "patch", "--stp_layer", -4),
-        ("--stp", "patch", "--plain", "--train_all", "--stp_part", "answer"),
-        ("--text_view", "in_chat", "--last_token", -1),
-        ("--text_view", "in_chat", "--plain", "--train_all"),
-        ("--predictors", 1, "--text_view", "in_chat", "--attn_implementation", "flash_attention_2"),
-        ("--text_field", "a"),
-        ("--code_field", "a"),
-    ],
-    ids=lambda flags: " ".join(map(str, flags)),
-)
-def test_contradictory_flags_are_refused_before_anything_is_written(data, tmp_path, flags):
-    where = ("--train_file", data, "--model_name", MODEL, "--output_dir", tmp_path / "run")
-    done = call("finetune", *where, *flags)
+@pytest.mark.parametrize("flags", REFUSED)
+def test_flags_that_trainer_or_model_refuse_are_reported_before_anything_is_written(data, tmp_path, flags):
+    done = start(data, tmp_path / "run", *flags.split())
     assert done.code == 2 and "Traceback" not in done.err and not (tmp_path / "run").exists()
-    assert any(str(flag) in done.err for flag in flags if str(flag).startswith("--"))
+    assert any(flag in done.err for flag in flags.split() if flag.startswith("--"))

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import EXAMPLES, GOLDEN, JEPA, ROOT, dry_run, same_weights, train, write_rows
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetune
 
@@ -45,23 +44,6 @@ def test_kernels_streams_and_padded_rows_give_golden_numbers(case):
 # ---------------------------------------------------------------------------------------------------------- logits
 
 
-class Largest(TorchDispatchMode):
-    """The largest number of logit vectors in one tensor."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.vocabulary, self.hidden, self.count = model.config.vocab_size, model.config.hidden_size, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            # The output layer's weight, transposed, is (D, V).
-            logits = isinstance(x, torch.Tensor) and x.ndim > 1 and x.shape[-1] == self.vocabulary
-            if logits and x.shape[-2] != self.hidden:
-                self.count = max(self.count, x.numel() // self.vocabulary)
-        return out
-
-
 def loaded(model: str | Path = "llama3", **flags: object) -> tuple[finetune.Parts, dict]:
     """A run's parts after the checks, and its first examples as a batch."""
     options = {"train_file": str(GOLDEN / "regex_rows.jsonl"), "model_name": str(GOLDEN / "models" / model),
@@ -75,17 +57,6 @@ def loaded(model: str | Path = "llama3", **flags: object) -> tuple[finetune.Part
 def test_sliced_logits_give_golden_numbers(case, monkeypatch):
     monkeypatch.setattr(finetune, "MAX_LOGITS", 1800)  # three vectors
     score(case, next(s for s in ("reference", "answer_text") if f"lm_labels={s}" in case))
-
-
-@pytest.mark.parametrize("labels", [1, 7, 1000])
-def test_at_most_one_slice_of_logits_exists(labels):
-    parts, batch = loaded()
-    assert len(batch["label_ids"]) > 100 and parts.selector.slices
-    for limit, expected in ((10**9, 10**6), (labels * parts.selector.vocabulary + 3, labels)):
-        parts.selector.max_logits = limit
-        with Largest(parts.model) as largest:
-            parts.selector.lm_loss(parts.model, batch)[0].backward()
-        assert largest.count == min(expected, len(batch["label_ids"]))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -47,13 +47,6 @@ def test_layouts_agree(data, arm, variant, layer):
     assert separate["total_loss"] == pytest.approx(total, rel=1e-6)
 
 
-def test_loss_depends_on_the_layer_but_not_on_the_jepa_term(data):
-    flags = ("--train_file", data, "--model_name", MODEL, "--dry_run", 8, "--stp", "patch")
-    one, *others = [dry_run(*flags, *ARMS[arm])["stp_loss"] for arm in ("regular", "jepa", "dropout")]
-    assert others == pytest.approx([one] * 2, abs=1e-5)
-    assert abs(dry_run(*flags, "--regular", "--stp_layer", 1)["stp_loss"] - one) > 1e-3
-
-
 class Read:
     """A model's hidden states at the spans, as LMHeadSelector reads them and as transformers returns them."""
 
@@ -114,19 +107,6 @@ def test_gradient_checkpointing_gives_the_same_gradients_at_an_inner_layer(data)
     assert recomputed.keys() == usual.keys() and len(usual) > 5
     for key in usual:
         torch.testing.assert_close(recomputed[key], usual[key], rtol=1e-5, atol=1e-8)
-
-
-def test_hidden_states_are_kept_only_during_a_loss(data):
-    read = Read(data, "llama3", 1)
-    options = []
-    hook = read.model.model.register_forward_pre_hook(lambda m, a, k: options.append(k), with_kwargs=True)
-    assert read.ours(read.packed).shape == (3, 8, read.model.config.hidden_size)
-    hook.remove()
-    assert len(options) == 1 and not options[0].get("output_hidden_states")
-    read.model(input_ids=read.batch["input_ids"])
-    assert read.selector.path is None and read.selector._inner is None
-    read.selector.close()
-    assert not any(m._forward_pre_hooks for m in read.model.modules())
 
 
 @pytest.mark.parametrize("layer", [-1, 1])
@@ -196,9 +176,3 @@ def test_stream_has_the_same_spans_in_any_micro_batch(trained):
     first, second = (trained(*flags, "--batch_size", b, "--grad_accum", a) for b, a in ((8, 1), (2, 4)))
     assert column(first, "spans") == column(second, "spans") == [16] * 3
     assert column(second, "stp_loss") == pytest.approx(column(first, "stp_loss"), rel=1e-5)
-
-
-@pytest.mark.parametrize("variant", sorted(finetune.STP_VARIANTS))
-def test_plain_pretraining_draws_spans_from_its_one_text(data, variant):
-    flags = ("--train_file", data, "--model_name", MODEL, "--dry_run", 4, "--regular", "--plain", "--train_all")
-    assert dry_run(*flags, "--stp", variant)["spans"] == 4
