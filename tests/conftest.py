@@ -8,35 +8,74 @@ import importlib
 import io
 import json
 import os
+import shutil
+import signal
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-# Each of the two test processes has a core; what it starts, too.
+# Each of the two test processes has one core, and so has what it starts.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"} | dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"
 )
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 MODELS = ("llama3", "chatml", "google_gemma")
+JEPA = ("--predictors", 2, "--lbd", 1)
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are too small for a second thread to gain anything
 
 import finetune  # noqa: E402, F401
+from llm_jepa.files import read_json  # noqa: E402
+from llm_jepa.run_folder import complete_checkpoints  # noqa: E402
 
-# Each run of a script collects garbage, and most of a short one's time would go into a walk through the libraries.
+# Each run of a script collects garbage; without the freeze most of a short run's time goes to the libraries' objects.
 gc.collect()
 gc.freeze()
+
+# `pytest -m fast`: all tests in these folders and files, except those that take more than about a second.
+FAST = ("unit", "parity", "property", "test_choose.py", "test_pretrain.py")
+SLOW: tuple[str, ...] = ()
+# Reasons for which CI accepts a skipped test.
+ALLOWED_SKIPS = ("GPU", "vLLM", "bitsandbytes", "network namespaces", "cannot be mounted")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fast: quick tests of the method; all of them take less than a minute")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {item.path.name, item.path.parent.name} & set(FAST) and not any(name in item.nodeid for name in SLOW):
+            item.add_marker(pytest.mark.fast)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """In CI, a test that is skipped for a reason that is not in ALLOWED_SKIPS fails."""
+    report = yield
+    if report.skipped and os.environ.get("CI") and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2]
+        if not any(allowed in reason for allowed in ALLOWED_SKIPS):
+            report.outcome, report.longrepr = "failed", f"{item.nodeid}: CI does not accept the skip: {reason}"
+    return report
 
 
 def message_row(user: str, assistant: str, system: str | None = "Write the regular expression.") -> dict:
     """One line of data."""
     turns = [("system", system), ("user", user), ("assistant", assistant)]
     return {"messages": [{"role": r, "content": c} for r, c in turns if c is not None]}
+
+
+# Answers of different length, so that a mean of means differs from a mean over tokens.
+EXAMPLES = [message_row(f"the number {i} and word {i * i}", f"({i}){'.*' * (i % 4)}[{i * i}]") for i in range(24)]
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -64,19 +103,80 @@ def dry_run(*argv: object) -> dict:
     return json.loads(done.out)
 
 
-def weights(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
-    """The saved weights of a model or adapter folder."""
-    from safetensors.torch import load_file
+def start(data: Path, out: Path, *flags: object, model: str | Path = "llama3") -> SimpleNamespace:
+    """Runs finetune.py on a golden model (or a model folder): its exit code, stdout and stderr."""
+    size = () if "--tokens_per_batch" in flags else ("--batch_size", 4)
+    return call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / model, "--output_dir", out,
+                *size, "--grad_accum", 2, "--learning_rate", "1e-3", *flags)  # fmt: skip
 
+
+def train(data: Path, out: Path, *flags: object, model: str | Path = "llama3", code: int = 0) -> Path:
+    """The same; returns the run folder and asserts the exit code."""
+    done = start(data, out, *flags, model=model)
+    assert done.code == code, done.err
+    return out
+
+
+def predictions(model: Path, data: Path, out: Path, *flags: object) -> list[str]:
+    """The predictions of evaluate.py in at most 8 tokens."""
+    done = call("evaluate", "--model_name", model, "--input_file", data, "--task", "text", "--max_new_tokens", 8,
+                "--output_file", out / "predictions.jsonl", *flags)  # fmt: skip
+    assert done.code == 0, done.err
+    return [json.loads(line)["prediction"] for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def metrics(run: Path, key: str = "loss") -> list[dict]:
+    """The lines of metrics.jsonl that have a key."""
+    return [x for x in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if key in x]
+
+
+def column(run: Path, key: str) -> list[float]:
+    """The values of a key in metrics.jsonl."""
+    return [line[key] for line in metrics(run, key)]
+
+
+def weights(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    """The saved parameters of a model or adapter folder."""
     return load_file(Path(folder) / name)
 
 
 def same_weights(a: Path, b: Path, **tolerance: float) -> None:
-    """Asserts that two folders hold the same weights, bit for bit unless a tolerance is given."""
-    first, second = weights(a), weights(b)
+    """Asserts that two folders hold the same parameters, bit for bit unless a tolerance is given."""
+    adapter = (Path(a) / "adapter_model.safetensors").exists()
+    first, second = (weights(f, "adapter_model.safetensors" if adapter else "model.safetensors") for f in (a, b))
     assert first.keys() == second.keys()
     for key in first:
         torch.testing.assert_close(first[key], second[key], **(tolerance or {"rtol": 0, "atol": 0}), msg=key)
+
+
+def interrupted(run: Path, step: int, folder: Path) -> Path:
+    """A copy of a finished run as a kill after the checkpoint of `step` leaves it."""
+    shutil.copytree(run, folder)
+    for checkpoint in complete_checkpoints(folder):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    record = read_json(folder / "run.json") | {"status": "running"}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """EXAMPLES as a file, which a test must not change."""
+    return write_rows(tmp_path_factory.mktemp("data") / "words_train.jsonl", EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Callable[..., Path]:
+    """A function from flags to a run folder, which a test must not change. Each set of flags is trained once."""
+
+    @cache
+    def run(*flags: object, model: str | Path = "llama3") -> Path:
+        return train(data, tmp_path_factory.mktemp("trained") / "run", *flags, model=model)
+
+    return run
 
 
 @pytest.fixture
@@ -86,8 +186,6 @@ def regex_rows() -> Path:
 
 @pytest.fixture(autouse=True)
 def _restore_signal_handlers():
-    import signal
-
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)

@@ -105,8 +105,10 @@ class StepTrainer(Trainer):
         """Of a stream: each process reads its own share of the examples, so accelerate distributes nothing."""
         if not self.streaming:
             return super().get_train_dataloader()
+        # An iterator draws one random number at its start; a resumed stream must not draw it again.
+        generator = torch.Generator() if any(self.train_dataset.place) else None
         return DataLoaderShard(
-            self.train_dataset, device=self.args.device, batch_size=None,
+            self.train_dataset, device=self.args.device, batch_size=None, generator=generator,
             collate_fn=partial(collate_stream, self.collator), _non_blocking=True,
             num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory,
         )  # fmt: skip

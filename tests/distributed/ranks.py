@@ -1,10 +1,10 @@
-"""Starts training jobs of several processes as forks of one that has loaded the libraries already.
+"""Starts jobs of several processes as forks of one process that has already imported the libraries.
 
-    python ranks.py SCRIPT      reads one job a line from stdin, {"processes": n, "argv": […], "before": "code", …}, and
-                                answers each with a line {"codes": […], "out": "…", "errors": "…"}
+    python ranks.py SCRIPT      reads one job per line from stdin, {"processes": n, "argv": […], "before": "code", …},
+                                and writes a line {"codes": […], "out": "…", "errors": "…"} for each
 
-To start Python and its libraries anew for each process takes ten times as long as to train the tests' models. What
-torchrun itself does is tested elsewhere.
+Starting Python and importing the libraries in each process takes ten times as long as training the tests' models.
+torchrun itself is tested elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def rank_of(number: int, job: dict, port: int, logs: list[str], script: str) -> None:
-    """One process of a job; it ends without the interpreter's own end, which is for processes of their own."""
+    """One process of a job. It ends without the interpreter's own exit, which the parent process needs."""
     where = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": job["processes"], "LOCAL_WORLD_SIZE": job["processes"]}
     where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({k: str(v) for k, v in where.items()} if job["processes"] > 1 else {})
@@ -36,9 +36,9 @@ def rank_of(number: int, job: dict, port: int, logs: list[str], script: str) -> 
     code = 1
     try:
         exec(job["before"], {"sys": sys})  # noqa: S102
-        ended = importlib.import_module(script).main(job["argv"])
+        result = importlib.import_module(script).main(job["argv"])
         exec(job["after"], {"sys": sys})  # noqa: S102
-        code = ended
+        code = result
     except SystemExit as error:
         code = error.code
     except BaseException:
@@ -50,7 +50,7 @@ def rank_of(number: int, job: dict, port: int, logs: list[str], script: str) -> 
 
 
 def run(job: dict, script: str, limit: float = 120) -> dict:
-    """A job's exit codes, and what its processes said. One that fails ends the others, as under torchrun."""
+    """A job's exit codes and output. A process that fails ends the others, as under torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -75,20 +75,18 @@ def run(job: dict, script: str, limit: float = 120) -> dict:
 
 
 class Ranks:
-    """This file as a process of its own, for tests: jobs of a script's `main`."""
+    """Runs jobs of a script's `main` through this file in a process of its own."""
 
     def __init__(self, script: str):
-        command = [sys.executable, __file__, script]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, __file__, script]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
 
     def __call__(
         self, processes: int, *argv: object, before: str = "", after: str = "", **environment: str
     ) -> tuple[list[int], str]:
-        """Exit codes of the processes and what they said on stderr; on stdout: `self.out`. `before` and `after`: code
-        run in front of and behind `main`."""
+        """The processes' exit codes and stderr; their stdout is `self.out`. `before`, `after`: code around `main`."""
         job = {"processes": processes, "argv": [str(a) for a in argv], "environment": environment}
         job |= {"before": before, "after": after}
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -98,16 +96,12 @@ class Ranks:
         return answer["codes"], answer["errors"]
 
     def close(self) -> None:
+        """Ends the process."""
         self.process.stdin.close()
         self.process.wait(timeout=60)
 
 
-def main(script: str) -> None:
-    """Answers jobs until stdin ends."""
-    importlib.import_module(script)
-    for line in sys.stdin:
-        print(json.dumps(run(json.loads(line), script)), flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    importlib.import_module(sys.argv[1])
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line), sys.argv[1])), flush=True)
