@@ -47,10 +47,6 @@ SLOW: tuple[str, ...] = ()
 ALLOWED_SKIPS = ("GPU", "vLLM", "bitsandbytes", "network namespaces", "cannot be mounted")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fast: quick tests of the method; all of them take less than a minute")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {item.path.name, item.path.parent.name} & set(FAST) and not any(name in item.nodeid for name in SLOW):
