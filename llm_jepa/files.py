@@ -12,23 +12,28 @@ from typing import Any
 from llm_jepa.cli import UsageError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file atomically: after an interruption it is complete or as before."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Raises UsageError naming the file where it is missing or damaged."""
+    """The value of a JSON file. Raises UsageError naming the file if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -395,3 +395,37 @@ def t_sne(planes: dict[str, tuple[int, np.ndarray, np.ndarray]]) -> Picture:
     what = f"the views of at most {T_SNE_PAIRS} pairs, one seed an arm{which}"
     caption = f"t-SNE of {what}; distances between planes mean nothing"
     return finish(figure, "t_sne", caption)
+
+
+# ---------------------------------------------------------------------------------------------- shared with evaluate.py
+
+T_SNE_MIN_POINTS = 10  # with fewer there are no neighborhoods to preserve
+PALETTE = (
+    ("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#E69F00", "D"), ("#CC79A7", "v"),
+    ("#56B4E9", "P"), ("#000000", "X"), ("#332288", "*"), ("#882255", "<"), ("#999933", ">"),
+)  # fmt: skip
+
+
+def t_sne(points: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
+    """t-SNE of points (N, D) in two dimensions: ((N, 2), perplexity), the same for the same seed."""
+    from sklearn.manifold import TSNE
+
+    # scikit-learn divides by the variance along the first principal component, which is 0 for collapsed embeddings.
+    init = "pca" if np.ptp(points, axis=0).any() else "random"
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    return TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(points), perplexity
+
+
+def t_sne_png(groups: dict[str, np.ndarray], title: str) -> bytes:
+    """A PNG of each group's points (·, 2) in a t-SNE plane, with a legend."""
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.add_subplot(xticks=[], yticks=[])
+    axes.set_title(title, parse_math=False)
+    size = float(np.clip(20000 / sum(map(len, groups.values())), 6, 40))
+    for (name, xy), (color, marker) in zip(groups.items(), itertools.cycle(PALETTE), strict=False):
+        label = f"{name} ({len(xy)})"
+        axes.scatter(*xy.T, s=size, color=color, marker=marker, alpha=0.6, linewidths=0, label=label)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, markerscale=(60 / size) ** 0.5)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    return file.getvalue()
