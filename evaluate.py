@@ -28,28 +28,12 @@ from transformers.utils import logging as transformers_logging
 
 from finetune import Collator, LMHeadSelector
 from llm_jepa.cli import UsageError, first_line, parse_flags, run_command
-from llm_jepa.data.examples import (
-    Example,
-    ExampleError,
-    Problems,
-    data_sha256,
-    dataset_name,
-    read_examples,
-    split_examples,
-)
+from llm_jepa.data.examples import Example, Problems, data_sha256, dataset_name, read_examples, split_examples
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item
 from llm_jepa.distributed import agreed, process_group
-from llm_jepa.evaluation import vllm_engine
-from llm_jepa.evaluation.generation import (
-    Generation,
-    Responses,
-    choose,
-    encode_choices,
-    encode_prompts,
-    float32_logits,
-    generate,
-)
+from llm_jepa.evaluation import generation, vllm_engine
+from llm_jepa.evaluation.generation import Generation
 from llm_jepa.evaluation.predictions import (
     Predictions,
     begin_output,
@@ -74,18 +58,11 @@ MIN_GOLD_SCORE = 0.9  # of the data's own answers; in published data sets a few 
 
 
 def load_examples(s: EvaluationSettings, problems: Problems) -> list[Example]:
-    """The examples to evaluate. Raises ExampleError for bad data."""
+    """The examples to evaluate. Raises UsageError for bad data."""
     examples = read_examples(s.input_file, problems, s.fields)
     if s.process_split:
         examples = split_examples(examples, s.test_size, s.split_seed)[s.process_split == "test"]
     return examples[: s.max_examples or None]
-
-
-def load_encoder(tokenizer: Any, plain: bool, labels: str, trained: dict[str, Any]) -> Encoder:
-    """Encodes prompts and views as in the training with the settings `trained`."""
-    views, places = ("predictors", "front_pred", "reverse_pred"), ("last_token", "text_view")
-    renderer = Renderer(tokenizer, plain=plain, **{k: trained[k] for k in views if k in trained})
-    return Encoder(renderer, labels, max_length=sys.maxsize, **{k: trained[k] for k in places if k in trained})
 
 
 def loading_options(s: EvaluationSettings) -> tuple[dict[str, Any], str]:
@@ -117,7 +94,10 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
     source = name if has_tokenizer else s.original_model_name or base
     tokenizer = load_tokenizer(source, s.revision, plain=s.plain, predictors=False)
     labels = "answer_text" if s.task and TASKS[s.task].choices else "answer"
-    encoder = load_encoder(tokenizer, s.plain, labels, trained if s.embeds else {})
+    flags = trained if s.embeds else {}  # views are embedded as in training; prompts have no predictors
+    views = {k: flags[k] for k in ("predictors", "front_pred", "reverse_pred") if k in flags}
+    places = {k: flags[k] for k in ("last_token", "text_view") if k in flags}
+    encoder = Encoder(Renderer(tokenizer, plain=s.plain, **views), labels, max_length=sys.maxsize, **places)
     options, device = loading_options(s)
     if s.engine == "vllm":
         return vllm_engine.describe(name, s.revision, str(options["dtype"]), encoder.renderer), encoder
@@ -144,32 +124,33 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
 def label_logits(model: Any, pad_id: int) -> Iterator[Callable[[list[Item]], torch.Tensor]]:
     """A function of items: the logits (N, V) at their labels."""
     collator = Collator("separate", pad_id, sys.maxsize)
-    with float32_logits(model), contextlib.closing(LMHeadSelector(model)) as selector:
+    with generation.float32_logits(model), contextlib.closing(LMHeadSelector(model)) as selector:
         yield lambda items: selector.read(model, on_device(collator(items), model.device)).logits
 
 
 @contextlib.contextmanager
 def responding(
     model: Any, encoder: Encoder, examples: list[Example], s: EvaluationSettings, problems: Problems
-) -> Iterator[tuple[list[Example], Callable[..., Responses]]]:
+) -> Iterator[tuple[list[Example], Callable[..., generation.Responses]]]:
     """(the examples that fit the model, a function of `done` and `share` as in `generation.respond`)"""
     choices, renderer = TASKS[s.task].choices, encoder.renderer
     sizes = {"batch_size": s.batch_size, "tokens_per_batch": s.tokens_per_batch}
     if choices:
-        examples, encoded = encode_choices(model.config, encoder, examples, choices, problems)
+        examples, encoded = generation.encode_choices(model.config, encoder, examples, choices, problems)
     else:
-        examples, encoded = encode_prompts(model.config, renderer, examples, problems)
+        examples, encoded = generation.encode_prompts(model.config, renderer, examples, problems)
     if not examples:
-        raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
+        raise UsageError("no usable example is left: " + "; ".join(problems.messages[:3]))
     if choices:
         with label_logits(model, renderer.tokenizer.pad_token_id) as read:
-            yield examples, partial(choose, read, examples, encoded, choices, **sizes)
+            yield examples, partial(generation.choose, read, examples, encoded, choices, **sizes)
     elif s.engine == "vllm":
         limits = {"max_new_tokens": s.max_new_tokens, "tensor_parallel_size": s.tensor_parallel_size}
         with vllm_engine.started(model, renderer, examples, encoded, **limits) as generated:
             yield examples, generated
     else:
-        yield examples, partial(generate, model, renderer, examples, encoded, max_new_tokens=s.max_new_tokens, **sizes)
+        sizes["max_new_tokens"] = s.max_new_tokens
+        yield examples, partial(generation.generate, model, renderer, examples, encoded, **sizes)
 
 
 def predict(
@@ -184,7 +165,7 @@ def predict(
 
         def rows(done: set[int], share: tuple[int, int]) -> Iterator[Predictions]:
             for batch in responses(done=done, share=share):
-                yield [scored_row(example, generation, score) for example, generation in batch]
+                yield [scored_row(example, response, score) for example, response in batch]
 
         weights = [p for p in Path(name).glob("*") if p.suffix in (".safetensors", ".bin")]
         changed = sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights)
@@ -223,10 +204,10 @@ def score_file(predictions: str, examples: list[Example], s: EvaluationSettings)
         if wrong:
             shown = ", ".join(map(str, sorted(wrong)[:5])) + (" …" if len(wrong) > 5 else "")
             raise UsageError(f"--score_only {predictions} {what} {len(wrong)} ids ({shown}) of {s.input_file}")
-    generations = [Generation(given[e.id]["prediction"], given[e.id].get("stop_reason")) for e in examples]
+    responses = [Generation(given[e.id]["prediction"], given[e.id].get("stop_reason")) for e in examples]
     with scorer(s, examples) as score:
-        pairs = zip(examples, tqdm(generations, unit="example"), strict=True)
-        return [scored_row(example, generation, score) for example, generation in pairs]
+        pairs = zip(examples, tqdm(responses, unit="example"), strict=True)
+        return [scored_row(example, response, score) for example, response in pairs]
 
 
 def check_gold(examples: list[Example], s: EvaluationSettings) -> None:
@@ -358,7 +339,8 @@ def main(argv: list[str] | None = None) -> int:
         with process_group(cpu=not torch.cuda.is_available(), **group) as state:
             evaluate(check_evaluation_settings(settings, state.num_processes))
 
-    hint = "; the same command without --overwrite resumes"
+    resumes = settings.model_name and not settings.embeds
+    hint = "; the same command without --overwrite resumes" if resumes else ""
     return run_command("evaluate.py", work, speaks=lambda: PartialState().is_main_process, hint=hint)
 
 

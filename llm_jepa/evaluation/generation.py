@@ -102,21 +102,18 @@ def encode_prompts(
 
     These are examples that the chat template refuses or whose prompt fills the context of the model with this `config`.
     """
-    good, texts = [], []
+    limit, good, prompts = context_length(config) or sys.maxsize, [], []
     for example in examples:
         try:
-            texts.append(renderer.prompt(example))
-            good.append(example)
+            ids = renderer.tokenizer(renderer.prompt(example), add_special_tokens=False)["input_ids"]
+            if len(ids) >= limit:
+                raise ValueError(f"the prompt's {len(ids)} tokens fill the model's context of {limit}")
         except (ValueError, TemplateError) as error:
             problems.add(example.source, str(error))
-    prompts = renderer.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    limit, fitting = context_length(config) or sys.maxsize, []
-    for example, prompt in zip(good, prompts, strict=True):
-        if len(prompt) < limit:
-            fitting.append((example, prompt))
-        else:
-            problems.add(example.source, f"the prompt's {len(prompt)} tokens fill the model's context of {limit}")
-    return [example for example, _ in fitting], [prompt for _, prompt in fitting]
+            continue
+        good.append(example)
+        prompts.append(ids)
+    return good, prompts
 
 
 def stop_ids(generation_config: GenerationConfig, renderer: Renderer) -> list[int]:
@@ -301,11 +298,11 @@ def encode_choices(
     limit, good, encoded = context_length(config) or sys.maxsize, [], []
     for example in examples:
         chats = encoder.chats([dataclasses.replace(example, assistant=c) for c in choices])
-        reason = next((str(chat) for chat in chats if isinstance(chat, ValueError)), None)
-        if reason is None and (most := max(len(chat.ids) for chat in chats)) > limit:
-            reason = f"{most} tokens, over the model's context of {limit}"
-        if reason is not None:
-            problems.add(example.source, reason)
+        reasons = [str(chat) for chat in chats if isinstance(chat, ValueError)]
+        if not reasons and (longest := max(len(chat.ids) for chat in chats)) > limit:
+            reasons = [f"{longest} tokens, over the model's context of {limit}"]
+        if reasons:
+            problems.add(example.source, reasons[0])
             continue
         good.append(example)
         ends = [int(chat.labels.nonzero()[0][-1]) + 1 for chat in chats]

@@ -101,10 +101,10 @@ class Worker:
     def __exit__(self, kind: Any, *_: object) -> None:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
-        for number, seconds in ((0, 0 if kind else SECONDS_TO_END), (signal.SIGTERM, SECONDS_TO_END)):
-            self._signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(seconds)
+        if kind is not None:
+            self._signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(SECONDS_TO_END)
         self._signal(signal.SIGKILL)
         self.process.wait()
         self.process.stdout.close()

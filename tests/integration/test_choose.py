@@ -129,7 +129,7 @@ def test_choices_of_half_precision_are_compared_by_float32_logits(tmp_path, monk
         return [value for row in rows for value in row["log_likelihoods"].values()]
 
     exact = likelihoods("exact")
-    monkeypatch.setattr(evaluate, "float32_logits", lambda model: contextlib.nullcontext())
+    monkeypatch.setattr(generation, "float32_logits", lambda model: contextlib.nullcontext())
     rounded = likelihoods("rounded")
     assert exact != rounded and exact == pytest.approx(rounded, abs=0.05)
 

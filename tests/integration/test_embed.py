@@ -117,27 +117,6 @@ def test_layers_and_poolings_equal_those_of_a_view_without_batch(layer, pooling)
     close([side.flip(0) for side in turned], want)
 
 
-@pytest.mark.parametrize("tokens", [0, 200])
-def test_batches_have_similar_lengths_and_no_logits(tokens):
-    model, batches, heads = loaded(TINY)[0], [], []
-    hooks = [
-        model.get_decoder().register_forward_pre_hook(lambda m, a, k: batches.append(k), with_kwargs=True),
-        model.get_output_embeddings().register_forward_pre_hook(lambda m, a: heads.append(a)),
-    ]
-    try:
-        embeddings.embed(model, encoder_of(TINY), EXAMPLES, 4, tokens_per_batch=tokens)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert not heads and not any(k["output_hidden_states"] for k in batches)
-    lengths = [k["attention_mask"].sum(dim=1).tolist() for k in batches]
-    assert sum(lengths, []) == sorted(sum(lengths, []), reverse=True)
-    if tokens:
-        assert all(len(b) * b[0] <= tokens < (len(b) + 1) * b[0] for b in lengths[:-1])
-    else:
-        assert [len(batch) for batch in lengths] == [4, 4, 4, 2]
-
-
 def test_adapter_is_part_of_the_model_without_its_dropout():
     tokenizer = loaded("llama3")[1]
     model, encoder = load_model(str(GOLDEN / "models" / "llama3"), None, tokenizer), encoder_of("llama3", predictors=2)

@@ -312,20 +312,6 @@ def test_token_budget_changes_no_response(tokens, model, data, finished, tmp_pat
     assert {1: 11, 100_000: 1}.get(tokens, len(sizes)) == len(sizes) and (tokens != 150 or 1 < len(sizes) < 11)
 
 
-def test_resume_uses_the_same_batches_by_tokens(model, data, finished, tmp_path, monkeypatch):
-    path, flags = tmp_path / "p.jsonl", ("--tokens_per_batch", 150)
-    interrupted(model, data, path, monkeypatch, 2, *flags)
-    refused = score(model, data, path)
-    assert refused.code == 2 and "--tokens_per_batch 150, now 0" in refused.err
-    sizes = watch_batches(monkeypatch)
-    assert score(model, data, path, *flags).code == 0
-    with monkeypatch.context() as patch:
-        complete = watch_batches(patch)
-        assert score(model, data, tmp_path / "complete" / "p.jsonl", *flags).code == 0
-    assert sizes[: len(sizes) - len(complete)] == complete[2:]
-    assert path.read_bytes() == (finished[0] / "p.jsonl").read_bytes()
-
-
 @pytest.mark.parametrize("cut", [-1, -9, -1000])
 def test_line_cut_short_is_generated_again(cut, model, data, finished, tmp_path, monkeypatch):
     path = tmp_path / "p.jsonl"
@@ -477,6 +463,8 @@ WRONG_FLAGS = {
     "export": ({"model_name": str(MODEL), "export_embeddings": "e", "output_file": "o"}, ["--output_file"]),
     "same file": ({"model_name": str(MODEL), "similarity": True, "export_embeddings": "o", "output_file": "o"},
                   ["--export_embeddings o"]),
+    "torchrun": ({"device_map": "auto", "score_only": "p", "similarity": True, "t_sne": True},
+                 ["--device_map, --score_only, --similarity, --t_sne: not under torchrun"]),
     "metrics": ({"score_only": "p", "output_file": "a/metrics.json"}, ["--output_file a/metrics.json"]),
     "input": ({"score_only": "p", "output_file": "./synth_test.jsonl"}, ["--output_file ./synth_test.jsonl"]),
 }  # fmt: skip
@@ -486,22 +474,9 @@ WRONG_FLAGS = {
 def test_wrong_flags_are_refused_together(case):
     flags, named = WRONG_FLAGS[case]
     with pytest.raises(UsageError) as error:
-        check_evaluation_settings(EvaluationSettings(**{"input_file": "synth_test.jsonl"} | flags))
+        processes = 2 if case == "torchrun" else 1
+        check_evaluation_settings(EvaluationSettings(**{"input_file": "synth_test.jsonl"} | flags), processes)
     assert [name for name in named if name not in str(error.value)] == []
-
-
-def test_flags_of_a_single_process_are_refused_under_torchrun():
-    flags = {"device_map": "auto", "score_only": "p", "score_gold": True, "similarity": True, "t_sne": True}
-    settings = EvaluationSettings(input_file="synth_test.jsonl", **flags)
-    for processes in (1, 2):
-        with pytest.raises(UsageError) as error:
-            check_evaluation_settings(settings, processes)
-        assert all(f"--{name}" in str(error.value) for name in flags) == (processes == 2)
-
-
-def test_unknown_flag_exits_with_code_2(data):
-    for flag in ("--max_new", "--similarly"):
-        assert call("evaluate", "--score_only", "p", "--input_file", data, flag, 3).code == 2
 
 
 # ------------------------------------------------------------------------------------------------- run folders, splits

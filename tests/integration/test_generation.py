@@ -14,7 +14,7 @@ import transformers
 from conftest import GOLDEN, MODELS
 
 import evaluate
-from llm_jepa.data.examples import Example, ExampleError, Problems
+from llm_jepa.data.examples import Example, Problems
 from llm_jepa.data.segments import end_of_turn
 from llm_jepa.evaluation import generation
 from llm_jepa.evaluation.settings import EvaluationSettings
@@ -286,23 +286,3 @@ def test_tokenizer_that_adds_bos_adds_no_second_one(tmp_path):
     folder = changed_copy(GOLDEN / "models" / "llama3", tmp_path / "bos", tokenizer={"post_processor": processor})
     assert load(folder)[1].tokenizer("a").input_ids[0] == 0
     assert [(ids[0], ids.count(0)) for ids in prompts_of(folder, EXAMPLES)] == [(0, 1)] * len(EXAMPLES)
-
-
-def test_prompt_that_fills_the_context_is_refused_or_skipped():
-    model, renderer = load(GOLDEN / "models" / "llama3")
-    long = Example("Write.", "x " * model.config.max_position_embeddings, "a", "data:9", 9)
-    with pytest.raises(ExampleError, match="data:9"):
-        generation.encode_prompts(model.config, renderer, [EXAMPLES[0], long], Problems())
-    problems = Problems(skip=True)
-    assert generation.encode_prompts(model.config, renderer, [EXAMPLES[0], long], problems)[0] == EXAMPLES[:1]
-    assert len(problems.messages) == 1
-
-
-def test_exact_match_counts_over_all_examples(stopping):
-    folder, _ = stopping["llama3"]
-    model, renderer = load(folder)
-    said = generated(folder, 4, 128)
-    answers = [g.text.strip() if i % 2 else "something else" for i, g in enumerate(said)]
-    examples = [Example(e.system, e.user, a or "?", e.source, e.id) for e, a in zip(EXAMPLES, answers, strict=True)]
-    right = sum(bool(a) for a in answers[1::2])
-    assert generation.exact_match(renderer, examples)(model) == {"exact": pytest.approx(right / len(EXAMPLES))}
