@@ -149,8 +149,8 @@ def responding(
         with vllm_engine.started(model, renderer, examples, encoded, **limits) as generated:
             yield examples, generated
     else:
-        sizes["max_new_tokens"] = s.max_new_tokens
-        yield examples, partial(generation.generate, model, renderer, examples, encoded, **sizes)
+        sizes |= {"max_new_tokens": s.max_new_tokens, "prompts": encoded}
+        yield examples, partial(generation.generate, model, renderer, examples, **sizes)
 
 
 def predict(
@@ -200,7 +200,7 @@ def score_file(predictions: str, examples: list[Example], s: EvaluationSettings)
     """Scores predictions made elsewhere. Raises UsageError if their ids are not those of the examples."""
     given = {row["id"]: row for row in read_predictions(Path(predictions))}
     ids = {e.id for e in examples}
-    for wrong, what in ((ids - given.keys(), "has no prediction for"), (given.keys() - ids, "has superfluous")):
+    for wrong, what in ((ids - given.keys(), "has no prediction for"), (given.keys() - ids, "has unexpected")):
         if wrong:
             shown = ", ".join(map(str, sorted(wrong)[:5])) + (" …" if len(wrong) > 5 else "")
             raise UsageError(f"--score_only {predictions} {what} {len(wrong)} ids ({shown}) of {s.input_file}")
@@ -244,18 +244,19 @@ def evaluate_predictions(
         rows = predict(s.model_name, examples, s, path, identity, problems)
     if s.split_tune_untune:
         written.append(path.with_name("untuned") / path.name)
-        plain = dataclasses.replace(s, original_model_name=None)
+        base = dataclasses.replace(s, original_model_name=None)
         others = Problems(s.skip_bad_examples)
-        untuned = predict(s.original_model_name, examples, plain, written[-1], identity, others)
+        untuned = predict(s.original_model_name, examples, base, written[-1], identity, others)
     if not PartialState().is_main_process:
         return
     report_skipped(problems, record)
-    metrics = summarize(rows, s.task, s.startswith)
+    summary_of = partial(summarize, task=s.task, startswith=s.startswith)
+    metrics = summary_of(rows)
     if untuned:
         right = {row["id"] for row in untuned if row[metrics["score"]]}
         parts = {"right": [r for r in rows if r["id"] in right], "wrong": [r for r in rows if r["id"] not in right]}
-        metrics["untuned"] = summarize(untuned, s.task, s.startswith)
-        metrics["by_untuned"] = {k: part and summarize(part, s.task, s.startswith) or None for k, part in parts.items()}
+        metrics["untuned"] = summary_of(untuned)
+        metrics["by_untuned"] = {name: summary_of(part) if part else None for name, part in parts.items()}
     write_json(path.with_name("metrics.json"), metrics | record)
     for file in written:
         settings_file(file).unlink(missing_ok=True)

@@ -32,16 +32,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.checkpoint import checkpoint
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from llm_jepa.cli import UsageError, first_line, parse_flags
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
-from llm_jepa.data.examples import Problems, data_sha256, read_examples, split_examples
+from llm_jepa.data.examples import Problems
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, Segment, end_of_turn
-from llm_jepa.data.spans import POINTS, Draws
+from llm_jepa.data.spans import POINTS
 from llm_jepa.data.streaming import SegmentStream
 from llm_jepa.evaluation.generation import exact_match
 from llm_jepa.model import (
@@ -54,12 +53,13 @@ from llm_jepa.model import (
     load_model,
     load_tokenizer,
 )
-from llm_jepa.run_folder import RunFolder, complete_checkpoints, provenance
+from llm_jepa.run_folder import RunFolder
 from llm_jepa.settings import Settings, check_settings, is_flash
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.callbacks import Bar, MetricsCallback
 from llm_jepa.training.checks import inspect_model, on_device
-from llm_jepa.training.describe import first_example, start_block
+from llm_jepa.training.data import load_data
+from llm_jepa.training.describe import final_record, first_example, last_checkpoint, start_block, start_record
 from llm_jepa.training.flops import flop_share
 from llm_jepa.training.process import full_disk_is_an_error, run_training
 from llm_jepa.training.trainer import StepTrainer
@@ -212,7 +212,7 @@ class LMHeadSelector:
     """Gives the output layer hidden states of labels only, so that logits exist nowhere else.
 
     A forward pre-hook on the output layer: everything before it runs as in any forward of the (wrapped) model. Outside
-    of `read` and `lm_loss` it does nothing, so generation is not affected.
+    of `read` and `lm_sum` it does nothing, so generation is not affected.
 
     `stp_layer`: the hidden states at which spans are read. Those of an inner layer are taken by a pre-hook on the block
     that receives them, so no other layer's are kept.
@@ -280,7 +280,7 @@ class LMHeadSelector:
         finally:
             self.batch = self.views = self.path = self._inner = None
 
-    def lm_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, States]:
+    def lm_sum(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, States]:
         """The sum of `lm_loss` over the labels, and the states, by one forward pass.
 
         More than `max_logits` logits are computed slice by slice, and again in the backward pass.
@@ -306,7 +306,7 @@ class LMHeadSelector:
             return F.cross_entropy(layer(hidden).float(), label_ids, reduction="none")
 
         size = max(1, self.max_logits // self.vocabulary)
-        parts = zip(hidden[0].split(size), self.batch["label_ids"].split(size), strict=True)
+        parts = zip(hidden[0].split(size), self.batch["label_ids"].split(size), strict=True)  # (≤ size, D), (≤ size,)
         return torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in parts])[None, :, None]  # (1, N, 1)
 
 
@@ -416,8 +416,8 @@ class JepaTrainer(StepTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
         """The step's micro-batches, and the labels, pairs and spans (3,) in all of them over all ranks."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        counts = [torch.cat([b["counts"], b["tokens"][:3].sum()[None]]) for b in batches]
-        counts = torch.stack([*counts, torch.zeros(4, dtype=torch.long, device=device)]).sum(dim=0)  # (4,)
+        counts = [torch.cat([b["counts"], b["tokens"][:3].sum()[None]]) for b in batches]  # (3,), (1,) → (4,)
+        counts = torch.stack([*counts, torch.zeros(4, dtype=torch.long, device=device)]).sum(dim=0)  # → (4,)
         counts = self.accelerator.reduce(counts, "sum")
         self.seen_tokens += counts[3]
         self.follow_stream(batches)
@@ -430,7 +430,7 @@ class JepaTrainer(StepTrainer):
 
         With --reference_grad_scale the micro-batch's own objective, whatever the step has.
         """
-        lm_sum, states = self.selector.lm_loss(model, inputs)
+        lm_sum, states = self.selector.lm_sum(model, inputs)
         counts, ranks = num_items_in_batch, self.args.world_size
         if self.reference_grad_scale:
             counts, ranks = inputs["counts"].clamp(min=1), 1
@@ -448,15 +448,15 @@ class JepaTrainer(StepTrainer):
 class Parts:
     """What a run consists of, all of it checked. Of a stream `train_set` holds the first examples."""
 
-    encoder: Encoder
     train_set: SegmentDataset
     stream: SegmentStream | None
     held_out: SegmentDataset | None
+    problems: Problems
+    encoder: Encoder
     model: Any
     selector: LMHeadSelector
     collator: Collator
     terms: list[Term]
-    problems: Problems
     compiled: bool
 
     def inspect(self, half: bool) -> None:
@@ -495,62 +495,29 @@ def auxiliary_terms(s: Settings) -> list[Term]:
 def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -> Parts:
     """Reads and encodes the data and loads the model. Raises UsageError; writes nothing."""
     device = torch.device("cpu") if s.dry_run else state.device
-    problems, tokenizer = Problems(s.skip_bad_examples), load_tokenizer(s.model_name, s.revision, plain=s.plain)
-    limit = context_length(load_config(s.model_name, s.revision)) or s.max_length
-    if limit < s.max_length and state.is_main_process:
-        print(f"--max_length {limit}, the model's context, instead of {s.max_length}", file=sys.stderr)
+    tokenizer = load_tokenizer(s.model_name, s.revision, plain=s.plain)
+    max_length = min(s.max_length, context_length(load_config(s.model_name, s.revision)) or s.max_length)
+    if max_length < s.max_length and state.is_main_process:
+        print(f"--max_length {max_length}, the model's context, instead of {s.max_length}", file=sys.stderr)
     renderer = Renderer(tokenizer, s.plain, s.train_all, s.predictors, s.front_pred, s.reverse_pred)
-    max_length = min(limit, s.max_length)
     encoder = Encoder(renderer, s.lm_labels, max_length, s.last_token, s.jepa, s.text_view, s.locates_user)
-    spans = {"stp_part": s.stp_part, "stp_spans": s.stp_spans, "stp_max_length": s.stp_max_length}
-    draws = Draws(s.finetune_seed, s.jepa_ratio, s.stp_variant, **spans)
-    stream = None
-    if s.streaming:
-        stream = SegmentStream(
-            s.train_file, encoder, draws, fields=s.fields, seed=s.finetune_seed, skip=s.skip_bad_examples,
-            batch_size=s.batch_size, tokens=s.tokens_per_batch, process=state.process_index,
-            processes=state.num_processes,
-        )  # fmt: skip
-    train = (
-        stream.first(s.dry_run or 4 * s.batch_size)
-        if stream
-        else read_examples(s.train_file or s.data_file, problems, s.fields)
-    )
-    if share := s.eval_split if s.data_file else s.val_fraction:
-        train, held_out = split_examples(train, share, s.split_seed)
-    else:
-        held_out = read_examples(s.eval_file, problems, s.fields) if s.eval_file else []
-    train_set = SegmentDataset(train[: s.dry_run or None], encoder, problems, draws, s.preprocessing_num_workers)
-    held_out_set = None
-    if held_out and not s.dry_run:
-        draws = dataclasses.replace(draws, jepa_ratio=1.0)
-        held_out_set = SegmentDataset(held_out, encoder, problems, draws, s.preprocessing_num_workers)
+    data = load_data(s, encoder, state)
     set_seed(s.finetune_seed)
     model = load(s, tokenizer, device)
     # A dense mask is quadratic in the row, so short rows are faster on a CPU; flash kernels want one long row.
     tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
-    return Parts(
-        encoder=encoder,
-        train_set=train_set,
-        stream=stream,
-        held_out=held_out_set,
-        model=model,
-        selector=LMHeadSelector(model, s.stp_layer if s.stp_variant else -1),
-        # Few row lengths with --torch_compile, so that few shapes are compiled.
-        collator=Collator(
-            s.layout, tokenizer.pad_token_id, tokens_per_row, 64 if s.torch_compile else 1, POINTS.get(s.stp_variant, 0)
-        ),
-        terms=auxiliary_terms(s),
-        problems=problems,
-        compiled=s.torch_compile,
-    )
+    # Few row lengths with --torch_compile, so that few shapes are compiled.
+    multiple, points = 64 if s.torch_compile else 1, POINTS.get(s.stp_variant, 0)
+    collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, multiple, points)
+    selector = LMHeadSelector(model, s.stp_layer if s.stp_variant else -1)
+    return Parts(*data, encoder, model, selector, collator, auxiliary_terms(s), s.torch_compile)
 
 
 def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
     """Scores the first examples as one micro-batch in float32, with gradient."""
     model = parts.model.eval()
     batch = parts.collator(parts.train_set[0, range(len(parts.train_set))])
-    lm_sum, states = parts.selector.lm_loss(model, batch)
+    lm_sum, states = parts.selector.lm_sum(model, batch)
     counts = batch["counts"].clamp(min=1)
     loss, sums = objective(lm_sum, states, counts, s.gamma, [(term, term.weight) for term in parts.terms])
     if not torch.isfinite(loss):
@@ -576,7 +543,7 @@ def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool
     device = parts.model.device
 
     def loss(items: list[Item]) -> torch.Tensor:
-        lm_sum, states = parts.selector.lm_loss(parts.model, on_device(parts.collator(items), device))
+        lm_sum, states = parts.selector.lm_sum(parts.model, on_device(parts.collator(items), device))
         return lm_sum + jepa_loss(states.views, s.distance)[0]
 
     sampler = micro_batches(parts.train_set.items.lengths, shuffle=True, processes=1)
@@ -588,9 +555,13 @@ def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool
 
 def build_trainer(
     s: Settings, parts: Parts, state: PartialState, *, trainer_class: type = JepaTrainer,
-    arguments: Callable = training_arguments, bf16: bool = False,
+    arguments: Callable = training_arguments, bf16: bool | None = None,
 ) -> JepaTrainer:  # fmt: skip
-    """The Trainer of a run. Raises UsageError if the Trainer refuses the settings."""
+    """The Trainer of a run. Raises UsageError if the Trainer refuses the settings.
+
+    `bf16`: whether float32 parameters are computed with in bfloat16; by default as --dtype says.
+    """
+    bf16 = uses_bfloat16(s, state.device) if bf16 is None else bf16
     micro_batches = partial(MicroBatches, seed=s.finetune_seed, batch_size=s.batch_size, tokens=s.tokens_per_batch)
     steps = s.max_steps
     if s.same_flop and s.jepa:
@@ -637,90 +608,65 @@ def fine_tune(
     precision (None: they are going to be sharded, so a callback checks the first examples), additional callbacks, what
     a finished run removes, and the `trainer_options` of build_trainer.
     """
-    run = RunFolder(s.output_dir, dataclasses.asdict(s))
     main = state.is_main_process
     say = partial(print, file=sys.stderr, flush=True) if main else lambda text: None
-    if not s.dry_run:
-        run.check(s.resume, s.overwrite)
-    parts = prepare(s, state, load)
-    if half is not None:
-        parts.inspect(half)
-    renderer, problems = parts.encoder.renderer, parts.problems
-    if problems.found:
-        say(problems.report())
-    if s.dry_run:
-        print(json.dumps(dry_run(s, parts), ensure_ascii=False))
-        return
+    with contextlib.closing(RunFolder(s.output_dir, dataclasses.asdict(s))) as run:
+        if not s.dry_run:
+            run.check(s.resume, s.overwrite)
+        parts = prepare(s, state, load)
+        if half is not None:
+            parts.inspect(half)
+        if parts.problems.found:
+            say(parts.problems.report())
+        if s.dry_run:
+            print(json.dumps(dry_run(s, parts), ensure_ascii=False))
+            return
 
-    trainer = build_trainer(s, parts, state, **trainer_options)
-    for callback in (Bar, MetricsCallback(run, trainer), *callbacks(parts)):
-        trainer.add_callback(callback)
-    stop = end_of_turn(renderer) if s.lm_labels != "answer_text" else None
-    add_stop_token(parts.model.generation_config, stop)
-    files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
-    record = {"seed": s.finetune_seed, "skipped_examples": len(problems.found)}
-    turns = {example.system for example in parts.train_set.examples}
-    if len(turns) == 1 and not s.streaming:  # otherwise there may be several
-        record["system_turn"] = turns.pop()
-    record |= provenance({f: data_sha256(f, s.streaming and f == s.train_file) for f in files})
-    state.wait_for_everyone()  # every process has checked the folder before the main process fills it
-    if main:
-        say(start_block(s, parts.model, renderer, parts.train_set, len(parts.held_out or ())))
-        run.start(s.overwrite, record)
-    state.wait_for_everyone()
-
-    try:
-        # One process decides: if the file system shows another one less, they would wait for each other forever.
-        (checkpoints,) = broadcast_object_list([complete_checkpoints(run.path) if s.resume else []])
-        if s.resume:
-            damaged = sorted({p.name for p in run.path.glob("checkpoint-*")} - {p.name for p in checkpoints})
-            if damaged:
-                say(f"incomplete, not used: {', '.join(damaged)}")
-            say(f"resuming from {checkpoints[-1].name if checkpoints else 'the start: no complete checkpoint'}")
-        with full_disk_is_an_error(s.output_dir):
-            trainer.train_from(checkpoints[-1] if checkpoints else None)
-            trainer.save_model()
-            if s.merge and main:
-                trainer.merged_model().save_pretrained(run.path / "merged")
-                renderer.tokenizer.save_pretrained(run.path / "merged")
-    except BaseException as error:
+        trainer, bar = build_trainer(s, parts, state, **trainer_options), Bar()
+        for callback in (bar, MetricsCallback(run, trainer), *callbacks(parts)):
+            trainer.add_callback(callback)
+        renderer = parts.encoder.renderer
+        stop = end_of_turn(renderer) if s.lm_labels != "answer_text" else None
+        add_stop_token(parts.model.generation_config, stop)
+        record = start_record(s, parts.train_set, parts.problems)
+        state.wait_for_everyone()  # every process has checked the folder before the main process fills it
         if main:
-            interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
-            repeats = isinstance(error, (UsageError, FloatingPointError))
-            with contextlib.suppress(OSError):  # a full disk must not hide the error itself
-                run.update("interrupted" if interrupted else "failed", error=first_line(error), repeats=repeats)
-        raise
-    if s.streaming:  # each process has met the bad examples of its own share
-        for found in gather_object([problems.found]):
-            problems.found |= found
-    if main:
-        log, tokens = trainer.state.log_history, int(trainer.seen_tokens)
-        losses = ("lm_loss", *(f"{term.name}_loss" for term in parts.terms), "eval_exact")
-        final = {k: v for line in log for k, v in line.items() if k.endswith(losses)}
-        facts = {"steps": trainer.state.global_step, "tokens": tokens, "final": final}
-        if s.streaming:
-            facts["skipped_examples"] = len(problems.found)
-            if problems.found:
-                say(problems.report())
-        if state.device.type == "cuda":
-            facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()  # on the main process's GPU
-        run.update("finished", **facts)
-        clean_up()
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in final.items())
-        say(f"finished {trainer.state.global_step} steps, {tokens} tokens: {shown}")
-    state.wait_for_everyone()  # a process that leaves first would break the others' connections
-    run.close()
+            say(start_block(s, parts.model, renderer, parts.train_set, len(parts.held_out or ())))
+            run.start(s.overwrite, record)
+        state.wait_for_everyone()
+
+        try:
+            checkpoint = last_checkpoint(run.path, say) if s.resume else None
+            with full_disk_is_an_error(s.output_dir):
+                trainer.train_from(checkpoint)
+                trainer.save_model()
+                if s.merge and main:
+                    trainer.merged_model().save_pretrained(run.path / "merged")
+                    renderer.tokenizer.save_pretrained(run.path / "merged")
+        except BaseException as error:
+            bar.close()
+            if main:
+                interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+                repeats = isinstance(error, (UsageError, FloatingPointError))
+                with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+                    run.update("interrupted" if interrupted else "failed", error=first_line(error), repeats=repeats)
+            raise
+        facts = final_record(trainer)
+        if main:
+            run.update("finished", **facts)
+            clean_up()
+            if s.streaming and parts.problems.found:
+                say(parts.problems.report())
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in facts["final"].items())
+            say(f"finished {facts['steps']} steps, {facts['tokens']} tokens: {shown}")
+        state.wait_for_everyone()  # a process that leaves first would break the others' connections
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 finished, 1 failed, 2 wrong usage or data, 130 interrupted."""
     settings, given = parse_flags(Settings, __doc__, argv)
 
-    def work(state: PartialState) -> None:
-        s = check_settings(settings, given)
-        fine_tune(s, state, bf16=uses_bfloat16(s, state.device))
-
-    return run_training("finetune.py", work)
+    return run_training("finetune.py", lambda state: fine_tune(check_settings(settings, given), state))
 
 
 if __name__ == "__main__":

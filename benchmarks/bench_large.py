@@ -1,18 +1,18 @@
-"""Training of eight billion weights as finetune8bh200.py does it: speed, memory against memory.py's prediction, and how
-long it takes to load, to write a checkpoint, to go on from it and to save the model.
+"""Times the training of an 8B-parameter model by finetune8bh200.py: speed, memory next to the prediction of
+`llm_jepa.memory`, and the time to load, to write a checkpoint, to resume from it and to save the model.
 
     python benchmarks/bench_large.py --model_name LLAMA --work WORK --json large.json
     python benchmarks/bench_large.py --model_name LLAMA --work WORK --arms jepa regular -- --param_dtype bfloat16
 
-LLAMA: a folder with config.json and tokenizer, or a whole model; without weights random ones in bfloat16 are written to
-WORK/base. What stands behind -- goes to the training of each arm. WORK needs room for the base, a checkpoint and the
-saved model (memory.py says how much); an arm's are removed behind it.
+LLAMA is a model folder. If it has only config.json and a tokenizer, a model with random bfloat16 parameters is written
+to WORK/base. Flags after -- are passed to the training of each arm. WORK needs space for the base, a checkpoint and the
+saved model (`python -m llm_jepa.memory` prints how much); each arm's files are removed when the arm ends.
 
-Each arm is trained from the start, with a checkpoint behind the last of --steps, then by new processes from there. Used
-is all of the main process's GPU that is not free when the steps are done, with the processes' contexts, NCCL and what
-other programs use. `of matmul` is the rate of the model's own FLOPs, 6 (LoRA: 4) for each weight of the decoder layers
-and token and of the output layer and label, over that of a large matrix product timed in the same process; what is
-recomputed does not count. On a CPU there is no memory to compare.
+Each arm trains from the start, with a checkpoint after --steps, and then resumes in new processes. `used` is the memory
+of the main process's GPU that is not free after the steps, including contexts, NCCL and other programs. `of matmul` is
+the rate of the model's own FLOPs (6, with LoRA 4, per parameter of the decoder layers and token, and per parameter of
+the output layer and label; recomputation does not count) over that of a large matrix product timed in the same process.
+On a CPU there is no memory to compare.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import finetune  # noqa: E402
 import finetune8bh200  # noqa: E402
-from llm_jepa.cli import UsageError, build_parser
+from llm_jepa.cli import UsageError, parse_flags  # noqa: E402
 from llm_jepa.files import read_json, sha256, write_json  # noqa: E402
 from llm_jepa.large import memory  # noqa: E402
+from llm_jepa.large.settings import LargeSettings  # noqa: E402
 
 JEPA = ["--predictors", "1", "--lbd", "1"]
 ARMS = {
@@ -47,12 +47,12 @@ ARMS = {
     "lora jepa": [*JEPA, "--lora", "--lora_rank", "64"],
     "lora regular": ["--regular", "--lora", "--lora_rank", "64"],
 }
-WARM_UP = 2  # steps whose time does not count
-MORE = 2  # steps of the processes that go on from the checkpoint
+WARM_UP = 2  # steps that are not timed
+MORE = 2  # steps after resuming
 
 
 class Clock(TrainerCallback):
-    """Times a training and ends it: behind its first checkpoint, or having gone on from one, MORE steps later."""
+    """Times a training and ends it after its first checkpoint or, if it resumed, after MORE steps."""
 
     def __init__(self, times: dict[str, Any]):
         self.times, self.trainer, self.began = times, None, 0.0
@@ -72,22 +72,6 @@ class Clock(TrainerCallback):
         raise KeyboardInterrupt
 
 
-class Timed(finetune8bh200.Sharded):
-    """finetune8bh200.py's engine under a clock."""
-
-    def __init__(self, times: dict[str, Any]):
-        self.times, self.clock = times, Clock(times)
-
-    def load(self, *args: Any) -> Any:
-        begin = time.perf_counter()
-        model = super().load(*args)
-        self.times["load s"] = time.perf_counter() - begin
-        return model
-
-    def callbacks(self, *args: Any) -> list[TrainerCallback]:
-        return [*super().callbacks(*args), self.clock]
-
-
 def used_memory() -> int | None:
     """Bytes of the GPU that are not free."""
     if not torch.cuda.is_available():
@@ -97,35 +81,42 @@ def used_memory() -> int | None:
 
 
 def seconds(action: Any, *args: Any) -> float:
-    """How long it takes."""
+    """Seconds that the action takes."""
     begin = time.perf_counter()
     action(*args)
     return time.perf_counter() - begin
 
 
 def worker(file: str, flags: list[str]) -> int:
-    """A process of a training: the main one writes its times to the file."""
+    """One training process; the main one writes its times to the file."""
     times: dict[str, Any] = {}
-    engine, run_trainer = Timed(times), finetune.run_trainer
-    save_checkpoint = finetune8bh200.LargeTrainer._save_checkpoint
+    clock, load, trainer = Clock(times), finetune8bh200.load, finetune8bh200.LargeTrainer
+    train_from, save_checkpoint = trainer.train_from, trainer._save_checkpoint
 
-    def started(trainer: Any, checkpoints: list[Path]) -> None:
-        engine.clock.trainer, engine.clock.began = trainer, time.perf_counter()
-        run_trainer(trainer, checkpoints)
+    def timed_load(*args: Any) -> Any:
+        begin = time.perf_counter()
+        model = load(*args)
+        times["load s"] = time.perf_counter() - begin
+        return model
 
-    def timed(self: Any, *args: Any) -> None:
+    def timed_training(self: Any, checkpoint: Path | None) -> None:
+        clock.trainer, clock.began = self, time.perf_counter()
+        self.add_callback(clock)
+        train_from(self, checkpoint)
+
+    def timed_checkpoint(self: Any, *args: Any) -> None:
         times["checkpoint s"] = seconds(save_checkpoint, self, *args)
 
-    finetune.run_trainer, finetune8bh200.LargeTrainer._save_checkpoint = started, timed
-    code = finetune.main(flags, engine)
+    finetune8bh200.load, trainer.train_from, trainer._save_checkpoint = timed_load, timed_training, timed_checkpoint
+    code = finetune8bh200.main(flags)
     if os.environ.get("RANK", "0") == "0" and "used bytes" in times:
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         write_json(Path(file), times | {"matmul": matmul_rate(device, dtype)})
-    return 0 if "used bytes" in times else code  # its clock ended it; torchrun would end the others
+    return 0 if "used bytes" in times else code  # ended by its Clock; on another code torchrun would end the others
 
 
 def base_of(args: argparse.Namespace) -> Path:
-    """The model's folder, or one of random weights."""
+    """The model's folder, or a new one with random parameters."""
     model = Path(args.model_name)
     if list(model.glob("*.safetensors")):
         return model
@@ -141,27 +132,27 @@ def base_of(args: argparse.Namespace) -> Path:
 
 
 def processes_of(args: argparse.Namespace, flags: list[str], file: Path) -> dict[str, Any]:
-    """Times of a training that its clock ends. Raises SystemExit where it fails."""
+    """The times of one training. Raises SystemExit if it fails."""
     launch = [sys.executable]
     if args.nproc_per_node > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.nproc_per_node)]
     file.unlink(missing_ok=True)
     done = subprocess.run([*launch, __file__, "--worker", str(file), *flags], stdout=subprocess.DEVNULL)
     if not file.exists():
-        raise SystemExit(f"bench_large.py: error: exit code {done.returncode} of a training: {' '.join(flags)}")
+        raise SystemExit(f"bench_large.py: error: training ended with exit code {done.returncode}: {' '.join(flags)}")
     return read_json(file)
 
 
 def flops(model: Path, tokens: float, labels: float, lora: bool) -> float:
-    """The model's own FLOPs of so many tokens and labels."""
+    """The model's own FLOPs for these numbers of tokens and labels."""
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    layers = sum(p.numel() for layer in memory.decoder_layers(whole) for p in layer.parameters())
-    return (4 if lora else 6) * (layers * tokens + whole.get_output_embeddings().weight.numel() * labels)
+        full = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    layers = sum(p.numel() for layer in memory.decoder_layers(full) for p in layer.parameters())
+    return (4 if lora else 6) * (layers * tokens + full.get_output_embeddings().weight.numel() * labels)
 
 
 def measure(name: str, args: argparse.Namespace, model: Path, more: list[str]) -> dict[str, Any]:
-    """A line of the table."""
+    """One row of the table."""
     run, file = Path(args.work) / name.replace(" ", "-"), Path(args.work) / "times.json"
     shutil.rmtree(run, ignore_errors=True)
     size = ["--tokens_per_batch", str(args.tokens_per_batch)]
@@ -175,8 +166,8 @@ def measure(name: str, args: argparse.Namespace, model: Path, more: list[str]) -
     rate = statistics.median(step["tokens_per_second"] for step in steps)
     tokens, labels = (sum(step[key] for step in steps) for key in ("tokens", "label_tokens"))
     spent = flops(model, tokens, labels, name.startswith("lora")) / tokens * rate / args.nproc_per_node
-    recipe, _ = build_parser(memory.Recipe, "").parse_known_args(flags)
-    predicted = memory.plan(memory.Recipe(**vars(recipe), gpus=str(args.nproc_per_node)))["on"][0]["peak"]
+    settings, _ = parse_flags(LargeSettings, "", flags)
+    predicted = memory.plan(settings, [args.nproc_per_node])["on"][0]["peak"]
     shutil.rmtree(run)
     used = max(first["used bytes"] or 0, again["used bytes"] or 0)
     return {
@@ -194,12 +185,12 @@ def measure(name: str, args: argparse.Namespace, model: Path, more: list[str]) -
 
 
 def main() -> None:
-    """One table, and with --json the same in a file."""
+    """Prints the table and writes the JSON."""
     if sys.argv[1:2] == ["--worker"]:
         sys.exit(worker(sys.argv[2], sys.argv[3:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name", required=True)
-    parser.add_argument("--work", required=True, help="folder for weights and checkpoints, removed behind each arm")
+    parser.add_argument("--work", required=True, help="folder for models and checkpoints, removed after each arm")
     parser.add_argument("--input_file", default="datasets/synth_train.jsonl")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--nproc_per_node", type=int, default=1)
@@ -209,7 +200,7 @@ def main() -> None:
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, more = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
     if args.steps <= WARM_UP:
-        parser.error(f"--steps {args.steps}: the first {WARM_UP} do not count")
+        parser.error(f"--steps {args.steps}: the first {WARM_UP} are not timed")
     Path(args.work).mkdir(parents=True, exist_ok=True)
     try:
         model = base_of(args)

@@ -1,8 +1,8 @@
-"""Seconds that execution match takes for a file of gold queries, each a query, a tab and a db_id, against themselves.
+"""Times execution match on a file of gold queries: lines of query, tab and db_id, each query scored against itself.
 
     python benchmarks/bench_scoring.py --spider_path spider_data --gold spider_data/dev_gold.sql --json scoring.json
 
-Nothing is remembered between queries: each runs twice, as a prediction that differs from its gold would make it.
+Each query runs twice, once as the gold query and once as a prediction with another text, so that no result is cached.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llm_jepa.scoring.sql import ExecutionMatch, spider_databases  # noqa: E402
 
 
 def score_all(databases: Path, lines: list[str]) -> int:
-    """How many of the queries equal themselves; a comment behind the prediction makes it another text."""
+    """The number of queries that match themselves; a comment makes the prediction another text."""
     equal = 0
     with ExecutionMatch(databases) as match:
         for number, line in enumerate(lines, start=1):
@@ -31,18 +31,18 @@ def score_all(databases: Path, lines: list[str]) -> int:
             example = Example(None, f"For db_id:[{db_id}]\n\nWhich?", query, f"line {number}", number)
             try:
                 equal += bool(match(query + " --", example)["execution"])
-            except ExampleError:  # a database that is not here
+            except ExampleError:  # a missing database
                 continue
     return equal
 
 
 def main() -> None:
-    """Prints the table, writes the JSON."""
+    """Prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spider_path", type=Path, default=ROOT / "spider_data.zip", help="folder or zip of Spider")
     parser.add_argument("--gold", type=Path, required=True, help="file of gold queries")
-    parser.add_argument("--repeats", type=int, default=5, help="times that all are scored (default 5)")
-    parser.add_argument("--json", help="file for the figures and where they come from")
+    parser.add_argument("--repeats", type=int, default=5, help="how often all are scored (default 5)")
+    parser.add_argument("--json", help="file for the results and their provenance")
     args = parser.parse_args()
     databases = spider_databases(args.spider_path, ROOT / "datasets" / "spider_databases")
     lines = args.gold.read_text(encoding="utf-8").splitlines()

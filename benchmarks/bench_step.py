@@ -1,18 +1,18 @@
-"""Training steps on the same rows, weights, precision and optimiser, laid out in every way a user could choose.
+"""Times training steps on the same examples, model, precision and optimizer in every layout.
 
-    pip install -r requirements-bench.txt        # TRL's arms; they are left out where trl is not installed
+    pip install -e ".[bench]"        # for TRL's arms, which are skipped if trl is not installed
     python benchmarks/bench_step.py --input_file datasets/synth_train.jsonl --json step.json
     python benchmarks/bench_step.py --growth growth.png --json growth.json
 
-Arms: the reference implementation's way (three rows an example, padded to 512, logits and all layers' hidden states
-everywhere); the additive mask, a row an example for the two views; packed, as finetune.py does by default; packed with
-the Text view in the chat; regular fine-tuning packed; TRL's SFTTrainer, padded to the longest row and packed. A step is
-collation, forward, backward, clipping and AdamW. `useful` tokens are those of chats and views without padding.
-`time/tokens` is an arm's time over that of regular packed, divided by the ratio of their useful tokens: 1 where the
-views cost what their tokens cost. FLOPs are torch's count of the model's own forward and backward pass, `of matmul`
+Arms: the reference implementation's method (three rows per example, padded to 512 tokens, logits and all layers' hidden
+states at every token); the additive mask, with both views of an example in one row; packed, the default of finetune.py;
+packed with the Text view in the chat; regular fine-tuning, packed; TRL's SFTTrainer, padded to the longest row and
+packed. A step is collation, forward, backward, clipping and AdamW. `useful` tokens are those of chats and views without
+padding. `time/tokens` is an arm's time over that of regular packed, divided by the ratio of their useful tokens: 1 if
+the views cost as much per token as the chats. FLOPs are torch's count for the forward and backward pass; `of matmul` is
 their rate over that of a large matrix product timed in the same run.
 
-With --growth the time of a packed step over its examples × 1, 2, 4, 8 and over the examples' length × 1, 2, 4, 8.
+With --growth: the time of a packed step for 1, 2, 4 and 8 times the examples, and for 1, 2, 4 and 8 times their length.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
-from llm_jepa.data import segments  # noqa: E402
 from llm_jepa.data.examples import Problems, read_examples  # noqa: E402
+from llm_jepa.data.segments import Segment  # noqa: E402
 from llm_jepa.files import sha256  # noqa: E402
+from llm_jepa.training.checks import on_device  # noqa: E402
 
-# The CPU's shape has about 5 M weights; the other is Llama-3.2-1B's.
+# About 5M parameters for a CPU, and the shape of Llama-3.2-1B.
 SHAPES = {
     "5m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,
            "num_key_value_heads": 4, "tie_word_embeddings": True},
@@ -61,7 +62,7 @@ PADDED = 512  # tokens of each of the reference's rows
 
 @dataclass
 class Arm:
-    """One way to take a step: `batches` hold the examples of each step, `loss` lays them out and runs the model."""
+    """One kind of step: `batches` stores the examples of each step, `loss` collates them and runs the model."""
 
     model: torch.nn.Module
     batches: list[Any]
@@ -75,7 +76,7 @@ class Arm:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused or None)
 
     def __call__(self) -> None:
-        """All the steps."""
+        """Takes all steps."""
         for batch in self.batches:
             self.backward(batch)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -90,7 +91,7 @@ class Arm:
         loss.backward()
 
     def flops(self) -> float:
-        """Of the forward and backward passes of all batches."""
+        """FLOPs of the forward and backward passes of all batches."""
         with FlopCounterMode(display=False) as counter:
             for batch in self.batches:
                 self.backward(batch)
@@ -99,23 +100,20 @@ class Arm:
 
 
 def ours(parts: finetune.Parts, model: torch.nn.Module, s: finetune.Settings) -> Callable:
-    """The loss of finetune.py with the layout of `parts`, on a model of its own."""
-    head = finetune.HeadInput(model)
+    """The loss of finetune.py with the layout of `parts`."""
+    selector = finetune.LMHeadSelector(model)
 
     def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
-        batch = finetune.on_device(parts.collator(items), next(model.parameters()).device)
-        lm, (text, code), _ = head.losses(model, batch)
-        total = lm / max(1, len(batch["label_ids"]))
-        if s.jepa:
-            jepa, pairs = finetune.jepa_loss(text, code, s.distance)
-            total = total + s.lbd * jepa / max(1, pairs)
-        return total
+        batch = on_device(parts.collator(items), next(model.parameters()).device)
+        lm_sum, states = selector.lm_sum(model, batch)
+        terms = [(term, term.weight) for term in parts.terms]
+        return finetune.objective(lm_sum, states, batch["counts"].clamp(min=1), s.gamma, terms)[0]
 
     return loss
 
 
 def reference_loss(pad_id: int, lbd: float) -> Callable:
-    """The reference implementation's way to the same loss: what its three padded rows an example cost."""
+    """The same loss computed as in the reference implementation, with three padded rows per example."""
 
     def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
         segments = [segment for kind in range(3) for segment in (item[kind] for item in items)]
@@ -140,16 +138,14 @@ def reference_loss(pad_id: int, lbd: float) -> Callable:
 
 
 def trl_arm(args: argparse.Namespace, parts: finetune.Parts, packing: bool, folder: str) -> Arm:
-    """TRL's SFTTrainer on the same chats, labels on the answers; its own collator, loss and metrics."""
+    """TRL's SFTTrainer on the same chats with labels on the answers and its own collator, loss and metrics."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     def turns(example: Any) -> dict[str, list]:
-        system = [{"role": "system", "content": example.system}] if example.system else []
-        user, answer = (
-            {"role": r, "content": c} for r, c in (("user", example.user), ("assistant", example.assistant))
-        )
-        return {"prompt": [*system, user], "completion": [answer]}
+        contents = {"system": example.system, "user": example.user, "assistant": example.assistant}
+        chat = [{"role": role, "content": content} for role, content in contents.items() if content]
+        return {"prompt": chat[:-1], "completion": chat[-1:]}
 
     rows = args.steps * args.batch_size
     config = SFTConfig(
@@ -159,16 +155,18 @@ def trl_arm(args: argparse.Namespace, parts: finetune.Parts, packing: bool, fold
     )  # fmt: skip
     model = copy.deepcopy(parts.model)
     data = Dataset.from_list([turns(e) for e in parts.train_set.examples[:rows]])
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=parts.renderer.tokenizer)
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=data, processing_class=parts.encoder.renderer.tokenizer
+    )
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
-    trainer.accelerator.backward = lambda loss, **_: None  # the Arm's own loss.backward() follows
+    trainer.accelerator.backward = lambda loss, **_: None  # Arm.backward calls loss.backward()
     model.train()
     useful = sum(len(item[0].ids) for item in parts.train_set.items[:rows])
     return Arm(model, batches, lambda m, b: trainer.compute_loss(m, dict(b)), rows, useful, args.dtype == "bfloat16")
 
 
 def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any] | None = None) -> Arm | None:
-    """The arm of that name, None where its package is not installed; arms with the same `shared` train one model."""
+    """The arm, or None if its package is not installed; arms with the same `shared` train one model."""
     regular = name.startswith(("regular", "TRL"))
     s = finetune.Settings(
         train_file=args.input_file, model_name=folder, pretrain=True, predictors=0 if regular else 1, lbd=1.0,
@@ -187,9 +185,9 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
         return trl_arm(args, parts, name == "TRL packed", folder)
     items = parts.train_set.items
     if len(items) < args.steps * args.batch_size:
-        raise SystemExit(f"{args.input_file} has {len(items)} usable rows, {args.steps} steps need more")
+        raise SystemExit(f"{args.input_file} has only {len(items)} usable examples for {args.steps} steps")
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
-    pad = parts.renderer.tokenizer.pad_token_id
+    pad = parts.encoder.renderer.tokenizer.pad_token_id
     loss = reference_loss(pad, s.lbd) if name == "reference's way" else ours(parts, parts.model, s)
     useful = sum(len(segment.ids) for item in items for segment in item)
     return Arm(parts.model, batches, loss, len(items), useful, args.dtype == "bfloat16")
@@ -199,7 +197,7 @@ ARMS = ("reference's way", "additive", "packed", "packed, in_chat", "regular pac
 
 
 def peak_memory_gpu(arm: Arm) -> float:
-    """MB that an arm's steps take beyond its model, gradients and optimiser included."""
+    """Peak MB of an arm's steps in addition to its model; gradients and optimizer state count."""
     arm.optimizer.zero_grad()
     arm.optimizer.state.clear()
     torch.cuda.reset_peak_memory_stats()
@@ -209,22 +207,22 @@ def peak_memory_gpu(arm: Arm) -> float:
 
 
 def peak_memory(name: str, args: argparse.Namespace, folder: str) -> float:
-    """The same of a CPU, in a process of its own."""
+    """The same on a CPU (Linux), in a process of its own."""
     arm = arm_of(name, args, folder)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _peak_kilobytes()
     arm()
     return (_peak_kilobytes() - before) / 1e3
 
 
 def _peak_kilobytes() -> int:
-    """The most memory that this process has held since its peak was reset (Linux)."""
+    """This process's peak memory since the reset."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def write_shape(args: argparse.Namespace, folder: str) -> None:
-    """A model folder without weights: the shape's configuration and the tokenizer."""
+    """Writes a model folder with only the configuration and the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     if args.vocabulary:
         texts = (f"{e.system or ''}\n{e.user}\n{e.assistant}" for e in read_examples(args.input_file, Problems()))
@@ -236,26 +234,26 @@ def write_shape(args: argparse.Namespace, folder: str) -> None:
 def flags() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input_file", default=str(ROOT / "datasets" / "synth_train.jsonl"), help="rows to train on")
+    parser.add_argument("--input_file", default=str(ROOT / "datasets" / "synth_train.jsonl"), help="training examples")
     parser.add_argument("--tokenizer", default=str(ROOT / "models" / "tiny"), help="tokenizer with a chat template")
-    parser.add_argument("--vocabulary", type=int, help="train the tokenizer anew on the rows, with so many tokens")
-    parser.add_argument("--shape", choices=SHAPES, default="5m", help="of the model, with random weights (default 5m)")
+    parser.add_argument("--vocabulary", type=int, help="retrain the tokenizer on the examples with this size")
+    parser.add_argument("--shape", choices=SHAPES, default="5m", help="of the randomly initialized model (default 5m)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    parser.add_argument("--batch_size", type=int, default=16, help="examples a step (default 16)")
+    parser.add_argument("--batch_size", type=int, default=16, help="examples per step (default 16)")
     parser.add_argument("--steps", type=int, default=4, help="steps that are timed together (default 4)")
-    parser.add_argument("--repeats", type=int, default=5, help="times that each arm's steps are timed (default 5)")
-    parser.add_argument("--max_length", type=int, default=PADDED, help="longer rows are left out (default 512)")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each arm's steps are timed (default 5)")
+    parser.add_argument("--max_length", type=int, default=PADDED, help="longer examples are skipped (default 512)")
     parser.add_argument("--tokens_per_row", type=int, default=0, help="of packed rows (default: finetune.py's)")
     parser.add_argument("--attn_implementation", help="attention kernel of this project's arms")
-    parser.add_argument("--growth", metavar="PNG", help="measure growth instead, and draw it into this file")
+    parser.add_argument("--growth", metavar="PNG", help="measure growth instead and plot it to this file")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")
-    parser.add_argument("--json", help="file for the figures and where they come from")
+    parser.add_argument("--json", help="file for the results and their provenance")
     parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
     return parser
 
 
 def results(args: argparse.Namespace, arms: dict[str, Arm], folder: str) -> Iterator[dict[str, Any]]:
-    """A line of the table an arm."""
+    """One row of the table per arm."""
     seconds = interleave(arms, args.repeats)
     rate = matmul_rate(args.device, getattr(torch, args.dtype))
     rates = {name: arms[name].examples / statistics.median(times) for name, times in seconds.items()}
@@ -287,8 +285,8 @@ def results(args: argparse.Namespace, arms: dict[str, Arm], folder: str) -> Iter
 GROWTH = (1, 2, 4, 8)
 
 
-def longer(item: tuple[segments.Segment, ...], times: int) -> tuple[segments.Segment, ...]:
-    """The item with each of its segments repeated behind itself, as a longer text would be."""
+def longer(item: tuple[Segment, ...], times: int) -> tuple[Segment, ...]:
+    """The item with each of its segments repeated, in place of a longer text."""
     return tuple(
         dataclasses.replace(
             x, ids=np.tile(x.ids, times), labels=np.tile(x.labels, times),
@@ -299,7 +297,7 @@ def longer(item: tuple[segments.Segment, ...], times: int) -> tuple[segments.Seg
 
 
 def growth(args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
-    """The time of a packed step of more, and of longer, examples."""
+    """Times a packed step with more and with longer examples."""
     args.steps = 8
     arm, arms = arm_of("packed", args, folder), {}
     for what, by in (("examples", 1), ("length", 0)):
@@ -319,7 +317,7 @@ def growth(args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
 
 
 def draw(lines: list[dict[str, Any]], path: str) -> None:
-    """Time over tokens, on logarithmic axes, beside a straight line through each first point."""
+    """Plots time over tokens on logarithmic axes, with a line of proportional growth through each first point."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -329,14 +327,14 @@ def draw(lines: list[dict[str, Any]], path: str) -> None:
         tokens, times = [x["tokens"] for x in some], [1e3 * x["p50"] for x in some]
         axes.loglog(tokens, times, color=colour, marker=mark, label=f"more {what}" if what == "examples" else "longer")
         axes.loglog(tokens, [times[0] * t / tokens[0] for t in tokens], color=colour, ls=":", lw=1)
-    axes.set(xlabel="tokens a step, views included", ylabel="time a step (ms, median)", title="A packed step")
-    axes.plot([], [], color="grey", ls=":", lw=1, label="in proportion to tokens")
+    axes.set(xlabel="tokens per step, views included", ylabel="time per step (ms, median)", title="A packed step")
+    axes.plot([], [], color="grey", ls=":", lw=1, label="proportional to tokens")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    """Prints the table, writes the JSON."""
+    """Prints the table and writes the JSON."""
     args = flags().parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers_logging.set_verbosity_error()
@@ -353,9 +351,9 @@ def main() -> None:
         shared: dict[str, Any] = {}
         arms = {name: arm for name in args.arms if (arm := arm_of(name, args, folder, shared))}
         lines = list(results(args, arms, folder))
-        weights = sum(p.numel() for p in next(iter(arms.values())).model.parameters())
+        parameters = sum(p.numel() for p in next(iter(arms.values())).model.parameters())
     print(table(lines))
-    shape = vars(args) | {"weights": weights}
+    shape = vars(args) | {"parameters": parameters}
     write(args.json, {args.input_file: sha256(args.input_file)}, shape=shape, results=lines)
 
 

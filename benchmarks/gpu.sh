@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Every GPU figure of benchmarks/README.md in one go: a step of Llama-3.2-1B's shape in bfloat16 in every way and with
-# each attention kernel, how it grows, and generation. Results go to OUT, a file a table; a kernel that is not there is
-# named and passed over.
+# Runs all benchmarks on a GPU: training steps of Llama-3.2-1B's shape in bfloat16 in every layout and with each attention
+# kernel, their growth, and generation. Writes one file per table to OUT. A kernel that is not installed is reported.
 #
 #     bash benchmarks/gpu.sh TOKENIZER [OUT]
 #
-# TOKENIZER: a folder with Llama 3's tokenizer. MODEL: a trained run, for generation; without it that is left out.
-# PYTHON_BIN, BATCH (examples a step) and REPEATS are read too.
+# TOKENIZER: a folder with Llama 3's tokenizer. Environment variables: MODEL (a trained run; without it, generation is
+# skipped), PYTHON_BIN, BATCH (examples per step), REPEATS.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
@@ -15,7 +14,7 @@ batch=${BATCH:-16} repeats=${REPEATS:-5} failed=0
 mkdir -p "$out"
 "$python" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu.sh: error: no GPU")'
 
-bench() { # name, arguments of bench_step.py: its table and JSON
+bench() { # name, arguments of bench_step.py; writes the table and the JSON
   echo "== $1"
   "$python" benchmarks/bench_step.py --tokenizer "$tokenizer" --shape llama-3.2-1b --dtype bfloat16 \
     --batch_size "$batch" --repeats "$repeats" --json "$out/$1.json" "${@:2}" 2>"$out/$1.err" | tee "$out/$1.txt" ||
@@ -25,12 +24,12 @@ bench() { # name, arguments of bench_step.py: its table and JSON
 bench step
 for kernel in sdpa flex_attention flash_attention_2; do
   for row in 1024 4096 16384; do
-    # Flash attention packs a micro-batch into one row, whatever it is told.
+    # Flash attention packs a micro-batch into one row and ignores the limit.
     [ "$kernel" != flash_attention_2 ] || [ "$row" = 4096 ] || continue
     limit=(--tokens_per_row "$row")
     [ "$kernel" != flash_attention_2 ] || limit=()
     arms=(packed "regular packed")
-    [ "$kernel" != sdpa ] || arms+=("packed, in_chat") # predictor tokens that branch off need a dense mask
+    [ "$kernel" != sdpa ] || arms+=("packed, in_chat") # branches need a dense mask
     bench "$kernel-$row" --arms "${arms[@]}" --attn_implementation "$kernel" ${limit[@]+"${limit[@]}"}
   done
 done

@@ -13,13 +13,13 @@ T = TypeVar("T")
 SEED, PAIRS, TEST_EVERY = 160803000, 10_000, 5  # every fifth pair is a test pair: 8000 and 2000
 MAX_WORDS = 20  # a longer description is dropped
 STRINGS = ("dog", "truck", "ring", "lake")  # renamed in order of appearance, so the first string of a pair is 'dog'
-STRING_NAME = re.compile("(?<!st)(?:" + "|".join(STRINGS) + ")")  # not the "ring" of "the string"
-DEPTHS = ((1, 5), (2, 87), (3, 8))  # rules nested at most, and the weight of that
-LEAF_SHARE = 0.5  # of the arguments that could be a rule
+STRING_NAME = re.compile("(?<!st)(?:" + "|".join(STRINGS) + ")")  # excludes the "ring" of "the string"
+DEPTHS = ((1, 5), (2, 87), (3, 8))  # (largest nesting depth of rules, weight)
+LEAF_SHARE = 0.5  # share of leaves among arguments that could also be rules
 
 
 class Phrase(NamedTuple):
-    """Words and the regular expression they stand for; a leaf needs no parentheses."""
+    """A description and its regular expression. A leaf needs no parentheses."""
 
     words: str
     regex: str
@@ -27,11 +27,11 @@ class Phrase(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A regular expression and its wordings, which share the arguments.
+    """A regular expression and its wordings, which have the same arguments x, y, z.
 
-    `kind` is the rule's own kind, `slots` the kinds that each argument may have, `weight` how often it is drawn.
-    In `regex` an argument x, y or z keeps the parentheses written there; X, Y or Z gets some unless it is a leaf.
-    N is a number of times, the same in both.
+    `kind` is the rule's kind, `slots` the kinds allowed for each argument, `weight` its relative frequency. In `regex`
+    x, y and z are inserted as they are; X, Y and Z are put in parentheses unless they are leaves. N is a count, the
+    same in the regular expression and the wording.
     """
 
     kind: str
@@ -52,8 +52,8 @@ LEAVES = (
 )
 
 # Kinds: L leaf, T tight, A and, O or, R repeated, B before, W words, V property of the line, U its negation, J two
-# properties, S sentence. From L to B they are in order of precedence and an argument binds tighter than its rule; what
-# follows W or V belongs to it. So a sentence has one reading: "a vowel or a number, 2 or more times" repeats the "or".
+# properties, S sentence. L to B are in order of precedence, and an argument binds tighter than its rule. The phrase
+# after W or V is its argument. So a sentence is unambiguous: "a vowel or a number, 2 or more times" repeats the "or".
 NOUN = "LTAORBW"
 RULES = (
     Rule("T", "~(x)", ("not x", "anything but x"), ("L",), 10),
@@ -81,10 +81,9 @@ RULES = (
 
 
 def choose(rng: random.Random, items: Sequence[tuple[T, int]]) -> T:
-    """Draw one item in proportion to its weight, the same one on every platform and Python version.
+    """Draws one item in proportion to its weight, the same one on every platform and Python version.
 
-    `rng.random()` is the one method whose stream is promised, and a sum of floats is not the same in every version,
-    so the weights are integers.
+    Only the stream of `rng.random()` is guaranteed across versions. Sums of floats are not, so weights are integers.
     """
     at = rng.random() * sum(weight for _, weight in items)
     for item, weight in items:
@@ -95,12 +94,12 @@ def choose(rng: random.Random, items: Sequence[tuple[T, int]]) -> T:
 
 
 def draw_phrase(rng: random.Random, kinds: str, depth: int) -> Phrase:
-    """Draw a phrase of one of `kinds` with at most `depth` nested rules, the arguments of each rule distinct."""
+    """Draws a phrase of one of `kinds` with at most `depth` nested rules. The arguments of a rule are distinct."""
     if kinds == "L" or "L" in kinds and (depth == 0 or rng.random() < LEAF_SHARE):
         return choose(rng, LEAVES)
-    # The arguments of U and J are rules themselves, never leaves, and need a level of their own.
+    # The arguments of U and J are rules, never leaves, and need one more level.
     rule = choose(rng, [(r, r.weight) for r in RULES if r.kind in kinds and (depth > 1 or r.kind not in "UJ")])
-    inner = depth - (rule.regex != "x")  # a rule that only adds words costs no depth
+    inner = depth - (rule.regex != "x")  # a rule that only adds words adds no depth
     arguments: list[Phrase] = []
     while len({a.regex for a in arguments}) < len(rule.slots):
         arguments = [draw_phrase(rng, slot, inner) for slot in rule.slots]
@@ -119,9 +118,9 @@ def draw_phrase(rng: random.Random, kinds: str, depth: int) -> Phrase:
 
 
 def draw_pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(train, test): 8000 and 2000 pairs of a description and its regex, no regex twice in the two together.
+    """(train, test): 8000 and 2000 pairs of a description and its regular expression, without duplicates.
 
-    No description stands there twice either, as each has one regex.
+    Regular expressions are unique across both parts, and so are descriptions, because each has one reading.
     """
     rng = random.Random(SEED)
     descriptions: dict[str, str] = {}  # by regex

@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
-# The experiments behind the findings of RESULTS.md. What is done is skipped, what was interrupted goes on.
+# Runs the experiments of RESULTS.md. Finished runs are skipped and interrupted runs are resumed.
 #
-#     bash experiments/findings.sh EXPERIMENT…        on the project's SYNTH rows, five seeds each, the embedded model
+#     bash experiments/findings.sh EXPERIMENT…        on this project's SYNTH examples, models/tiny, five seeds
 #
-# labels      regular and JEPA (k = 1, λ = 1), labels as published and corrected, from random weights
-# stopping    the same from a model that has learned to stop: that of 500 rows, fine-tuned on the other 7500
-# controls    regular, JEPA, JEPA with λ = 0, and JEPA with each Text paired with another row's Code
-# data        regular, JEPA (k picked on held-out train rows), STP, with 500, 1000, 2000 and 8000 rows at equal steps
-# pretrained  the same labels and arms on SmolLM2-135M-Instruct (its folder: MODEL), 500 rows, the first 300 test rows
+# labels      regular and JEPA (k = 1, λ = 1), with published and corrected labels, from random weights
+# stopping    the same from a model that was trained on 500 examples and has learned to stop, on the other 7500 examples
+# controls    regular, JEPA, JEPA with λ = 0, and JEPA with each Text paired with the Code of another example
+# data        regular, JEPA (k chosen on held-out training examples) and STP on 500, 1000, 2000 and 8000 examples, with
+#             equal numbers of steps
+# pretrained  the labels and arms of `labels` on SmolLM2-135M-Instruct (MODEL: its folder), with 500 training and 300
+#             test examples
 #
-# JOBS, runs at a time, and PYTHON_BIN are those of run.sh; SEEDS too. Reports go to reports/.
+# The environment variables JOBS, SEEDS and PYTHON_BIN are those of run.sh. Reports are written to reports/.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON_BIN:-.venv/bin/python} tiny=models/tiny
-flags=(--batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98) # run.sh's for the embedded model
+flags=(--batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98) # those of run.sh for models/tiny
 
 fail() { echo "findings.sh: error: $1" >&2 && exit 2; }
 
-no_pad() { # a copy of the embedded model $1 at $2 whose tokenizer has no pad token, as Llama 3's: pad falls back to eos
+no_pad() { # copies model $1 to $2 without its pad token, so that pad = eos as in Llama 3
   [ ! -d "$2" ] || return 0
   mkdir -p "$2.part"
   cp "$1"/*.json "$1"/*.jinja "$2.part"
@@ -28,12 +30,12 @@ no_pad() { # a copy of the embedded model $1 at $2 whose tokenizer has no pad to
   mv "$2.part" "$2"
 }
 
-rows() { # dataset NAME of the SYNTH train rows, as rows.py is told, with the SYNTH test rows
-  "$python" experiments/rows.py datasets/synth_train.jsonl "datasets/$1_train.jsonl" "${@:2}"
+subset() { # NAME and flags of subset.py: writes dataset NAME from the SYNTH examples, with the SYNTH test examples
+  "$python" experiments/subset.py datasets/synth_train.jsonl "datasets/$1_train.jsonl" "${@:2}"
   cp datasets/synth_test.jsonl "datasets/$1_test.jsonl"
 }
 
-no_pad_runs() { # function of run.sh; flags of finetune.py
+no_pad_runs() { # function of run.sh, flags of finetune.py
   no_pad "$tiny" runs/models/tiny-no-pad
   MODEL=runs/models/tiny-no-pad LR=1e-3 EPOCHS=2 bash run.sh "$1" -- --pretrain "${flags[@]}" "${@:2}"
 }
@@ -45,20 +47,20 @@ labels() {
 
 controls() {
   local run
-  rows placebo --shuffle_views 0
-  no_pad_runs compare # those of `labels`
+  subset placebo --shuffle_views 0
+  no_pad_runs compare # the runs of `labels`
   LBD=0 no_pad_runs run_jepa
   DATASET=placebo no_pad_runs run_jepa
-  for run in runs/placebo-tiny-no-pad-jepa-*; do # beside the others' scores
+  for run in runs/placebo-tiny-no-pad-jepa-*; do # scored on the same examples as the others
     [ -f "$run/eval/synth/metrics.json" ] || "$python" evaluate.py --model_name "$run" --input_file datasets/synth_test.jsonl
   done
-  corrected=$(printf '%s\n' --pretrain "${flags[@]}" | sha256sum | cut -c1-8) # run.sh's mark of these flags
+  corrected=$(printf '%s\n' --pretrain "${flags[@]}" | sha256sum | cut -c1-8) # run.sh names runs with this hash of the flags
   "$python" -m llm_jepa.report runs/*-tiny-no-pad-*-x"$corrected" --output_dir reports/controls --allow train_file train_data evaluation.threads
 }
 
 stopping() {
-  rows first500 --first 500
-  rows other7500 --skip 500
+  subset first500 --first 500
+  subset other7500 --skip 500
   EPOCHS=16 SEEDS=42 DATASET=first500 bash run.sh run_regular
   no_pad runs/first500-tiny-regular-lr1e-3-e16-s42 runs/models/tiny-stops
   export MODEL=runs/models/tiny-stops LR=1e-4 EPOCHS=1 DATASET=other7500
@@ -69,9 +71,9 @@ stopping() {
 data() {
   local n dataset
   export LEARNING_RATES=1e-3 GRID_K="0 2" GRID_LBD=1
-  for n in ${ROWS:-500 2000 8000 1000}; do
+  for n in 500 2000 8000 1000; do
     dataset=first$n
-    rows "$dataset" --first "$n"
+    subset "$dataset" --first "$n"
     export EPOCHS=$((8000 / n)) DATASET=$dataset # 1000 steps
     bash run.sh sweep
     bash run.sh run_regular -- --stp geodesic
@@ -82,8 +84,8 @@ data() {
 pretrained() {
   local labels
   [ -f "${MODEL:-}/config.json" ] || fail "MODEL must be the folder of SmolLM2-135M-Instruct"
-  "$python" experiments/rows.py datasets/synth_train.jsonl datasets/few_train.jsonl --first 500
-  "$python" experiments/rows.py datasets/synth_test.jsonl datasets/few_test.jsonl --first 300
+  "$python" experiments/subset.py datasets/synth_train.jsonl datasets/few_train.jsonl --first 500
+  "$python" experiments/subset.py datasets/synth_test.jsonl datasets/few_test.jsonl --first 300
   export LR=2e-4 EPOCHS=1 DATASET=few
   for labels in answer reference; do
     bash run.sh compare -- --batch_size 8 --grad_accum 1 --warmup_steps 0.05 --dtype bfloat16 --save_strategy no \

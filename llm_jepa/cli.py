@@ -1,4 +1,4 @@
-"""What every command shares: flags from dataclasses, refusals of contradictions, errors and exit codes."""
+"""Flags from dataclasses, contradictions between flags, and the entry wrapper of every command."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class UsageError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message without what libraries append to it."""
+    """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def flag(default: Any, help: str, group: str, *aliases: str) -> Any:
-    """A field of a settings dataclass: its default, its help text and its other spellings, said once."""
+    """A field of a settings dataclass: its default, help text, group in `--help` and other spellings."""
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "aliases": aliases})
 
 
 def no_default(f: dataclasses.Field) -> bool:
-    """Whether there is no default to show; 0 is one."""
+    """Whether there is no default worth showing; 0 is shown."""
     return f.default is None or f.default is False or f.default == ""
 
 
@@ -40,7 +40,7 @@ def _value_type(annotation: Any) -> tuple[Any, tuple | None]:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, for an unknown flag with those that look like it, in place of the whole usage."""
+    """Prints an error as one line instead of the usage, with similar flags for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
         unknown = re.findall(r"(--[\w-]+)", message) if message.startswith("unrecognized") else []
@@ -50,7 +50,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def build_parser(settings: type, doc: str) -> FlagParser:
-    """The parser of a settings dataclass; defaults stay out of it, so that flags that were given can be told apart."""
+    """The parser of a settings dataclass. It has no defaults, so that given flags can be distinguished."""
     parser = FlagParser(
         description=doc,
         allow_abbrev=False,
@@ -72,13 +72,14 @@ def build_parser(settings: type, doc: str) -> FlagParser:
 
 
 def parse_flags(settings: type, doc: str, argv: list[str] | None = None) -> tuple[Any, set[str]]:
-    """(settings, names of the flags given on the command line)."""
+    """(settings, names of the flags that were given with another value than their default)."""
     given = vars(build_parser(settings, doc).parse_args(argv))
-    return settings(**given), set(given)
+    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+    return settings(**given), {name for name, value in given.items() if value != defaults[name]}
 
 
 def flag_table(settings: type, beyond: type | None = None) -> str:
-    """The README's Markdown table of a settings dataclass, or of what it has beyond another."""
+    """The Markdown table of a settings dataclass, without the flags that it shares with `beyond`."""
     lines, types, group = [], typing.get_type_hints(settings), None
     known = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(beyond)} if beyond else {}
     groups = list(dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(settings)))
@@ -99,18 +100,18 @@ def flag_table(settings: type, beyond: type | None = None) -> str:
 
 
 class Refusals(list):
-    """Messages about wrong or inapplicable flags, collected so that all are said at once."""
+    """Messages about wrong or inapplicable flags, collected so that all are printed together."""
 
     def __init__(self, given: set[str]):
         self.given = given
 
     def refuse(self, condition: bool, message: str) -> None:
-        """Adds the message where the condition holds."""
+        """Adds the message if the condition holds."""
         if condition:
             self.append(message)
 
     def only_if(self, applies: bool, names: str, reason: str) -> None:
-        """Refuses those of the named flags that were given, unless they apply."""
+        """Refuses the listed flags that were given, unless they apply."""
         unused = [f"--{n}" for n in names.split() if n in self.given]
         self.refuse(bool(unused) and not applies, f"{', '.join(unused)}: {reason}")
 

@@ -59,7 +59,9 @@ def load_pretrained(name: str, **options: Any) -> Any:
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
-    """The model's configuration. Raises UsageError if there is none."""
+    """The model's configuration. Raises UsageError if there is none or the folder contains an adapter."""
+    if (Path(name) / "adapter_config.json").is_file():
+        raise UsageError(f"--model_name {name} is an adapter; train from its merged model (--merge)")
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except LOADING_ERRORS as error:
@@ -111,8 +113,6 @@ def load_model(
     In float32 unless transformers' `options` say otherwise. `pretrain`: random parameters. `empty`: see
     `without_weights`. Raises UsageError if it cannot be loaded.
     """
-    if (Path(name) / "adapter_config.json").is_file():
-        raise UsageError(f"--model_name {name} is an adapter; train from its merged model (--merge)")
     options = {"dtype": torch.float32} | options
     if attn_implementation:
         options["attn_implementation"] = attn_implementation

@@ -1,8 +1,110 @@
-"""Command line: python -m llm_jepa.report --help."""
+"""Report the scores of runs from their folders.
 
+    python -m llm_jepa.report runs/synth-tiny-jepa-*          one table per arm: its runs, then mean ± sd
+    python -m llm_jepa.report --line runs/RUN                 one line for one run
+    python -m llm_jepa.report runs/* --output_dir report      also report.md, report.json and report.html in report/
+
+Runs that differ in anything but their seed are different arms and are never averaged together. Runs that are missing,
+unfinished, not evaluated or damaged are reported on stderr and skipped (exit code 1).
+
+The files compare the arms of each data set with a reference arm, by seed: the regular arm, or the one given by
+--against. Arms that differ in more than the method are not compared; the differences are listed (exit code 1).
+"""
+
+from __future__ import annotations
+
+import argparse
 import sys
+from pathlib import Path
 
-from llm_jepa.reports.results import main
+from llm_jepa.cli import UsageError, run_command
+from llm_jepa.reports.comparison import arms_by_dataset, compare_arms
+from llm_jepa.reports.results import Result, read_runs
+from llm_jepa.reports.stats import mean_sd
+from llm_jepa.reports.writer import write_files
+
+
+def format_line(result: Result) -> str:
+    """The scores of a run in one line."""
+    scores = (f"{h.split()[0]} {value:.2f} {h.split()[1]}" for h, value in result.columns.items())
+    method = "regular" if result.settings.get("regular") else "jepa"
+    return "  ".join([result.dataset, method, f"seed {result.seed}", *scores, *result.remarks()])
+
+
+def format_arm(arm: list[Result]) -> str:
+    """The scores of an arm's runs, one line per run, then their mean ± sd."""
+    rows = [["seed", *arm[0].columns]]
+    rows += [[str(r.seed), *(f"{value:.2f}" for value in r.columns.values())] for r in arm]
+    last = f"mean ± sd (n = {len(arm)})" if len(arm) > 1 else "mean (n = 1)"
+    rows.append([last, *(mean_sd([r.columns[name] for r in arm]) for name in arm[0].columns)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines + [f"seed {r.seed} {text}" for r in arm for text in r.remarks()]) + "\n"
+
+
+def print_arms(results: list[Result]) -> None:
+    """Prints a titled table per arm."""
+    for dataset, arms in arms_by_dataset(results).items():
+        for label, arm in arms.items():
+            print(f"{dataset} ({arm[0].n} examples), {arm[0].settings.get('model_name')}, {label}\n{format_arm(arm)}")
+
+
+def write_report(
+    results: list[Result], problems: list[str], folder: Path, against: str | None, allow: set[str]
+) -> None:
+    """Compares the arms and writes the three files; adds to `problems` what they leave out.
+
+    Raises UsageError if the arms cannot be compared, or if the folder is a run's or cannot be created.
+    """
+    if (folder / "args.json").exists():
+        raise UsageError(f"--output_dir {folder} is a run folder")
+    if not results:
+        problems.append("no run is left to report; nothing is written")
+        return
+    tables, unknown = compare_arms(results, against, allow)
+    problems += unknown
+    problems += [f"{t.dataset}: {label} is not compared: {why}" for t in tables for label, why in t.refused.items()]
+    problems += write_files(folder, tables, problems)
+    print(f"written: {', '.join(str(folder / f'report.{end}') for end in ('md', 'json', 'html'))}")
+
+
+def work(argv: list[str] | None) -> int:
+    """Parses the flags, prints and writes. Returns 1 if some runs were skipped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--line", action="store_true", help="print one line, for one run")
+    parser.add_argument(
+        "--output_dir", type=Path, metavar="DIR", help="write report.md, report.json and report.html into this folder"
+    )
+    parser.add_argument("--against", metavar="ARM", help="reference arm: one of its run folders, or a part of its name")
+    parser.add_argument(
+        "--allow", nargs="+", action="extend", default=[], metavar="NAME",
+        help="also compare arms that differ in this: a setting, git_commit, versions …, evaluation.NAME",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    if options.line and (len(options.runs) > 1 or options.output_dir):
+        parser.error("--line: only with one run and without --output_dir")
+    if (options.against or options.allow) and not options.output_dir:
+        parser.error("--against and --allow: only with --output_dir")
+    results, problems = read_runs(options.runs)
+    if options.line:
+        for result in results:
+            print(format_line(result))
+    else:
+        print_arms(results)
+    try:
+        if options.output_dir:
+            write_report(results, problems, options.output_dir, options.against, set(options.allow))
+    finally:
+        for problem in problems:
+            print(f"report.py: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 all runs reported, 1 some skipped, 2 wrong usage."""
+    return run_command("report.py", lambda: work(argv))
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The flags of finetune.py: what they are, which of them go together, and what those say that are left out."""
+"""The flags of finetune.py, and which of them contradict each other."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from llm_jepa.cli import Refusals, UsageError, first_line, flag
 from llm_jepa.data.examples import Fields, dataset_name
 from llm_jepa.run_folder import VOLATILE
 
-DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimisation", "Run"
+DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimization", "Run"
 
 
 @dataclass
 class Settings:
-    """Every flag of finetune.py; its help texts make `--help` and the README's table."""
+    """Every flag of finetune.py; the help texts make `--help` and docs/flags.md."""
 
     train_file: str | None = flag(
         None,
-        "rows to train on: a file, or with the fields named a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]",
+        "training examples: a file, or with --text_field a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]",
         DATA,
     )
-    data_file: str | None = flag(None, "the same, split into train and held-out rows", DATA)
-    eval_split: float = flag(0.2, "share of --data_file held out", DATA)
+    data_file: str | None = flag(None, "the same, split into training and held-out examples", DATA)
+    eval_split: float = flag(0.2, "fraction of --data_file held out", DATA)
     split_seed: int = flag(42, "seed of the --data_file or --val_fraction split", DATA)
-    eval_file: str | None = flag(None, "held-out rows", DATA)
-    val_fraction: float = flag(0.0, "share of --train_file held out instead of an --eval_file", DATA)
-    text_field: str | None = flag(None, "field of the Text view, in JSONL, CSV, Parquet or hub rows of any kind", DATA)
-    code_field: str | None = flag(None, "field of the Code view in such rows", DATA)
-    system: str | None = flag(None, "system turn of such rows; default: none", DATA)
-    max_length: int = flag(512, "longest chat or view in tokens; a longer example is an error, never cut", DATA)
-    skip_bad_examples: bool = flag(False, "leave bad examples out, count and report them", DATA)
-    streaming: bool = flag(False, "read and tokenise --train_file as it is needed, for data larger than memory", DATA)
+    eval_file: str | None = flag(None, "held-out examples", DATA)
+    val_fraction: float = flag(0.0, "fraction of --train_file held out, instead of --eval_file", DATA)
+    text_field: str | None = flag(None, "field of the Text view in any JSONL, CSV, Parquet or hub data", DATA)
+    code_field: str | None = flag(None, "field of the Code view in such data", DATA)
+    system: str | None = flag(None, "system turn of such data; default: none", DATA)
+    max_length: int = flag(512, "maximum length of a chat or view in tokens; longer is an error, never cut", DATA)
+    skip_bad_examples: bool = flag(False, "skip bad examples, count and report them", DATA)
+    streaming: bool = flag(False, "read and tokenize --train_file during training, for data larger than memory", DATA)
     preprocessing_num_workers: int = flag(
-        0, "processes that tokenise; 0: one for each 10,000 examples, at most the cores", DATA
+        0, "processes that tokenize; 0: one for each 10,000 examples, at most the number of cores", DATA
     )
 
     model_name: str | None = flag(None, "model folder or hub name", MODEL)
     revision: str | None = flag(None, "commit of a hub model", MODEL)
-    pretrain: bool = flag(False, "start from random weights of the model's shape", MODEL)
-    lora: bool = flag(False, "train a LoRA adapter; added tokens' rows of embedding and output layer train too", MODEL)
+    pretrain: bool = flag(False, "start from random parameters in the model's shape", MODEL)
+    lora: bool = flag(False, "train a LoRA adapter, and the embedding and output rows of added tokens", MODEL)
     lora_rank: int = flag(16, "rank of the adapter; alpha is twice the rank", MODEL)
-    lora_dropout: float = flag(0.1, "dropout in front of the adapter", MODEL)
-    merge: bool = flag(False, "also write the adapter merged into the model, to OUTPUT_DIR/merged", MODEL)
+    lora_dropout: float = flag(0.1, "dropout before the adapter", MODEL)
+    merge: bool = flag(False, "also write the model with the adapter merged in, to OUTPUT_DIR/merged", MODEL)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "precision of the computation, weights stay float32; auto: bfloat16 where the GPU has it", MODEL
+        "auto", "precision of the computation (parameters stay float32); auto: bfloat16 if the GPU supports it", MODEL
     )
     attn_implementation: str | None = flag(None, "attention kernel of transformers (sdpa, flash_attention_2 …)", MODEL)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass", MODEL)
@@ -63,7 +63,7 @@ class Settings:
     use_liger_kernel: bool = flag(False, "kernels of the package liger-kernel, on a GPU", MODEL)
 
     regular: bool = flag(False, "regular fine-tuning: no JEPA term and no views", METHOD)
-    predictors: int = flag(0, "predictor tokens behind the Text view, 0 to 10", METHOD)
+    predictors: int = flag(0, "number of predictor tokens after the Text view, 0 to 10", METHOD)
     lbd: float = flag(0.1, "weight λ of the JEPA loss; 0 is regular fine-tuning", METHOD)
     gamma: float = flag(1.0, "weight γ of the language-model loss", METHOD)
     last_token: int | None = flag(
@@ -71,98 +71,99 @@ class Settings:
     )
     jepa_l2: bool = flag(False, "distance ‖a−b‖₂ instead of 1 − cosine", METHOD)
     jepa_mse: bool = flag(False, "mean squared difference instead of 1 − cosine", METHOD)
-    infonce: bool = flag(False, "contrast a text with the micro-batch's codes, temperature 0.07", METHOD)
-    front_pred: bool = flag(False, "predictor tokens in front of the view's content", METHOD)
-    reverse_pred: bool = flag(False, "the assistant turn is the first view and takes the predictors", METHOD)
+    infonce: bool = flag(False, "contrast a text with the codes of its micro-batch, temperature 0.07", METHOD)
+    front_pred: bool = flag(False, "predictor tokens before the view's content", METHOD)
+    reverse_pred: bool = flag(False, "the assistant turn is the first view and gets the predictor tokens", METHOD)
     text_view: Literal["alone", "in_chat"] = flag(
         "alone",
-        "where the Text view is read: alone, or behind the user turn of the chat itself, which saves its tokens: "
-        "a variant of the method, whose Text view also sees the system turn",
+        "where the Text view is read: encoded alone, or after the user turn of the chat itself, which saves its "
+        "tokens (a variant of the method; its Text view also sees the system turn)",
         METHOD,
     )
-    jepa_ratio: float = flag(1.0, "share of examples that get the JEPA term (1 − the paper's LD rate)", METHOD)
+    jepa_ratio: float = flag(1.0, "fraction of examples that get the JEPA term (1 − the paper's LD rate)", METHOD)
     stp: Literal["geodesic", "patch"] | None = flag(
         None,
-        "add Semantic Tube Prediction, also to --regular: 1 − cos(h_t − h_r, h_r − h_s) of random tokens s < r < t, or "
-        "1 − cosine between a random span's part of the chat's path and the rest of it",
+        "add Semantic Tube Prediction, also to --regular: geodesic is 1 − cos(h_t − h_r, h_r − h_s) of random tokens "
+        "s < r < t, patch is 1 − cosine between the changes along a random span and along the rest of the chat",
         METHOD,
     )
-    stp_lbd: float = flag(0.02, "weight of the --stp loss; 0 is without it", METHOD)
-    stp_spans: int = flag(1, "--stp: random triples or spans of an example", METHOD)
+    stp_lbd: float = flag(0.02, "weight of the --stp loss; 0 turns it off", METHOD)
+    stp_spans: int = flag(1, "--stp: random triples or spans per example", METHOD)
     stp_part: Literal["content", "user", "answer", "chat"] = flag(
-        "content", "--stp: what of the chat they are drawn from; content: the user turn's and the answer's", METHOD
+        "content", "--stp: the part of the chat that spans are drawn from; content: user turn and answer", METHOD
     )
-    stp_max_length: int = flag(0, "--stp: longest span, or most tokens from s to t; 0: any", METHOD)
-    stp_warmup: float = flag(0.0, "--stp: linear warm-up of its weight in steps; below 1 a share of all steps", METHOD)
+    stp_max_length: int = flag(0, "--stp: maximum span length, or tokens from s to t; 0: no limit", METHOD)
+    stp_warmup: float = flag(0.0, "--stp: linear warm-up of its weight in steps; below 1 a fraction of all", METHOD)
     stp_min_lbd: float = flag(0.0, "--stp_warmup: the weight that it starts from", METHOD)
     stp_layer: int = flag(
-        -1, "--stp: hidden states to read: 0 the embedding layer … -1 the last, behind the norm", METHOD
+        -1, "--stp: hidden states to read: 0 the embedding layer … -1 the last, after the norm", METHOD
     )
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
-        None, "tokens under the language-model loss; default answer: the answer and its end-of-turn token", METHOD
+        None, "label tokens of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
     plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
     reference_grad_scale: bool = flag(
         False,
-        "each micro-batch is normalised by itself and their sum not divided, as in the published JEPA trainer: loss "
-        "and gradients are about --grad_accum times those of the regular arm",
+        "normalize each micro-batch by itself and do not divide their sum, as in the published JEPA trainer: loss and "
+        "gradients are about --grad_accum times those of the regular arm",
         METHOD,
     )
     train_all: bool = flag(
-        False, "every token is a label; with --plain the chat is the user text alone", METHOD, "--trainall"
+        False, "every token is a label; with --plain the chat is only the user text", METHOD, "--trainall"
     )
 
-    batch_size: int = flag(4, "examples a micro-batch, per device", BATCH)
+    batch_size: int = flag(4, "examples per micro-batch and device", BATCH)
     tokens_per_batch: int = flag(
         0,
-        "tokens a micro-batch, per device, views included: as many examples as have so many on average, at least one",
+        "tokens per micro-batch and device, views included, instead of --batch_size: as many examples as have that "
+        "many on average, at least one",
         BATCH,
     )
-    grad_accum: int = flag(4, "micro-batches an optimiser step", BATCH)
+    grad_accum: int = flag(4, "micro-batches per optimizer step", BATCH)
     layout: Literal["packed", "separate", "additive"] | None = flag(
-        None, "how segments share rows; never changes the numbers; default packed", BATCH
+        None, "how segments share rows; does not change the numbers; default packed", BATCH
     )
     additive_mask: bool = flag(False, "the same as --layout additive", BATCH)
     tokens_per_row: int = flag(
-        0, "packed: tokens a row; 0: 256 on a CPU, 4096 on a GPU, with flash attention one row", BATCH
+        0, "packed: tokens per row; 0: 256 on a CPU, 4096 on a GPU, one row with flash attention", BATCH
     )
     dataloader_num_workers: int | None = flag(
-        None, "processes that lay out batches ahead; default 2 on a GPU (1 with --streaming), else 0", BATCH
+        None, "processes that prepare batches; default 2 on a GPU (1 with --streaming), else 0", BATCH
     )
 
     learning_rate: float = flag(2e-5, "peak learning rate", OPTIM)
-    num_epochs: float = flag(4.0, "passes over the training rows", OPTIM)
-    max_steps: int = flag(-1, "optimiser steps, instead of --num_epochs", OPTIM)
+    num_epochs: float = flag(4.0, "passes over the training examples", OPTIM)
+    max_steps: int = flag(-1, "optimizer steps, instead of --num_epochs", OPTIM)
     weight_decay: float = flag(0.0, "AdamW's weight decay", OPTIM)
-    warmup_steps: float = flag(0.0, "linear warm-up in steps; below 1 a share of all steps", OPTIM)
+    warmup_steps: float = flag(0.0, "linear warm-up in steps; below 1 a fraction of all steps", OPTIM)
     lr_scheduler_type: str = flag("linear", "schedule of transformers (linear, cosine, constant …)", OPTIM)
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: not at all", OPTIM)
-    optim: str = flag("adamw_torch_fused", "optimiser of transformers", OPTIM)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: no clipping", OPTIM)
+    optim: str = flag("adamw_torch_fused", "optimizer of transformers", OPTIM)
     adam_beta2: float = flag(0.999, "AdamW's second beta", OPTIM)
-    finetune_seed: int = flag(42, "seed of weights, data order and loss dropout", OPTIM)
-    same_flop: bool = flag(False, "as many steps as spend what regular fine-tuning spends in --num_epochs", OPTIM)
+    finetune_seed: int = flag(42, "seed of random parameters, data order and loss dropout", OPTIM)
+    same_flop: bool = flag(False, "take as many steps as cost what regular fine-tuning costs in --num_epochs", OPTIM)
 
     output_dir: str | None = flag(None, "run folder; default runs/<dataset>-<model>-<method>-…", RUN)
-    resume: bool = flag(False, "go on from the last whole checkpoint of the run folder", RUN)
+    resume: bool = flag(False, "resume from the last complete checkpoint of the run folder", RUN)
     overwrite: bool = flag(False, "replace an existing run folder", RUN)
-    dry_run: int = flag(0, "score the first N rows as one micro-batch, print one JSON object, write nothing", RUN)
+    dry_run: int = flag(0, "score the first N examples as one micro-batch, print a JSON object, write nothing", RUN)
     eval_strategy: Literal["epoch", "steps", "no"] | None = flag(
-        None, "when held-out rows are scored; default epoch where there are any", RUN
+        None, "when held-out examples are scored; default epoch if there are any", RUN
     )
     eval_steps: int = flag(500, "steps between evaluations with --eval_strategy steps", RUN)
-    eval_generate: int = flag(0, "also answer N held-out rows, in at most 128 tokens, and log exact match", RUN)
+    eval_generate: int = flag(0, "also generate for N held-out examples, at most 128 tokens, and log exact match", RUN)
     save_strategy: Literal["epoch", "steps", "no"] | None = flag(
         None, "when checkpoints are saved; default epoch, with --streaming steps", RUN
     )
     save_steps: int = flag(500, "steps between checkpoints with --save_strategy steps", RUN)
-    save_total_limit: int = flag(1, "whole checkpoints kept", RUN)
-    logging_steps: int = flag(1, "steps a line of metrics.jsonl", RUN)
+    save_total_limit: int = flag(1, "number of complete checkpoints to keep", RUN)
+    logging_steps: int = flag(1, "steps per line of metrics.jsonl", RUN)
     report_to: str = flag("none", "none, tensorboard, wandb, trackio, or several with commas", RUN)
-    track_flop: bool = flag(False, "count floating-point operations into metrics.jsonl (slower)", RUN)
+    track_flop: bool = flag(False, "log floating-point operations to metrics.jsonl (slower)", RUN)
 
     @property
     def fields(self) -> Fields | None:
-        """Where the rows have their views, None for rows in the project's own format."""
+        """The fields of the views, None for data in the project's own format."""
         return Fields(self.text_field, self.code_field, self.system) if self.text_field else None
 
     @property
@@ -172,12 +173,12 @@ class Settings:
 
     @property
     def stp_variant(self) -> str | None:
-        """The loss of Semantic Tube Prediction that is added, a key of STP_VARIANTS, None if there is none."""
+        """The variant of Semantic Tube Prediction, a key of STP_VARIANTS; None if it has no weight."""
         return self.stp if self.stp_lbd > 0 else None
 
     @property
     def locates_user(self) -> bool:
-        """Whether the user turn's place in the chat is asked for."""
+        """Whether the tokens of the user turn in the chat are needed."""
         return self.text_view == "in_chat" or (bool(self.stp_variant) and self.stp_part in ("content", "user"))
 
     @property
@@ -185,31 +186,36 @@ class Settings:
         """Name of the distance between the views, a key of DISTANCES."""
         return next((n for n in ("jepa_l2", "jepa_mse", "infonce") if getattr(self, n)), "cosine")
 
+    @property
+    def layout_or_default(self) -> str:
+        """The layout that the flags ask for."""
+        return self.layout or ("additive" if self.additive_mask else "packed")
+
+
+def is_flash(s: Settings) -> bool:
+    """Whether attention runs in a flash kernel, which supports packed segments only in a batch of one row."""
+    return "flash" in (s.attn_implementation or "")
+
 
 def check_data(s: Settings, r: Refusals) -> None:
-    """Which rows are trained on and which held out."""
+    """Which examples are trained on and which are held out."""
     sources = (s.data_file, s.eval_file, s.val_fraction)
-    held_out = any(sources)
     r.refuse(not s.model_name, "--model_name is missing")
-    r.only_if(not Path(s.model_name or "-").is_dir(), "revision", "only with a model of the hub")
     r.refuse(bool(s.train_file) == bool(s.data_file), "give one of --train_file and --data_file")
     r.refuse(sum(map(bool, sources)) > 1, "give at most one of --data_file, --eval_file and --val_fraction")
     r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
     r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
     r.only_if(bool(s.data_file), "eval_split", "only with --data_file")
     r.only_if(bool(s.data_file or s.val_fraction), "split_seed", "only with --data_file or --val_fraction")
-    r.only_if(held_out, "eval_strategy eval_steps eval_generate", "there are no held-out rows")
-    in_steps = s.eval_strategy == "steps" or (s.eval_strategy is None and s.streaming)
-    r.only_if(in_steps, "eval_steps", "only with --eval_strategy steps")
+    r.only_if(any(sources), "eval_strategy eval_steps eval_generate", "there are no held-out examples")
     r.only_if(s.eval_strategy != "no", "eval_generate", "not with --eval_strategy no")
     r.refuse(not 0 < s.eval_split < 1, f"--eval_split {s.eval_split} is not between 0 and 1")
     r.refuse(not 0 <= s.val_fraction < 1, f"--val_fraction {s.val_fraction} is not in 0 to 1")
     if s.streaming:
-        whole = "data_file val_fraction num_epochs same_flop preprocessing_num_workers"
-        r.only_if(False, whole, "not with --streaming, which never has all rows at hand")
-        r.refuse(s.max_steps == -1 and not s.dry_run, "--streaming: give --max_steps, its rows have no last one")
+        r.only_if(False, "data_file val_fraction num_epochs same_flop", "not with --streaming: the length is unknown")
+        r.refuse(s.max_steps == -1 and not s.dry_run, "--streaming: give --max_steps")
         epochs = [n for n in ("save_strategy", "eval_strategy") if getattr(s, n) == "epoch"]
-        r.refuse(bool(epochs), f"--{' and --'.join(epochs)} epoch: not with --streaming, which has steps alone")
+        r.refuse(bool(epochs), f"--{' and --'.join(epochs)} epoch: not with --streaming, use steps")
         r.refuse((s.dataloader_num_workers or 0) > 1, "--dataloader_num_workers: at most 1 with --streaming")
 
 
@@ -219,61 +225,55 @@ def check_method(s: Settings, r: Refusals) -> None:
         "lbd predictors last_token jepa_l2 jepa_mse infonce front_pred reverse_pred text_view jepa_ratio additive_mask "
         "same_flop reference_grad_scale"
     )
+    layout, dense = s.layout_or_default, s.attn_implementation in (None, "sdpa", "eager")
+    kernel = f"--attn_implementation {s.attn_implementation}"
     r.only_if(not s.regular, views, "not with --regular, which has no views")
     r.refuse(s.regular and s.layout == "additive", "--layout additive: not with --regular, which has no views")
     r.only_if(s.predictors > 0, "front_pred reverse_pred", "only with --predictors")
     r.refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
-    nothing = s.gamma == 0 and not s.jepa and not s.stp_variant
-    r.refuse(nothing, "--gamma 0: without the JEPA term and --stp there is no loss left")
-    r.only_if(s.grad_accum > 1, "reference_grad_scale", "not with --grad_accum 1, where it changes nothing")
     r.refuse(s.jepa_l2 + s.jepa_mse + s.infonce > 1, "give one of --jepa_l2, --jepa_mse and --infonce")
-    alone = s.batch_size == 1 and not s.tokens_per_batch
-    r.refuse(s.infonce and alone, "--infonce: not with --batch_size 1, which leaves nothing to contrast")
+    r.refuse(s.gamma == 0 and not s.jepa and not s.stp_variant, "--gamma 0: no loss is left")
+    single = s.batch_size == 1 and not s.tokens_per_batch
+    r.refuse(s.infonce and single, "--infonce: not with --batch_size 1, which leaves nothing to contrast")
     r.only_if(not s.tokens_per_batch, "batch_size", "not together with --tokens_per_batch")
-    r.only_if(layout_of(s) == "packed", "tokens_per_batch", "only with --layout packed")
+    r.only_if(layout == "packed", "tokens_per_batch tokens_per_row", "only with --layout packed")
+    r.only_if(not is_flash(s), "tokens_per_row", "flash attention packs each micro-batch into one row")
+    r.refuse(s.additive_mask and layout != "additive", f"--additive_mask: not with --layout {layout}")
+    r.refuse(layout == "additive" and not dense, f"{kernel}: not with --layout additive")
     r.refuse(not 0 <= s.predictors <= 10, f"--predictors {s.predictors} is not in 0 to 10")
     r.refuse(s.last_token is not None and s.last_token >= 0, f"--last_token {s.last_token} is not negative")
     r.refuse(not 0 <= s.jepa_ratio <= 1, f"--jepa_ratio {s.jepa_ratio} is not in 0 to 1")
     partial = s.lm_labels in ("answer", "answer_text")
     r.refuse(s.train_all and partial, f"--lm_labels {s.lm_labels}: not with --train_all")
-    r.refuse(s.additive_mask and s.layout not in (None, "additive"), f"--additive_mask: not with --layout {s.layout}")
-    r.only_if(layout_of(s) == "packed", "tokens_per_row", "only with --layout packed")
-    r.only_if(not is_flash(s), "tokens_per_row", "flash attention packs each micro-batch into one row")
-    dense = s.attn_implementation in (None, "sdpa", "eager")
-    additive = layout_of(s) == "additive"
-    r.refuse(additive and not dense, f"--attn_implementation {s.attn_implementation}: not with --layout additive")
     if s.text_view == "in_chat":
         r.only_if(False, "front_pred reverse_pred last_token", "not with --text_view in_chat")
         r.refuse(s.plain and s.train_all, "--text_view in_chat: not with --plain --train_all, whose chat has no answer")
-        kernel = f"--attn_implementation {s.attn_implementation}: not with --predictors and --text_view in_chat"
-        r.refuse(s.predictors > 0 and not dense, f"{kernel}, whose predictor tokens need a mask of their own")
-    tube = "stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer"
-    r.only_if(bool(s.stp), tube, "only with --stp")
+        r.refuse(s.predictors > 0 and not dense, f"{kernel}: not with --predictors and --text_view in_chat")
+    stp = "stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer"
+    r.only_if(bool(s.stp), stp, "only with --stp")
     r.only_if(not s.stp or s.stp_warmup > 0, "stp_min_lbd", "only with --stp_warmup")
     above = s.stp_min_lbd > s.stp_lbd
-    r.refuse(above, f"--stp_min_lbd {s.stp_min_lbd} is over --stp_lbd {s.stp_lbd}, which a warm-up ends at")
+    r.refuse(above, f"--stp_min_lbd {s.stp_min_lbd} is above --stp_lbd {s.stp_lbd}, where the warm-up ends")
     turn = s.plain and s.train_all and s.stp_part in ("user", "answer")
     r.refuse(turn, f"--stp_part {s.stp_part}: not with --plain --train_all, whose chat is one text")
     short = s.stp == "geodesic" and s.stp_max_length == 1
-    r.refuse(short, "--stp_max_length 1: --stp geodesic needs three tokens, the last two behind the first")
+    r.refuse(short, "--stp_max_length 1: --stp geodesic needs three tokens")
 
 
 def check_training(s: Settings, r: Refusals) -> None:
-    """The model, the optimiser and the run."""
+    """The model, the optimizer and the run."""
+    gpu = torch.cuda.is_available()
     r.only_if(s.lora, "lora_rank lora_dropout merge", "only with --lora")
     r.refuse(not 0 <= s.lora_dropout < 1, f"--lora_dropout {s.lora_dropout} is not in 0 to 1")
-    r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, whose random base would not be saved")
-    r.refuse(s.dtype == "float16" and not torch.cuda.is_available(), "--dtype float16 needs a GPU")
+    r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")
+    r.refuse(s.dtype == "float16" and not gpu, "--dtype float16 needs a GPU")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
-    if s.use_liger_kernel:
-        missing = importlib.util.find_spec("liger_kernel") is None
-        r.refuse(missing, "--use_liger_kernel: install the package liger-kernel first")
-        r.refuse(not torch.cuda.is_available(), "--use_liger_kernel needs a GPU")
-    in_steps = s.save_strategy == "steps" or (s.save_strategy is None and s.streaming)
-    r.only_if(in_steps, "save_steps", "only with --save_strategy steps")
+    liger = s.use_liger_kernel
+    missing = liger and importlib.util.find_spec("liger_kernel") is None
+    r.refuse(missing, "--use_liger_kernel: install the package liger-kernel first")
+    r.refuse(liger and not gpu, "--use_liger_kernel needs a GPU")
     r.only_if(not r.given & {"num_epochs", "same_flop"}, "max_steps", "not together with --num_epochs or --same_flop")
     r.refuse(s.resume and s.overwrite, "give one of --resume and --overwrite")
-    r.refuse("dry_run" in r.given and s.dry_run == 0, "--dry_run 0 would score nothing; leave it out to train")
     r.only_if(not s.dry_run, "resume overwrite", "not with --dry_run, which writes nothing")
     try:
         get_scheduler(s.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1)
@@ -295,9 +295,9 @@ NOT_NEGATIVE = ("lbd gamma stp_lbd stp_max_length stp_warmup stp_min_lbd finetun
 
 
 def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -> Settings:
-    """Resolves defaults that depend on other flags. Raises UsageError naming all that is wrong or inapplicable.
+    """Resolves defaults that depend on other flags. Raises UsageError with all contradictions.
 
-    `refusals`: what was found wrong before.
+    `given`: flags given on the command line with another value than their default; `refusals`: earlier findings.
     """
     r = Refusals(given)
     r.extend(refusals)
@@ -307,10 +307,10 @@ def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -
     r.refuse(s.max_steps != -1 and s.max_steps < 1, f"--max_steps {s.max_steps} is not positive")
     r.refuse(not 0 <= s.adam_beta2 < 1, f"--adam_beta2 {s.adam_beta2} is not in 0 to 1")
     for name in (*POSITIVE, *NOT_NEGATIVE):
-        value = getattr(s, name)
+        value = getattr(s, name) or 0
         r.refuse(name in POSITIVE and not value > 0, f"--{name} {value} is not positive")
-        r.refuse(name in NOT_NEGATIVE and not (value or 0) >= 0, f"--{name} {value} is negative")
-        r.refuse(math.isinf(value or 0), f"--{name} is not finite")
+        r.refuse(name in NOT_NEGATIVE and not value >= 0, f"--{name} {value} is negative")
+        r.refuse(math.isinf(value), f"--{name} is not finite")
     for name in ("finetune_seed", "split_seed"):
         r.refuse(getattr(s, name) >= 2**32, f"--{name} {getattr(s, name)} is not below 2**32")
     if r:
@@ -320,9 +320,7 @@ def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -
     for name in ("model_name", "train_file", "data_file", "eval_file") if s.overwrite else ():
         path = getattr(s, name)
         if path and folder in (Path(path).resolve(), *Path(path).resolve().parents):
-            raise UsageError(
-                f"--overwrite would remove --{name} {path}, which is in --output_dir {resolved.output_dir}"
-            )
+            raise UsageError(f"--overwrite would remove --{name} {path}, inside --output_dir {resolved.output_dir}")
     return resolved
 
 
@@ -331,8 +329,8 @@ def resolve(s: Settings) -> Settings:
     held_out = s.data_file or s.eval_file or s.val_fraction
     resolved = dataclasses.replace(
         s,
-        layout=layout_of(s),
-        additive_mask=layout_of(s) == "additive",
+        layout=s.layout_or_default,
+        additive_mask=s.layout_or_default == "additive",
         lm_labels=s.lm_labels or ("all" if s.train_all else "answer"),
         eval_strategy=s.eval_strategy or ("no" if not held_out else "steps" if s.streaming else "epoch"),
         save_strategy=s.save_strategy or ("steps" if s.streaming else "epoch"),
@@ -340,18 +338,8 @@ def resolve(s: Settings) -> Settings:
     return dataclasses.replace(resolved, output_dir=s.output_dir or default_output_dir(resolved))
 
 
-def layout_of(s: Settings) -> str:
-    """The layout the flags ask for, packed where they ask for none."""
-    return s.layout or ("additive" if s.additive_mask else "packed")
-
-
-def is_flash(s: Settings) -> bool:
-    """Whether attention runs in a flash kernel, which knows packed segments in a batch of one row alone."""
-    return "flash" in (s.attn_implementation or "")
-
-
 def default_output_dir(s: Settings) -> str:
-    """runs/<dataset>-<model>-<method>-lr…-lbd…-k…-s…, and a mark of every other setting that is not the default."""
+    """runs/<dataset>-<model>-<method>-lr…-lbd…-k…-s…, and a hash of all other settings that are not the default."""
     dataset = dataset_name(s.train_file or s.data_file)
     method = "regular" if s.regular else f"jepa-lbd{s.lbd:g}-k{s.predictors}"
     named = {"train_file", "model_name", "regular", "lbd", "predictors", "learning_rate", "finetune_seed"}

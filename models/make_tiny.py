@@ -1,8 +1,8 @@
-"""Write the tiny model that the tests and the quick start train: a Llama configuration and a tokenizer, no weights.
+"""Writes the tiny model of the tests and the quick start: a Llama configuration and a tokenizer, without weights.
 
     python models/make_tiny.py --out_dir models/tiny
 
-The tokenizer is trained on `datasets/synth_train.jsonl`; the same rows give the same files, byte for byte.
+The tokenizer is trained on `datasets/synth_train.jsonl`. The same examples give the same files, byte for byte.
 """
 
 import argparse
@@ -15,16 +15,16 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
-ROWS = HERE.parent / "datasets" / "synth_train.jsonl"
+EXAMPLES = HERE.parent / "datasets" / "synth_train.jsonl"
 
-VOCAB_SIZE = 512  # special tokens included
+VOCAB_SIZE = 512  # including special tokens
 MAX_LENGTH = 1024  # tokens
 PAD, END, PERCEPTION = "<|pad|>", "<|eot_id|>", "<|perception|>"
 PREDICTORS = tuple(f"<|predictor_{k}|>" for k in range(1, 11))
 SPECIAL = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>", PERCEPTION, *PREDICTORS)
 
-# What may become one token: a character class with its parentheses, a run of operators and digits, a word with the
-# space and quotes beside it, other signs, white space, or any single character, so that no text is left out.
+# A token lies within one of these pieces: a character class with its parentheses, a run of operators and digits, a word
+# with adjacent space and quotes, other signs, white space, or any single character, so that every text can be encoded.
 PIECES = r"""\(?\[[A-Za-z0-9\-]+\]\)?|[.()*+&|~\\{},0-9]+| ?'?[^\W\d_]+'?|[^\S\n]*[^\s\w]+|\s+|[\w\W]"""
 
 CHAT_TEMPLATE = """\
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-# Written out rather than saved by the library, so the files do not change with its version.
+# Written here instead of saved by the library, so that the files do not change with its version.
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -69,7 +69,7 @@ TOKENIZER_CONFIG = {
 
 
 def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Train a byte-level BPE tokenizer of `VOCAB_SIZE` tokens on `texts`; any UTF-8 text survives encode and decode."""
+    """Trains a byte-level BPE tokenizer of `VOCAB_SIZE` tokens. Decoding an encoded text returns the same text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -80,7 +80,7 @@ def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=list(SPECIAL),  # ids 0, 1, 2, ... in this order
+        special_tokens=list(SPECIAL),  # ids 0, 1, 2, … in this order
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -89,14 +89,12 @@ def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the files to `--out_dir` and print the counts of tokens and weights."""
+    """Writes the files to `--out_dir` and prints the numbers of tokens and parameters."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=HERE / "tiny", help="the folder to write")
+    parser.add_argument("--out_dir", type=Path, default=HERE / "tiny", help="output folder")
     args = parser.parse_args(argv)
-    if not ROWS.exists():
-        parser.error(f"{ROWS} is missing: python datasets/prepare.py synth")
-    with ROWS.open(encoding="utf-8") as rows:
-        texts = [message["content"] for row in rows for message in json.loads(row)["messages"]]
+    with EXAMPLES.open(encoding="utf-8") as lines:
+        texts = [message["content"] for line in lines for message in json.loads(line)["messages"]]
     files = {
         "tokenizer.json": make_tokenizer(texts).to_str(pretty=True),
         "tokenizer_config.json": json.dumps(TOKENIZER_CONFIG, indent=2),
@@ -107,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, content in files.items():
         (args.out_dir / name).write_text(content + "\n", encoding="utf-8", newline="\n")
     tokens = len(AutoTokenizer.from_pretrained(args.out_dir))
-    weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.out_dir)).num_parameters()
-    print(f"{args.out_dir}: {tokens} tokens, {weights:,} weights")
+    parameters = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.out_dir)).num_parameters()
+    print(f"{args.out_dir}: {tokens} tokens, {parameters:,} parameters")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Run folders as finetune.py and evaluate.py leave them, of made-up figures."""
+"""Run folders as finetune.py and evaluate.py write them, with made-up figures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 REGULAR = {
     "model_name": "models/tiny",
@@ -19,7 +20,9 @@ REGULAR = {
     "additive_mask": False,
 }
 JEPA = REGULAR | {"regular": False, "lbd": 1.0, "predictors": 1}
-ORIGIN = {
+FEW = {82: 90.0, 23: 80.0}  # seed → exact match in percent
+METRICS = "eval/synth/metrics.json"
+ENVIRONMENT = {
     "git_commit": "df01d15302ad41e7a9a4b4abdfa05be1820da814",
     "git_dirty": False,
     "versions": {"python": "3.11.7", "torch": "2.13.0+cpu"},
@@ -38,12 +41,12 @@ def synthetic_run(
     evaluation = folder / "eval" / dataset
     evaluation.mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps(settings | {"finetune_seed": seed, "output_dir": str(folder)}))
-    record = ORIGIN | {"status": "finished", "wall_seconds": 120.0 + seed % 7 + 20 * (not settings["regular"])}
+    record = ENVIRONMENT | {"status": "finished", "wall_seconds": 120.0 + seed % 7 + 20 * (not settings["regular"])}
     record |= {"data_sha256": {"datasets/synth_train.jsonl": "b0a8"}} | changes
     (folder / "run.json").write_text(json.dumps(record))
     fractions = {name: value / 100 for name, value in ({"startswith": 90.0, "stop_rate": 100.0} | scores).items()}
     own = [name for name in fractions if name not in ("exact", "startswith", "stop_rate")]
-    metrics = ORIGIN | {"task": dataset, "n": 2000, "score": (*own, "exact")[0], "scores": own, "failures": {}}
+    metrics = ENVIRONMENT | {"task": dataset, "n": 2000, "score": (*own, "exact")[0], "scores": own, "failures": {}}
     metrics |= {"data_sha256": "5c44", "settings": {"model_name": str(folder), "max_new_tokens": 128}}
     (evaluation / "metrics.json").write_text(json.dumps(metrics | fractions))
     return folder
@@ -54,14 +57,21 @@ def synthetic_arm(root: Path, name: str, settings: dict, exact: dict[int, float]
     return [str(synthetic_run(root / f"{name}-s{s}", settings, s, {"exact": e}, **changes)) for s, e in exact.items()]
 
 
+def two_arms(root: Path, exact: dict = FEW, better: dict | None = None, **changes: object) -> list[str]:
+    """Run folders of a regular and a JEPA arm, which scores 1 point more; `changes` replace settings of the latter."""
+    better = better or {seed: value + 1 for seed, value in exact.items()}
+    return synthetic_arm(root, "regular", REGULAR, exact) + synthetic_arm(root, "jepa", JEPA | changes, better)
+
+
 def change(run: Path | str, file: str, **changes: object) -> None:
-    """Replaces keys of one of the run's JSON files."""
+    """Replaces keys of one of the run's JSON files; keys whose new value is ... are removed."""
     path = Path(run) / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
 
 
 def log_steps(run: Path | str, steps: int = 400, flops: bool = True, seed: int = 0) -> None:
-    """Writes metrics.jsonl: losses that fall, views that collapse."""
+    """Writes metrics.jsonl: decreasing losses, collapsing views."""
     rng = np.random.default_rng(seed)
     jepa = not json.loads((Path(run) / "args.json").read_text())["regular"]
     rows = []
@@ -75,16 +85,12 @@ def log_steps(run: Path | str, steps: int = 400, flops: bool = True, seed: int =
     (Path(run) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def export_views(
-    run: Path | str, pairs: int = 40, dims: int = 16, seed: int = 0, dataset: str = "synth", **how
-) -> Path:
-    """Writes the embeddings of the run's views where report.py looks for them."""
-    from safetensors.numpy import save_file
-
+def export_views(run: Path | str, pairs: int = 40, dims: int = 16, seed: int = 0, noise: float = 0.3, **how) -> Path:
+    """Writes the embeddings of the run's views where the report looks for them; equal vectors for `dims` = 0."""
     rng = np.random.default_rng(seed)
-    text = rng.normal(size=(pairs, dims)).astype(np.float32)
-    code = (text + 0.3 * rng.normal(size=(pairs, dims))).astype(np.float32)
-    path = Path(run) / "eval" / dataset / "embeddings.safetensors"
+    text = rng.normal(size=(pairs, dims or 1)).astype(np.float32) if dims else np.ones((pairs, 4), np.float32)
+    code = (text + noise * rng.normal(size=text.shape)).astype(np.float32) if dims else text
+    path = Path(run) / "eval" / "synth" / "embeddings.safetensors"
     metadata = {"model": str(run), "layer": "-1", "pooling": "last", "data_sha256": "5c44"} | how
     save_file({"text": text, "code": code, "ids": np.arange(1, pairs + 1)}, path, metadata)
     return path

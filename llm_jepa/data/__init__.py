@@ -1,0 +1,1 @@
+"""From files to micro-batches: examples, rendering, segments, batching."""

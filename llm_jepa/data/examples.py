@@ -1,4 +1,4 @@
-"""Examples: one line of data each, read, checked, named by file and line, and rendered by a chat template.
+"""Reads and checks examples; messages about bad ones name file and line.
 
 An example is a pair of views with an optional system turn, stored as one JSON object a line:
 
@@ -6,7 +6,7 @@ An example is a pair of views with an optional system turn, stored as one JSON o
                   {"role": "user", "content": "…"},
                   {"role": "assistant", "content": "…"}]}
 
-or as two fields of any JSONL, CSV or Parquet file or hub dataset, named by `Fields`.
+or as two fields of any JSONL, CSV or Parquet file or hub dataset (`Fields`).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ HUB = re.compile(
 
 
 class ExampleError(UsageError, ValueError):
-    """Something is wrong with the data; the message names the file and, where there is one, the line."""
+    """The data cannot be used; the message names the file and, if there is one, the line."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One line of data: `user` is the Text view's content, `assistant` the Code view's, unless `text`, `code` are."""
+    """One example. The Text view's content is `text` or else `user`, the Code view's is `code` or else `assistant`."""
 
     system: str | None
     user: str
@@ -47,13 +47,13 @@ class Example:
     id: int  # line number in the file (of a CSV or Parquet file or a hub dataset the row), counted from 1
     text: str | None = None
     code: str | None = None
-    answers: tuple[str, ...] | None = None  # where more than one is right; `assistant` holds them all
-    group: str | None = None  # what it belongs to with others: its set of paraphrases
+    answers: tuple[str, ...] | None = None  # if more than one is right; `assistant` holds them all
+    group: str | None = None  # its set of paraphrases
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Where foreign data has its views: the fields of Text and Code; `system` is every example's system turn."""
+    """The fields of the views in other data; `system` is the system turn of every example."""
 
     text: str
     code: str
@@ -62,10 +62,10 @@ class Fields:
 
 @dataclass
 class Problems:
-    """What is wrong with the data: raised at the first one, or with `skip` collected to be counted and reported."""
+    """Bad examples: the first one is raised, or with `skip` all are collected and reported."""
 
     skip: bool = False
-    found: dict[str, str] = field(default_factory=dict)  # reasons by place, so that a row counts once
+    found: dict[str, str] = field(default_factory=dict)  # reasons by place, so that an example counts once
 
     @property
     def messages(self) -> list[str]:
@@ -79,7 +79,7 @@ class Problems:
         self.found[source] = reason
 
     def report(self) -> str | None:
-        """A line for the reader, or None where nothing was skipped."""
+        """One line for the console, None if nothing was skipped."""
         if not self.found:
             return None
         more = f" (and {len(self.found) - 3} more)" if len(self.found) > 3 else ""
@@ -87,7 +87,7 @@ class Problems:
 
 
 def check_text(value: Any, what: str) -> str:
-    """The value. Raises ValueError where it is no text that can be trained on."""
+    """The value. Raises ValueError if it is not a text that can be trained on."""
     if not isinstance(value, str):
         raise ValueError(f"{what} is {type(value).__name__}, not a string")
     if not value.strip():
@@ -125,7 +125,7 @@ def parse_messages(row: Any, source: str, number: int) -> Example:
 
 
 def _view(row: dict[str, Any], name: str, role: str) -> str | None:
-    """The content of a view that is not its turn of the chat; a "text" or "code" that is no list is something else."""
+    """The content of a view that differs from its turn of the chat; a "text" or "code" that is no list is ignored."""
     if not isinstance(row.get(name), list):
         return None
     if [m.get("role") if isinstance(m, dict) else None for m in row[name]] != [role]:
@@ -134,7 +134,7 @@ def _view(row: dict[str, Any], name: str, role: str) -> str | None:
 
 
 def parse_fields(row: Any, source: str, number: int, fields: Fields) -> Example:
-    """A row of foreign data → Example. Raises ValueError with the reason, without the place."""
+    """A row of other data → Example. Raises ValueError with the reason, without the place."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     for name in (fields.text, fields.code):
@@ -149,7 +149,7 @@ def parse_example(row: Any, source: str, number: int, fields: Fields | None) -> 
     return parse_fields(row, source, number, fields) if fields else parse_messages(row, source, number)
 
 
-Rows = Iterator[tuple[str, int, Callable[[], Any]]]  # place, number, and a function that gives or refuses the row
+Rows = Iterator[tuple[str, int, Callable[[], Any]]]  # place, number, and a function that returns the row or raises
 
 
 def _jsonl_rows(path: str) -> Rows:
@@ -165,11 +165,11 @@ def _csv_rows(path: str) -> Rows:
         try:
             names = reader.fieldnames or []
             if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ExampleError(f"{path}:1: the field {twice[0]!r} stands there twice")
+                raise ExampleError(f"{path}:1: the field {twice[0]!r} occurs twice")
             for number, row in enumerate(reader, start=1):
                 yield f"{path}:{reader.line_num}", number, lambda row=row: _whole(row)
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ExampleError(f"{path}: not CSV behind line {reader.line_num} ({error})") from None
+            raise ExampleError(f"{path}: not CSV after line {reader.line_num} ({error})") from None
 
 
 def _whole(row: dict[str | None, Any]) -> dict[str, Any]:
@@ -210,14 +210,14 @@ def _hub_rows(path: str, streaming: bool = False) -> Rows:
 
 
 def is_hub(path: str) -> bool:
-    """Whether a data path means a hub dataset, OWNER/NAME[:CONFIG]:SPLIT[@REVISION], and not a file."""
+    """Whether a data path is a hub dataset, OWNER/NAME[:CONFIG]:SPLIT[@REVISION], and not a file."""
     return HUB.fullmatch(path) is not None and not Path(path).exists()
 
 
 def read_rows(path: str, streaming: bool = False) -> Rows:
-    """The rows of a JSONL, CSV or Parquet file (told by its ending) or a hub dataset, in order.
+    """The rows of a JSONL, CSV or Parquet file (by its ending) or a hub dataset, in order.
 
-    Files are read row by row; with `streaming` a hub dataset is too, instead of being fetched first.
+    Files are read row by row, and with `streaming` a hub dataset too, instead of being downloaded first.
     """
     if is_hub(path):
         return _hub_rows(path, streaming)
@@ -246,19 +246,19 @@ def read_examples(path: str, problems: Problems, fields: Fields | None = None) -
 
 
 def data_sha256(path: str, streaming: bool = False) -> str:
-    """Hexadecimal SHA-256 of a data file, or of a hub dataset's rows; with `streaming` of its place and commit instead.
+    """Hexadecimal SHA-256 of a data file or of a hub dataset's rows; with `streaming` of its name and commit instead.
 
-    Raises ExampleError where the hub does not tell the commit.
+    Raises ExampleError if the hub does not say the commit.
     """
     if not is_hub(path):
         return sha256(path)
     digest = hashlib.sha256()
-    if streaming:  # to read all rows would fetch them all
+    if streaming:  # reading all rows would download them all
         place = HUB.fullmatch(path)
         try:
             commit = HfApi().dataset_info(place["name"], revision=place["revision"]).sha
         except (OSError, ValueError) as error:
-            raise ExampleError(f"{path}: the hub does not tell its commit ({str(error).splitlines()[0]})") from None
+            raise ExampleError(f"{path}: the hub does not say its commit ({str(error).splitlines()[0]})") from None
         digest.update(f"{path.partition('@')[0]}@{commit}".encode())
         return digest.hexdigest()
     for _, _, row in read_rows(path):
@@ -267,9 +267,9 @@ def data_sha256(path: str, streaming: bool = False) -> str:
 
 
 def split_examples(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, held out): a random `share` of the examples held out, the same one for the same seed and number of rows.
+    """(train, held out): a random `share` is held out, the same for the same seed and number of examples.
 
-    Raises ExampleError where either part would be empty.
+    Raises ExampleError if either part would be empty.
     """
     from datasets import Dataset
 

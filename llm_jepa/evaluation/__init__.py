@@ -1,0 +1,1 @@
+"""Generation, multiple choice, predictions files, embeddings, vLLM."""

@@ -254,10 +254,16 @@ def generate_batch(
 
 
 def generate(
-    model: Any, renderer: Renderer, examples: list[Example], prompts: list[list[int]], batch_size: int,
-    max_new_tokens: int, *, tokens_per_batch: int = 0, done: set[int] = frozenset(), share: tuple[int, int] = (0, 1),
+    model: Any, renderer: Renderer, examples: list[Example], batch_size: int, max_new_tokens: int, *,
+    prompts: list[list[int]] | None = None, tokens_per_batch: int = 0, done: set[int] = frozenset(),
+    share: tuple[int, int] = (0, 1),
 ) -> Responses:  # fmt: skip
-    """Greedy responses to the examples' `prompts`; sizes as in `batches`, `done` and `share` as in `respond`."""
+    """Greedy responses; `prompts` from `encode_prompts`, sizes as in `batches`, `done` and `share` as in `respond`.
+
+    Raises ExampleError if there are no `prompts` and an example cannot be encoded.
+    """
+    if prompts is None:
+        examples, prompts = encode_prompts(model.config, renderer, examples, Problems())
     prefix = shared_prefix(model, prompts, renderer.tokenizer.pad_token_id)
 
     def response(batch: list[int]) -> list[Generation]:
@@ -273,8 +279,7 @@ def exact_match(
     mine = examples[process::processes]
 
     def exact(model: Any) -> dict[str, float]:
-        fitting, prompts = encode_prompts(model.config, renderer, mine, Problems())
-        responses = generate(model, renderer, fitting, prompts, batch_size=32, max_new_tokens=128)
+        responses = generate(model, renderer, mine, batch_size=32, max_new_tokens=128)
         hits = sum(score_text(g.text, e.assistant)["exact"] for batch in responses for e, g in batch)
         counts = torch.tensor([float(hits), float(len(mine))], device=model.device)
         if processes > 1:

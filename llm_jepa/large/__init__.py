@@ -1,0 +1,1 @@
+"""Memory plan, preflight and launcher for large models."""

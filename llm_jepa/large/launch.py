@@ -1,6 +1,6 @@
-"""torchrun that ends as its processes do: with the exit code of the first that failed, and without a traceback.
+"""torchrun without its traceback.
 
-python -m launch --nproc_per_node 8 finetune.py …
+python -m llm_jepa.large.launch --nproc_per_node 8 finetune.py …
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.distributed.run import main as torchrun
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code; of a process that a signal ended 128 and the signal's number, as a shell has it."""
+    """Returns the exit code of the first process that failed; 128 + N if signal N ended it, as in a shell."""
     try:
         torchrun(argv)
     except ChildFailedError as error:

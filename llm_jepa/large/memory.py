@@ -1,131 +1,97 @@
-"""Says what a recipe needs of GPU memory and disk before anything is loaded: a dry run on torch's meta device.
+"""Predicts the GPU memory and disk space of a training from the model's config, without loading the model.
 
     python -m llm_jepa.memory --model_name meta-llama/Llama-3.1-8B-Instruct --tokens 4096 --gpus 1,8,16
 
-The config alone is read. With P parameters of w bytes (--param_dtype: 4 or 2; under LoRA 2), of which Q trained ones,
-and W GPUs that shard every tensor along its first dimension (FSDP2; with DDP, so with 4-bit weights, or tied embeddings
-under LoRA, each has them all, as if W were 1), each GPU holds
+Let P be the parameters at w bytes each (--param_dtype: 4 or 2; with LoRA 2), Q the trained ones among them, and W the
+GPUs over which FSDP2 shards the first dimension of every tensor. With DDP (also used for 4-bit weights, and for LoRA on
+tied embeddings) each GPU has a full copy, so W = 1. Bytes per GPU:
 
-    weights        P·w / W        a 4-bit weight: 0.5 bytes + 4 for each block of 64; LoRA's own: 4
+    weights        P·w / W        a 4-bit weight: 0.5 + 4 per block of 64; LoRA's own: 4
     gradients      Q·w / W        reduced after each micro-batch
-    optimiser      2·Q·w / W      AdamW's two moments, in the weights' precision; in 8 bits 2 bytes + 8 for each block
-                                  of 256, but embeddings and tensors below 4096 elements 8 bytes, as transformers has it
-    gathered       2·(end + 2 layers), W > 1: one layer is at work and the next one on its way, beside the larger end of
-                   the model: embeddings, or last norm and head (tied: all in one), as accelerate 1.15 shards them;
-                   W = 1 with float32: autocast's bfloat16 copies of trained matrices
-    reduced        6·(largest trained unit), W > 1: its bfloat16 gradient and the float32 copy that is scattered; with
-                   DDP the gradients once more, its buckets
-    hidden         (L + 1)·T·D·w, W > 1: 2 for w, and the mask, T·min(T, 4096)·3: what checkpointing keeps of T tokens
+    optimizer      2·Q·w / W      AdamW's two moments, in the precision of the weights; with 8 bits 2 + 8 per block of
+                                  256, but 8 for embeddings and for tensors below 4096 elements, as in transformers
+    gathered       2·(end + 2 layers), W > 1: the layer in use, the next one, and the larger end of the model:
+                   embeddings, or last norm and head (tied: one unit), as accelerate 1.15 shards them;
+                   W = 1 with float32: autocast's bfloat16 copies of the trained matrices
+    reduced        6·(largest trained unit), W > 1: its bfloat16 gradient and the float32 copy that is scattered;
+                   DDP: its buckets, as large as the gradients
+    hidden         (L + 1)·T·D·w (w = 2 if W > 1) and the mask, T·min(T, 4096)·3: what checkpointing stores for T tokens
                    and L layers
-    working        the larger of: what autograd keeps of one layer while it is recomputed, counted by running that layer
-                   on the meta device; and a slice of at most 2**26 logits at 16 bytes each (bfloat16 and float32, their
-                   gradients, the softmax; finetune.py's SLICE)
+    working        the larger of: what autograd stores of one layer while it is recomputed, counted by running the layer
+                   on torch's meta device; and MAX_LOGITS logits at 16 bytes (bfloat16, float32, gradients, softmax)
 
     peak         = 1.05 · sum + 2 GiB
 
-The last line allows for fragments, the CUDA context and NCCL; both numbers are assumptions, not yet measured on a GPU.
-On the disk a checkpoint is trained weights and moments, in W files of one W-th each; the saved model is the weights, or
-with LoRA the adapter. The predictor tokens' ten rows of a full model's embeddings are below the precision of all this.
+The last line allows for fragmentation, the CUDA context and NCCL; both numbers are assumptions, not measured on a GPU.
+On disk, a checkpoint is trained weights and moments, in W files of equal size; the saved model is the weights, or with
+LoRA the adapter. The ten embeddings of predictor tokens that a full model gains are left out.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from finetune import SLICE
-from llm_jepa.cli import UsageError, first_line, flag, parse_flags
-from llm_jepa.model import LOADING_ERRORS, add_adapter
+from llm_jepa.cli import Refusals, UsageError, first_line, flag, parse_flags, run_command
+from llm_jepa.large.settings import LargeSettings, choose_sharding
+from llm_jepa.model import LOADING_ERRORS, MAX_LOGITS, add_adapter
+from llm_jepa.settings import BATCH
 
-TAIL, EMBEDDING = -1, -2  # units of FSDP besides the layers
-MARGIN, RESERVE = 1.05, 2 * 2**30  # of the peak; bytes
-PARTS = ("weights", "gradients", "optimiser", "gathered", "reduced", "hidden", "working")
-MODEL, BATCH, RUN = "Model", "Batches", "Run"
+HEAD, EMBEDDING = -1, -2  # units of FSDP other than the layers
+MARGIN, RESERVE = 1.05, 2 * 2**30  # factor and bytes that the peak is above the sum of its parts
+PARTS = ("weights", "gradients", "optimizer", "gathered", "reduced", "hidden", "working")
+PLAN = "Memory plan"
 
 
 @dataclass
-class Recipe:
-    """What decides a run's memory; the names are those of the training's flags."""
+class MemoryFlags(LargeSettings):
+    """The flags of finetune8bh200.py, most of which have no effect on the memory, and those of this command."""
 
-    model_name: str | None = flag(None, "model folder (config.json is enough) or hub name", MODEL)
-    revision: str | None = flag(None, "commit of a hub model", MODEL)
-    lora: bool = flag(False, "train a LoRA adapter", MODEL)
-    lora_rank: int = flag(16, "rank of the adapter", MODEL)
-    predictors: int = flag(0, "predictor tokens, whose embedding rows train with LoRA", MODEL)
-    load_in_4bit: bool = flag(False, "base in 4 bits, with --lora", MODEL)
-    param_dtype: Literal["float32", "bfloat16"] = flag("float32", "precision of trained weights", MODEL)
-    sharding: Literal["fsdp2", "ddp"] | None = flag(
-        None, "with ddp each GPU has all weights; default as finetune8bh200.py's", MODEL
+    tokens_per_batch: int = flag(
+        0, "tokens in a micro-batch, views included, instead of --batch_size", BATCH, "--tokens"
     )
-    optim: str = flag("auto", "an AdamW of torch, or of 8 bits (adamw_bnb_8bit); auto as in finetune8bh200.py", MODEL)
-    batch_size: int = flag(4, "examples a micro-batch and GPU", BATCH)
-    max_length: int = flag(512, "longest chat in tokens", BATCH)
-    regular: bool = flag(False, "no views: an example is its chat, else twice as many tokens", BATCH)
-    tokens: int = flag(0, "tokens of a micro-batch instead", BATCH, "--tokens_per_batch")
-    save_total_limit: int = flag(1, "checkpoints kept", RUN)
-    gpus: str = flag("1,8,16", "numbers of GPUs, with commas", RUN)
-    json: bool = flag(False, "print one JSON object", RUN)
+    gpus: str = flag("1,8,16", "numbers of GPUs, separated by commas", PLAN)
+    json: bool = flag(False, "print one JSON object", PLAN)
 
 
-class Piece(NamedTuple):
-    """One parameter: elements, length of its first dimension, bytes an element, and what happens to it."""
+class ParameterInfo(NamedTuple):
+    """One parameter: its size, and what happens to it."""
 
     numel: int
-    first: int
-    bytes: float
+    first_dim: int
+    bytes: float  # per element
     trained: bool
-    unit: int
-    quantised: bool
+    unit: int  # of FSDP: number of the decoder layer, HEAD or EMBEDDING
+    quantized: bool
     embedding: bool  # bitsandbytes keeps its moments in float32
-    cast: bool  # a matrix that autocast copies
+    autocast: bool  # a matrix of which autocast makes a bfloat16 copy
 
     def shard(self, gpus: int) -> int:
-        """Elements on the fullest of the GPUs."""
-        return -(-self.first // gpus) * (self.numel // self.first)
+        """Elements on the GPU with the most."""
+        return -(-self.first_dim // gpus) * (self.numel // self.first_dim)
 
 
-def check(r: Recipe) -> list[int]:
-    """The numbers of GPUs. Raises UsageError naming all flags that are wrong."""
-    gpus = [int(n) if n.strip().isdigit() else 0 for n in r.gpus.split(",")]
-    positive = ("lora_rank", "batch_size", "max_length", "save_total_limit")
-    wrong = [f"--{n} {getattr(r, n)} is not positive" for n in positive if getattr(r, n) < 1]
-    wrong += ["--model_name is missing"] if not r.model_name else []
-    wrong += [f"--tokens {r.tokens} is negative"] if r.tokens < 0 else []
-    wrong += ["--load_in_4bit: only with --lora"] if r.load_in_4bit and not r.lora else []
-    wrong += [f"--gpus {r.gpus} are not positive numbers with commas"] if min(gpus) < 1 else []
-    wrong += (
-        [f"--optim {r.optim}: its state is not known here, an AdamW's is"]
-        if "adamw" not in r.optim and r.optim != "auto"
-        else []
-    )
-    if wrong:
-        raise UsageError("\n".join(wrong))
-    return gpus
-
-
-def meta_model(r: Recipe) -> Any:
-    """The model on the meta device in bfloat16, without any adapter. Raises UsageError where there is no such model."""
+def meta_model(name: str, revision: str | None = None) -> Any:
+    """The model in bfloat16 on the meta device, without an adapter. Raises UsageError if it cannot be built."""
     AttentionInterface.register("counted", counted_attention)
     try:
-        config = AutoConfig.from_pretrained(r.model_name, revision=r.revision)
+        config = AutoConfig.from_pretrained(name, revision=revision)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="counted")
-    except (*LOADING_ERRORS, StrictDataclassError, TypeError, AttributeError) as error:  # a config with odd values
-        raise UsageError(
-            f"--model_name {r.model_name}: no causal language model can be made of it ({first_line(error)})"
-        ) from None
+    except (*LOADING_ERRORS, StrictDataclassError, TypeError, AttributeError) as error:  # a config with wrong values
+        raise UsageError(f"--model_name {name}: not a causal language model ({first_line(error)})") from None
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what fused kernels keep: queries, keys and values of all heads, the output, one number a head and token."""
+    """Saves what fused kernels save: queries, keys and values of all heads, the output, a float per head and token."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -135,14 +101,14 @@ class _Attention(torch.autograd.Function):
 
 
 def counted_attention(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
-    """Stands for an attention kernel on the meta device; takes (B, heads, T, size), gives (B, T, heads, size)."""
+    """Replaces an attention kernel on the meta device: (B, heads, T, size) → (B, T, heads, size)."""
     heads = q.shape[1] // k.shape[1]
     out = _Attention.apply(q, k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1))
     return out.transpose(1, 2).contiguous(), None
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The modules that FSDP shards as units of their own. Raises UsageError where the model names none."""
+    """The modules that are FSDP units of their own. Raises UsageError if the model does not name them."""
     names = set(model._no_split_modules or ())
     layers = [m for m in model.get_decoder().modules() if type(m).__name__ in names]
     if not layers:
@@ -151,160 +117,162 @@ def decoder_layers(model: Any) -> list[Any]:
 
 
 def layer_activations(decoder: Any, layer: Any, tokens: int) -> int:
-    """Bytes that autograd keeps of one layer's forward pass over a row of tokens, its weights left out."""
+    """Bytes that autograd stores for one layer's forward pass over a row of tokens, without the weights."""
     weights = {p.untyped_storage()._cdata for p in decoder.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-    inside = [False]
+    stored: dict[int, torch.UntypedStorage] = {}
+    inputs: list[Any] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if inside[0] and storage._cdata not in weights:
-            kept[storage._cdata] = storage
+        if storage._cdata not in weights:
+            stored[storage._cdata] = storage
         return tensor
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True)),
-        layer.register_forward_hook(lambda *_: inside.__setitem__(0, False)),
-    ]
-    try:
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            decoder(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sum(storage.nbytes() for storage in kept.values())
+    with layer.register_forward_pre_hook(lambda _, *given: inputs.extend(given), with_kwargs=True):
+        decoder(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=False)
+    args, kwargs = inputs
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(*args, **kwargs)
+    return sum(storage.nbytes() for storage in stored.values())
 
 
-def adapted(model: Any, r: Recipe) -> Any:
-    """The model under the adapter that the training puts on it, and its rows of predictor tokens."""
-    s = SimpleNamespace(
-        lora_rank=r.lora_rank, lora_dropout=0.0, predictors=r.predictors, jepa=not r.regular, plain=False, revision=None
-    )
+def adapted(model: Any, rank: int, predictors: int) -> Any:
+    """The model with the adapter that the training adds."""
     tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda tokens: list(range(len(tokens))))
     with torch.device("meta"):
-        return add_adapter(model, s, tokenizer)
+        return add_adapter(model, tokenizer, rank=rank, dropout=0.0, predictors=predictors, plain=False)
 
 
-def pieces(model: Any, whole: Any, r: Recipe) -> list[Piece]:
-    """Every parameter of the model, or with LoRA of `whole`, which wraps it."""
+def parameter_infos(model: Any, trained_model: Any, s: LargeSettings) -> list[ParameterInfo]:
+    """Every parameter of `trained_model`, which is `model`, or with LoRA wraps it."""
     unit = {id(p): i for i, layer in enumerate(decoder_layers(model)) for p in layer.parameters()}
     head, embedding = (f().weight for f in (model.get_output_embeddings, model.get_input_embeddings))
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     base = {id(m.weight) for m in model.get_decoder().modules() if type(m) is torch.nn.Linear} - {id(head)}
-    held = 2 if r.lora else {"float32": 4, "bfloat16": 2}[r.param_dtype]
-    found = []
-    for p in whole.parameters():
-        trained, quantised = p.requires_grad, r.load_in_4bit and not p.requires_grad and id(p) in base
-        size = 0.5 + 4 / 64 if quantised else 4 if r.lora and trained else held
-        at = unit.get(id(p), EMBEDDING if p is embedding and p is not head else TAIL)
-        found.append(
-            Piece(p.numel(), len(p) if p.dim() else 1, size, trained, at, quantised, p is embedding,
-                  held == 4 and trained and id(p) in linear)
-        )  # fmt: skip
-    return found
+    width = 2 if s.lora or s.param_dtype == "bfloat16" else 4
+    infos = []
+    for p in trained_model.parameters():
+        trained = p.requires_grad
+        quantized = s.load_in_4bit and not trained and id(p) in base
+        infos.append(
+            ParameterInfo(
+                numel=p.numel(),
+                first_dim=len(p) if p.dim() else 1,
+                bytes=0.5 + 4 / 64 if quantized else 4 if s.lora and trained else width,
+                trained=trained,
+                unit=unit.get(id(p), EMBEDDING if p is embedding and p is not head else HEAD),
+                quantized=quantized,
+                embedding=p is embedding,
+                autocast=width == 4 and trained and id(p) in linear,
+            )
+        )
+    return infos
 
 
-def optimiser(r: Recipe, gpus: int) -> str:
-    """What --optim auto stands for on so many GPUs."""
-    return r.optim if r.optim != "auto" else "adamw_bnb_8bit" if gpus == 1 and not r.lora else "adamw_torch_fused"
-
-
-def moments(piece: Piece, elements: int, optim: str) -> float:
-    """Bytes of AdamW's two moments of so many elements of a trained parameter."""
+def moments(p: ParameterInfo, elements: int, optim: str) -> float:
+    """Bytes of AdamW's two moments for this number of elements of a trained parameter."""
     if "8bit" not in optim:
-        return 2 * elements * piece.bytes
-    if piece.embedding or piece.numel < 4096:
+        return 2 * elements * p.bytes
+    if p.embedding or p.numel < 4096:
         return 8 * elements
     return 2 * (elements + 4 * -(-elements // 256))
 
 
-def units(found: list[Piece], size: Any) -> dict[int, float]:
-    """The sum of `size(piece)` over each FSDP unit."""
-    sums: dict[int, float] = {TAIL: 0, EMBEDDING: 0}
-    for piece in found:
-        sums[piece.unit] = sums.get(piece.unit, 0) + size(piece)
+def unit_sums(infos: list[ParameterInfo], size: Callable[[ParameterInfo], float]) -> dict[int, float]:
+    """The sum of `size` over each FSDP unit."""
+    sums: dict[int, float] = {HEAD: 0, EMBEDDING: 0}
+    for p in infos:
+        sums[p.unit] = sums.get(p.unit, 0) + size(p)
     return sums
 
 
-def on_gpus(found: list[Piece], r: Recipe, gpus: int, parts: int, hidden: int, working: int) -> dict[str, Any]:
-    """Bytes on the fullest of so many GPUs, which share the weights out in so many parts, and of each one's files."""
-    optim = optimiser(r, gpus)
-    trained = [p for p in found if p.trained]
-    whole = units(found, lambda p: p.numel * (p.bytes if p.quantised else 2))
-    buckets = sum(p.numel * p.bytes for p in trained) if gpus > 1 else 0  # DDP's own copy of the gradients
-    layers, end = (
-        sorted((n for unit, n in whole.items() if unit >= 0), reverse=True),
-        max(whole[TAIL], whole[EMBEDDING]),
-    )
+def gpu_plan(
+    infos: list[ParameterInfo], optim: str, gpus: int, parts: int, hidden: int, working: int
+) -> dict[str, int]:
+    """Bytes on the GPU with the most, if `gpus` store the weights in `parts` shards; and of its checkpoint file."""
+    trained = [p for p in infos if p.trained]
+    elements = unit_sums(trained, lambda p: p.numel)
+    gathered = unit_sums(infos, lambda p: p.numel * (p.bytes if p.quantized else 2))
+    end = max(gathered.pop(HEAD), gathered.pop(EMBEDDING))
+    copies = sum(2 * p.numel for p in infos if p.autocast)
+    buckets = sum(p.numel * p.bytes for p in trained) if gpus > 1 else 0
+    gradients = sum(p.shard(parts) * p.bytes for p in trained)
+    optimizer = sum(moments(p, p.shard(parts), optim) for p in trained)
     need = {
-        "weights": sum(p.shard(parts) * p.bytes for p in found),
-        "gradients": sum(p.shard(parts) * p.bytes for p in trained),
-        "optimiser": sum(moments(p, p.shard(parts), optim) for p in trained),
-        "gathered": end + sum(layers[:2]) if parts > 1 else sum(2 * p.numel for p in found if p.cast),
-        "reduced": 6 * max(units(trained, lambda p: p.numel).values()) if parts > 1 else buckets,
+        "weights": sum(p.shard(parts) * p.bytes for p in infos),
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "gathered": end + sum(sorted(gathered.values())[-2:]) if parts > 1 else copies,
+        "reduced": 6 * max(elements.values()) if parts > 1 else buckets,
         "hidden": hidden,
         "working": working,
     }
-    shards = sum(p.shard(parts) * p.bytes + moments(p, p.shard(parts), optim) for p in trained)
-    peak = MARGIN * sum(need.values()) + RESERVE
-    return {"gpus": gpus} | {n: int(b) for n, b in need.items()} | {"peak": int(peak), "checkpoint_shard": int(shards)}
+    need |= {"peak": MARGIN * sum(need.values()) + RESERVE, "checkpoint_shard": gradients + optimizer}
+    return {"gpus": gpus} | {name: int(size) for name, size in need.items()}
 
 
-def plan(r: Recipe) -> dict[str, Any]:
-    """Counts and bytes of a recipe; `on` has an entry for each number of GPUs. Raises UsageError."""
-    gpus = check(r)
-    model = meta_model(r)
-    whole = adapted(model, r) if r.lora else model
-    tokens = r.tokens or r.batch_size * r.max_length * (1 if r.regular else 2)  # both views are parts of the chat
+def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
+    """Parameter counts and bytes of a training; `on` has one entry per number of GPUs.
+
+    Raises UsageError if the model cannot be built, or for flags whose memory cannot be predicted.
+    """
+    if s.optim != "auto" and "adamw" not in s.optim:
+        raise UsageError(f"--optim {s.optim}: only the memory of AdamW can be predicted")
+
+    def optim(n: int) -> str:
+        return s.optim if s.optim != "auto" else "adamw_bnb_8bit" if n == 1 and not s.lora else "adamw_torch_fused"
+
+    model = meta_model(s.model_name, s.revision)
     config, layers = model.config.get_text_config(), decoder_layers(model)
-    found = pieces(model, whole, r)
-    width = 2 if r.lora or r.param_dtype == "bfloat16" else 4
-    # Where finetune8bh200.py shares out nothing.
-    copies = r.sharding == "ddp" or r.load_in_4bit or (r.lora and config.tie_word_embeddings)
+    tied = config.tie_word_embeddings
+    copies = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=tied) == "ddp"
+    trained_model = adapted(model, s.lora_rank, 0 if s.regular else s.predictors) if s.lora else model
+    infos = parameter_infos(model, trained_model, s)
+    trained = [p for p in infos if p.trained]
+    tokens = s.tokens_per_batch or s.batch_size * s.max_length * (1 if s.regular else 2)  # views are parts of the chat
     states, mask = (len(layers) + 1) * tokens * config.hidden_size, 3 * tokens * min(tokens, 4096)
-    logits = min(tokens, max(1, SLICE // config.vocab_size)) * config.vocab_size
-    working = max(layer_activations(model.get_decoder(), layers[-1], tokens), 16 * logits)
-    trained = [p for p in found if p.trained]
-    saved = trained if r.lora else found
-    elements = units(found, lambda p: p.numel)
+    logits = min(tokens, max(1, MAX_LOGITS // config.vocab_size)) * config.vocab_size
+    working, on = max(layer_activations(model.get_decoder(), layers[-1], tokens), 16 * logits), []
+    for n in gpus:
+        parts = 1 if copies else n
+        width = 2 if parts > 1 or s.lora or s.param_dtype == "bfloat16" else 4
+        on.append(gpu_plan(infos, optim(n), n, parts, states * width + mask, working))
     return {
-        "model": r.model_name,
-        "parameters": sum(p.numel for p in found) - (sum(p.numel for p in trained) if r.lora else 0),
+        "model": s.model_name,
+        "parameters": sum(p.numel for p in infos if not (s.lora and p.trained)),
         "trainable": sum(p.numel for p in trained),
         "tokens": tokens,
-        "largest_layer": max(n for unit, n in elements.items() if unit >= 0),
-        "tail_unit": elements[TAIL],
-        "embedding_unit": elements[EMBEDDING],
-        "checkpoint": int(sum(p.numel * p.bytes + moments(p, p.numel, optimiser(r, max(gpus))) for p in trained)),
-        "saved_model": int(sum(p.numel * p.bytes for p in saved)),
-        "on": [
-            on_gpus(found, r, n, parts, states * (2 if parts > 1 else width) + mask, working)
-            for n, parts in ((n, 1 if copies else n) for n in gpus)
-        ],
+        "checkpoint": int(sum(p.numel * p.bytes + moments(p, p.numel, optim(max(gpus))) for p in trained)),
+        "saved_model": int(sum(p.numel * p.bytes for p in (trained if s.lora else infos))),
+        "on": on,
     }
 
 
-def table(p: dict[str, Any]) -> str:
-    """A plan for people, in GiB."""
-    rows = [("", *(f"{one['gpus']} GPU{'s' if one['gpus'] > 1 else ''}" for one in p["on"]))]
+def plan_table(p: dict[str, Any]) -> str:
+    """A plan as text, in GiB."""
+    counts = f"{p['parameters']:,} parameters, {p['trainable']:,} trained, {p['tokens']} tokens in a micro-batch"
+    lines = [f"{p['model']}: {counts}; GiB per GPU:"]
+    lines.append(f"{'GPUs':18}" + "".join(f"{one['gpus']:>8}" for one in p["on"]))
     for name in (*PARTS, "peak", "checkpoint_shard"):
-        rows.append((name.replace("_", " "), *(f"{one[name] / 2**30:.1f}" for one in p["on"])))
-    counts = f"{p['parameters']:,} parameters, {p['trainable']:,} trained"
-    lines = [f"{p['model']}: {counts}, micro-batches of {p['tokens']} tokens; GiB a GPU:"]
-    lines += ["  ".join([f"{row[0]:18}", *(f"{cell:>8}" for cell in row[1:])]) for row in rows]
-    ends = f"{p['embedding_unit']:,} the embeddings, {p['tail_unit']:,} norm and head"
-    lines.append(f"FSDP units: {p['largest_layer']:,} elements a layer, {ends}")
+        lines.append(f"{name.replace('_', ' '):18}" + "".join(f"{one[name] / 2**30:8.1f}" for one in p["on"]))
     sizes = (p[name] / 2**30 for name in ("checkpoint", "saved_model"))
-    return "\n".join([*lines, "on the disk: {:.1f} GiB a checkpoint, {:.1f} GiB the saved model".format(*sizes)])
+    return "\n".join([*lines, "on disk: {:.1f} GiB per checkpoint, {:.1f} GiB the saved model".format(*sizes)])
+
+
+def print_plan(argv: list[str] | None) -> None:
+    """Prints a plan. Raises UsageError for a wrong model or flag."""
+    s, given = parse_flags(MemoryFlags, __doc__, argv)
+    gpus = [int(n) if n.isdigit() else 0 for n in s.gpus.split(",")]
+    wrong = Refusals(given)
+    wrong.refuse(not s.model_name, "--model_name is missing")
+    wrong.only_if(s.lora, "load_in_4bit", "only with --lora")
+    wrong.refuse(min(gpus) < 1, f"--gpus {s.gpus}: give positive numbers separated by commas")
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    found = plan(s, gpus)
+    print(json.dumps(found) if s.json else plan_table(found))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the plan; 2 where the model or a flag is wrong."""
-    recipe, _ = parse_flags(Recipe, __doc__, argv)
-    try:
-        found = plan(recipe)
-    except UsageError as error:
-        print(f"memory.py: error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(found) if recipe.json else table(found))
-    return 0
+    """Exit codes: 0, or 2 for a wrong model or flag."""
+    return run_command("memory", lambda: print_plan(argv))

@@ -1,12 +1,11 @@
-"""Checks all that a long training needs before it begins, and names everything that is missing at once.
+"""Checks everything that a long training needs before it starts, and reports all problems at once.
 
     python -m llm_jepa.preflight --model_name MODEL --data_files datasets/synth_train.jsonl --output_dir runs \\
         --nproc_per_node 8 --runs 10 -- --param_dtype bfloat16 --batch_size 4
 
-Behind -- stand the training's flags, of which memory.py takes what it knows; those of another arm behind another --,
-the one that needs most last. With several nodes every node runs this with its own --node_rank: they meet at
---master_addr and all of them hear what is wrong with any. Exit code: 0 all is well, 1 something is missing, 2 wrong
-flags.
+The flags of the training follow `--`. To train with several sets of flags, put another `--` between them and the set
+that needs the most memory last. With several nodes, run this on each with its own --node_rank: the nodes exchange their
+problems at --master_addr, and each prints all of them. Exit code: 0 ready, 1 something is missing, 2 wrong flags.
 """
 
 from __future__ import annotations
@@ -16,316 +15,319 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors import SafetensorError, safe_open
 
-from llm_jepa.cli import UsageError, build_parser, first_line, flag, parse_flags
-from llm_jepa.large.rendezvous import gather, tell
+from llm_jepa.cli import Refusals, UsageError, first_line, flag, parse_flags, run_command
+from llm_jepa.files import read_json
 
-# memory.py and loading.py are imported where they are used: the processes of the collective need torch alone.
+# Transformers is imported where it is used: the processes of the all-reduce need only torch.
 
-WHAT, WHERE = "Training", "Nodes"
+TRAINING, NODES = "Training", "Nodes"
+GRACE = 10.0  # seconds after --join_limit that nodes which have met may still exchange their problems
 
 
 @dataclass
 class Preflight:
-    """Every flag of preflight.py."""
+    """The flags of the preflight."""
 
-    model_name: str | None = flag(None, "model folder or hub name", WHAT)
-    revision: str | None = flag(None, "commit of a hub model", WHAT)
-    data_files: str = flag("", "files that must be there, with commas", WHAT)
-    output_dir: str = flag("runs", "folder that the run folders go into", WHAT)
-    runs: int = flag(1, "trainings that it must have room for", WHAT)
-    device: Literal["cuda", "cpu"] = flag("cuda", "cpu: try the rest on a machine without GPUs", WHERE)
-    nproc_per_node: int = flag(1, "processes, one a GPU", WHERE)
-    nnodes: int = flag(1, "nodes", WHERE)
-    node_rank: int = flag(0, "this node, the first is 0", WHERE)
-    master_addr: str = flag("127.0.0.1", "the first node", WHERE)
-    master_port: int = flag(29500, "its port for the rendezvous", WHERE)
-    join_limit: float = flag(600.0, "seconds to wait for the other nodes", WHERE)
-    collective_limit: float = flag(180.0, "seconds for an all-reduce on this node", WHERE)
+    model_name: str | None = flag(None, "model folder or hub name", TRAINING)
+    revision: str | None = flag(None, "commit of a hub model", TRAINING)
+    data_files: str = flag("", "files that must exist, separated by commas", TRAINING)
+    output_dir: str = flag("runs", "folder of the run folders", TRAINING)
+    runs: int = flag(1, "trainings that must fit on the disk", TRAINING)
+    device: Literal["cuda", "cpu"] = flag("cuda", "cpu: skip the checks of GPUs", NODES)
+    nproc_per_node: int = flag(1, "processes, one per GPU", NODES)
+    nnodes: int = flag(1, "nodes", NODES)
+    node_rank: int = flag(0, "number of this node, from 0", NODES)
+    master_addr: str = flag("127.0.0.1", "address of node 0", NODES)
+    master_port: int = flag(29500, "port of node 0 for the rendezvous", NODES)
+    join_limit: float = flag(600.0, "seconds to wait for the other nodes", NODES)
+    collective_limit: float = flag(180.0, "seconds for an all-reduce on this node", NODES)
 
 
 def gib(size: float) -> str:
-    """Bytes as people read them."""
+    """Bytes in GiB, or in MiB if less than 1/8 GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 
 
-# ---------------------------------------------------------------------------------------------------- this node alone
-
-
-def gpu_problems(wanted: int, found: int) -> list[str]:
-    """One GPU a process."""
-    if found >= wanted:
-        return []
-    look = "set NPROC (--nproc_per_node), or look at nvidia-smi and CUDA_VISIBLE_DEVICES"
-    return [f"{wanted} GPUs are needed, {found} are there: {look}"]
-
-
-def memory_problems(free: list[int], peak: int) -> list[str]:
-    """`free` bytes of each GPU against what is predicted for one."""
-    return [
-        f"GPU {i} has {gib(size)} free, {gib(peak)} are predicted: end what runs there (nvidia-smi), or use more GPUs, "
-        "a smaller --batch_size, --lora, or on one GPU --optim adamw_bnb_8bit; python -m llm_jepa.memory shows them"
-        for i, size in enumerate(free)
-        if size < peak
-    ]
-
-
-def disk_problems(folder: str, free: int, need: int, parts: str) -> list[str]:
-    """`free` bytes where the folder is against what the trainings write."""
-    if free >= need:
-        return []
-    return [
-        f"{folder} has {gib(free)} free on its disk, {gib(need)} are needed ({parts}): make room or use another folder"
-    ]
-
-
-def disk_need(plan: dict[str, Any], runs: int, limit: int, keep: bool) -> tuple[int, str]:
-    """Bytes of so many trainings, one at a time, and of what.
-
-    While a checkpoint is written the `limit` older ones are still there; `keep`: also those of finished trainings.
-    """
-    model, checkpoint = plan["saved_model"], plan["checkpoint"]
-    checkpoints = (runs if keep else 1) * limit + 1
-    parts = f"{runs} × {gib(model)} model, {checkpoints} × {gib(checkpoint)} checkpoint, one of them being written"
-    return runs * model + checkpoints * checkpoint, parts
-
-
-def free_space(folder: str) -> int:
-    """Bytes free in the file system of a folder that need not exist yet."""
-    path = Path(folder).resolve()
-    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-
-
-def data_problems(files: str) -> list[str]:
-    """Every data file is there and not empty."""
-    missing = [
-        name for name in filter(None, files.split(",")) if not (Path(name).is_file() and Path(name).stat().st_size)
-    ]
-    return [f"{name}: there is no such file, or it is empty; see datasets/README.md" for name in missing]
+# ---------------------------------------------------------------------------------------------------- model and data
 
 
 def model_folder(name: str, revision: str | None) -> Path | None:
-    """Where a model's files lie: a folder, or a hub model's place in the cache; None where it is not here."""
+    """The folder of a model's files, in the hub's cache for a hub model; None if it is not on this node."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     if Path(name).is_dir():
         return Path(name)
-    with contextlib.suppress(HFValidationError):
+    with contextlib.suppress(HFValidationError):  # a path that does not exist
         found = try_to_load_from_cache(name, "config.json", revision=revision)
         return Path(found).parent if isinstance(found, str) else None
     return None
 
 
 def weight_problems(folder: Path) -> list[str]:
-    """Every shard that the index names is there, as long as its header says, and has the index's tensors."""
+    """Checks that every file of the weights is complete and has the tensors that the index lists."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    wanted: dict[str, set[str]] = {}
+    tensors: dict[str, set[str]] = {single.name: set()}
     if index.is_file():
         try:
-            for tensor, file in json.loads(index.read_text())["weight_map"].items():
-                wanted.setdefault(file, set()).add(tensor)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            return [f"{index}: cannot be read ({first_line(error)}); download it again"]
-    elif single.is_file():
-        wanted[single.name] = set()
-    else:
-        return [f"{folder} has neither {single.name} nor {index.name}: download the weights, or give --pretrain"]
+            tensors = {}
+            for tensor, file in read_json(index)["weight_map"].items():
+                tensors.setdefault(file, set()).add(tensor)
+        except UsageError as error:
+            return [f"{error}; download it again"]
+    elif not single.is_file():
+        return [f"{folder} has neither {single.name} nor {index.name}: download the weights, or use --pretrain"]
     problems = []
-    for path, tensors in ((folder / file, tensors) for file, tensors in sorted(wanted.items())):
+    for path, names in ((folder / file, names) for file, names in sorted(tensors.items())):
         try:
-            with safe_open(path, "pt") as file:  # checks the size against the header
-                lacking = sorted(tensors - set(file.keys()))
-            problems += [f"{path} lacks {len(lacking)} tensors of the index, {lacking[0]} …"] if lacking else []
-        except FileNotFoundError:
-            problems.append(f"{path} is missing; download it again")
+            with safe_open(path, "pt") as file:  # compares the file's size with its header
+                missing = names - set(file.keys())
+            if missing:
+                problems.append(f"{path} lacks {len(missing)} tensors of {index.name}; download it again")
         except (SafetensorError, OSError) as error:
-            problems.append(
-                f"{path} is not whole ({path.stat().st_size} bytes; {first_line(error)}); download it again"
-            )
+            problems.append(f"{path} is missing or incomplete ({first_line(error)}); download it again")
     return problems
 
 
-def tokenizer_problems(s: Preflight) -> list[str]:
-    """The tokenizer loads as the training loads it."""
+def model_problems(name: str, revision: str | None, pretrain: bool) -> list[str]:
+    """Checks the weights (unless they will be random, `pretrain`) and the tokenizer."""
     from llm_jepa.model import load_tokenizer
 
-    try:
-        load_tokenizer(SimpleNamespace(model_name=s.model_name, revision=s.revision, plain=False))
-    except UsageError as error:
-        return [str(error)]
-    return []
-
-
-def model_problems(s: Preflight, pretrain: bool) -> list[str]:
-    """The model's files; weights that are to be random are not looked for."""
-    folder = model_folder(s.model_name, s.revision)
+    folder = model_folder(name, revision)
     if folder is None:
-        revision = f" --revision {s.revision}" if s.revision else ""
+        download = f"{name} --revision {revision}" if revision else name
         return [
-            f"{s.model_name} is no folder and not downloaded: run `.venv/bin/hf download {s.model_name}{revision} "
-            "--exclude 'original/*'`; a gated model needs access, asked for on its page, and `.venv/bin/hf auth login`"
+            f"{name} is neither a folder nor downloaded: run `.venv/bin/hf download {download} --exclude 'original/*'` "
+            "(for a gated model, first request access on its page and run `.venv/bin/hf auth login`)"
         ]
-    return ([] if pretrain else weight_problems(folder)) + tokenizer_problems(s)
-
-
-def flag_problems(s: Preflight, flags: list[str]) -> list[str]:
-    """What the training would refuse of its flags, at each of its starts."""
-    from finetune8bh200 import LargeSettings, Sharded
-
-    def refuse(message: str) -> None:
-        raise UsageError(message)
-
-    parser = build_parser(LargeSettings, "")
-    parser.error = refuse
+    problems = [] if pretrain else weight_problems(folder)
     try:
-        given = vars(parser.parse_args(flags))
-        if model_folder(s.model_name, s.revision):
-            train_file = next(filter(None, s.data_files.split(",")), "rows.jsonl")
-            fixed = {"model_name": s.model_name, "revision": s.revision, "train_file": train_file}
-            Sharded().check(LargeSettings(**given | fixed), set(given), s.nproc_per_node * s.nnodes > 1)
+        load_tokenizer(name, revision)
     except UsageError as error:
-        return [f"a training that takes these flags: {line}" for line in str(error).splitlines()]
-    return []
+        problems.append(str(error))
+    return problems
 
 
-def collective_problems(s: Preflight) -> list[str]:
-    """An all-reduce of this node's processes, started as the training is."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", s.nproc_per_node]
-    command += ["-m", "llm_jepa.preflight", "collective", s.device]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    process = subprocess.Popen(
-        [str(c) for c in command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    kind = "NCCL" if s.device == "cuda" else "gloo"
-    try:
-        output, _ = process.communicate(timeout=s.collective_limit)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # torchrun ends its workers
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=40)
-        process.kill()
-        hint = "NCCL_DEBUG=INFO says where it waits" if s.device == "cuda" else "is the machine overloaded?"
-        return [f"an all-reduce of {s.nproc_per_node} processes with {kind} took over {s.collective_limit:g} s: {hint}"]
-    if process.returncode == 0:
-        return []
-    said = [line for line in output.splitlines() if "Error" in line] or output.splitlines()[-1:] or ["nothing said"]
-    return [f"an all-reduce of {s.nproc_per_node} processes with {kind} failed ({said[0].strip()[:300]})"]
+def training_flags(s: Preflight, flags: list[str]) -> tuple[Any, set[str]]:
+    """(settings of a training with these flags, names of the flags). Exits with 2 if they cannot be parsed."""
+    from llm_jepa.large.settings import LargeSettings
+
+    training, given = parse_flags(LargeSettings, "", flags)
+    train_file = s.data_files.split(",")[0] or "examples.jsonl"
+    return replace(training, model_name=s.model_name, revision=s.revision, train_file=train_file), given
 
 
-def collective(device: str) -> None:
-    """One process of the all-reduce. Raises RuntimeError where the sum is wrong."""
-    import torch.distributed as dist
+def data_problems(files: str) -> list[str]:
+    """Checks that every data file exists and is not empty."""
+    paths = [Path(name) for name in files.split(",") if name]
+    missing = [path for path in paths if not (path.is_file() and path.stat().st_size)]
+    return [f"{path} does not exist or is empty; see datasets/README.md" for path in missing]
 
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    value = torch.full((2**20,), dist.get_rank() + 1.0, device=device)
-    dist.all_reduce(value)
-    size = dist.get_world_size()
-    if not bool((value == size * (size + 1) / 2).all()):
-        raise RuntimeError(f"all-reduce of 1 … {size} gave {value[0].item()}")
-    dist.destroy_process_group()
+
+# -------------------------------------------------------------------------------------------------------------- disk
+
+
+def disk_problems(folder: str, plan: dict[str, Any], runs: int, limit: int, keep: bool) -> list[str]:
+    """Compares the free space of the folder, which need not exist, with what this number of trainings writes.
+
+    A checkpoint is written before the oldest of `limit` is removed. `keep`: finished trainings keep their checkpoints.
+    """
+    model, checkpoint, checkpoints = plan["saved_model"], plan["checkpoint"], (runs if keep else 1) * limit + 1
+    path = Path(folder).resolve()
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+    need = runs * model + checkpoints * checkpoint
+    parts = f"{runs} × {gib(model)} model, {checkpoints} × {gib(checkpoint)} checkpoint, one of them being written"
+    short = f"{folder} has {gib(free)} free on its disk, {gib(need)} are needed ({parts}): use another folder"
+    return [short] if free < need else []
 
 
 def folder_problems(folder: str) -> list[str]:
-    """The folder for the runs can be made and written into."""
+    """Checks that the folder can be created and written to."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder) / f".preflight-{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        return [f"{folder} cannot be written into ({first_line(error)}): use another folder"]
+        return [f"{folder} cannot be written to ({first_line(error)}): use another folder"]
     return []
 
 
-# ------------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------------------------------- GPUs
 
 
-def local_problems(s: Preflight, arms: list[list[str]]) -> tuple[list[str], list[str]]:
-    """(what is missing on this node, what could not be checked); `arms` are the flags of the training of each."""
-    from llm_jepa.large import memory
+def memory_problems(free: list[int], peak: int) -> list[str]:
+    """Compares the free bytes of each GPU with the predicted peak."""
+    return [
+        f"GPU {i} has {gib(size)} free, {gib(peak)} are predicted (python -m llm_jepa.memory shows how): end other "
+        "programs on it (nvidia-smi), or use more GPUs, a smaller --batch_size, --lora, or on one GPU "
+        "--optim adamw_bnb_8bit"
+        for i, size in enumerate(free)
+        if size < peak
+    ]
 
-    flags = arms[-1]
 
-    recipe, other = build_parser(memory.Recipe, "").parse_known_args(flags)
-    recipe = memory.Recipe(**{**vars(recipe), "model_name": s.model_name, "revision": s.revision})
-    recipe.gpus = str(s.nproc_per_node * s.nnodes)
-    problems, notes, plan = model_problems(s, "--pretrain" in other), [], None
-    if model_folder(s.model_name, s.revision):
+def all_reduce(rank: int, processes: int, device: str, store: str) -> None:
+    """One process of an all-reduce of 2**20 numbers. Raises RuntimeError if the sum is wrong."""
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=processes)
+    value = torch.full((2**20,), rank + 1.0, device=device)
+    dist.all_reduce(value)
+    if not bool((value == processes * (processes + 1) / 2).all()):
+        raise RuntimeError(f"the sum of 1 … {processes} is {value[0].item()}")
+    dist.destroy_process_group()
+
+
+def collective_problems(processes: int, device: str, limit: float) -> list[str]:
+    """Runs an all-reduce of this node's processes; ends them if they take longer than `limit` seconds."""
+    name, ends = f"an all-reduce of {processes} processes on {device}", time.monotonic() + limit
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(all_reduce, (processes, device, f"{folder}/store"), processes, join=False)
         try:
-            plan = memory.plan(recipe)
-        except UsageError as error:
-            problems += str(error).splitlines()
-    problems += dict.fromkeys(problem for arm in arms for problem in flag_problems(s, arm))
+            while not context.join(max(0.0, ends - time.monotonic())):
+                if time.monotonic() > ends:
+                    hint = "; NCCL_DEBUG=INFO shows where it waits" if device == "cuda" else ""
+                    return [f"{name} took more than {limit:g} s{hint}"]
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            return [f"{name} failed ({str(error).strip().splitlines()[-1]})"]
+        finally:
+            for process in context.processes:
+                process.kill()
+    return []
+
+
+# ------------------------------------------------------------------------------------------------------------- nodes
+
+
+def exchange(problems: list[str], s: Preflight, address: str, marker: Path) -> list[str]:
+    """The problems of all nodes, through a store of node 0. Raises DistError if node 0 cannot be reached.
+
+    `marker`: a file in the folder of the runs; that of node 0 must be visible to all nodes.
+    """
+    ends, limit = time.monotonic() + s.join_limit, timedelta(seconds=s.join_limit)
+    store = dist.TCPStore(s.master_addr, s.master_port, None, s.node_rank == 0, limit, wait_for_workers=False)
+    if s.node_rank == 0:
+        store.set("marker", marker.name if marker.exists() else "")
+    elif not (marker.parent / store.get("marker").decode()).exists():
+        problems = [*problems, f"{marker.parent} is not the folder of node 0: use a folder that all nodes share"]
+    store.set(f"problems {s.node_rank}", json.dumps(problems))
+    found = []
+    for node in range(s.nnodes):
+        try:
+            store.wait([f"problems {node}"], timedelta(seconds=max(0.1, ends - time.monotonic())))
+        except dist.DistStoreError:  # the other nodes wait for the same key
+            absent = f"did not connect to {address} within {s.join_limit:g} s: run the same command there with"
+            store.set(f"problems {node}", json.dumps([f"{absent} NODE_RANK={node}, and check that the port is open"]))
+        found += [f"node {node}: {p}" for p in json.loads(store.get(f"problems {node}"))]
+    store.set(f"done {s.node_rank}", "")
+    if s.node_rank == 0:
+        with contextlib.suppress(dist.DistError):  # the store must live until the other nodes have read it
+            store.wait([f"done {node}" for node in range(s.nnodes)], timedelta(seconds=GRACE / 2))
+    return found
+
+
+def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
+    """Exchanges the problems of all nodes within --join_limit; what prevents that is a problem of this node."""
+    address, result = f"MASTER_ADDR:MASTER_PORT {s.master_addr}:{s.master_port}", []
+    absent = (
+        f"node 0 did not respond at {address} within {s.join_limit:g} s: run the same command there with NODE_RANK=0"
+    )
+    marker = Path(s.output_dir) / f".preflight-{s.node_rank}-{os.getpid()}.tmp"
+
+    def work() -> None:
+        try:
+            result.append(exchange(problems, s, address, marker))
+        except dist.DistError as error:
+            busy = f"cannot listen at {address} ({first_line(error)}): set another MASTER_PORT"
+            result.append([f"node {s.node_rank}: {p}" for p in [*problems, absent if s.node_rank else busy]])
+
+    print(f"preflight: waiting for {s.nnodes} nodes at {address}, at most {s.join_limit:g} s", file=sys.stderr)
+    # torch waits without limit for the reply of another program at the port, so it runs in a thread.
+    thread = threading.Thread(target=work, daemon=True)
+    with contextlib.suppress(OSError):  # folder_problems has reported it
+        marker.touch()
+    try:
+        thread.start()
+        thread.join(s.join_limit + GRACE)
+    finally:
+        with contextlib.suppress(OSError):
+            marker.unlink()
+    return result[0] if result else [f"node {s.node_rank}: {p}" for p in [*problems, absent]]
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def local_problems(s: Preflight, trainings: list[tuple[Any, set[str]]]) -> tuple[list[str], list[str]]:
+    """(problems of this node, what could not be checked); `trainings`: settings and names of the flags given."""
+    from llm_jepa.large import memory
+    from llm_jepa.large.settings import check_large_settings
+
+    notes, plan, gpus, last = [], None, s.nproc_per_node * s.nnodes, trainings[-1][0]
+    problems = model_problems(s.model_name, s.revision, last.pretrain)
+    if model_folder(s.model_name, s.revision):
+        for training, given in trainings:
+            try:
+                plan = None
+                plan = memory.plan(check_large_settings(training, given, gpus > 1), [gpus])
+            except UsageError as error:
+                problems += str(error).splitlines()
     problems += data_problems(s.data_files) + folder_problems(s.output_dir)
-    found = torch.cuda.device_count() if s.device == "cuda" else s.nproc_per_node
-    lacking = gpu_problems(s.nproc_per_node, found)
-    problems += lacking
-    if "--no-gradient_checkpointing" in other:
-        notes.append("activations that are kept (--no-gradient_checkpointing): the memory is predicted without")
+    enough = s.device == "cpu" or torch.cuda.device_count() >= s.nproc_per_node
+    if not enough:
+        hint = "set NPROC (--nproc_per_node), or see nvidia-smi and CUDA_VISIBLE_DEVICES"
+        problems.append(f"{s.nproc_per_node} GPUs are needed, {torch.cuda.device_count()} found: {hint}")
     if s.device == "cpu":
         notes.append("GPUs and their memory (--device cpu)")
-    elif plan and not lacking:
+    elif plan and enough:
         free = [torch.cuda.mem_get_info(i)[0] for i in range(s.nproc_per_node)]
         problems += memory_problems(free, plan["on"][0]["peak"])
     if plan:
-        if "--merge" in other:
-            plan["saved_model"] += plan["parameters"] * (4 if recipe.param_dtype == "float32" else 2)
-        need, parts = disk_need(plan, s.runs, recipe.save_total_limit, "--keep_checkpoints" in other)
-        problems += disk_problems(s.output_dir, free_space(s.output_dir), need, parts)
+        if last.merge:
+            plan["saved_model"] += plan["parameters"] * (4 if last.param_dtype == "float32" else 2)
+        problems += disk_problems(s.output_dir, plan, s.runs, last.save_total_limit, last.keep_checkpoints)
+        if not last.gradient_checkpointing:
+            notes.append("activations that --no-gradient_checkpointing stores: the predicted memory is without them")
     else:
-        notes.append("memory and room on the disk (nothing is known of the model)")
-    if lacking:
-        notes.append("an all-reduce (there are too few GPUs)")
-    elif s.nproc_per_node > 1 or s.device == "cuda":
-        problems += collective_problems(s)
-    return problems, notes
+        notes.append("memory and disk space: they need a model and flags without errors")
+    if enough and (s.nproc_per_node > 1 or s.device == "cuda"):
+        problems += collective_problems(s.nproc_per_node, s.device, s.collective_limit)
+    return list(dict.fromkeys(problems)), notes
 
 
-def check(s: Preflight) -> None:
-    """Raises UsageError naming all flags that are wrong."""
-    positive = ("runs", "nproc_per_node", "nnodes", "join_limit", "collective_limit")
-    wrong = [f"--{n} {getattr(s, n)} is not positive" for n in positive if getattr(s, n) <= 0]
-    wrong += ["--model_name is missing"] if not s.model_name else []
-    wrong += [] if 0 <= s.node_rank < s.nnodes else [f"--node_rank {s.node_rank} is not in 0 to {s.nnodes - 1}"]
-    wrong += [] if 0 < s.master_port < 65536 else [f"--master_port {s.master_port} is not in 1 to 65535"]
+def preflight(argv: list[str]) -> int:
+    """Prints the problems of all nodes; returns 1 if there are any. Raises UsageError for wrong flags."""
+    first, *arms = ([*arm] for is_end, arm in itertools.groupby(["", *argv], lambda a: a == "--") if not is_end)
+    s, _ = parse_flags(Preflight, __doc__, first[1:])
+    wrong = Refusals(set())
+    wrong.refuse(not s.model_name, "--model_name is missing")
+    wrong.refuse(not 0 <= s.node_rank < s.nnodes, f"--node_rank {s.node_rank} is not in 0 to {s.nnodes - 1}")
+    wrong.refuse(not 0 < s.master_port < 65536, f"--master_port {s.master_port} is not in 1 to 65535")
     if wrong:
         raise UsageError("\n".join(wrong))
+    problems, notes = local_problems(s, [training_flags(s, flags) for flags in arms or [[]]])
+    if s.nnodes > 1:
+        problems = problems_of_all_nodes(problems, s)
+    lines = [f"not checked: {note}" for note in notes] + [f"missing: {problem}" for problem in problems]
+    for line in lines if problems else [*lines, "nothing is missing"]:
+        print(f"preflight: {line}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Says what is missing; the exit code is in the docstring of the file."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["collective"]:
-        collective(argv[1])
-        return 0
-    at = argv.index("--") if "--" in argv else len(argv)
-    s, _ = parse_flags(Preflight, __doc__, argv[:at])
-    try:
-        check(s)
-    except UsageError as error:
-        print(f"preflight.py: error: {error}", file=sys.stderr)
-        return 2
-    arms = [list(arm) for is_end, arm in itertools.groupby(argv[at + 1 :], lambda a: a == "--") if not is_end]
-    problems, notes = local_problems(s, arms or [[]])
-    if s.nnodes > 1:
-        problems = (tell if s.node_rank else gather)(s, problems)
-    for note in notes:
-        print(f"preflight.py: not checked: {note}", file=sys.stderr)
-    for problem in problems:
-        print(f"preflight.py: missing: {problem}", file=sys.stderr)
-    if not problems:
-        print("preflight.py: nothing is missing", file=sys.stderr)
-    return 1 if problems else 0
+    """Exit codes as in the docstring of this file."""
+    return run_command("preflight", lambda: preflight(sys.argv[1:] if argv is None else argv))

@@ -1,107 +1,156 @@
-"""Writes a run's model card, RUN/README.md, from its own files alone, and uploads the run where asked to.
-
-    python -m llm_jepa.model_card runs/RUN                                      the card: what was trained how, and its scores
-    python -m llm_jepa.model_card runs/RUN --push_to_hub OWNER/NAME --private   also the model, the settings and the figures
-
-hub.py says what is uploaded, and what never is.
-"""
+"""Write a run's model card, RUN/README.md, from the files of the run."""
 
 from __future__ import annotations
 
-import argparse
-import sys
+import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from llm_jepa.reports import hub
-from llm_jepa.data.examples import HUB
-from llm_jepa.reports.model_card_text import MARK, body, hub_id, jepa, rows_of, score_names
-from llm_jepa.reports.results import field, percent
 from llm_jepa.cli import UsageError
+from llm_jepa.data.examples import HUB
 from llm_jepa.files import read_json, write_text
+from llm_jepa.reports.comparison import JEPA_SETTINGS
+from llm_jepa.run_folder import VOLATILE
 
-NUMBER = (int, float)
-RECORD = {"steps": int, "tokens": int, "wall_seconds": NUMBER, "data_sha256": dict, "versions": dict, "device": str}
-SETTINGS = {"model_name": str, "regular": bool, "pretrain": bool, "lora": bool, "plain": bool, "lm_labels": str,
-            "lbd": NUMBER, "jepa_ratio": NUMBER, "gamma": NUMBER, "predictors": int, "finetune_seed": int}  # fmt: skip
-METRICS = {"task": str, "n": int, "score": str, "scores": list, "ci95": dict, "settings": dict, "data_sha256": str}
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
+MARK = "<!-- written by model_card.py from the files of the run -->"
+# Settings that the table of settings omits: they affect no number, or another part of the card has them.
+OMITTED = VOLATILE | set(
+    "layout additive_mask tokens_per_row train_file data_file eval_file model_name revision pretrain regular lm_labels "
+    "finetune_seed eval_strategy eval_steps eval_generate save_strategy save_steps track_flop merge".split()
+)
+DISTANCES = {"jepa_l2": "‖a−b‖₂", "jepa_mse": "the mean squared difference", "infonce": "InfoNCE"}
 
 
 def read(run: Path) -> tuple[dict, dict, dict[str, dict]]:
-    """(settings, record, metrics by dataset) of a run. Raises UsageError where it is unfinished or damaged."""
+    """(settings, record, metrics by data set) of a run. Raises UsageError if it is unfinished or a file is damaged."""
     record, settings = read_json(run / "run.json"), read_json(run / "args.json")
-    if field(record, "status", str, run / "run.json") != "finished":
-        raise UsageError(f"{run}: the run is {record['status']}, not finished")
-    evaluations = {path: read_json(path) for path in sorted(run.glob("eval/*/metrics.json"))}
-    known = [(record, RECORD, run / "run.json"), (settings, SETTINGS, run / "args.json")]
-    for values, kinds, path in known + [(metrics, METRICS, path) for path, metrics in evaluations.items()]:
-        for name, kind in kinds.items():
-            field(values, name, kind, path)
-    for path, metrics in evaluations.items():
-        field(metrics["settings"], "input_file", str, path)
-        for name in score_names(metrics):
-            interval = field(metrics["ci95"], name, list, path)
-            points = sorted(percent({name: x}, name, path) for x in (*interval, metrics.get(name)))
-            if len(interval) != 2 or abs(points[1] - 100 * metrics[name]) > 1e-6:
-                raise UsageError(f"{path}: {name} is {metrics[name]}, its interval {interval}")
-    return settings, record, {path.parent.name: metrics for path, metrics in evaluations.items()}
+    if record["status"] != "finished":
+        raise UsageError(f"{run}: {record['status']}, not finished")
+    return settings, record, {path.parent.name: read_json(path) for path in sorted(run.glob("eval/*/metrics.json"))}
 
 
-def metadata(run: Path, s: dict, record: dict, evaluations: dict[str, dict], licence: str | None) -> ModelCardData:
+def score_names(metrics: dict) -> list[str]:
+    """The scores of an evaluation, the primary one first; no stop rate for multiple choice, which has none."""
+    names = dict.fromkeys([metrics["score"], *metrics["scores"], "exact", "startswith", "stop_rate"])
+    return [name for name in names if name != "stop_rate" or metrics.get("stop_rate") is not None]
+
+
+def hub_id(name: str) -> str | None:
+    """A model's name on the hub; None for a local folder, such as models/tiny, which looks like one."""
+    local = any((root / name).exists() for root in (Path(), ROOT))
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not local else None
+
+
+def data_name(path: str) -> str:
+    """The base name of a data file, because its folder is private; the full name of a hub data set."""
+    return path if HUB.fullmatch(path) else Path(path).name
+
+
+def examples_name(metrics: dict) -> str:
+    """The data file of an evaluation and which part of it was used."""
+    part = metrics["settings"].get("process_split")
+    return data_name(metrics["settings"]["input_file"]) + (f", part {part}" if part else "")
+
+
+def has_jepa(s: dict) -> bool:
+    """Whether any example had the JEPA term."""
+    return not s["regular"] and s["lbd"] > 0 and s["jepa_ratio"] > 0
+
+
+def has_stp(s: dict) -> bool:
+    """Whether training used Semantic Tube Prediction."""
+    return bool(s.get("stp") and s.get("stp_lbd"))
+
+
+def describe_method(s: dict) -> str:
+    """The method and its main settings."""
+    text = "regular fine-tuning, without the JEPA term"
+    if has_jepa(s):
+        distance = next((shown for name, shown in DISTANCES.items() if s.get(name)), "1 − cosine")
+        text = f"LLM-JEPA with λ = {s['lbd']:g}, γ = {s['gamma']:g}, k = {s['predictors']} predictor tokens, {distance}"
+        text += f", on a fraction {s['jepa_ratio']:g} of the examples" if s["jepa_ratio"] < 1 else ""
+    return text + (f"; Semantic Tube Prediction ({s['stp']}) with weight {s['stp_lbd']:g}" if has_stp(s) else "")
+
+
+def effective_settings(s: dict) -> list[tuple[str, Any]]:
+    """The settings that affected the numbers and that no other part of the card has."""
+    file, fraction = s.get("data_file"), s.get("val_fraction")
+    applies = {"lora_rank": s["lora"], "eval_split": file, "val_fraction": fraction, "split_seed": file or fraction}
+    applies["max_steps"] = s.get("max_steps", -1) > 0
+    applies |= dict.fromkeys(JEPA_SETTINGS, has_jepa(s)) | {k: s.get("stp") for k in s if k.startswith("stp_")}
+    return [
+        (k, v)
+        for k, v in sorted(s.items())
+        if k not in OMITTED and v is not None and v is not False and applies.get(k, True)
+    ]
+
+
+def metadata(run: Path, s: dict, record: dict, evaluations: dict[str, dict], license: str | None) -> ModelCardData:
     """The card's front matter; scores are fractions, as in metrics.json."""
     results = [
         EvalResult(
-            task_type="text-generation", dataset_type=name, dataset_name=f"{name}, {rows_of(m)}",
+            task_type="text-generation", dataset_type=name, dataset_name=f"{name}, {examples_name(m)}",
             dataset_split=m["settings"].get("process_split"), dataset_args={"sha256": m["data_sha256"], "n": m["n"]},
             metric_type=score, metric_name=score, metric_value=m[score], metric_args={"ci95": m["ci95"][score]},
         )
         for name, m in evaluations.items() for score in score_names(m)
     ]  # fmt: skip
-    tags = [*(["llm-jepa"] if jepa(s) else []), *(["lora"] if s["lora"] else [])]
-    tags += ["semantic-tube-prediction"] if s.get("stp") and s.get("stp_lbd") else []
+    tags = {"llm-jepa": has_jepa(s), "lora": s["lora"], "semantic-tube-prediction": has_stp(s)}
     return ModelCardData(
         base_model=None if s["pretrain"] else hub_id(s["model_name"]),
         datasets=sorted({m["name"] for m in map(HUB.fullmatch, record["data_sha256"]) if m}) or None,
-        library_name="peft" if s["lora"] else "transformers", license=licence, pipeline_tag="text-generation",
-        tags=tags or None, model_name=run.resolve().name, eval_results=results or None,
+        library_name="peft" if s["lora"] else "transformers", license=license, pipeline_tag="text-generation",
+        tags=[tag for tag, applies in tags.items() if applies] or None, model_name=run.resolve().name,
+        eval_results=results or None,
     )  # fmt: skip
 
 
-def write_card(run: Path, overwrite: bool, licence: str | None = None, repo: str | None = None) -> Path:
-    """Writes the run's card. Raises UsageError where the run is unfinished or damaged, or another's card is there."""
+def content(run: Path, s: dict, record: dict, evaluations: dict[str, dict], repo: str | None) -> dict[str, Any]:
+    """What the template shows besides the front matter."""
+    base = hub_id(s["model_name"]) or f"{Path(s['model_name']).name} (a local folder, not on the hub)"
+    base += f" at {s['revision']}" if s.get("revision") else ""
+    held_out, fraction = s.get("eval_file"), s.get("eval_split") if s.get("data_file") else None
+    used = "trained on" + ("" if fraction is None else f", except a held-out fraction {fraction}")
+    data = record["data_sha256"].items()
+    trained_on = {checksum for path, checksum in data if path != held_out}
+    return {
+        "mark": MARK,
+        "name": run.resolve().name,
+        "repo": repo or run.resolve().name,
+        "s": s,
+        "record": record,
+        "base": f"random weights of the shape of {base}" if s["pretrain"] else base,
+        "method": describe_method(s),
+        "changes": {True: ", with uncommitted changes", False: ""}.get(record.get("git_dirty"), ", changes unknown"),
+        "data": [(data_name(path), "held out" if path == held_out else used, checksum) for path, checksum in data],
+        "settings": [(f"`--{name}`", value) for name, value in effective_settings(s)],
+        "scores": [
+            (name, score, *(f"{100 * x:.2f}" for x in (m[score], *m["ci95"][score])), m["n"], examples_name(m))
+            for name, m in evaluations.items() for score in score_names(m)
+        ],
+        "leaked": [
+            name for name, m in evaluations.items()
+            if m["data_sha256"] in trained_on and m["settings"].get("process_split") != "test"
+        ],
+        "has_jepa": has_jepa(s),
+    }  # fmt: skip
+
+
+def write_card(run: Path, overwrite: bool, license: str | None = None, repo: str | None = None) -> Path:
+    """Writes the card. Raises UsageError if the run is unfinished, or if there is a card that was not written here."""
     path, parts = run / "README.md", read(run)
-    if path.exists() and not overwrite and not replaceable(path.read_text(encoding="utf-8", errors="replace")):
+    if path.exists() and not overwrite and not is_replaceable(path.read_text(encoding="utf-8", errors="replace")):
         raise UsageError(f"{path} exists and was not written by model_card.py; give --overwrite to replace it")
-    front = metadata(run, *parts, licence).to_yaml()
-    write_text(path, str(ModelCard(f"---\n{front}\n---\n\n{body(run, *parts, repo)}")))
+    card = ModelCard.from_template(metadata(run, *parts, license), TEMPLATE, **content(run, *parts, repo))
+    write_text(path, f"{card}\n")
     return path
 
 
-def replaceable(text: str) -> bool:
-    """Whether a card was written here, or is the blank form that PEFT leaves with every adapter."""
+def is_replaceable(text: str) -> bool:
+    """Whether a card was written here, or is the blank one that PEFT saves with every adapter."""
     blank = ModelCard.from_template(ModelCardData()).text.strip()
     return MARK in text or text.split("\n---\n", 1)[-1].partition("### Framework versions")[0].strip() == blank
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 written, 1 the hub failed, 2 wrong usage or run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace a README.md that is not model_card.py's")
-    parser.add_argument("--license", metavar="ID", help="licence of the model as the hub names it (apache-2.0 …)")
-    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="also upload the run to this model repository")
-    parser.add_argument("--private", action="store_true", help="--push_to_hub: the repository must not be public")
-    o = parser.parse_args(argv)
-    try:
-        if o.private and not o.push_to_hub:
-            raise UsageError("--private: only with --push_to_hub")
-        if o.push_to_hub:
-            hub.check(o.run, o.push_to_hub)
-        print(write_card(o.run, o.overwrite, o.license, o.push_to_hub))
-        if o.push_to_hub:
-            print(hub.push(o.run, o.push_to_hub, o.private))
-    except (UsageError, OSError, hub.PushError) as error:
-        print(f"model_card.py: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0

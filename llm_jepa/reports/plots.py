@@ -1,7 +1,8 @@
-"""The pictures of a report: a dataset's arms drawn with matplotlib's Agg and written as SVG, which needs no display.
+"""Figures: those of a report, drawn as SVG without a display, and the t-SNE plots that evaluate.py shares.
 
-Every function takes a report's table (report.Table) and returns pictures and lines on what could not be drawn: what is
-missing with the command that makes it, what is damaged with the file. Arms are told apart by colour and by shape.
+`draw` returns a data set's figures and one line for each that could not be drawn: if data is missing, with the command
+that makes it; if a file is damaged, with its name. Arms and groups differ in color and in marker. matplotlib,
+pandas and scikit-learn are imported when something is drawn.
 """
 
 from __future__ import annotations
@@ -11,41 +12,43 @@ import itertools
 import json
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from llm_jepa.reports.results import scores
 from llm_jepa.cli import UsageError
+from llm_jepa.reports.comparison import Table
+from llm_jepa.reports.results import Result
 
 if TYPE_CHECKING:
-    from llm_jepa.reports.results import Result, Table
+    import pandas
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as MatplotlibFigure
 
-# Okabe and Ito's colours without the yellow, which white paper swallows.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS, DASHES = ("o", "^", "s", "D", "v", "P", "X"), ("-", "--", "-.", ":")
+# (color, marker): Okabe and Ito's palette without yellow, which is hard to see on white, then Paul Tol's.
+PALETTE = (
+    ("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#E69F00", "D"), ("#CC79A7", "v"),
+    ("#56B4E9", "P"), ("#000000", "X"), ("#332288", "*"), ("#882255", "<"), ("#999933", ">"),
+)  # fmt: skip
+DASHES = ("-", "--", "-.", ":")
 CURVES = {
-    "lm_loss": "lm_loss, nats a token",
-    "jepa_loss": "jepa_loss, a pair",
+    "lm_loss": "lm_loss, nats per token",
+    "jepa_loss": "jepa_loss per pair",
     "cosine": "cosine of a pair",
     "spread": "spread, 1 − cosine",
 }
-POINTS = 150  # of a curve: each is the mean of a block of steps
+CURVE_POINTS = 150  # each is the mean of a block of steps
 EMBEDDINGS = "embeddings.safetensors"  # in RUN/eval/<dataset>/
-T_SNE_PAIRS, T_SNE_ARMS = 250, 6  # more take long and show no more
+T_SNE_MIN_POINTS = 10  # with fewer there are no neighborhoods to preserve
+T_SNE_PAIRS, T_SNE_ARMS = 250, 6  # at most, in a report
 SVG = {"svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture; `caption` says what it shows."""
+class Figure:
+    """A figure; `caption` says what it shows."""
 
     name: str
     caption: str
@@ -54,356 +57,232 @@ class Picture:
 
 @dataclass
 class Drawn:
-    """What became of a table's pictures."""
+    """The figures of a table and what could not be drawn."""
 
-    pictures: list[Picture] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # a line each, with the command that makes the data
-    damaged: list[str] = field(default_factory=list)  # files that are there and cannot be used
+    figures: list[Figure] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # one line each, with the command that makes the data
+    damaged: list[str] = field(default_factory=list)  # files that exist and cannot be used
 
 
 def draw(table: Table) -> Drawn:
-    """All pictures of a dataset."""
+    """All figures of a data set."""
+    import matplotlib
+
     drawn = Drawn()
     with matplotlib.rc_context(SVG):
-        for part in (paired_dots, training_curves, costs, grid, embeddings):
-            part(table, drawn)
+        for plot in (plot_scores, plot_training, plot_costs, plot_grid, plot_embeddings):
+            plot(table, drawn)
     return drawn
 
 
-def finish(figure: Figure, name: str, caption: str) -> Picture:
-    """The figure as SVG, the same bytes for the same data."""
+def save(fig: MatplotlibFigure, name: str, caption: str) -> Figure:
+    """The figure as SVG; the same data gives the same bytes."""
     file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return Picture(name, caption, file.getvalue())
+    fig.savefig(file, format="svg", metadata={"Date": None})
+    return Figure(name, caption, file.getvalue())
 
 
-def styles(table: Table) -> dict[str, dict[str, str]]:
-    """Colour, marker and dash of each arm, the same in every picture of the table."""
+def subplots(
+    rows: int, columns: int, n: int, width: float = 8.0, height: float = 3.0
+) -> tuple[MatplotlibFigure, list[Axes]]:
+    """A figure with n axes in a grid of rows × columns, each `height` inches high."""
+    from matplotlib.figure import Figure as MatplotlibFigure  # without pyplot, which needs a display
+
+    fig = MatplotlibFigure(figsize=(width, rows * height + 0.5), layout="constrained")
+    panels = list(fig.subplots(rows, columns, squeeze=False).flat)
+    for unused in panels[n:]:
+        unused.remove()
+    return fig, panels[:n]
+
+
+def arm_styles(table: Table, key: str) -> dict[str, dict[str, str]]:
+    """Color of each arm with its `key`, marker or linestyle: the same in every figure, and no two arms share both."""
     styles = {}
     for i, arm in enumerate(table.arms):
-        round_ = i // len(COLOURS)  # arms beyond the colours come round again with other shapes and dashes
-        marker, dash = MARKERS[(i + round_) % len(MARKERS)], DASHES[round_ % len(DASHES)]
-        styles[arm] = {"color": COLOURS[i % len(COLOURS)], "marker": marker, "linestyle": dash}
+        cycle, color = divmod(i, len(PALETTE))  # arms beyond the palette repeat its colors with another marker and dash
+        style = {"marker": PALETTE[(color + cycle) % len(PALETTE)][1], "linestyle": DASHES[cycle % len(DASHES)]}
+        styles[arm] = {"color": PALETTE[color][0], key: style[key]}
     return styles
 
 
-def canvas(rows: int, columns: int, width: float = 8.0, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """A figure of rows × columns axes, each `height` inches high, that leaves room for all labels."""
-    figure = Figure(figsize=(width, rows * height + 0.5), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-def plain(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
+def escape(text: str) -> str:
+    """Text that matplotlib does not parse as a formula."""
     return text.replace("$", r"\$")
 
 
-def legend(figure: Figure, table: Table, arms: list[str], line: bool) -> None:
-    """The arms' key below all axes, in as many columns as their names allow."""
-    look, mark = styles(table), "linestyle" if line else "marker"
-    handles = [
-        Line2D([], [], label=plain(arm), color=look[arm]["color"], **{"linestyle": "none"} | {mark: look[arm][mark]})
-        for arm in arms
-    ]
-    columns = max(1, min(4, 110 // (8 + max(map(len, arms)))))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+def add_legend(fig: MatplotlibFigure, styles: dict[str, dict[str, str]], arms: Collection[str]) -> None:
+    """A legend of these arms below all axes."""
+    from matplotlib.lines import Line2D
+
+    shown = {arm: style for arm, style in styles.items() if arm in arms}
+    handles = [Line2D([], [], label=escape(arm), **{"linestyle": "none"} | style) for arm, style in shown.items()]
+    columns = max(1, min(4, 110 // (8 + max(map(len, shown)))))
+    fig.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 # --------------------------------------------------------------------------------------------------------- scores
 
 
-def paired_dots(table: Table, drawn: Drawn) -> None:
-    """Each score, a dot a run, dots of one seed joined; a short bar at each arm's mean."""
-    names = scores(next(iter(table.arms.values()))[0])
-    wide = len(table.arms) > 3
-    figure, panels = canvas(math.ceil(len(names) / (1 if wide else 2)), 1 if wide else 2)
-    for axes in panels[len(names) :]:
-        axes.remove()
-    look, seeds = styles(table), sorted({r.seed for arm in table.arms.values() for r in arm})
-    for name, axes in zip(names, panels, strict=False):
+def plot_scores(table: Table, drawn: Drawn) -> None:
+    """Each score: one dot per run, dots of a seed connected, a short bar at each arm's mean."""
+    names, wide = table.first.scores(), len(table.arms) > 3
+    columns = 1 if wide else 2
+    fig, panels = subplots(math.ceil(len(names) / columns), columns, len(names))
+    styles, seeds = arm_styles(table, "marker"), sorted({r.seed for arm in table.arms.values() for r in arm})
+    for name, axes in zip(names, panels, strict=True):
         by_arm = [{r.seed: r.columns.get(f"{name} %", math.nan) for r in arm} for arm in table.arms.values()]
         for seed in seeds:
             axes.plot([values.get(seed, math.nan) for values in by_arm], color="0.7", linewidth=1, zorder=1)
-        for x, (arm, values) in enumerate(zip(table.arms, by_arm, strict=True)):
-            style = {"color": look[arm]["color"], "marker": look[arm]["marker"], "zorder": 2}
-            axes.scatter([x] * len(values), list(values.values()), s=28, **style)
-            axes.hlines(np.mean(list(values.values())), x - 0.2, x + 0.2, color="black", linewidth=1.5, zorder=3)
-        turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(by_arm) > 6 else {}
-        shown = [plain(textwrap.fill(arm, 80 if turned else 60 // len(by_arm))) for arm in table.arms]
-        if wide and name != names[-1]:  # panels above one another share the lowest one's names
-            shown = [""] * len(by_arm)
-        axes.set_xticks(range(len(by_arm)), shown, **turned)
+        for x, (arm, by_seed) in enumerate(zip(table.arms, by_arm, strict=True)):
+            values = list(by_seed.values())
+            axes.scatter([x] * len(values), values, s=28, zorder=2, **styles[arm])
+            axes.hlines(np.mean(values), x - 0.2, x + 0.2, color="black", linewidth=1.5, zorder=3)
+        rotated = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(by_arm) > 6 else {}
+        labels = [escape(textwrap.fill(arm, 80 if rotated else 60 // len(by_arm))) for arm in table.arms]
+        if wide and name != names[-1]:  # panels in one column share the lowest one's labels
+            labels = [""] * len(by_arm)
+        axes.set_xticks(range(len(by_arm)), labels, **rotated)
         axes.set_xlim(-0.5, len(by_arm) - 0.5)
         low, high = axes.get_ylim()
-        axes.set_ylim(low, min(high, 100 + 0.03 * (100 - low)))  # there is nothing above 100 %
+        axes.set_ylim(low, min(high, 100 + 0.03 * (100 - low)))
         axes.set_ylabel(f"{name}, %")
         axes.ticklabel_format(axis="y", useOffset=False)
-    caption = "Scores: a dot a run, dots of the same seed joined, a bar at each arm's mean"
-    drawn.pictures.append(finish(figure, "scores", caption))
+    caption = "Scores: one dot per run, dots of the same seed connected, a bar at each arm's mean"
+    drawn.figures.append(save(fig, "scores", caption))
 
 
-def grid(table: Table, drawn: Drawn) -> None:
-    """The headline score over the predictor tokens k and the JEPA loss's weight λ, a map for each set of such arms."""
-    cells: dict[str, dict[tuple[float, float], list[Result]]] = {}
+def plot_grid(table: Table, drawn: Drawn) -> None:
+    """The primary score over k and λ: a heat map for each set of JEPA arms that differ in nothing else."""
+    grids: dict[str, dict[tuple[float, float], list[Result]]] = {}
     for arm in table.arms.values():
-        settings = arm[0].settings
-        k, lbd = settings.get("predictors"), settings.get("lbd")
-        if settings.get("regular") or not all(isinstance(v, (int, float)) for v in (k, lbd)):
-            continue
-        others = {name: value for name, value in settings.items() if name not in ("predictors", "lbd")}
-        cells.setdefault(json.dumps([others, arm[0].made], sort_keys=True), {})[(k, lbd)] = arm
-    full = False
-    for part in cells.values():
-        ks, lbds = (sorted({cell[i] for cell in part}) for i in (0, 1))
-        complete = [(a, b) for a in itertools.combinations(ks, 2) for b in itertools.combinations(lbds, 2)]
-        if not any(all((k, lbd) in part for k in pair for lbd in other) for pair, other in complete):
-            continue
-        full = True
-        drawn.pictures.append(heat_map(table, part, ks, lbds))
-    if not full:
+        settings = dict(arm[0].settings)
+        cell = settings.pop("predictors", None), settings.pop("lbd", None)
+        if not settings.get("regular") and None not in cell:
+            grids.setdefault(json.dumps([settings, arm[0].inputs], sort_keys=True), {})[cell] = arm
+    found = len(drawn.figures)
+    for cells in grids.values():
+        ks, lambdas = (sorted(set(values)) for values in zip(*cells, strict=True))
+        blocks = itertools.product(itertools.combinations(ks, 2), itertools.combinations(lambdas, 2))
+        if any(set(itertools.product(*block)) <= cells.keys() for block in blocks):
+            drawn.figures.append(heat_map(table, cells, ks, lambdas))
+    if len(drawn.figures) == found:
         drawn.missing.append(
             "no map over k and λ, which needs two values of each: bash run.sh run_jepa MODEL LEARNING_RATE EPOCHS - "
             "PREDICTORS all LBD DATASET"
         )
 
 
-def heat_map(table: Table, cells: dict, ks: list[float], lbds: list[float]) -> Picture:
-    """The map: each cell's mean and n; cells without runs are grey."""
-    score = next(iter(cells.values()))[0].headline
-    means = np.full((len(lbds), len(ks)), np.nan)
+def heat_map(table: Table, cells: dict[tuple, list[Result]], ks: list[float], lambdas: list[float]) -> Figure:
+    """The map: mean and n of each cell; cells without runs are gray."""
+    score = next(iter(cells.values()))[0].primary
+    means = np.full((len(lambdas), len(ks)), np.nan)
+    fig, (axes,) = subplots(1, 1, 1, width=3 + 0.9 * len(ks), height=1 + 0.6 * len(lambdas))
     for (k, lbd), arm in cells.items():
-        means[lbds.index(lbd), ks.index(k)] = np.mean([r.columns[f"{score} %"] for r in arm])
-    figure, (axes,) = canvas(1, 1, width=3 + 0.9 * len(ks), height=1 + 0.6 * len(lbds))
-    axes.set_facecolor("0.9")
+        means[lambdas.index(lbd), ks.index(k)] = np.mean([r.columns[f"{score} %"] for r in arm])
     image = axes.imshow(means, cmap="cividis", aspect="auto", origin="lower")
-    for (i, lbd), (j, k) in itertools.product(enumerate(lbds), enumerate(ks)):
-        if (k, lbd) not in cells:
-            axes.text(j, i, "not run", ha="center", va="center", color="0.3")
-            continue
-        light = image.norm(means[i, j]) > 0.5
-        text = f"{means[i, j]:.1f}\nn = {len(cells[k, lbd])}"
-        axes.text(j, i, text, ha="center", va="center", color="black" if light else "white")
-    axes.set(xlabel="predictor tokens k", ylabel="weight λ of the JEPA loss")
+    for (i, lbd), (j, k) in itertools.product(enumerate(lambdas), enumerate(ks)):
+        text, color = "not run", "0.3"
+        if (k, lbd) in cells:
+            text = f"{means[i, j]:.1f}\nn = {len(cells[k, lbd])}"
+            color = "black" if image.norm(means[i, j]) > 0.5 else "white"
+        axes.text(j, i, text, ha="center", va="center", color=color)
+    axes.set(xlabel="predictor tokens k", ylabel="weight λ of the JEPA loss", facecolor="0.9")
     axes.set_xticks(range(len(ks)), [f"{k:g}" for k in ks])
-    axes.set_yticks(range(len(lbds)), [f"{lbd:g}" for lbd in lbds])
+    axes.set_yticks(range(len(lambdas)), [f"{lbd:g}" for lbd in lambdas])
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, label=f"{score}, %")
-    beside = [
-        (label, arm) for label, arm in table.arms.items() if label == table.reference and arm[0].settings.get("regular")
-    ]
-    mean = "; ".join(f"{label}: {np.mean([r.columns[f'{score} %'] for r in arm]):.1f} %" for label, arm in beside)
-    return finish(figure, "grid", f"{score} over k and λ, mean over the seeds{f' ({mean})' if mean else ''}")
+    fig.colorbar(image, label=f"{score}, %")
+    regular = ""
+    if table.reference and table.first.settings.get("regular"):
+        mean = np.mean([r.columns[f"{score} %"] for r in table.arms[table.reference]])
+        regular = f" ({table.reference}: {mean:.1f} %)"
+    return save(fig, "grid", f"{score} over k and λ, mean over the seeds{regular}")
 
 
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """A run's training steps from metrics.jsonl, each once: one that a resumed run repeated, as it was last.
+def training_steps(table: Table, damaged: list[str]) -> Iterator[tuple[str, Result, pandas.DataFrame]]:
+    """(arm, result, training steps) of every run that has metrics.jsonl; damaged files are added to the list.
 
-    Raises UsageError naming the file and the line that is damaged; FileNotFoundError where there is none.
+    The steps have the columns of CURVES and flops. One that was repeated after a resume counts once, the last time.
     """
-    steps: dict[int, dict[str, Any]] = {}
-    path = run / "metrics.jsonl"
-    for i, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    import pandas
+
+    for arm, result in ((arm, result) for arm, results in table.arms.items() for result in results):
+        path = result.run / "metrics.jsonl"
         try:
-            row = json.loads(line)
-            numbers = {name: float(row[name]) for name in (*CURVES, "flops") if row.get(name) is not None}
-            if "lm_loss" in row:
-                steps[int(row["step"])] = numbers
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise UsageError(f"{path}:{i}: no line of metrics") from None
-    return [{"step": step} | steps[step] for step in sorted(steps)]
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            damaged.append(f"{path}: damaged ({error})")
+            continue
+        rows = [record for record in records if "lm_loss" in record]  # no evaluations and no summary at the end
+        steps = pandas.DataFrame(rows, columns=["step", *CURVES, "flops"]).astype(float)
+        yield arm, result, steps.drop_duplicates("step", keep="last").sort_values("step")
 
 
-def logged(table: Table, drawn: Drawn) -> Iterator[tuple[str, Result, list[dict[str, Any]]]]:
-    """(arm, run, its training steps) of every run that has them."""
-    for arm, results in table.arms.items():
-        for result in results:
-            try:
-                yield arm, result, read_metrics(result.run)
-            except UsageError as error:
-                if str(error) not in drawn.damaged:
-                    drawn.damaged.append(str(error))
-            except OSError:
-                pass
+def block_means(curve: pandas.DataFrame) -> pandas.DataFrame:
+    """A curve's at most CURVE_POINTS points: means over blocks of steps; the last block may be shorter."""
+    return curve.groupby(np.arange(len(curve)) // math.ceil(len(curve) / CURVE_POINTS)).mean()
 
 
-def blocks(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A curve of at most POINTS points: the means of blocks of successive steps, the last block perhaps shorter."""
-    size = math.ceil(len(steps) / POINTS)
-    starts = np.arange(0, len(steps), size)
-    lengths = np.diff(np.append(starts, len(steps)))
-    return np.add.reduceat(steps, starts) / lengths, np.add.reduceat(values, starts) / lengths
-
-
-def training_curves(table: Table, drawn: Drawn) -> None:
-    """Losses, cosine and spread over the steps, smoothed, a thin line a seed."""
-    look, figure, panels = styles(table), *canvas(2, 2)
+def plot_training(table: Table, drawn: Drawn) -> None:
+    """Losses, cosine and spread over the steps, smoothed, one thin line per seed."""
+    styles, (fig, panels) = arm_styles(table, "linestyle"), subplots(2, 2, 4)
     arms: list[str] = []
-    smallest, greatest = dict.fromkeys(CURVES, math.inf), dict.fromkeys(CURVES, -math.inf)
-    for arm, _, rows in logged(table, drawn):
+    for arm, _, steps in training_steps(table, drawn.damaged):
         for name, axes in zip(CURVES, panels, strict=True):
-            own = [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
-            if own:
-                steps, values = blocks(*np.array(own, dtype=np.float64).T)
-                style = {"color": look[arm]["color"], "linestyle": look[arm]["linestyle"]}
-                axes.plot(steps, values, linewidth=0.8, alpha=0.8, **style)
-                smallest[name], greatest[name] = min(smallest[name], *values), max(greatest[name], *values)
-                arms += [arm] if arm not in arms else []
+            curve = steps[["step", name]][np.isfinite(steps[name])]
+            if len(curve):
+                axes.plot(*block_means(curve).T.to_numpy(), linewidth=0.8, alpha=0.8, **styles[arm])
+                arms.append(arm)
     if not arms:
         drawn.missing.append(
             "no training curves: the runs have no metrics.jsonl, which python finetune.py --output_dir RUN writes"
         )
         return
-    for (name, label), axes in zip(CURVES.items(), panels, strict=True):
-        axes.set(xlabel="optimiser steps", ylabel=label)
+    for label, axes in zip(CURVES.values(), panels, strict=True):
+        axes.set(xlabel="optimizer steps", ylabel=label)
         if not axes.lines:
             axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes, color="0.4")
             axes.set(xticks=[], yticks=[])
-        elif smallest[name] > 0 and greatest[name] > 30 * smallest[name]:
+            continue
+        values = np.concatenate([line.get_ydata() for line in axes.lines])
+        if 0 < 30 * values.min() < values.max():
             axes.set_yscale("log")
-    legend(figure, table, arms, line=True)
-    caption = f"Training: a line a seed, smoothed to the means of at most {POINTS} blocks of steps"
-    drawn.pictures.append(finish(figure, "training", caption))
+    add_legend(fig, styles, arms)
+    caption = f"Training: one line per seed, smoothed to the means of at most {CURVE_POINTS} blocks of steps"
+    drawn.figures.append(save(fig, "training", caption))
 
 
-def costs(table: Table, drawn: Drawn) -> None:
-    """The headline score against what training cost: operations where they were counted, and time."""
-    flops: dict[Path, float] = {}
-    for _, result, rows in logged(table, drawn):
-        counted = max((row.get("flops", 0.0) for row in rows), default=0.0)
-        if counted > 0:
-            flops[result.run] = counted
-    if not flops:
-        drawn.missing.append(
-            "no picture of scores against training FLOPs, which are counted by python finetune.py --track_flop"
-        )
-    look, score = styles(table), next(iter(table.arms.values()))[0].headline
-    power = int(math.log10(max(flops.values()))) if flops else 0
-    figure, panels = canvas(1, 1 + bool(flops), width=8 if flops else 5)
-    for arm, results in table.arms.items():
-        style = {"color": look[arm]["color"], "marker": look[arm]["marker"], "s": 28}
-        scored = [r for r in results if f"{score} %" in r.columns]
-        panels[-1].scatter([r.columns["train s"] for r in scored], [r.columns[f"{score} %"] for r in scored], **style)
-        with_flops = [r for r in scored if r.run in flops]
-        if flops:
-            panels[0].scatter(
-                [flops[r.run] / 10**power for r in with_flops], [r.columns[f"{score} %"] for r in with_flops], **style
-            )
-            panels[0].set_xlabel(f"training, $10^{{{power}}}$ floating-point operations")
-    panels[-1].set_xlabel("training, seconds of wall time")
-    for axes in panels:
-        axes.set_ylabel(f"{score}, %")
+def plot_costs(table: Table, drawn: Drawn) -> None:
+    """The primary score against the cost of training: wall time, and FLOPs if they were counted."""
+    results = [(arm, r) for arm, results in table.arms.items() for r in results]
+    costs = {"training, seconds of wall time": {r.run: r.columns["train s"] for _, r in results}}
+    flops = {r.run: steps["flops"].max() for _, r, steps in training_steps(table, damaged=[])}  # reported before
+    flops = {run: value for run, value in flops.items() if value > 0}
+    what, styles, score = "wall time", arm_styles(table, "marker"), table.first.primary
+    if flops:
+        exponent = int(math.log10(max(flops.values())))
+        scaled = {run: value / 10**exponent for run, value in flops.items()}
+        costs = {f"training, $10^{{{exponent}}}$ floating-point operations": scaled} | costs
+        what = f"FLOPs (counted in {len(flops)} of {len(results)} runs) and wall time"
+    else:
+        drawn.missing.append("no figure of scores against training FLOPs, which python finetune.py --track_flop counts")
+    fig, panels = subplots(1, len(costs), len(costs), width=8 if flops else 5)
+    for axes, (label, cost) in zip(panels, costs.items(), strict=True):
+        for arm, style in styles.items():
+            runs = [r for name, r in results if name == arm and r.run in cost and f"{score} %" in r.columns]
+            axes.scatter([cost[r.run] for r in runs], [r.columns[f"{score} %"] for r in runs], s=28, **style)
+        axes.set(xlabel=label, ylabel=f"{score}, %")
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.locator_params(axis="x", nbins=6)
-    legend(figure, table, list(table.arms), line=False)
-    what = "FLOPs and wall time" if flops else "wall time"
-    left = sum(len(arm) for arm in table.arms.values()) - len(flops)
-    some = f"; {left} runs counted no FLOPs (python finetune.py --track_flop)" if flops and left else ""
-    drawn.pictures.append(finish(figure, "costs", f"{score} against {what} of training, a point a run{some}"))
+    add_legend(fig, styles, table.arms)
+    drawn.figures.append(save(fig, "costs", f"{score} against {what} of training, one point per run"))
 
 
 # ----------------------------------------------------------------------------------------------------- embeddings
-
-
-def read_embeddings(result: Result, dataset: str) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-    """The run's exported views, Text and Code (P, D) in float64, and how they were read: layer, pooling, rows.
-
-    Raises UsageError where the file is damaged or of other rows than the scores; FileNotFoundError where there is none.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = result.run / "eval" / dataset / EMBEDDINGS
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            text, code = (file.get_tensor(name).astype(np.float64) for name in ("text", "code"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from None
-    if text.ndim != 2 or text.shape != code.shape or not (len(text) and np.isfinite(text - code).all()):
-        raise UsageError(f"{path}: no pairs of finite embeddings")
-    if metadata.get("data_sha256") != result.made["test data"]:
-        raise UsageError(f"{path}: of other rows than {result.run / 'eval' / dataset / 'metrics.json'}")
-    return text, code, {"layer": metadata.get("layer", ""), "pooling": metadata.get("pooling", ""), "n": str(len(text))}
-
-
-def embeddings(table: Table, drawn: Drawn) -> None:
-    """Singular values of Enc(Text) − Enc(Code), a line a run, and a t-SNE plane of one seed of each arm."""
-    look, planes = styles(table), {}
-    first: dict[str, str] | None = None
-    figure, (axes,) = canvas(1, 1, width=6)
-    for arm, results in table.arms.items():
-        for result in sorted(results, key=lambda r: r.seed):
-            try:
-                text, code, how = read_embeddings(result, table.dataset)
-                if how != (first := first or how):
-                    was = f"{result.run / 'eval' / table.dataset / EMBEDDINGS}: {how}, but the first run's are {first}"
-                    raise UsageError(was)
-            except FileNotFoundError:
-                continue
-            except UsageError as error:
-                drawn.damaged.append(str(error))
-                continue
-            top = np.linalg.svd(text - code, compute_uv=False)[:100]
-            style = {"color": look[arm]["color"], "linestyle": look[arm]["linestyle"]}
-            # A singular value of 0 has no place on a logarithmic axis; below float32's rounding they say nothing.
-            axes.plot(np.arange(1, len(top) + 1), np.where(top > 1e-7 * top[0], top, np.nan), linewidth=0.8, **style)
-            planes.setdefault(arm, (result.seed, text, code))
-    if first is None:
-        drawn.missing.append(
-            "no singular values and no t-SNE of the views: python evaluate.py --model_name RUN --input_file "
-            f"datasets/{table.dataset}_test.jsonl --export_embeddings RUN/eval/{table.dataset}/{EMBEDDINGS}"
-        )
-        return
-    axes.set(xlabel="rank", ylabel="singular value", yscale="log")
-    legend(figure, table, list(planes), line=True)
-    how = f"{first['n']} pairs, layer {first['layer']}, pooling {first['pooling']}"
-    caption = f"Greatest 100 singular values of Enc(Text) − Enc(Code), a line a run; {how}"
-    drawn.pictures.append(finish(figure, "singular_values", caption))
-    if 2 * int(first["n"]) < 10:  # fewer points have no neighbourhoods to keep
-        drawn.missing.append(f"no t-SNE of the views: {2 * int(first['n'])} points are too few")
-        return
-    drawn.pictures.append(t_sne(planes))
-
-
-def t_sne(planes: dict[str, tuple[int, np.ndarray, np.ndarray]]) -> Picture:
-    """A t-SNE plane for each of the first arms: (seed, Text, Code) of a run, both views of its first pairs."""
-    from sklearn.manifold import TSNE
-
-    which = f", the first {T_SNE_ARMS} of {len(planes)}" if len(planes) > T_SNE_ARMS else ""
-    planes = dict(itertools.islice(planes.items(), T_SNE_ARMS))
-    columns = min(3, len(planes))
-    figure, panels = canvas(math.ceil(len(planes) / columns), columns, width=1 + 2.8 * columns)
-    for axes in panels[len(planes) :]:
-        axes.remove()
-    for axes, (arm, (seed, *views)) in zip(panels, planes.items(), strict=False):
-        points = np.concatenate([view[:T_SNE_PAIRS] for view in views]).astype(np.float32)
-        # scikit-learn divides by the spread along PCA's first axis, which collapsed embeddings do not have.
-        init = "pca" if np.ptp(points, axis=0).any() else "random"
-        near = min(30.0, (len(points) - 1) / 3)
-        # So few points are done sooner with all their distances than by scikit-learn's approximation.
-        plane = TSNE(perplexity=near, init=init, method="exact", max_iter=500, random_state=0).fit_transform(points)
-        for name, half, colour, marker in zip(("Text", "Code"), np.split(plane, 2), COLOURS, MARKERS, strict=False):
-            axes.scatter(*half.T, s=8, color=colour, marker=marker, alpha=0.6, linewidths=0, label=name)
-        axes.set_title(plain(textwrap.fill(f"{arm}, seed {seed}", 34)), fontsize=9)
-        axes.set(xticks=[], yticks=[])
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, markerscale=2)
-    what = f"the views of at most {T_SNE_PAIRS} pairs, one seed an arm{which}"
-    caption = f"t-SNE of {what}; distances between planes mean nothing"
-    return finish(figure, "t_sne", caption)
-
-
-# ---------------------------------------------------------------------------------------------- shared with evaluate.py
-
-T_SNE_MIN_POINTS = 10  # with fewer there are no neighborhoods to preserve
-PALETTE = (
-    ("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#E69F00", "D"), ("#CC79A7", "v"),
-    ("#56B4E9", "P"), ("#000000", "X"), ("#332288", "*"), ("#882255", "<"), ("#999933", ">"),
-)  # fmt: skip
 
 
 def t_sne(points: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
@@ -416,16 +295,96 @@ def t_sne(points: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
     return TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(points), perplexity
 
 
+def scatter_groups(axes: Axes, groups: dict[str, np.ndarray], size: float) -> None:
+    """Draws each group's points (·, 2) in its own color and marker; `size` in square points."""
+    for (name, xy), (color, marker) in zip(groups.items(), itertools.cycle(PALETTE), strict=False):
+        axes.scatter(*xy.T, s=size, color=color, marker=marker, alpha=0.6, linewidths=0, label=name)
+    axes.set(xticks=[], yticks=[])
+
+
 def t_sne_png(groups: dict[str, np.ndarray], title: str) -> bytes:
     """A PNG of each group's points (·, 2) in a t-SNE plane, with a legend."""
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    axes = figure.add_subplot(xticks=[], yticks=[])
-    axes.set_title(title, parse_math=False)
+    fig, (axes,) = subplots(1, 1, 1, width=7, height=5.5)
     size = float(np.clip(20000 / sum(map(len, groups.values())), 6, 40))
-    for (name, xy), (color, marker) in zip(groups.items(), itertools.cycle(PALETTE), strict=False):
-        label = f"{name} ({len(xy)})"
-        axes.scatter(*xy.T, s=size, color=color, marker=marker, alpha=0.6, linewidths=0, label=label)
+    scatter_groups(axes, {f"{name} ({len(xy)})": xy for name, xy in groups.items()}, size)
+    axes.set_title(title, parse_math=False)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, markerscale=(60 / size) ** 0.5)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
+    fig.savefig(file, format="png", dpi=150)
     return file.getvalue()
+
+
+def read_embeddings(result: Result) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """Exported Text and Code views (P, D) in float64, and how they were read: layer, pooling, number of pairs.
+
+    Raises UsageError if the file is damaged or has other examples than the scores, FileNotFoundError if there is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = result.run / "eval" / result.dataset / EMBEDDINGS
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata()
+            text, code = (file.get_tensor(name).astype(np.float64) for name in ("text", "code"))
+    except SafetensorError as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from None
+    if metadata["data_sha256"] != result.inputs["test_data"]:
+        raise UsageError(f"{path}: not of the examples of {path.with_name('metrics.json')}")
+    return text, code, {"layer": metadata["layer"], "pooling": metadata["pooling"], "n": str(len(text))}
+
+
+def plot_embeddings(table: Table, drawn: Drawn) -> None:
+    """Singular values of Enc(Text) − Enc(Code), one line per run, and t-SNE of one seed of each arm."""
+    styles, views, first = arm_styles(table, "linestyle"), {}, {}
+    fig, (axes,) = subplots(1, 1, 1, width=6)
+    for arm, results in table.arms.items():
+        for result in sorted(results, key=lambda r: r.seed):
+            try:
+                text, code, source = read_embeddings(result)
+            except FileNotFoundError:
+                continue
+            except UsageError as error:
+                drawn.damaged.append(str(error))
+                continue
+            if source != (first := first or source):
+                path = result.run / "eval" / table.dataset / EMBEDDINGS
+                drawn.damaged.append(f"{path}: {source}, but the first run has {first}")
+                continue
+            top = np.linalg.svd(text - code, compute_uv=False)[:100]
+            # A logarithmic axis cannot show 0; values below float32's precision mean nothing.
+            shown = np.where(top > 1e-7 * top[0], top, np.nan)
+            axes.plot(np.arange(1, len(top) + 1), shown, linewidth=0.8, **styles[arm])
+            views.setdefault(arm, (result.seed, text, code))
+    if not first:
+        drawn.missing.append(
+            "no singular values and no t-SNE of the views: python evaluate.py --model_name RUN --input_file "
+            f"datasets/{table.dataset}_test.jsonl --export_embeddings RUN/eval/{table.dataset}/{EMBEDDINGS}"
+        )
+        return
+    axes.set(xlabel="rank", ylabel="singular value", yscale="log")
+    add_legend(fig, styles, views)
+    source = f"{first['n']} pairs, layer {first['layer']}, pooling {first['pooling']}"
+    caption = f"Largest 100 singular values of Enc(Text) − Enc(Code), one line per run; {source}"
+    drawn.figures.append(save(fig, "singular_values", caption))
+    points = 2 * int(first["n"])
+    if points < T_SNE_MIN_POINTS:
+        drawn.missing.append(f"no t-SNE of the views: {points} points are too few")
+        return
+    drawn.figures.append(t_sne_panels(views))
+
+
+def t_sne_panels(views: dict[str, tuple[int, np.ndarray, np.ndarray]]) -> Figure:
+    """A t-SNE plane for each of the first arms, of both views of its first pairs; `views`: arm → seed, Text, Code."""
+    some = f", the first {T_SNE_ARMS} of {len(views)}" if len(views) > T_SNE_ARMS else ""
+    views = dict(itertools.islice(views.items(), T_SNE_ARMS))
+    columns = min(3, len(views))
+    fig, panels = subplots(math.ceil(len(views) / columns), columns, len(views), width=1 + 2.8 * columns)
+    for axes, (arm, (seed, *pair)) in zip(panels, views.items(), strict=True):
+        points = np.concatenate([view[:T_SNE_PAIRS] for view in pair]).astype(np.float32)
+        plane, _ = t_sne(points, seed=0)
+        scatter_groups(axes, dict(zip(("Text", "Code"), np.split(plane, 2), strict=True)), size=8)
+        axes.set_title(escape(textwrap.fill(f"{arm}, seed {seed}", 34)), fontsize=9)
+    handles, names = panels[0].get_legend_handles_labels()
+    fig.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, markerscale=2)
+    what = f"the views of at most {T_SNE_PAIRS} pairs, one seed per arm{some}"
+    return save(fig, "t_sne", f"t-SNE of {what}; distances are not comparable between planes")

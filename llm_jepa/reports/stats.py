@@ -1,99 +1,103 @@
-"""Two arms compared on the same seeds: paired differences, their tests, Holm's correction, and a verdict in words.
+"""Paired comparison of two arms on the same seeds: differences, tests, Holm's correction and a verdict in words.
 
-Scores and differences are in percent and percentage points. `compare` makes one comparison, `conclude` corrects all
+Scores are in percent, differences in percentage points. `compare` makes one comparison; `conclude` corrects all
 comparisons of a table together and writes their verdicts.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import scipy.optimize
-import scipy.stats
+import scipy  # loads scipy.stats and scipy.optimize on first use
 
 LEVEL, POWER = 0.05, 0.8
-RESAMPLES = 2**16  # sign flips: all of them up to n = 16, beyond that as many drawn at random
-ROUNDING = (
-    9  # decimals: differences of scores that are equal in percent differ by float64's rounding, which is no spread
-)
+RESAMPLES = 2**16  # sign flips: all of them up to n = 16, above that a random sample
+DECIMALS = 9  # differences are rounded, so that float64 errors of equal differences do not count as variance
 
 
 @dataclass
 class Comparison:
-    """One score of one arm less that of the reference arm, on the seeds that both have; what cannot be said is None."""
+    """One score of an arm minus the reference's, on the seeds that both have. A value that does not exist is None."""
 
     arm: str
     reference: str
     score: str
     seeds: list[int]
     differences: list[float]
-    arm_alone: list[int]  # seeds
-    reference_alone: list[int]
+    arm_only_seeds: list[int]
+    reference_only_seeds: list[int]
     mean: float
-    bound: float | None = None  # 0 or 100, where every run of both arms has it
+    bound: float | None = None  # 0 or 100 if every run of both arms has that score
     sd: float | None = None
-    interval: tuple[float, float] | None = None  # of this comparison alone, 95 %
+    interval: tuple[float, float] | None = None  # 95 %, not corrected
     p_two_sided: float | None = None
-    p_one_sided: float | None = None  # against: the arm scores no higher
+    p_one_sided: float | None = None  # null hypothesis: the arm scores no higher
     p_sign_flip: float | None = None
-    p_sign_flip_least: float | None = None  # what that test gives at the very least with so many seeds
+    p_sign_flip_least: float | None = None  # the smallest p possible with this number of seeds
     p_holm: float | None = None
-    family: int = 0  # comparisons of the table
+    family: int = 0  # number of comparisons that p_holm is corrected for
     detectable: float | None = None
     verdict: str = field(default="", repr=False)
 
     @property
     def n(self) -> int:
-        """Pairs."""
+        """Number of pairs."""
         return len(self.seeds)
 
     @property
     def differs(self) -> bool:
-        """Whether a difference is shown, by the corrected two-sided test."""
-        return self.p_holm is not None and self.p_two_sided is not None and self.p_holm <= LEVEL
+        """Whether the corrected two-sided test shows a difference."""
+        return self.p_holm is not None and self.p_holm <= LEVEL
 
 
-def compare(arm: str, reference: str, score: str, ours: dict[int, float], theirs: dict[int, float]) -> Comparison:
-    """One comparison; `ours` and `theirs` map a seed to the score of the arm and of the reference.
+def mean_sd(values: Sequence[float]) -> str:
+    """`mean ± sd` with the sample standard deviation (n − 1); the mean only for a single value."""
+    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
-    The interval and both t tests are Student's on the differences. One pair has no interval and no test. Equal
-    differences have no t test either, whose statistic divides by their spread.
 
-    Raises ValueError where no seed is in both.
+def compare(
+    arm: str, reference: str, score: str, arm_scores: dict[int, float], reference_scores: dict[int, float]
+) -> Comparison:
+    """Compares two arms whose scores are given by seed.
+
+    The interval and both t tests are Student's on the paired differences. One pair has no interval and no test; equal
+    differences have no interval and no t test, because its statistic divides by their sd.
+
+    Raises ValueError if no seed is in both.
     """
-    seeds = [seed for seed in ours if seed in theirs]
+    seeds = [seed for seed in arm_scores if seed in reference_scores]
     if not seeds:
         raise ValueError(f"no seed is in both {arm} and {reference}")
-    a, b = np.array([ours[s] for s in seeds]), np.array([theirs[s] for s in seeds])
-    differences = np.round(a - b, ROUNDING)
-    alone = [s for s in ours if s not in theirs], [s for s in theirs if s not in ours]
+    a, b = np.array([arm_scores[s] for s in seeds]), np.array([reference_scores[s] for s in seeds])
+    differences = np.round(a - b, DECIMALS)  # (n,)
+    unpaired = [s for s in arm_scores if s not in seeds], [s for s in reference_scores if s not in seeds]
     mean = float(differences.mean())
-    made = Comparison(arm, reference, score, seeds, differences.tolist(), *alone, mean)
-    made.bound = next((bound for bound in (0.0, 100.0) if (a == bound).all() and (b == bound).all()), None)
+    comparison = Comparison(arm, reference, score, seeds, differences.tolist(), *unpaired, mean)
+    comparison.bound = next((x for x in (0.0, 100.0) if (a == x).all() and (b == x).all()), None)
     if len(seeds) == 1:
-        return made
-    made.sd = float(differences.std(ddof=1)) if np.ptp(differences) else 0.0
-    made.p_sign_flip, made.p_sign_flip_least = sign_flip(differences)
-    if made.sd:
-        half = float(scipy.stats.t.ppf(1 - LEVEL / 2, len(seeds) - 1)) * made.sd / math.sqrt(len(seeds))
-        made.interval = (mean - half, mean + half)
-        zeros = np.zeros_like(differences)
-        made.p_two_sided = float(scipy.stats.ttest_rel(differences, zeros).pvalue)
-        made.p_one_sided = float(scipy.stats.ttest_rel(differences, zeros, alternative="greater").pvalue)
-    return made
+        return comparison
+    comparison.sd = float(differences.std(ddof=1)) if np.ptp(differences) else 0.0
+    comparison.p_sign_flip, comparison.p_sign_flip_least = sign_flip(differences)
+    if comparison.sd:
+        half = float(scipy.stats.t.ppf(1 - LEVEL / 2, len(seeds) - 1)) * comparison.sd / math.sqrt(len(seeds))
+        comparison.interval = (mean - half, mean + half)
+        comparison.p_two_sided = float(scipy.stats.ttest_1samp(differences, 0).pvalue)
+        comparison.p_one_sided = float(scipy.stats.ttest_1samp(differences, 0, alternative="greater").pvalue)
+    return comparison
 
 
 def sign_flip(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """(two-sided p, the least p there can be) of the permutation test that gives each difference either sign.
+    """Two-sided permutation test that gives each difference either sign: (p, smallest p possible with this n).
 
-    Exact up to 16 pairs, where the least p is 2 / 2ⁿ: 0.0625 for five seeds, so that it alone never shows anything at
-    0.05 with five. It needs no normal distribution, only differences that are as likely of either sign.
+    The test is exact up to 16 pairs, where the smallest p is 2 / 2ⁿ: 0.0625 for five seeds, which is never below 0.05.
+    It assumes no normal distribution, only that both signs are equally likely.
     """
     values = np.asarray(differences, dtype=np.float64)
-    found = scipy.stats.permutation_test(
+    test = scipy.stats.permutation_test(
         (values, np.zeros_like(values)),
         lambda x, y, axis: (x - y).mean(axis=axis),
         permutation_type="samples",
@@ -101,29 +105,29 @@ def sign_flip(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
         n_resamples=RESAMPLES,
         rng=np.random.default_rng(0),
     )
-    return float(found.pvalue), max(2 / 2 ** len(values), 2 / (RESAMPLES + 1))
+    return float(test.pvalue), max(2 / 2 ** len(values), 2 / (RESAMPLES + 1))
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's corrected p values, in the order given: the familywise error is at most 0.05 where 0.05 is asked of each.
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's corrected p-values, in the given order; they bound the familywise error.
 
-    The i-th smallest of m (from 0) is multiplied by m − i, and is never below a smaller one's.
+    The i-th smallest of m (i from 0) is multiplied by m − i, and is never below a smaller one's corrected value.
     """
-    corrected, least = [0.0] * len(ps), 0.0
-    for i, at in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        least = max(least, min(1.0, (len(ps) - i) * ps[at]))
-        corrected[at] = least
-    return corrected
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty_like(p)
+    corrected[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * p[order]))
+    return corrected.tolist()
 
 
 def power(difference: float, sd: float, n: int, level: float) -> float:
-    """How often a two-sided paired t test shows a true difference > 0 as one, given the sd of the n differences."""
-    critical, noncentral = scipy.stats.t.ppf(1 - level / 2, n - 1), difference * math.sqrt(n) / sd
-    return float(scipy.stats.nct.sf(critical, n - 1, noncentral))
+    """Probability that a two-sided paired t test detects a true difference > 0, given the sd of the n differences."""
+    critical, noncentrality = scipy.stats.t.ppf(1 - level / 2, n - 1), difference * math.sqrt(n) / sd
+    return float(scipy.stats.nct.sf(critical, n - 1, noncentrality))
 
 
 def detectable(sd: float, n: int, level: float = LEVEL) -> float:
-    """The true difference that the test shows four times in five (noncentral t); a smaller one is missed more often."""
+    """The true difference that the paired t test detects with probability POWER (noncentral t)."""
     high = sd
     while power(high, sd, n, level) < POWER:
         high *= 2
@@ -131,77 +135,76 @@ def detectable(sd: float, n: int, level: float = LEVEL) -> float:
 
 
 def conclude(comparisons: list[Comparison]) -> None:
-    """Corrects a table's comparisons together and writes what follows from each.
+    """Corrects the comparisons of a table together and writes their verdicts.
 
-    A comparison without a test stays in the family as one of p = 1: which have none depends on the data, and leaving
-    those out would make the correction of the others too weak. A difference that is not shown was held against
-    0.05 / (m − k), where k of m are shown: what could have been detected is by that level.
+    A comparison without a test counts as one of p = 1: whether it has a test depends on the data, so leaving it out
+    would make the correction of the others too weak. If k of m differences are shown, the others were tested at
+    0.05 / (m − k); their detectable difference is for that level.
     """
-    tested = [1.0 if c.p_two_sided is None else c.p_two_sided for c in comparisons]
-    for c, p in zip(comparisons, holm(tested), strict=True):
+    corrected = holm([1.0 if c.p_two_sided is None else c.p_two_sided for c in comparisons])
+    for c, p in zip(comparisons, corrected, strict=True):
         c.family, c.p_holm = len(comparisons), None if c.p_two_sided is None else p
     shown = sum(c.differs for c in comparisons)
     for c in comparisons:
         if c.sd and not c.differs:
             c.detectable = detectable(c.sd, c.n, LEVEL / (c.family - shown))
     for c in comparisons:
-        c.verdict = verdict(c) + in_stopping(c, comparisons)
+        c.verdict = describe(c) + stopping_note(c, comparisons)
 
 
-def p_text(p: float | None) -> str:
-    """A p value to two digits, or a dash for a test there is none of."""
+def format_p(p: float | None) -> str:
+    """A p-value to two digits, or a dash if there was no test."""
     return "–" if p is None else f"{p:.2g}" if p >= 0.0001 else "< 0.0001"
 
 
-def points(value: float) -> str:
-    """A difference with its sign, a true minus; what rounds to nothing has none."""
+def format_points(value: float) -> str:
+    """A difference with its sign (a true minus); no sign if it rounds to zero."""
     return f"{value:+.2f}".replace("-", "−") if abs(value) >= 0.005 else "0.00"
 
 
-def interval_text(c: Comparison) -> str:
-    """`[low, high]`, or a dash where there is none."""
-    return "–" if c.interval is None else "[{}, {}]".format(*(f"{x:.2f}".replace("-", "−") for x in c.interval))
+def format_interval(c: Comparison) -> str:
+    """`[low, high]`, or a dash if there is no interval."""
+    return "–" if c.interval is None else "[{:.2f}, {:.2f}]".format(*c.interval).replace("-", "−")
 
 
-def verdict(c: Comparison) -> str:
-    """What the corrected two-sided test says, in words."""
+def describe(c: Comparison) -> str:
+    """The result of the corrected two-sided test in words."""
+    points = f"{format_points(c.mean)} points"
     if c.n == 1:
-        return f"nothing shown: {points(c.mean)} points on the one seed of both arms, which gives no interval, no test"
+        return f"nothing shown: {points} on one shared seed, so there is no interval and no test"
+    if c.sd == 0 and c.mean:
+        return f"{points} on each of the {c.n} seeds: without variance there is no interval and no t test"
     if c.sd == 0:
-        same = f"{points(c.mean)} points on each of the {c.n} seeds"
-        if c.mean:
-            return f"{same}: without spread there is no interval and no t test"
-        bound = "" if c.bound is None else f"; every run has {c.bound:g} %, where no difference can show"
-        return f"no difference: {same}{bound}"
-    p = "p " + ("" if p_text(c.p_holm).startswith("<") else "= ") + p_text(c.p_holm)
-    plural = "s" if c.family > 1 else ""
-    said = f"{points(c.mean)} points {interval_text(c)}, n = {c.n}, {p} after Holm's correction over {c.family} "
-    said += f"comparison{plural}"
+        bound = "" if c.bound is None else f"; every run scores {c.bound:g} %, where no difference can show"
+        return f"no difference: {points} on each of the {c.n} seeds{bound}"
+    p = format_p(c.p_holm)
+    test = f"{points} {format_interval(c)}, n = {c.n}, p {'' if p.startswith('<') else '= '}{p} after Holm's correction"
+    test += f" over {c.family} comparison{'s' if c.family > 1 else ''}"
     if c.differs:
-        does, more, less = (
-            ("stops", "more often", "less often") if c.score == "stop_rate" else ("scores", "higher", "lower")
-        )
-        return f"{c.arm} {does} {more if c.mean > 0 else less} than {c.reference}: {said}"
-    alone = f" (this comparison alone: {p_text(c.p_two_sided)})" if c.p_two_sided <= LEVEL else ""
-    missed = f"a true difference below {c.detectable:.2f} points would have been missed more than one time in five"
+        stops = ("stops less often", "stops more often")
+        outcome = (stops if c.score == "stop_rate" else ("scores lower", "scores higher"))[c.mean > 0]
+        return f"{c.arm} {outcome} than {c.reference}: {test}"
+    uncorrected = f" (uncorrected: {format_p(c.p_two_sided)})" if c.p_two_sided <= LEVEL else ""
+    missed = f"a true difference below {c.detectable:.2f} points would be missed more than one time in five"
     if c.detectable > 100:
-        missed = f"{c.n} seeds that differ so much can hardly show any difference"
-    return f"no difference shown: {said}{alone}; {missed}"
+        missed = f"{c.n} seeds with this variance can hardly show any difference"
+    return f"no difference shown: {test}{uncorrected}; {missed}"
 
 
-def in_stopping(c: Comparison, comparisons: list[Comparison]) -> str:
-    """What to add to a gain that startswith, which does not ask for the answer's end, does not share.
+def stopping_note(c: Comparison, comparisons: list[Comparison]) -> str:
+    """The note on a gain that comes from stopping: the stop rate rises; startswith, which ignores the end, does not.
 
-    The stop rate rises where its own test, uncorrected, says so, or where it rises alike on every seed.
+    The stop rate rises if its own uncorrected test shows it, or if it rises equally on every seed.
     """
-    others = {other.score: other for other in comparisons if other.arm == c.arm}
-    begins, stops = others.get("startswith"), others.get("stop_rate")
-    if c.score in ("startswith", "stop_rate") or not (c.differs and c.mean > 0 and begins and stops):
+    of_arm = {other.score: other for other in comparisons if other.arm == c.arm}
+    start, stop = of_arm.get("startswith"), of_arm.get("stop_rate")
+    if c.score in ("startswith", "stop_rate") or not (c.differs and c.mean > 0 and start and stop):
         return ""
-    rises = stops.mean > 0 and (stops.sd == 0 or (stops.p_two_sided is not None and stops.p_two_sided <= LEVEL))
-    if (begins.differs and begins.mean > 0) or not rises:
+    rises = stop.mean > 0 and (stop.sd == 0 or (stop.p_two_sided is not None and stop.p_two_sided <= LEVEL))
+    if (start.differs and start.mean > 0) or not rises:
         return ""
+    interval = f" {format_interval(start)}" if start.interval else ""
     return (
-        f". This is a gain in stopping: the stop rate is {points(stops.mean)} points, while startswith shows no gain "
-        f"({points(begins.mean)} points{f' {interval_text(begins)}' if begins.interval else ''})"
+        f". This is a gain in stopping: the stop rate changes by {format_points(stop.mean)} points, but startswith "
+        f"shows no gain ({format_points(start.mean)} points{interval})"
     )

@@ -1,206 +1,128 @@
-"""The files of a report, report.md, report.json and report.html, from compared arms; the HTML needs no other file."""
+"""Write report.md, report.json and report.html from compared arms; the HTML page contains its figures."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llm_jepa.reports.plots import Picture, draw
-from llm_jepa.reports.results import facts, mean_sd, remarks, scores
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+
 from llm_jepa.cli import UsageError
 from llm_jepa.files import write_json, write_text
-from llm_jepa.reports.stats import LEVEL, RESAMPLES, Comparison, interval_text, p_text, points
-
-if TYPE_CHECKING:
-    from llm_jepa.reports.results import Table
+from llm_jepa.reports.comparison import Table, attributes
+from llm_jepa.reports.plots import Drawn, draw
+from llm_jepa.reports.stats import LEVEL, RESAMPLES, format_interval, format_p, format_points, mean_sd
 
 METHODS = (
-    "Scores are in percent, differences in percentage points: the arm's less the reference's, seed by seed.",
-    "mean ± sd is over an arm's runs, sd with n − 1. The 95 % interval is Student's on the paired differences, of each "
-    "comparison alone.",
-    "p: two-sided paired t test; p, higher: one-sided, against the arm scoring no higher; p, Holm: the two-sided one "
-    "corrected over all comparisons of its table, one without a test counting as one of p = 1. The verdict is by p, "
-    f"Holm, at {LEVEL}.",
+    "Scores are in percent, differences in percentage points: arm minus reference, seed by seed.",
+    "mean ± sd is over an arm's runs, sd with n − 1. The 95 % interval is Student's on the paired differences, not "
+    "corrected.",
+    "p: two-sided paired t test. p, higher: one-sided, against the null hypothesis that the arm scores no higher. p, "
+    "Holm: the two-sided test corrected over all comparisons of the table; a comparison without a test counts as one "
+    f"of p = 1. The verdict uses p, Holm at {LEVEL}.",
     "p, sign flip: two-sided permutation test that gives each difference either sign, exact up to 16 pairs "
-    f"({RESAMPLES} draws beyond), and in brackets the least that it can be with so many pairs.",
-    "What would have been missed: the true difference that the t test shows at 80 % power, by the noncentral t, at the "
-    "spread of these few differences and the level that Holm's correction held it against.",
+    f"({RESAMPLES} random samples above). In brackets: the smallest p that is possible with this number of pairs.",
+    "The difference that would be missed: the t test detects a true difference of this size with 80 % power "
+    "(noncentral t), given the sd of these few differences and the level that Holm's correction leaves.",
 )
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0;font-size:.87rem}"
-    "th,td{border-bottom:1px solid #ccc;padding:.25rem .6rem;text-align:left;vertical-align:top}"
-    "td{font-variant-numeric:tabular-nums}.wide{overflow-x:auto}"
-    "img{max-width:100%;height:auto}figure{margin:1.5rem 0}figcaption{color:#555;font-size:.87rem}"
-)
-# A report is a list of blocks: (kind, content) with kind title, heading, text, list, table (header first) or picture.
-Block = tuple[str, Any]
 
 
 def write_files(folder: Path, tables: list[Table], problems: list[str]) -> list[str]:
-    """Writes the three files, each whole or not at all, replacing those of an earlier report and nothing else.
+    """Writes the three files atomically; files of an earlier report are replaced, other files are kept.
 
-    Returns what the pictures had to leave out because it is damaged. Raises UsageError where the folder cannot be made.
+    Returns the data files that the figures had to skip because they are damaged. Raises UsageError if the folder cannot
+    be created.
     """
-    drawn = [draw(table) for table in tables]
-    damaged = list(dict.fromkeys(line for d in drawn for line in d.damaged))
-    blocks: list[Block] = [("title", "Runs compared"), *left_out(problems + damaged)]
-    for table, found in zip(tables, drawn, strict=True):
-        blocks += dataset_blocks(table)
-        blocks += [("picture", picture) for picture in found.pictures]
-        blocks += [("list", found.missing)] if found.missing else []
-        blocks += run_blocks(table)
-    blocks += [("heading", "How to read this"), ("list", METHODS)]
-    record = {
-        "left_out": problems + damaged,
-        "datasets": [as_json(t, d.missing) for t, d in zip(tables, drawn, strict=True)],
-    }
-    markdown, page = as_markdown(blocks), as_html(blocks)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--output_dir {folder} cannot be made ({error})") from None
+        raise UsageError(f"--output_dir {folder} cannot be created ({error})") from None
+    datasets = [(table, draw(table)) for table in tables]
+    damaged = list(dict.fromkeys(line for _, drawn in datasets for line in drawn.damaged))
+    record = {"left_out": problems + damaged, "datasets": [dataset_json(*pair) for pair in datasets]}
+    texts = {name: render(name, tables, datasets, record["left_out"]) for name in ("report.md", "report.html")}
     write_json(folder / "report.json", record)
-    write_text(folder / "report.md", markdown)
-    write_text(folder / "report.html", page)
+    for name, text in texts.items():
+        write_text(folder / name, text)
     return damaged
 
 
-def left_out(lines: list[str]) -> list[Block]:
-    """What is wrong, first of all; nothing where all is well."""
-    return [("text", "Left out of this report:"), ("list", lines)] if lines else []
-
-
-def dataset_blocks(table: Table) -> list[Block]:
-    """A dataset's verdicts, arms and comparisons."""
-    first = next(iter(table.arms.values()))[0]
-    blocks: list[Block] = [("heading", f"{table.dataset}: {first.n} examples, {first.settings.get('model_name')}")]
-    if table.reference is None:
-        blocks.append(("text", "One arm alone: there is nothing to compare it with."))
-    elif table.comparisons:
-        for arm in dict.fromkeys(c.arm for c in table.comparisons):
-            blocks.append(("text", f"{arm} against {table.reference}, by seed:"))
-            blocks.append(("list", [f"{c.score}: {c.verdict}." for c in table.comparisons if c.arm == arm]))
-    blocks += [("text", f"{arm} is not compared: {why}.") for arm, why in table.refused.items()]
-    for arm, through in table.allowed.items():
-        blocks.append(
-            ("text", f"{arm} is compared though it differs in more than the method (--allow): {'; '.join(through)}.")
-        )
-    for c in table.comparisons:
-        alone = [f"seed {seed} in {label} alone" for label, seeds in
-                 ((c.arm, c.arm_alone), (c.reference, c.reference_alone)) for seed in seeds]  # fmt: skip
-        if alone and c.score == first.headline:
-            blocks.append(("text", f"Not in the pairs of {c.arm} and {c.reference}: {', '.join(alone)}."))
-    return (
-        blocks
-        + [("table", arm_rows(table))]
-        + ([("table", comparison_rows(table.comparisons))] if table.comparisons else [])
+def render(name: str, tables: list[Table], datasets: list[tuple[Table, Drawn]], left_out: list[str]) -> str:
+    """The text of a file from its template."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=select_autoescape(["html.jinja"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return environment.get_template(f"{name}.jinja").render(
+        headline=headline(tables), left_out=left_out, datasets=datasets, methods=METHODS,
+        arm_rows=arm_rows, comparison_rows=comparison_rows, run_rows=run_rows,
+    )  # fmt: skip
+
+
+def headline(tables: list[Table]) -> str:
+    """The result in one sentence: the verdict on the primary score, or how many of several show a difference."""
+    primary = [(t, c) for t in tables for c in t.comparisons if c.score == t.first.primary]
+    if not primary:
+        return "No arms were compared."
+    if len(primary) == 1:
+        ((table, c),) = primary
+        return f"{table.dataset}, {c.score}: {c.verdict}."
+    shown = [f"{c.arm} on {t.dataset} ({format_points(c.mean)} points)" for t, c in primary if c.differs]
+    names = f": {'; '.join(shown)}" if shown else ""
+    return f"{len(shown)} of {len(primary)} arms differ from their reference in the primary score{names}."
 
 
 def arm_rows(table: Table) -> list[list[str]]:
-    """Mean ± sd of every arm."""
-    names = list(dict.fromkeys(name for arm in table.arms.values() for name in scores(arm[0])))
+    """Mean ± sd of every arm, header first."""
+    names = dict.fromkeys(name for arm in table.arms.values() for name in arm[0].scores())
     headings = [*(f"{name} %" for name in names), "train s"]
     rows = [["arm", "n", *headings]]
     for label, arm in table.arms.items():
-        cells = [mean_sd([r.columns[h] for r in arm]).strip() if h in arm[0].columns else "–" for h in headings]
+        cells = [mean_sd([r.columns[h] for r in arm]) if h in arm[0].columns else "–" for h in headings]
         rows.append([label, str(len(arm)), *cells])
     return rows
 
 
-def comparison_rows(comparisons: list[Comparison]) -> list[list[str]]:
-    """The figures of every comparison."""
+def comparison_rows(table: Table) -> list[list[str]]:
+    """The figures of every comparison, header first."""
     rows = [["arm", "score", "n", "difference", "95 % interval", "p", "p, higher", "p, sign flip", "p, Holm"]]
-    for c in comparisons:
-        least = "" if c.p_sign_flip is None else f" (≥ {p_text(c.p_sign_flip_least)})"
-        tests = [p_text(c.p_two_sided), p_text(c.p_one_sided), p_text(c.p_sign_flip) + least, p_text(c.p_holm)]
-        rows.append([c.arm, c.score, str(c.n), points(c.mean), interval_text(c), *tests])
+    for c in table.comparisons:
+        least = "" if c.p_sign_flip is None else f" (≥ {format_p(c.p_sign_flip_least)})"
+        tests = [format_p(c.p_two_sided), format_p(c.p_one_sided), format_p(c.p_sign_flip) + least, format_p(c.p_holm)]
+        rows.append([c.arm, c.score, str(c.n), format_points(c.mean), format_interval(c), *tests])
     return rows
 
 
-def run_blocks(table: Table) -> list[Block]:
-    """Every run's own figures."""
-    names = list(dict.fromkeys(name for arm in table.arms.values() for name in arm[0].columns))
+def run_rows(table: Table) -> list[list[str]]:
+    """The figures of every run, header first."""
+    names = dict.fromkeys(name for arm in table.arms.values() for name in arm[0].columns)
     rows = [["arm", "seed", *names, "commit", "run"]]
     for label, arm in table.arms.items():
         for r in arm:
             values = [f"{r.columns[name]:.2f}" if name in r.columns else "–" for name in names]
-            commit = str(r.origin["git_commit"] or "unknown")[:8] + ("+" if r.origin["git_dirty"] else "")
+            commit = str(r.environment["git_commit"] or "unknown")[:8] + ("+" if r.environment["git_dirty"] else "")
             rows.append([label, str(r.seed), *values, commit, str(r.run)])
-    results = [(label, r) for label, arm in table.arms.items() for r in arm]
-    failures = [f"{label}, seed {r.seed}, {text}" for label, r in results for text in remarks(r)]
-    return [
-        ("text", "Every run (+: with uncommitted changes):"),
-        ("table", rows),
-        *([("list", failures)] if failures else []),
-    ]
+    return rows
 
 
-def as_json(table: Table, missing: list[str]) -> dict[str, Any]:
-    """All figures of a dataset and all that the runs were made with."""
-    arms = {
-        label: [
-            {"run": str(r.run), "seed": r.seed, "scores": r.columns, "failures": r.failures, "made_with": facts(r)}
-            for r in arm
-        ]
-        for label, arm in table.arms.items()
-    }
+def dataset_json(table: Table, drawn: Drawn) -> dict[str, Any]:
+    """All figures of a data set, and everything that the runs were made with."""
+
+    def run_json(r: Any) -> dict[str, Any]:
+        scores = {"run": str(r.run), "seed": r.seed, "scores": r.columns, "failures": r.failures}
+        return scores | {"made_with": attributes(r)}
+
     return {
         "dataset": table.dataset,
         "reference": table.reference,
         "comparisons": [dataclasses.asdict(c) | {"n": c.n} for c in table.comparisons],
         "not_compared": table.refused,
         "allowed": table.allowed,
-        "missing_pictures": missing,
-        "arms": arms,
+        "missing_figures": drawn.missing,
+        "arms": {label: [run_json(r) for r in arm] for label, arm in table.arms.items()},
     }
-
-
-def as_markdown(blocks: list[Block]) -> str:
-    """The report as Markdown; pictures are named, since they are in the HTML file alone."""
-
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", " ")
-
-    parts = []
-    for kind, content in blocks:
-        if kind in ("title", "heading", "text"):
-            parts.append({"title": "# ", "heading": "## ", "text": ""}[kind] + content)
-        elif kind == "list":
-            parts.append("\n".join(f"- {line}" for line in content))
-        elif kind == "table":
-            header, *rows = (f"| {' | '.join(map(cell, row))} |" for row in content)
-            parts.append("\n".join([header, "|" + "---|" * len(content[0]), *rows]))
-        else:
-            parts.append(f"Picture in report.html: {content.caption}.")
-    return "\n\n".join(parts) + "\n"
-
-
-def as_html(blocks: list[Block]) -> str:
-    """The report as one HTML page that asks for nothing from elsewhere: pictures are part of it."""
-    parts = []
-    for kind, content in blocks:
-        if kind in ("title", "heading", "text"):
-            tag = {"title": "h1", "heading": "h2", "text": "p"}[kind]
-            parts.append(f"<{tag}>{html.escape(content)}</{tag}>")
-        elif kind == "list":
-            parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in content) + "</ul>")
-        elif kind == "table":
-            rows = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-                    for tag, row in zip(["th"] + ["td"] * len(content), content, strict=False)]  # fmt: skip
-            parts.append('<div class="wide"><table>' + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>")
-        else:
-            parts.append(figure(content))
-    head = f'<meta charset="utf-8"><title>{html.escape(blocks[0][1])}</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-
-
-def figure(picture: Picture) -> str:
-    """A picture with its caption. As an image of its own, its element ids do not meet those of the other pictures."""
-    data, caption = base64.b64encode(picture.svg).decode(), html.escape(picture.caption)
-    image = f'<img id="{picture.name}" alt="{caption}" src="data:image/svg+xml;base64,{data}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"

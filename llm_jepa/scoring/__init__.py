@@ -1,0 +1,1 @@
+"""Scores of tasks; SQL and regexes are checked in a sandboxed child process."""

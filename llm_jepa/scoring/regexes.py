@@ -1,24 +1,25 @@
-r"""Whether two regular expressions of SYNTH and TURK (arXiv 1608.03000) describe the same language.
+r"""Decides whether two regular expressions of SYNTH and TURK (arXiv 1608.03000) describe the same language.
 
-The syntax is the one that the datasets' own metric used, that of the Java library dk.brics.automaton. Loosest first:
+The syntax is that of the datasets' original metric, which used the Java library dk.brics.automaton. Operators from the
+lowest to the highest precedence:
 
     x|y   x&y   xy                      union, intersection, concatenation
-    x* x+ x? x{2} x{2,} x{2,4}          repetition, by numbers of at most nine digits
-    ~x                                  complement, so that ~(x)* is (~(x))*
-    a . [abc] [a-z] [^a] (x) () \b \.   character, any symbol, class, group, empty string, `\b`, quoted character
+    x* x+ x? x{2} x{2,} x{2,4}          repetition; counts have at most nine digits
+    ~x                                  complement; ~(x)* is (~(x))*
+    a . [abc] [a-z] [^a] (x) () \b \.   character, any symbol, class, group, empty string, `\b`, escaped character
 
-An expression is matched against whole strings of symbols. A symbol is a character, or `\b`, which stands for itself and
-is no place between characters; `.` and `[^a]` match it too, so that `.*` is every string there is. `^` and `$` are
-characters like any other. A backslash quotes whatever is no letter and no digit.
+An expression describes complete strings of symbols. A symbol is a character or `\b`, which is a symbol of its own and
+not a word boundary; `.` and `[^a]` match it too, so `.*` describes every string. `^` and `$` are ordinary characters.
+A backslash escapes any character except letters and digits.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import automata.base.config
 from automata.fa.dfa import DFA
@@ -26,40 +27,37 @@ from automata.fa.nfa import NFA
 
 from llm_jepa.scoring.sandbox import Failure
 
-automata.base.config.allow_mutable_automata = True  # freezing would double the time, and nothing here changes one
+automata.base.config.allow_mutable_automata = True  # freezing them doubles the time
 
-Symbols = tuple[range, ...]  # a set of symbols, as their code points
-BOUNDARY, END = 0x110000, 0x110001  # `\b` is the code point behind Unicode's last
-BINDING = {"(": 0, "|": 1, "&": 2, "concatenate": 3, "~": 4}
-QUOTED = r"\\b | \\[\W_]"
+Symbols = tuple[range, ...]  # a set of symbols, as ranges of code points
+BOUNDARY, END = 0x110000, 0x110001  # `\b` gets the code point after Unicode's last
+PRECEDENCE = {"(": 0, "|": 1, "&": 2, "concatenate": 3, "~": 4}
+ESCAPED = r"\\b | \\[\W_]"
 TOKEN = re.compile(
-    rf"""(?P<operand> {QUOTED} | \. | \(\) | \[\^?+(?: {QUOTED} | [^][\\])+\] | [^][(){{}}|&~*+?.\\] )
+    rf"""(?P<operand> {ESCAPED} | \. | \(\) | \[\^?+(?: {ESCAPED} | [^][\\])+\] | [^][(){{}}|&~*+?.\\] )
        | (?P<repeat> [*+?] | \{{ [0-9]{{1,9}} (?:,[0-9]{{0,9}})? \}} ) | (?P<join> [|&] ) | (?P<other> [()~] )""",
     re.VERBOSE | re.DOTALL,
 )
-CLASS_ITEM = re.compile(rf"( {QUOTED} | . ) (?: - ( {QUOTED} | . ) )?", re.VERBOSE | re.DOTALL)
+CLASS_ITEM = re.compile(rf"( {ESCAPED} | . ) (?: - ( {ESCAPED} | . ) )?", re.VERBOSE | re.DOTALL)
 
 
-def dfa_equal(prediction: str, answer: str, states: int) -> bool:
-    """Whether both describe the same language: DFA-equality, the metric of arXiv 1608.03000.
+def dfa_equal(prediction: str, answer: str, max_states: int) -> bool:
+    """Whether both expressions describe the same language: the DFA-equality metric of arXiv 1608.03000.
 
-    Raises Failure: `syntax` where the prediction is no expression, `states` where an automaton on the way would have
-    more than `states` of them; `gold_syntax` and `gold_states` where that is so for the answer.
+    Raises Failure: `syntax` if the prediction is not an expression, `states` if one of its automata, intermediate ones
+    included, has more than `max_states` states; `gold_syntax` and `gold_states` if the answer is the cause.
     """
-    with _gold():
-        gold = parse(answer)
+    gold = _gold(parse, answer)
     guess = parse(prediction)
     alphabet, names = partition({step[1] for step in gold + guess if step[0] == "symbols"})
-    with _gold():
-        right = automaton(gold, alphabet, names, states)
-    return automaton(guess, alphabet, names, states) == right
+    gold_dfa = _gold(automaton, gold, alphabet, names, max_states)
+    return automaton(guess, alphabet, names, max_states) == gold_dfa
 
 
-@contextlib.contextmanager
-def _gold() -> Iterator[None]:
-    """Failures within are the answer's."""
+def _gold(function: Callable, *arguments: Any) -> Any:
+    """The function's result; the reason of a Failure gets the prefix `gold_`."""
     try:
-        yield
+        return function(*arguments)
     except Failure as failure:
         raise Failure(f"gold_{failure.reason}") from None
 
@@ -68,22 +66,22 @@ def _gold() -> Iterator[None]:
 
 
 def parse(text: str) -> list[tuple]:
-    """The expression in postfix order, which no depth of nesting makes hard to work on.
+    """The expression's steps in postfix order, so that deep nesting needs no recursion.
 
-    Its steps: ("symbols", Symbols), ("empty",), ("repeat", least, most or None), and with the number of their operands
+    The steps are ("symbols", Symbols), ("empty",), ("repeat", least, most or None), and with the number of operands
     ("concatenate", n), ("|", n), ("&", n), ("~", 1). Raises Failure("syntax").
     """
     steps: list[tuple] = []
-    pending: list[list] = []  # groups and operators whose last operand is not complete, the innermost last
+    pending: list[list] = []  # [operator or "(", operands] that lack their last operand, the innermost last
     at, complete = 0, False  # complete: an operand ends here
 
-    def close(binding: int) -> None:
-        """Everything that binds more tightly has its last operand."""
-        while pending and BINDING[pending[-1][0]] > binding:
+    def close(precedence: int) -> None:
+        """Moves all pending operators of a higher precedence to the steps."""
+        while pending and PRECEDENCE[pending[-1][0]] > precedence:
             steps.append(tuple(pending.pop()))
 
     def join(operator: str) -> None:
-        close(BINDING[operator])
+        close(PRECEDENCE[operator])
         if pending and pending[-1][0] == operator:
             pending[-1][1] += 1
         else:
@@ -106,21 +104,21 @@ def parse(text: str) -> list[tuple]:
         elif begins:
             pending.append([word, 1])
         else:
-            close(BINDING["("])
+            close(PRECEDENCE["("])
             if not pending:
                 raise Failure("syntax")
             pending.pop()
         at, complete = token.end(), kind in ("operand", "repeat") or word == ")"
         if complete:
-            close(BINDING["concatenate"])
-    close(BINDING["("])
+            close(PRECEDENCE["concatenate"])
+    close(PRECEDENCE["("])
     if pending or not complete:
         raise Failure("syntax")
     return steps
 
 
 def _repeat(word: str) -> tuple[str, int, int | None]:
-    """The step of `*`, `+`, `?` or a number in braces."""
+    """The step of `*`, `+`, `?` or counts in braces."""
     least, comma, most = {"*": "0,", "+": "1,", "?": "0,1"}.get(word, word.strip("{}")).partition(",")
     high = int(most) if most else None if comma else int(least)
     if high is not None and high < int(least):
@@ -129,14 +127,14 @@ def _repeat(word: str) -> tuple[str, int, int | None]:
 
 
 def _symbols(word: str) -> Symbols:
-    """The symbols that a character, `.` or class stands for."""
+    """The symbols that a character, `.` or class matches."""
     if word == ".":
         return (range(END),)
     if not word.startswith("["):
         return (range(_code(word), _code(word) + 1),)
     negated = word.startswith("[^")
     ranges = [range(_code(a), _code(b or a) + 1) for a, b in CLASS_ITEM.findall(word[1 + negated : -1])]
-    if any(not r or r.stop == END > r.start + 1 for r in ranges):  # backwards, or from a character to `\b`
+    if any(not r or r.stop == END > r.start + 1 for r in ranges):  # in descending order, or from a character to `\b`
         raise Failure("syntax")
     if not negated:
         return tuple(ranges)
@@ -153,20 +151,23 @@ def _code(word: str) -> int:
 
 
 def partition(sets: set[Symbols]) -> tuple[frozenset[str], dict[Symbols, list[str]]]:
-    """(names of the groups of symbols that all the sets treat alike, the groups in each set): a finite alphabet."""
+    """A finite alphabet: symbols that all sets treat alike form one letter.
+
+    Returns (names of the letters, the letters in each set).
+    """
     cuts = sorted({0} | {cut for ranges in sets for r in ranges for cut in (r.start, r.stop) if cut < END})
     members = [0] * len(cuts)  # bit i: the symbols from this cut to the next are in set i
     for i, ranges in enumerate(sets):
         for r in ranges:
             for k in range(bisect_left(cuts, r.start), bisect_left(cuts, r.stop)):
                 members[k] |= 1 << i
-    groups = {group: str(number) for number, group in enumerate(dict.fromkeys(members))}
-    names = {ranges: [name for group, name in groups.items() if group >> i & 1] for i, ranges in enumerate(sets)}
-    return frozenset(groups.values()), names
+    letters = {group: str(number) for number, group in enumerate(dict.fromkeys(members))}
+    names = {ranges: [name for group, name in letters.items() if group >> i & 1] for i, ranges in enumerate(sets)}
+    return frozenset(letters.values()), names
 
 
-def automaton(steps: list[tuple], alphabet: frozenset[str], names: dict[Symbols, list[str]], states: int) -> DFA:
-    """The complete DFA of an expression in postfix order. Raises Failure("states")."""
+def automaton(steps: list[tuple], alphabet: frozenset[str], names: dict[Symbols, list[str]], max_states: int) -> DFA:
+    """The complete DFA of the steps of an expression. Raises Failure("states")."""
     empty = _one_symbol(alphabet, []).option()
     stack: list[NFA] = []
     for operation, *arguments in steps:
@@ -176,49 +177,49 @@ def automaton(steps: list[tuple], alphabet: frozenset[str], names: dict[Symbols,
             stack.append(empty)
         elif operation == "repeat":
             x, (least, most) = stack.pop(), arguments
-            _check((most or least + 1) * (len(x.states) + 1), states)
+            _check_states((most or least + 1) * (len(x.states) + 1), max_states)
             rest = [x.kleene_star()] if most is None else [x.option()] * (most - least)
             stack.append(_fold(NFA.concatenate, [x] * least + rest or [empty]))
         else:
             operands = [stack.pop() for _ in range(arguments[0])][::-1]
-            _check(sum(len(x.states) + 1 for x in operands), states)
+            _check_states(sum(len(x.states) + 1 for x in operands), max_states)
             if operation in "~&":  # x & y is ~(~x | ~y)
-                operands = [_complement(x, states) for x in operands]
+                operands = [_complement(x, max_states) for x in operands]
             x = _fold(NFA.concatenate if operation == "concatenate" else NFA.union, operands)
-            stack.append(_complement(x, states) if operation == "&" else x)
-    return _determinise(stack.pop(), states)
+            stack.append(_complement(x, max_states) if operation == "&" else x)
+    return _determinize(stack.pop(), max_states)
 
 
 def _one_symbol(alphabet: frozenset[str], names: list[str]) -> NFA:
-    """One symbol, of any of the groups named."""
+    """The NFA of one symbol, which is any of the letters."""
     paths = {0: {name: {1} for name in names}}
     return NFA(states={0, 1}, input_symbols=alphabet, transitions=paths, initial_state=0, final_states={1})
 
 
 def _fold(operation: Callable[[NFA, NFA], NFA], operands: list[NFA]) -> NFA:
-    """Joins neighbours, then the results: joining copies both operands, and so each of a long row is copied seldom."""
+    """Joins neighbors, then the results, since each join copies both operands: O(n log n) instead of O(n²) copies."""
     while len(operands) > 1:
         pairs = zip(operands[::2], operands[1::2], strict=False)
         operands = [operation(x, y) for x, y in pairs] + operands[len(operands) // 2 * 2 :]
     return operands[0]
 
 
-def _complement(nfa: NFA, states: int) -> NFA:
-    return NFA.from_dfa(_determinise(nfa, states).complement())
+def _complement(nfa: NFA, max_states: int) -> NFA:
+    return NFA.from_dfa(_determinize(nfa, max_states).complement())
 
 
-def _determinise(nfa: NFA, states: int) -> DFA:
-    """The complete DFA by subset construction, with a bound that the library's own has not."""
+def _determinize(nfa: NFA, max_states: int) -> DFA:
+    """The complete DFA by subset construction. Unlike the library's own, it has a limit on the states."""
     nfa = nfa.eliminate_lambda()
     start = frozenset([nfa.initial_state])
     numbers, paths, subsets = {start: 0}, {}, [start]
-    for subset in subsets:  # which grows meanwhile
+    for subset in subsets:  # the loop appends to it
         ways = [nfa.transitions[state] for state in subset if state in nfa.transitions]
         paths[numbers[subset]] = path = {}
         for symbol in nfa.input_symbols:
             target = frozenset().union(*(way[symbol] for way in ways if symbol in way))
             if target not in numbers:
-                _check(len(numbers) + 1, states)
+                _check_states(len(numbers) + 1, max_states)
                 numbers[target] = len(numbers)
                 subsets.append(target)
             path[symbol] = numbers[target]
@@ -228,7 +229,7 @@ def _determinise(nfa: NFA, states: int) -> DFA:
     )
 
 
-def _check(count: int, states: int) -> None:
-    """Raises Failure("states")."""
-    if count > states:
+def _check_states(count: int, max_states: int) -> None:
+    """Raises Failure("states") if there are more than `max_states`."""
+    if count > max_states:
         raise Failure("states")

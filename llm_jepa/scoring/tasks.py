@@ -1,11 +1,15 @@
-"""What counts as correct: pure functions of a prediction and the answer it should be, and the tasks that use them."""
+"""The tasks and their scores: functions of a prediction and the example that it answers.
+
+To add a task, add an entry to TASKS; `--task`, the scores of evaluate.py and the report follow from it.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -14,8 +18,9 @@ from scipy.stats import binomtest
 
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring.sandbox import Failure, Sandbox
+from llm_jepa.scoring.sql import ExecutionMatch
 
-Scores = dict[str, bool | str]  # score → right or wrong; "failure" → why no result could be had, in one word
+Scores = dict[str, bool | str]  # score → right or wrong; "failure" → one word, if the task could not compare the two
 Scorer = Callable[[str, Example], Scores]
 
 # Automata of the datasets' own answers have up to 2,409 states and take 0.1 s.
@@ -37,8 +42,8 @@ def wilson(hits: int, n: int) -> list[float]:
 def score_text(prediction: str, answer: str) -> dict[str, bool]:
     """`exact` and `startswith`, both without white space at the ends.
 
-    `startswith` also counts a prediction that goes on behind the answer: where it is far above `exact`, the model knows
-    the answer and has not learned to stop.
+    `startswith` also counts a prediction that continues after the answer. If it is far above `exact`, the model knows
+    the answer but has not learned to stop.
     """
     prediction, answer = prediction.strip(), answer.strip()
     return {"exact": prediction == answer, "startswith": prediction.startswith(answer)}
@@ -47,129 +52,103 @@ def score_text(prediction: str, answer: str) -> dict[str, bool]:
 # ---------------------------------------------------------------------------------------------------------- numbers
 
 MARK = "####"
-# Whatever a reader would take for one number, well written or not: 1/2 and 1.2.3 are no 1. A minus behind a word
-# character or a bracket subtracts.
+# Everything that a reader would take for one number, so that 1/2 and 1.2.3 are not read as 1. A minus after a word
+# character or a bracket is a subtraction.
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\$-?)?\.?[0-9](?:[\w.,/:]*\w)?")
-WELL_WRITTEN = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?")
+WELL_FORMED = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?")
 
 
 def _number(word: str) -> Decimal | None:
-    """The value of a number such as -$1,000.50, exactly; None for what is none."""
+    """The exact value of a number such as -$1,000.50, or None."""
     plain = word.replace("$", "", 1)
-    return Decimal(plain.replace(",", "")) if WELL_WRITTEN.fullmatch(plain) else None
+    return Decimal(plain.replace(",", "")) if WELL_FORMED.fullmatch(plain) else None
 
 
 def marked_number(text: str) -> Decimal | None:
-    """The number that follows the first `####` on its line, as in GSM8K's answers (arXiv 2110.14168), or None."""
-    behind = text.replace("−", "-").partition(MARK)[2].lstrip(" \t")
-    word = NUMBER.match(behind)
+    """The number directly after the first `####`, as in GSM8K's answers (arXiv 2110.14168), or None."""
+    word = NUMBER.match(text.replace("−", "-").partition(MARK)[2].lstrip(" \t"))
     return _number(word[0]) if word else None
 
 
 def last_number(text: str) -> Decimal | None:
-    """The number behind `####` where that stands in the text, else the last number of the text; None without any."""
+    """The number after `####` if the text contains that mark, else the last number of the text, or None."""
     if MARK in text:
         return marked_number(text)
     words = NUMBER.findall(text.replace("−", "-"))
     return _number(words[-1]) if words else None
 
 
-def score_number(prediction: str, answer: str) -> Scores:
-    """`number`: what stands behind `####` has the value of the answer's; `last_number`: it may also lack the mark.
+def score_number(prediction: str, example: Example) -> Scores:
+    """`number`: the number after `####` equals the answer's. `last_number`: the mark may be missing.
 
-    Values are compared exactly: 1,000 is $1000.0, and 50% is 50. Words behind the number do not count, 18 eggs are 18.
+    Values are compared exactly: 1,000 equals $1000.0, and 50% equals 50. Words after the number are ignored: 18 eggs
+    equals 18.
     """
-    gold = marked_number(answer)
+    gold = marked_number(example.assistant)
     if gold is None:
         return {"number": False, "last_number": False, "failure": "gold_syntax"}
     return {"number": marked_number(prediction) == gold, "last_number": last_number(prediction) == gold}
 
 
-# ---------------------------------------------------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------------------------- answers and classes
 
 ARTICLES, PUNCTUATION = re.compile(r"\b(?:a|an|the)\b"), str.maketrans("", "", string.punctuation)
 
 
-def normalise(text: str) -> str:
-    """Lower case, without ASCII punctuation, articles and extra white space: SQuAD's exact match (arXiv 1606.05250)."""
+def normalize(text: str) -> str:
+    """Lower case without ASCII punctuation, articles and extra white space, as in SQuAD (arXiv 1606.05250)."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
-def score_answers(prediction: str, answers: tuple[str, ...]) -> Scores:
-    """`answer_match`: the normalised prediction is one of the normalised answers; one with nothing left never is."""
-    right = {normalise(answer) for answer in answers} - {""}
-    scores: Scores = {"answer_match": normalise(prediction) in right}
+def score_answers(prediction: str, example: Example) -> Scores:
+    """`answer_match`: the normalized prediction equals a normalized answer that is not empty.
+
+    The answers are those to an NQ-Open question, and all of them joined, which is how models are trained to write them.
+    """
+    answers = (example.assistant, *(example.answers or example.assistant.split("; ")))
+    right = {normalize(answer) for answer in answers} - {""}
+    scores: Scores = {"answer_match": normalize(prediction) in right}
     return scores if right else scores | {"failure": "gold_empty"}
 
 
-def open_answers(example: Example) -> tuple[str, ...]:
-    """What answers an NQ-Open question: any of its answers, or all of them as models are trained to write them."""
-    return (example.assistant, *(example.answers or example.assistant.split("; ")))
+def score_choice(prediction: str, example: Example) -> Scores:
+    """`choice`: the prediction is the answer's letter, except for white space at the ends."""
+    answer = example.assistant.strip()
+    scores: Scores = {"choice": prediction.strip() == answer in LETTERS}
+    return scores if answer in LETTERS else scores | {"failure": "gold_class"}
 
 
-# ---------------------------------------------------------------------------------------------------------- classes
-
-
-def score_choice(prediction: str, answer: str, choices: tuple[str, ...]) -> Scores:
-    """`choice`: the prediction is the answer's letter and nothing else, white space at the ends aside."""
-    scores: Scores = {"choice": prediction.strip() == answer.strip() in choices}
-    return scores if answer.strip() in choices else scores | {"failure": "gold_class"}
-
-
-def score_class(prediction: str, answer: str, classes: tuple[str, ...]) -> Scores:
-    """`class_match`: the prediction is the answer's class, whatever its case and the punctuation behind it."""
+def score_class(prediction: str, example: Example, classes: tuple[str, ...]) -> Scores:
+    """`class_match`: the prediction is the answer's class, except for case and punctuation at the end."""
 
     def plain(text: str) -> str:
         return text.strip().rstrip(string.punctuation + string.whitespace).lower()
 
-    known = plain(answer) in {plain(name) for name in classes}
-    scores: Scores = {"class_match": known and plain(prediction) == plain(answer)}
+    answer = plain(example.assistant)
+    known = answer in {plain(name) for name in classes}
+    scores: Scores = {"class_match": known and plain(prediction) == answer}
     return scores if known else scores | {"failure": "gold_class"}
 
 
-# ------------------------------------------------------------------------------------------------------------ tasks
-
-
-@dataclass(frozen=True)
-class Task:
-    """How a dataset's answers are scored. Every task also has `exact` and `startswith`."""
-
-    scores: tuple[str, ...]  # the names of its own scores, the headline first; without any the headline is `exact`
-    start: Callable[[Path | None], AbstractContextManager[Scorer]]  # of the folder with Spider's databases
-    choices: tuple[str, ...] = ()  # where there are any, the model's answer is the likeliest of them
-    needs_databases: bool = False
-
-
-def pure(score: Scorer) -> Callable[[Path | None], AbstractContextManager[Scorer]]:
-    """The start of a task whose scorer needs nothing opened."""
-
-    @contextmanager
-    def start(databases: Path | None) -> Iterator[Scorer]:
-        yield score
-
-    return start
+# ---------------------------------------------------------------------------------------------------------- regexes
 
 
 @contextmanager
 def start_regexes(databases: Path | None) -> Iterator[Scorer]:
-    """Opens the scorer `dfa_equal`: the same text, or by regexes.dfa_equal the same language (arXiv 1608.03000)."""
+    """Opens the scorer `dfa_equal`: the same text or, by regexes.dfa_equal, the same language (arXiv 1608.03000)."""
     with Sandbox("llm_jepa.scoring.regexes:dfa_equal", REGEX_SECONDS) as sandbox:
-        known: dict[tuple[str, str], tuple[bool, str | None]] = {}
 
+        @functools.cache
         def compare(prediction: str, answer: str) -> tuple[bool, str | None]:
-            if (prediction, answer) in known:
-                return known[prediction, answer]
-            equal, reason = False, None
+            """(whether the languages are equal, the failure's reason or None)"""
             try:
-                equal = sandbox.call(prediction, answer, REGEX_STATES)
+                return sandbox.call(prediction, answer, REGEX_STATES), None
             except Failure as failure:
                 reason = failure.reason
-            if reason in ("timeout", "memory", "crash") and prediction != answer:  # which of the two was it?
-                of_answer = compare(answer, answer)[1]
-                reason = f"gold_{of_answer}" if of_answer else reason
-            if reason is None or not reason.endswith("crash"):  # which may have come from outside
-                known[prediction, answer] = equal, reason
-            return equal, reason
+            if reason in ("timeout", "memory", "crash") and prediction != answer:  # is the answer the cause?
+                answer_reason = compare(answer, answer)[1]
+                reason = f"gold_{answer_reason}" if answer_reason else reason
+            return False, reason
 
         def score(prediction: str, example: Example) -> Scores:
             texts = prediction.strip(), example.assistant.strip()
@@ -179,24 +158,33 @@ def start_regexes(databases: Path | None) -> Iterator[Scorer]:
         yield score
 
 
-def start_spider(databases: Path | None) -> AbstractContextManager[Scorer]:
-    """Opens the scorer of `execution` and `execution_ordered`: the query gives the gold query's rows."""
-    from llm_jepa.scoring.sql import ExecutionMatch
+# ------------------------------------------------------------------------------------------------------------ tasks
 
-    return ExecutionMatch(databases)
+
+@dataclass(frozen=True)
+class Task:
+    """How predictions are scored. Every task also has the scores `exact` and `startswith`."""
+
+    scores: tuple[str, ...]  # names of the task's own scores, the primary one first; if empty, `exact` is primary
+    start: Callable[[Path | None], AbstractContextManager[Scorer]]  # opens the scorer; argument: Spider's databases
+    choices: tuple[str, ...] = ()  # if given, the prediction is the likeliest of these, and nothing is generated
+    needs_databases: bool = False
+
+
+def pure(score: Scorer) -> Callable[[Path | None], AbstractContextManager[Scorer]]:
+    """The `start` of a task whose scorer opens nothing."""
+    return lambda databases: nullcontext(score)
 
 
 REGEXES = Task(("dfa_equal",), start_regexes)
 TASKS: dict[str, Task] = {
     "synth": REGEXES,
     "turk": REGEXES,
-    "gsm8k": Task(("number", "last_number"), pure(lambda p, example: score_number(p, example.assistant))),
-    "spider": Task(("execution", "execution_ordered"), start_spider, needs_databases=True),
-    "nq_open": Task(("answer_match",), pure(lambda p, example: score_answers(p, open_answers(example)))),
-    "hellaswag": Task(
-        ("choice",), pure(lambda p, example: score_choice(p, example.assistant, LETTERS)), choices=LETTERS
-    ),
-    "rotten_tomatoes": Task(("class_match",), pure(lambda p, example: score_class(p, example.assistant, SENTIMENTS))),
-    "yelp": Task(("class_match",), pure(lambda p, example: score_class(p, example.assistant, STARS))),
-    "text": Task((), pure(lambda p, example: {})),
+    "gsm8k": Task(("number", "last_number"), pure(score_number)),
+    "spider": Task(("execution", "execution_ordered"), ExecutionMatch, needs_databases=True),
+    "nq_open": Task(("answer_match",), pure(score_answers)),
+    "hellaswag": Task(("choice",), pure(score_choice), LETTERS),
+    "rotten_tomatoes": Task(("class_match",), pure(functools.partial(score_class, classes=SENTIMENTS))),
+    "yelp": Task(("class_match",), pure(functools.partial(score_class, classes=STARS))),
+    "text": Task((), pure(lambda prediction, example: {})),
 }

@@ -37,9 +37,9 @@ def logits_can_be_sliced(model: Any, selector: Any, batch: dict[str, Any], half:
     usual, training = selector.max_logits, model.training
     model.eval()
     try:
-        full, _ = selector.lm_loss(model, batch)
+        full, _ = selector.lm_sum(model, batch)
         selector.slices, selector.max_logits = True, selector.vocabulary
-        sliced, _ = selector.lm_loss(model, batch)
+        sliced, _ = selector.lm_sum(model, batch)
     finally:
         selector.slices, selector.max_logits = False, usual
         model.train(training)

@@ -1,12 +1,18 @@
-"""The start block and the dry run's first example: what will be trained on what."""
+"""What a run says about itself: start block, first example, and the records of run.json."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+
 from llm_jepa.data.batching import SegmentDataset
+from llm_jepa.data.examples import Problems, data_sha256
 from llm_jepa.data.rendering import Renderer
-from llm_jepa.run_folder import processes
+from llm_jepa.run_folder import complete_checkpoints, processes, provenance
 from llm_jepa.settings import Settings
 
 
@@ -52,3 +58,38 @@ def start_block(s: Settings, model: Any, renderer: Renderer, train_set: SegmentD
     size += f" x {s.grad_accum} micro-batches" + (f" x {processes()} processes" if processes() > 1 else "")
     lines.append(f"steps    {length}, {size} each, learning rate {s.learning_rate:g}, seed {s.finetune_seed}")
     return "\n".join([*lines, f"run      {s.output_dir}"])
+
+
+def start_record(s: Settings, train_set: SegmentDataset, problems: Problems) -> dict[str, Any]:
+    """What run.json records at the start."""
+    record = {"seed": s.finetune_seed, "skipped_examples": len(problems.found)}
+    turns = {example.system for example in train_set.examples}
+    if len(turns) == 1 and not s.streaming:  # otherwise there may be several
+        record["system_turn"] = turns.pop()
+    files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
+    return record | provenance({f: data_sha256(f, s.streaming and f == s.train_file) for f in files})
+
+
+def last_checkpoint(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to resume from, the same on every process."""
+    # One process decides: if the file system shows another one less, they would wait for each other forever.
+    (checkpoints,) = broadcast_object_list([complete_checkpoints(run)])
+    damaged = sorted({p.name for p in run.glob("checkpoint-*")} - {p.name for p in checkpoints})
+    if damaged:
+        say(f"incomplete, not used: {', '.join(damaged)}")
+    say(f"resuming from {checkpoints[-1].name if checkpoints else 'the start: no complete checkpoint'}")
+    return checkpoints[-1] if checkpoints else None
+
+
+def final_record(trainer: Any) -> dict[str, Any]:
+    """What run.json records at the end: steps, tokens, and the last value of each loss."""
+    losses = ("lm_loss", *(f"{term.name}_loss" for term in trainer.terms), "eval_exact")
+    final = {k: v for line in trainer.state.log_history for k, v in line.items() if k.endswith(losses)}
+    facts = {"steps": trainer.state.global_step, "tokens": int(trainer.seen_tokens), "final": final}
+    if trainer.streaming:  # each process has met the bad examples of its own share
+        for found in gather_object([trainer.problems.found]):
+            trainer.problems.found |= found
+        facts["skipped_examples"] = len(trainer.problems.found)
+    if trainer.args.device.type == "cuda":
+        facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()  # on the main process's GPU
+    return facts

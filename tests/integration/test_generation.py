@@ -176,7 +176,7 @@ def expected(folder: Path, example: Example, stops: set[int], steps: int = STEPS
 
 def generated(folder: Path, batch_size: int, steps: int = STEPS, examples=EXAMPLES) -> list[generation.Generation]:
     model, renderer = load(folder)
-    batches = generation.generate(model, renderer, examples, prompts_of(folder, examples), batch_size, steps)
+    batches = generation.generate(model, renderer, examples, batch_size, steps)
     found = {e.id: g for batch in batches for e, g in batch}
     return [found[e.id] for e in examples]
 

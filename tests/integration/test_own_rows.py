@@ -87,7 +87,7 @@ def test_another_system_turn_than_in_training_is_refused(files, tmp_path):
     run = train(files["csv"], tmp_path / "run", *FIELDS, "--system", SYSTEM)
     done = call("evaluate", "--model_name", run, "--input_file", files["csv"], "--task", "text", *FIELDS)
     assert done.code == 2
-    assert f"was trained on rows with --system {shlex.quote(SYSTEM)}" in done.err
+    assert f"was trained with --system {shlex.quote(SYSTEM)}" in done.err
 
 
 def test_how_the_rows_stand_to_those_of_training_is_noted(files, tmp_path):
@@ -102,11 +102,11 @@ def test_how_the_rows_stand_to_those_of_training_is_noted(files, tmp_path):
         assert [f"evaluate.py: note: {note}" for note in found] == [x for x in done.err.splitlines() if "note:" in x]
         return found
 
-    assert notes("same", files["own"]) == [f"{files['own']} has the rows that the run was trained on"]
+    assert notes("same", files["own"]) == [f"{files['own']} has the examples that the run was trained on"]
     assert notes("fields", files["csv"], *FIELDS, "--system", SYSTEM) == []
     other = write_rows(tmp_path / "other.jsonl", [message_row("a", "b", None)])
-    assert notes("other", other) == [f"the rows' system turn is not the one that the run was trained with ({SYSTEM!r})"]
-    note = f"the rows' system turn is not the one that the run was trained with ({SYSTEM!r})"
+    note = f"the examples' system turn is not the one that the run was trained with ({SYSTEM!r})"
+    assert notes("other", other) == [note]
     assert notes("without", files["csv"], *FIELDS) == [note]
     bare = train(files["csv"], tmp_path / "bare", *FIELDS)
     done = call("evaluate", "--model_name", bare, "--input_file", files["csv"], "--task", "text", *FIELDS,

@@ -1,4 +1,4 @@
-"""Any text as a prediction gets an answer or a reason, changes nothing, and is right only where SQLite says so too."""
+"""Any text as a prediction gives a verdict or a reason, changes nothing, and is right only if SQLite agrees."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from llm_jepa.files import sha256
 from llm_jepa.scoring.sql import ExecutionMatch
 
 GOLD = "SELECT name FROM singer"
-REASONS = {"empty", "several_statements", "refused", "error", "too_large", "memory", "timeout"}  # no crash
-
-# Parts of queries, from characters to whole statements. None takes long, however often it comes.
+REASONS = {"empty", "several_statements", "refused", "error", "too_large", "memory", "timeout"}  # not "crash"
+# Parts of queries, from characters to statements. None takes long, however often it is repeated.
 FRAGMENTS = st.sampled_from(
-    ["SELECT", "name", "singer", "*", "age", "FROM singer", "WHERE", "age > 20", "ORDER BY name", "UNION", "AS", "1",
-     "(", ")", ",", ";", "--", "/*", "*/", "'", '"', "`", "[", "]", "\n", "\0", "x", "\ud800", "☃", "?", "$a(", ".quit",
-     "LIMIT 3", "EXPLAIN", GOLD, "SELECT 1", "DROP TABLE singer", "DELETE FROM singer", "PRAGMA user_version = 7",
+    ["SELECT", "name", "singer", "*", "FROM singer", "WHERE", "age > 20", "ORDER BY name", "UNION", "1", "(", ")", ",",
+     ";", "--", "/*", "*/", "'", '"', "`", "[", "]", "\n", "\0", "\ud800", "☃", "?", "$a(", ".quit", "LIMIT 3",
+     "EXPLAIN", GOLD, "SELECT 1", "DROP TABLE singer", "DELETE FROM singer", "PRAGMA user_version = 7",
      "ATTACH 'evil' AS evil", "VACUUM INTO 'evil'", "BEGIN", "load_extension('x')", "pragma_table_info('singer')",
-     "sqlite_master", "CREATE TABLE evil (a)",
-     "INSERT INTO singer DEFAULT VALUES", "RETURNING name", "WITH singer AS (SELECT 1 AS name)", "randomblob(9)"]
+     "CREATE TABLE evil (a)", "INSERT INTO singer DEFAULT VALUES", "RETURNING name",
+     "WITH singer AS (SELECT 1 AS name)", "randomblob(9)"]
 )  # fmt: skip
-# Mostly a gold query or a statement with something around it, since parts in any order are seldom a query.
+# Mostly one query or statement with something around it, since fragments in random order are rarely a query.
 AROUND = st.lists(
     st.sampled_from([";", " ", "\n", "\0", "-- ;\n", "/* ; */", "--", "/*", "'", "ORDER BY age", "\ufeff"]), max_size=3
 )
 MIXES = st.one_of(
     st.lists(FRAGMENTS, max_size=8),
-    st.tuples(AROUND, FRAGMENTS, AROUND).map(lambda parts: [*parts[0], parts[1], *parts[2]]),
-    st.tuples(AROUND, st.just(GOLD), AROUND).map(lambda parts: [*parts[0], parts[1], *parts[2]]),
+    *(
+        st.tuples(AROUND, core, AROUND).map(lambda parts: [*parts[0], parts[1], *parts[2]])
+        for core in (FRAGMENTS, st.just(GOLD))
+    ),
 ).map(" ".join)
-LATIN = st.binary(max_size=60).map(lambda data: data.decode("latin-1"))
-TEXTS = st.one_of(st.text(max_size=60), LATIN, MIXES)
-bounded = settings(max_examples=1000, deadline=None, derandomize=True)
+TEXTS = st.one_of(st.text(max_size=60), st.binary(max_size=60).map(lambda data: data.decode("latin-1")), MIXES, MIXES)
+bounded = settings(max_examples=900, deadline=None, derandomize=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +51,19 @@ def match(tmp_path_factory):
             "CREATE TABLE singer (id INTEGER PRIMARY KEY, name TEXT, age INTEGER);"
             "INSERT INTO singer VALUES (1, 'Ann', 30), (2, 'Bo', 20), (3, 'Cy', 30);"
         )
+    before = sha256(path)
     with ExecutionMatch(path.parents[1], seconds=5) as match:
         yield match
+    assert sha256(path) == before and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def example(gold: str) -> Example:
-    return Example(None, "For db_id:[music]\n\nWhich?", gold, "rows.jsonl:1", 1)
+    return Example(None, "For db_id:[music]\n\nWhich?", gold, "data.jsonl:1", 1)
 
 
-def scored(match: ExecutionMatch, prediction: str, gold: str = GOLD) -> dict[str, bool | str]:
-    """The scores, of the right shape, and the file as it was."""
-    path = match.database(example(gold))
-    before = sha256(path)
-    scores = match(prediction, example(gold))
-    assert sha256(path) == before and [p.name for p in path.parent.iterdir()] == [path.name]
-    assert scores.keys() - {"failure"} == {"execution", "execution_ordered"}
-    assert {type(scores[name]) for name in ("execution", "execution_ordered")} == {bool}
-    if "failure" in scores:
-        assert scores["failure"].removeprefix("gold_") in REASONS
-        assert not scores["execution"] and not scores["execution_ordered"]
-    return scores
-
-
-def gives_golds_rows(match: ExecutionMatch, text: str) -> bool:
-    """Whether some of the text between two semicolons is a query with the gold's rows, by Python's sqlite3 alone."""
-    # What SQLite cannot be given may stand in a comment behind the query, which it does not get.
+def gives_gold_rows(match: ExecutionMatch, text: str) -> bool:
+    """Whether the text between two semicolons is a query with the gold's rows, by Python's sqlite3 without limits."""
+    # Characters that SQLite cannot read are allowed in a comment after the query, which `execute` cuts off.
     text = re.sub(r"(--|/\*).*", lambda comment: re.sub("[\0\ud800-\udfff]", "?", comment[0]), text, flags=re.DOTALL)
     parts = text.split(";")
     path = match.database(example(GOLD))
@@ -88,34 +76,20 @@ def gives_golds_rows(match: ExecutionMatch, text: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("texts", [st.text(), LATIN, MIXES], ids=["text", "bytes", "fragments"])
-def test_any_text_scores_and_is_right_only_if_it_gives_the_golds_rows(texts, match):
+def test_any_text_is_right_only_if_it_gives_the_gold_rows(match):
     seen = Counter()
 
     @bounded
-    @given(texts)
-    def check(text):
-        scores = scored(match, text)
-        seen[scores.get("failure", scores["execution"])] += 1
-        assert not scores["execution"] or gives_golds_rows(match, text)
-
-    check()
-    assert seen["error"]
-    assert texts is not MIXES or seen.keys() >= {True, False, "empty", "several_statements", "refused"}
-
-
-def test_two_that_fail_are_never_equal(match):
-    failed = Counter()
-
-    @bounded
     @given(TEXTS, TEXTS)
-    def check(a, b):
-        fails = [text for text in (a, b) if "failure" in scored(match, text)]
-        for gold, prediction in itertools.product((a, b), repeat=2):
-            scores = scored(match, prediction, gold)
-            if fails and {gold, prediction} & set(fails):
-                assert scores["execution"] is False and scores["failure"].startswith("gold_") is (gold in fails)
-            failed[len(fails)] += 1
+    def check(text, other):
+        scores = match(text, example(GOLD))
+        failure = scores.get("failure")
+        seen[failure or scores["execution"]] += 1
+        assert failure is None or (failure in REASONS and not scores["execution"] and not scores["execution_ordered"])
+        assert not scores["execution"] or gives_gold_rows(match, text)
+        if failure:  # a query that fails matches nothing, neither as the gold query nor as the prediction
+            assert match(text, example(text)) == scores | {"failure": f"gold_{failure}"}
+            assert match(other, example(text)) == scores | {"failure": f"gold_{failure}"}
 
     check()
-    assert failed[0] and failed[1] and failed[2]
+    assert seen.keys() >= {True, False, "error", "empty", "several_statements", "refused"}

@@ -28,7 +28,6 @@ EXACT, WRITE = (os.environ.get(f"LLM_JEPA_{name}") == "1" for name in ("EXACT", 
 MODEL = GOLDEN / "models" / "llama3"
 EXAMPLES = 22  # not a multiple of the batch size: the last step of an epoch is short
 KEPT_STEPS = (1, 5, 10, 15, 20)
-RENAMED = {"total": "loss"}  # log keys whose stored name differs
 TIMING = ("runtime", "per_second")
 BOUNDED = ("cosine", "spread")  # near 0 their rounding error is that of numbers near 1
 
@@ -62,8 +61,8 @@ DEFAULTS = {"--batch_size": 4, "--grad_accum": 1, "--learning_rate": 3e-5, "--ma
 
 
 def read_line(line: str) -> dict[str, float]:
-    """The numbers of one line of metrics.jsonl under their stored names, without times."""
-    return {RENAMED.get(k, k): v for k, v in json.loads(line).items() if not k.endswith(TIMING)}
+    """The numbers of one line of metrics.jsonl, without times."""
+    return {k: v for k, v in json.loads(line).items() if not k.endswith(TIMING)}
 
 
 def train(name: str, folder: Path) -> dict[str, list[float]]:

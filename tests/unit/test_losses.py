@@ -1,4 +1,4 @@
-"""The losses against their formulas, and their zero cases."""
+"""The losses against their formulas, their zero cases, and their weights in the objective's gradient."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import pytest
 import torch
 
 import finetune
-from llm_jepa.data import spans
+from llm_jepa.data.spans import POINTS
+from llm_jepa.training.trainer import view_statistics
 
 
-@pytest.fixture
-def pairs() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(5, 7, generator=generator, requires_grad=True) for _ in range(2))
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -31,58 +30,44 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("distance", sorted(finetune.DISTANCES))
-def test_distance_is_its_formula_and_reaches_both_views(pairs, distance):
-    text, code = pairs
-    total, count = finetune.jepa_loss(text, code, distance)
-    expected = FORMULAS[distance](*(x.detach().double().numpy() for x in pairs))
-    assert total.item() == pytest.approx(expected, rel=1e-5)
+def test_distance_equals_its_formula_and_has_gradient_in_both_views(distance):
+    views = random(2, 5, 7)
+    total, count = finetune.jepa_loss(views, distance)
+    assert total.item() == pytest.approx(FORMULAS[distance](*views.detach().double().numpy()), rel=1e-5)
     assert count == 5
     total.backward()
-    assert text.grad.abs().sum() > 0 and code.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("distance", sorted(finetune.DISTANCES))
-def test_no_pairs_give_a_zero_with_a_graph(distance):
-    text, code = (torch.zeros(0, 7, requires_grad=True) for _ in range(2))
-    total, count = finetune.jepa_loss(text, code, distance)
-    total.backward()
-    assert (total.item(), count) == (0.0, 0)
-    assert text.grad is not None and code.grad is not None
+    assert (views.grad.abs().sum(dim=-1) > 0).all()  # (2, P)
 
 
 def test_lm_loss_is_summed_cross_entropy():
-    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
     total, count = finetune.lm_loss(logits, torch.tensor([0, 2]))
     expected = -np.log(np.exp(2) / (np.exp(2) + 1 + np.exp(-1))) + np.log(3)
     assert total.item() == pytest.approx(expected, rel=1e-6)
     assert count == 2
 
 
-def test_no_labels_give_a_zero_with_a_graph():
-    logits = torch.zeros(0, 3, requires_grad=True)
-    total, count = finetune.lm_loss(logits, torch.zeros(0, dtype=torch.long))
+LOSSES = {
+    **{f"jepa {d}": (lambda x, d=d: finetune.jepa_loss(x, d), (2, 0, 7)) for d in finetune.DISTANCES},
+    **{f"stp {v}": (lambda x, v=v: finetune.stp_loss(x, v), (POINTS[v], 0, 7)) for v in finetune.STP_VARIANTS},
+    "lm": (lambda x: finetune.lm_loss(x, torch.zeros(len(x), dtype=torch.long)), (0, 7)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_to_score_gives_zero_with_gradient(name):
+    loss, shape = LOSSES[name]
+    empty = torch.zeros(shape, requires_grad=True)
+    total, count = loss(empty)
     total.backward()
-    assert (total.item(), count) == (0.0, 0)
-    assert logits.grad is not None
+    assert (total.item(), count) == (0.0, 0) and empty.grad is not None
 
 
-def test_losses_of_half_precision_are_summed_in_float32(pairs):
-    text, code = (x.detach().to(torch.bfloat16) for x in pairs)
-    assert finetune.jepa_loss(text, code)[0].dtype == torch.float32
-    assert finetune.lm_loss(torch.zeros(2, 3, dtype=torch.bfloat16), torch.tensor([0, 1]))[0].dtype == torch.float32
-
-
-def test_spread_is_zero_when_collapsed_and_one_when_orthogonal():
-    collapsed = torch.ones(4, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None]
-    assert finetune.view_statistics(collapsed, collapsed)[1].item() == pytest.approx(0, abs=1e-5)
-    assert finetune.view_statistics(torch.eye(4), torch.eye(4))[1].item() == pytest.approx(4)
-    assert finetune.view_statistics(torch.eye(4), torch.eye(4))[0].item() == pytest.approx(4)
-    assert finetune.view_statistics(torch.eye(4), -torch.eye(4))[0].item() == pytest.approx(-4)
-
-
-def path(*points: tuple[float, float]) -> torch.Tensor:
-    """(K, 1, 2)"""
-    return torch.tensor(points)[:, None]
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_is_summed_in_float32(name):
+    loss, shape = LOSSES[name]
+    full = random(*(n or 3 for n in shape)).detach()
+    assert loss(full.bfloat16())[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -92,41 +77,55 @@ def path(*points: tuple[float, float]) -> torch.Tensor:
         (((1, 0), (2, 0), (0.5, 0)), 2),
         (((0, 0), (2, 0), (2, 5)), 1),
         (((5, 5), (6, 5), (7, 6)), 1 - 0.5**0.5),
-    ],
-    ids=["straight on", "reversal", "right angle", "half a right angle"],
-)
-def test_geodesic_is_one_minus_the_cosine_of_the_two_steps(points, expected):
-    total, count = finetune.stp_loss(path(*points), "geodesic")
-    assert (total.item(), count) == (pytest.approx(expected, abs=1e-6), 1)
-
-
-@pytest.mark.parametrize(
-    ("points", "expected"),
-    [
-        # In the first part the patch moves by (2, 0), the rest by (1, 0) in front, (0, 1) behind, (0, 2) in the second.
+        # In the first part the patch moves by (2, 0), the rest by (1, 0) before it, (0, 1) after it and (0, 2).
         (((0, 0), (1, 0), (3, 0), (3, 1), (9, 9), (9, 9), (9, 9), (9, 11)), 1 - 1 / 10**0.5),
         # A patch over both parts: (1, 0) + (0, 1) against (0, −1) + (−1, 0).
         (((0, 0), (0, -1), (1, -1), (1, -1), (4, 4), (4, 4), (4, 5), (3, 5)), 2),
         (((0, 0), (1, 1), (2, 2), (3, 3), (0, 0), (0, 0), (0, 0), (0, 0)), 0),
     ],
-    ids=["first part", "both parts", "straight on"],
+    ids=["straight", "reversal", "right angle", "45 degrees", "patch in one part", "in both parts", "straight patch"],
 )
-def test_patch_is_one_minus_the_cosine_of_the_span_and_the_rest(points, expected):
-    total, count = finetune.stp_loss(path(*points), "patch")
+def test_stp_loss_is_one_minus_cosine_of_steps(points, expected):
+    variant = {3: "geodesic", 8: "patch"}[len(points)]
+    total, count = finetune.stp_loss(torch.tensor(points)[:, None], variant)
     assert (total.item(), count) == (pytest.approx(expected, abs=1e-6), 1)
 
 
-@pytest.mark.parametrize("tube", sorted(finetune.TUBES))
-def test_spans_are_summed_in_float32_and_reach_every_point_and_none_give_a_zero_with_a_graph(tube):
-    k = spans.POINTS[tube]
-    hidden = torch.randn(k, 6, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    total, count = finetune.stp_loss(hidden, tube)
-    apart = [finetune.stp_loss(hidden[:, [i]], tube)[0].item() for i in range(6)]
-    assert count == 6 and total.item() == pytest.approx(sum(apart), rel=1e-6)
+@pytest.mark.parametrize("variant", sorted(finetune.STP_VARIANTS))
+def test_stp_loss_sums_spans_and_has_gradient_in_every_point(variant):
+    path = random(POINTS[variant], 6, 7)
+    total, count = finetune.stp_loss(path, variant)
+    single = [finetune.stp_loss(path[:, [i]], variant)[0].item() for i in range(6)]
+    assert count == 6 and total.item() == pytest.approx(sum(single), rel=1e-6)
     total.backward()
-    assert (hidden.grad.abs().sum(dim=-1) > 0).all()
-    assert finetune.stp_loss(hidden.detach().to(torch.bfloat16), tube)[0].dtype == torch.float32
-    none = torch.zeros(k, 0, 7, requires_grad=True)
-    total, count = finetune.stp_loss(none, tube)
-    total.backward()
-    assert (total.item(), count) == (0.0, 0) and none.grad is not None
+    assert (path.grad.abs().sum(dim=-1) > 0).all()
+
+
+def test_objective_weighs_each_term_and_divides_by_its_count_in_the_step():
+    lm_sum, views, path = random(1).sum(), random(2, 4, 3), random(3, 5, 3)
+    states = finetune.States(torch.zeros(0, 1), views, path)
+    terms = [
+        (finetune.Term("jepa", "views", "pairs", finetune.jepa_loss, 0), 0.3),
+        (finetune.Term("stp", "path", "spans", lambda x: finetune.stp_loss(x, "geodesic"), 0), 0.7),
+    ]
+    loss, sums = finetune.objective(lm_sum, states, torch.tensor([10.0, 8.0, 5.0]), 0.5, terms)
+    assert loss.item() == pytest.approx((0.05 * lm_sum + 0.3 / 8 * sums["jepa"] + 0.7 / 5 * sums["stp"]).item())
+    got = torch.autograd.grad(loss, [lm_sum, views, path], retain_graph=True)
+    want = [torch.tensor(0.05), *(torch.autograd.grad(sums[n], x)[0] for n, x in (("jepa", views), ("stp", path)))]
+    for gradient, expected, weight in zip(got, want, (1, 0.3 / 8, 0.7 / 5), strict=True):
+        torch.testing.assert_close(gradient, weight * expected)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "start", "expected"), [(0, 0, [2, 2, 2]), (4, 0, [0.5, 1, 2]), (0.2, 1, [1.5, 2, 2])]
+)
+def test_weight_warms_up_linearly(warmup, start, expected):
+    term = finetune.Term("stp", "path", "spans", len, 2.0, warmup, start)
+    assert [term.weight_at(step, 10) for step in (1, 2, 10)] == pytest.approx(expected)
+
+
+def test_view_statistics_sum_cosines_and_spread():
+    collapsed, eye = torch.ones(4, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None], torch.eye(4)
+    for text, code, expected in ((collapsed, collapsed, (4, 0)), (eye, eye, (4, 4)), (eye, -eye, (-4, 4))):
+        cosine, spread = view_statistics(torch.stack([text, code]))
+        assert (cosine.item(), spread.item()) == (pytest.approx(expected[0]), pytest.approx(expected[1], abs=1e-5))

@@ -1,28 +1,22 @@
-"""Chats, views, label scopes and view tokens, for every kind of chat template."""
+"""Chats, views, label scopes and view tokens for every chat template."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, MODELS, ROOT
+from templates import END_OF_TURN, FOLDERS, dataset, encoder, tokenizer
 
-import finetune
-from llm_jepa.data import batching, rendering, segments
+from llm_jepa.cli import UsageError
+from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Example, ExampleError, Problems
-from llm_jepa.model import load_tokenizer
+from llm_jepa.data.rendering import Renderer
+from llm_jepa.data.segments import Encoder, end_of_turn
+from llm_jepa.data.spans import Draws
 
-REAL = ROOT.parent / "shared" / "tokenizers"
-REAL_NAMES = ("deepseek_v3", "gemma3", "llama3_2", "mistral_nemo", "qwen3")
-END_OF_TURN = {
-    "llama3": "<|eot_id|>", "chatml": "<|im_end|>", "google_gemma": "<end_of_turn>", "tiny": "<|eot_id|>",
-    "deepseek_v3": "<｜end▁of▁sentence｜>", "gemma3": "<end_of_turn>", "llama3_2": "<|eot_id|>",
-    "mistral_nemo": "</s>", "qwen3": "<|im_end|>",
-}  # fmt: skip
-ALL = (*MODELS, "tiny", *REAL_NAMES)
+ALL = tuple(FOLDERS)
 EXAMPLES = [
     Example("Answer Good or Bad.", "Is it Good or Bad: a Good film", "Good", "rows:1", 1),
     Example("Answer Good or Bad.", "naïve, café — 你好 🙂", "Bad ☃ naïve", "rows:2", 2),
@@ -30,245 +24,147 @@ EXAMPLES = [
     Example(None, "no system turn", "ok", "rows:4", 4),
     Example("System.", "assistant\n\nuser", "x", "rows:5", 5),
 ]
+FIRST = EXAMPLES[0]
 
 
-def folder(name: str) -> Path:
-    if name in MODELS:
-        return GOLDEN / "models" / name
-    return ROOT / "models" / "tiny" if name == "tiny" else REAL / name
+def decode(e: Encoder, ids: np.ndarray) -> str:
+    return e.renderer.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-@cache
-def tokenizer(name: str):
-    if not folder(name).exists():
-        pytest.skip(f"the tokenizer {name} is not at hand")
-    return load_tokenizer(finetune.Settings(model_name=str(folder(name))))
+def with_template(template: str, **flags) -> Encoder:
+    """An encoder of the chatml tokenizer with another template."""
+    other = copy.deepcopy(tokenizer("chatml"))
+    other.chat_template = template
+    return Encoder(Renderer(other), **flags)
 
 
-def renderer(name: str, **settings) -> rendering.Renderer:
-    s = finetune.Settings(model_name=str(folder(name)), **({"lm_labels": "answer"} | settings))
-    return rendering.Renderer(tokenizer(name), s)
+def turns(content: str) -> str:
+    """A template whose turns have this content."""
+    return "{% for m in messages %}<|im_start|>{{ m['role'] }}" + content + "<|im_end|>\n{% endfor %}"
 
 
-def decode(r: rendering.Renderer, ids) -> str:
-    return r.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+def prompt_length(chat) -> int:
+    return int(np.flatnonzero(chat.labels)[0])
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_labels_are_the_answer_and_its_end_of_turn_token(name):
-    r = renderer(name)
-    for example, chat in zip(EXAMPLES, segments.encode_chats(r, EXAMPLES), strict=True):
-        text, label_ids = r.chat(example).text, chat.ids[chat.labels]
-        assert decode(r, label_ids[-1:]) == END_OF_TURN[name]
-        assert decode(r, label_ids[:-1]).strip() == example.assistant.strip()
-        # Labels are one run behind the prompt, and no prompt token is among them.
-        first = int(np.flatnonzero(chat.labels)[0])
+def test_labels_are_answer_and_end_of_turn_token_and_no_prompt_token(name):
+    e = encoder(name)
+    for example, chat in zip(EXAMPLES, e.chats(EXAMPLES), strict=True):
+        rendered, label_ids, first = e.renderer.chat(example), chat.ids[chat.labels], prompt_length(chat)
+        assert decode(e, label_ids[-1:]) == END_OF_TURN[name]
+        assert decode(e, label_ids[:-1]).strip() == example.assistant.strip()
         assert np.flatnonzero(chat.labels).tolist() == list(range(first, first + len(label_ids)))
-        assert decode(r, chat.ids[:first]).rstrip() == text[: r.chat(example).start].rstrip()
-        assert segments.end_of_turn(r) == label_ids[-1]
+        assert decode(e, chat.ids[:first]).rstrip() == rendered.text[: rendered.start].rstrip()
+        assert end_of_turn(e.renderer) == label_ids[-1]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_answer_text_leaves_the_end_of_turn_token_out(name):
-    with_end = segments.encode_chats(renderer(name), EXAMPLES)
-    without = segments.encode_chats(renderer(name, lm_labels="answer_text"), EXAMPLES)
-    for a, b in zip(with_end, without, strict=True):
+def test_answer_text_excludes_end_of_turn_token(name):
+    without = encoder(name, lm_labels="answer_text").chats(EXAMPLES)
+    for a, b in zip(encoder(name).chats(EXAMPLES), without, strict=True):
         assert a.ids.tolist() == b.ids.tolist()
         assert np.flatnonzero(a.labels)[:-1].tolist() == np.flatnonzero(b.labels).tolist()
 
 
-def test_scope_all_is_every_token_and_reference_all_but_the_pad_id():
-    chats = segments.encode_chats(renderer("llama3", lm_labels="all"), EXAMPLES)
-    assert all(c.labels.all() for c in chats)
-    chats = segments.encode_chats(renderer("llama3", lm_labels="reference"), EXAMPLES)
-    pad = tokenizer("llama3").pad_token_id  # the end-of-turn token: the published protocol never learns to stop
-    assert all((c.labels == (c.ids != pad)).all() and not c.labels.all() for c in chats)
-
-
 @pytest.mark.parametrize("name", ALL)
-def test_system_text_stands_in_the_chat_and_in_no_view(name):
-    r = renderer(name, predictors=1)
+def test_system_text_is_in_chat_only_and_text_has_at_most_one_bos(name):
+    e = encoder(name, predictors=1)
     for example in EXAMPLES[:3]:
-        assert example.system in r.chat(example).text
-        assert all(example.system not in view.text for view in r.views(example))
+        assert example.system in e.renderer.chat(example).text
+        assert all(example.system not in view.text for view in e.renderer.views(example))
+    bos = e.renderer.tokenizer.bos_token_id
+    assert all((segment.ids == bos).sum() <= 1 for item in e(EXAMPLES) for segment in item)
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("k", [0, 1, 3])
-def test_views_are_read_at_the_last_content_or_predictor_token(name, k):
-    r = renderer(name, predictors=k)
+def test_view_token_is_last_content_or_predictor_token(name, k):
+    e = encoder(name, predictors=k)
     predictors = [f"<|predictor_{i}|>" for i in range(k, 0, -1)]
-    for example, (text, code) in zip(EXAMPLES, segments.encode_views(r, EXAMPLES), strict=True):
+    for example, (text, code) in zip(EXAMPLES, e.views(EXAMPLES), strict=True):
         if k:
-            assert r.tokenizer.convert_ids_to_tokens(text.ids[: text.view + 1])[-k:] == predictors
+            assert e.renderer.tokenizer.convert_ids_to_tokens(text.ids[: text.view + 1])[-k:] == predictors
         for segment, content in ((text, example.user), (code, example.assistant)):
-            read = segment.view - k if segment is text else segment.view
-            assert decode(r, segment.ids[: read + 1]).strip().endswith(content.strip())
+            last = segment.view - k if segment is text else segment.view
+            assert decode(e, segment.ids[: last + 1]).strip().endswith(content.strip())
             if content == content.strip():
-                assert not decode(r, segment.ids[:read]).endswith(content)
+                assert not decode(e, segment.ids[:last]).endswith(content)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_prompt_is_the_chat_up_to_the_answer_token_by_token(name):
-    r = renderer(name)
-    for example, chat in zip(EXAMPLES, segments.encode_chats(r, EXAMPLES), strict=True):
-        prompt = r.tokenizer(r.prompt(example), add_special_tokens=False).input_ids
-        first = int(np.flatnonzero(chat.labels)[0])
-        assert chat.ids[:first].tolist() == prompt
-        turns = [{"role": "user", "content": example.user}]
+def test_prompt_equals_chat_up_to_answer(name):
+    e = encoder(name)
+    for example, chat in zip(EXAMPLES, e.chats(EXAMPLES), strict=True):
+        prompt = e.renderer.prompt(example)
+        ids = e.renderer.tokenizer(prompt, add_special_tokens=False).input_ids
+        assert chat.ids[: prompt_length(chat)].tolist() == ids
         if example.system is None:
-            generation = r.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False, date_string="26 Jul 2024"
-            )
-            assert r.prompt(example) == generation
+            assert prompt == e.renderer.tokenizer.apply_chat_template(
+                [{"role": "user", "content": example.user}], tokenize=False, add_generation_prompt=True,
+                enable_thinking=False, date_string="26 Jul 2024",
+            )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_one_bos_token_at_most(name):
-    r = renderer(name)
-    bos = r.tokenizer.bos_token_id
-    for chat in segments.encode_chats(r, EXAMPLES):
-        assert bos is None or bos in special_only(name) or (chat.ids == bos).sum() <= 1
+def test_last_token_outside_the_view_is_refused():
+    assert all(isinstance(x, ValueError) for x in encoder("llama3", last_token=-99).views([FIRST])[0])
 
 
-def special_only(name: str) -> set[int]:
-    """Models whose beginning and end token are one (none here): a bos may then stand at the end as well."""
-    return {tokenizer(name).bos_token_id} & {tokenizer(name).eos_token_id}
+def test_system_text_precedes_user_text_if_template_refuses_or_drops_it():
+    dropping = with_template("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    for renderer in (encoder("google_gemma").renderer, encoder("mistral_nemo").renderer, dropping.renderer):
+        assert not renderer.system_turn
+        assert "Answer Good or Bad.\n\nIs it" in renderer.chat(FIRST).text
 
 
-@pytest.mark.parametrize("name", ["llama3", "google_gemma", "chatml"])
-def test_reverse_and_front_predictors(name):
-    text, code = renderer(name, predictors=2, reverse_pred=True).views(EXAMPLES[0])
-    assert "Good<|predictor_2|><|predictor_1|>" in text.text and "film" in code.text
-    text, code = renderer(name, predictors=2, front_pred=True).views(EXAMPLES[0])
-    assert "<|predictor_1|><|predictor_2|>Is it" in text.text and "predictor" not in code.text
-    first, _ = segments.encode_views(renderer(name, predictors=2, front_pred=True), EXAMPLES[:1])[0]
-    assert decode(renderer(name), first.ids[: first.view + 1]).endswith("a Good film")
+def test_dates_are_pinned():
+    e = with_template("{{ strftime_now('%Y-%m-%d') }} {{ date_string }}" + turns("{{ m['content'] }}"))
+    assert e.renderer.chat(FIRST).text.startswith("2024-07-26 26 Jul 2024")
 
 
-def test_explicit_last_token_wins():
-    text, code = segments.encode_views(renderer("llama3", last_token=-1), EXAMPLES[:1])[0]
-    assert text.view == len(text.ids) - 1 and code.view == len(code.ids) - 1
-    bad = segments.encode_views(renderer("llama3", last_token=-99), EXAMPLES[:1])[0]
-    assert all(isinstance(x, ValueError) and "-99" in str(x) for x in bad)
+def test_templates_that_cannot_be_used_are_refused():
+    no_end = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"
+    assert isinstance(with_template(no_end).chats([FIRST])[0], ValueError)
+    chat = with_template(no_end, lm_labels="answer_text").chats([FIRST])[0]
+    assert decode(encoder("chatml"), chat.ids[chat.labels]).strip() == "Good"
+    with pytest.raises(ExampleError, match="rows:1"):
+        dataset([FIRST], with_template(turns("{{ m['content'] | upper }}")))
+    for hidden in (None, turns("")):
+        with pytest.raises(UsageError, match="template"):
+            with_template(hidden)
 
 
-def test_a_template_that_refuses_or_drops_the_system_turn_gets_it_in_front_of_the_user_text():
-    assert "<start_of_turn>user\nAnswer Good or Bad.\n\nIs it" in renderer("google_gemma").chat(EXAMPLES[0]).text
-    dropping = renderer("chatml")
-    dropping.tokenizer = dataclasses.replace(_Stub(dropping.tokenizer)).tokenizer
-    r = rendering.Renderer(dropping.tokenizer, dropping.s)
-    assert not r.system_turn
-    assert "Answer Good or Bad.\n\nIs it" in r.chat(EXAMPLES[0]).text
+def test_token_that_joins_answer_and_template_text_is_refused():
+    e = with_template(turns(":a{{ m['content'] }}"))
+    joined = dataclasses.replace(FIRST, system=None, user="q", assistant="nd more")
+    assert e.renderer.tokenizer.tokenize("a" + joined.assistant)[0] != "a", "choose a text that the tokenizer joins"
+    assert isinstance(e.chats([joined])[0], ValueError)
 
 
-@dataclasses.dataclass
-class _Stub:
-    """A chatml tokenizer whose template shows no system turn."""
-
-    source: object
-
-    def __post_init__(self):
-        import copy
-
-        self.tokenizer = copy.deepcopy(self.source)
-        self.tokenizer.chat_template = (
-            "{% for m in messages %}{% if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n"
-            "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
-        )
-
-
-def with_template(template: str, **settings) -> rendering.Renderer:
-    stub = _Stub(tokenizer("chatml"))
-    stub.tokenizer.chat_template = template
-    s = finetune.Settings(model_name="stub", **({"lm_labels": "answer"} | settings))
-    return rendering.Renderer(stub.tokenizer, s)
-
-
-def test_dates_are_pinned_whatever_the_template_asks():
-    r = with_template(
-        "{{ strftime_now('%Y-%m-%d') }} {{ date_string }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-        "{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    )
-    assert r.chat(EXAMPLES[0]).text.startswith("2024-07-26 26 Jul 2024")
-
-
-def test_a_template_without_an_end_of_turn_token_is_refused_for_answers_only():
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"
-    chat = segments.encode_chats(with_template(template), EXAMPLES[:1])[0]
-    assert isinstance(chat, ValueError) and "learn to stop" in str(chat)
-    chat = segments.encode_chats(with_template(template, lm_labels="answer_text"), EXAMPLES[:1])[0]
-    assert decode(renderer("chatml"), chat.ids[chat.labels]).strip() == "Good"
-
-
-def test_content_that_the_template_changes_cannot_be_located():
-    r = with_template("{% for m in messages %}<|im_start|>{{ m['content'] | upper }}<|im_end|>{% endfor %}")
-    with pytest.raises(ExampleError, match=r"rows:1: the content cannot be located"):
-        batching.SegmentDataset(EXAMPLES[:1], r, Problems())
-
-
-def test_a_token_that_joins_answer_and_template_is_refused():
-    r = with_template("{% for m in messages %}<|im_start|>{{ m['role'] }}:a{{ m['content'] }}<|im_end|>{% endfor %}")
-    joined = Example(None, "q", "nd more", "rows:9", 9)
-    tokens = r.tokenizer.tokenize("a" + joined.assistant)
-    assert tokens[0] not in ("a",), "the tokenizer no longer joins the two; choose another text"
-    chat = segments.encode_chats(r, [joined])[0]
-    assert isinstance(chat, ValueError) and "joins" in str(chat)
-
-
-def test_plain_format():
-    r = renderer("llama3", plain=True)
-    assert r.chat(EXAMPLES[0]).text == "Is it Good or Bad: a Good film<|perception|>Good<|eot_id|>"
-    chat = segments.encode_chats(r, EXAMPLES[:1])[0]
-    assert decode(r, chat.ids[chat.labels]) == "Good<|eot_id|>"
-    assert [v.text for v in r.views(EXAMPLES[0])] == ["Is it Good or Bad: a Good film", "Good"]
-    both = renderer("llama3", plain=True, train_all=True, lm_labels="all")
-    assert both.chat(EXAMPLES[0]).text == "Is it Good or Bad: a Good film<|eot_id|>"
-    assert segments.encode_chats(both, EXAMPLES[:1])[0].labels.all()
-
-
-def test_an_example_over_max_length_is_named_or_skipped_and_counted():
-    long = dataclasses.replace(EXAMPLES[0], assistant="Good " * 200, source="rows:7")
-    r = renderer("llama3", max_length=100)
-    with pytest.raises(ExampleError, match=r"rows:7: the chat has \d+ tokens, over --max_length 100"):
-        batching.SegmentDataset([EXAMPLES[0], long], r, Problems())
-    problems = Problems(skip=True)
-    assert len(batching.SegmentDataset([EXAMPLES[0], long], r, problems)) == 1
-    assert "skipped 1 bad examples" in problems.report()
-
-
-def test_a_template_s_space_before_the_answer_is_no_part_of_the_prompt():
-    """Tokenizers join the space with the answer: a prompt that ended with it would be one that training never saw."""
-    r = with_template("{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}")
+def test_space_of_template_before_answer_is_label_not_prompt():
+    """Tokenizers join the space with the answer, so a prompt that ends with it would not occur in training."""
+    e = with_template(turns(": {{ m['content'] }}"))
     for answer in ("the word", "(a|b)", "7"):
         example = Example(None, "q", answer, "rows:1", 1)
-        chat = segments.encode_chats(r, [example])[0]
-        prompt = r.tokenizer(r.prompt(example), add_special_tokens=False).input_ids
-        assert chat.ids[: int(np.flatnonzero(chat.labels)[0])].tolist() == prompt
-        assert decode(r, chat.ids[chat.labels]) == f" {answer}<|im_end|>"
+        chat = e.chats([example])[0]
+        prompt = e.renderer.tokenizer(e.renderer.prompt(example), add_special_tokens=False).input_ids
+        assert chat.ids[: prompt_length(chat)].tolist() == prompt
+        assert decode(e, chat.ids[chat.labels]) == f" {answer}<|im_end|>"
 
 
-@pytest.mark.parametrize("name", REAL_NAMES)
-@pytest.mark.parametrize("plain", [False, True])
-def test_real_tokenizers_score_the_same_packed_and_separate_with_a_small_model(name, plain):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_plain_chat_ends_with_end_of_turn_label_and_train_all_labels_every_token():
+    plain = encoder("llama3", plain=True)
+    chat = plain.chats([FIRST])[0]
+    assert decode(plain, chat.ids) == "Is it Good or Bad: a Good film<|perception|>Good<|eot_id|>"
+    assert decode(plain, chat.ids[chat.labels]) == "Good<|eot_id|>"
+    assert encoder("llama3", plain=True, train_all=True, lm_labels="all").chats([FIRST])[0].labels.all()
 
-    r = renderer(name, predictors=2, plain=plain)
-    if plain:
-        r.tokenizer = load_tokenizer(r.s)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(r.tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1,
-                    num_attention_heads=2, num_key_value_heads=1)
-    ).eval()  # fmt: skip
-    head = finetune.HeadInput(model)
-    items = batching.SegmentDataset(EXAMPLES, r, Problems()).items
-    found = []
-    for layout in ("packed", "separate", "additive"):
-        with torch.no_grad():
-            batch = finetune.Collator(layout, r.tokenizer.pad_token_id, 128)(items)
-            logits, (text, code) = head.read(model, batch)
-        found.append((finetune.lm_loss(logits, batch["label_ids"])[0].item(), finetune.jepa_loss(text, code)[0].item()))
-    assert found[1:] == [pytest.approx(found[0], rel=1e-5)] * 2
-    assert found[0][1] > 0
+
+def test_example_longer_than_max_length_is_an_error_or_skipped():
+    long = dataclasses.replace(FIRST, assistant="Good " * 200, source="rows:7")
+    e = encoder("llama3", max_length=100)
+    with pytest.raises(ExampleError, match="rows:7: .*--max_length 100"):
+        dataset([FIRST, long], e)
+    problems = Problems(skip=True)
+    assert len(SegmentDataset([FIRST, long], e, problems, Draws(0))) == 1
+    assert list(problems.found) == ["rows:7"]

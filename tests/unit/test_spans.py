@@ -1,31 +1,29 @@
-"""The spans of --stp: which are drawn, that they lie in the content, and that nothing but the example decides them."""
+"""The spans of --stp: which are drawn, where they lie, and what decides the draws."""
 
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, MODELS
+from templates import dataset, encoder, tokenizer
 
 import finetune
 from finetune import Collator
-from llm_jepa.data import batching, spans
+from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, read_examples
-from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Segment
-from llm_jepa.data.spans import draw_patch, draw_triple
-from llm_jepa.model import load_tokenizer
+from llm_jepa.data.spans import POINTS, Draws, draw_patch, draw_triple
 
 EXAMPLES = read_examples(str(GOLDEN / "regex_rows.jsonl"), Problems())[:6]
-PARTS = ((3, 7), (10, 13))  # seven tokens, with three of the template's between them
+PARTS = ((3, 7), (10, 13))  # seven tokens, with three tokens of the template between them
 TOKENS = [3, 4, 5, 6, 10, 11, 12]
 
 
 class Fixed:
-    """A generator that draws what it was given."""
+    """A generator that draws the given numbers."""
 
     def __init__(self, *values: int):
         self.values = list(values)
@@ -36,38 +34,31 @@ class Fixed:
         return value
 
 
-@cache
-def tokenizer(name: str):
-    return load_tokenizer(finetune.Settings(model_name=str(GOLDEN / "models" / name)))
+def encoded(name: str = "llama3", draws: Draws | None = None, **flags) -> SegmentDataset:
+    return dataset(EXAMPLES, encoder(name, predictors=1, locate_user=True, **flags), draws)
 
 
-def dataset(name: str = "llama3", **flags: object) -> batching.SegmentDataset:
-    s = finetune.Settings(model_name=str(GOLDEN / "models" / name), lm_labels="answer", predictors=1, **flags)
-    return batching.SegmentDataset(EXAMPLES, Renderer(tokenizer(name), s), Problems(), dropout=True)
-
-
-def paths(data: batching.SegmentDataset, epoch: int = 0, batch: int = 6) -> list[list]:
+def paths(data: SegmentDataset, epoch: int = 0, batch: int = 6) -> list[list]:
     parts = [range(i, min(6, i + batch)) for i in range(0, 6, batch)]
     return [item[0].path.tolist() for part in parts for item in data[epoch, part]]
 
 
-def test_each_triple_of_the_parts_is_drawn_as_often_as_another():
+def test_triples_are_drawn_uniformly():
     rng = np.random.default_rng(0)
     drawn = Counter(tuple(draw_triple(rng, PARTS, 99).tolist()) for _ in range(7000))
     assert set(drawn) == {(a, b, c) for a in TOKENS for b in TOKENS for c in TOKENS if a < b < c}
     assert min(drawn.values()) > 140 and max(drawn.values()) < 270  # 35 triples, 200 each on average
 
 
-def test_no_triple_is_longer_than_asked():
+def test_triples_are_at_most_as_long_as_allowed():
     rng = np.random.default_rng(0)
     drawn = {tuple(TOKENS.index(t) for t in draw_triple(rng, PARTS, 3)) for _ in range(1000)}
     assert drawn == {(s, r, t) for s in range(7) for r in range(7) for t in range(7) if s < r < t <= s + 3}
 
 
 @pytest.mark.parametrize("longest", [99, 2])
-def test_every_span_but_the_whole_is_drawn(longest):
-    rng = np.random.default_rng(0)
-    drawn = set()
+def test_every_span_but_the_complete_text_is_drawn(longest):
+    rng, drawn = np.random.default_rng(0), set()
     for _ in range(3000):
         points = draw_patch(rng, PARTS, longest).reshape(2, 4)
         assert points[:, 0].tolist() == [2, 9] and points[:, 3].tolist() == [6, 12]
@@ -78,14 +69,12 @@ def test_every_span_but_the_whole_is_drawn(longest):
 
 
 @pytest.mark.parametrize("parts", [PARTS, ((4, 4), (6, 9)), ((2, 8),), ((0, 5),), ((0, 3), (3, 6))], ids=str)
-def test_a_patch_is_the_sum_of_its_tokens_steps_and_the_rest_that_of_the_others(parts):
+def test_patch_loss_compares_the_steps_inside_a_span_with_the_other_steps(parts):
     hidden = np.random.default_rng(1).normal(size=(14, 5))
     tokens = [t for first, stop in parts for t in range(first, stop) if t > 0]  # the first token has no step
     steps = np.array([hidden[t] - hidden[t - 1] for t in tokens])
     for a in range(len(tokens)):
-        for b in range(a + 1, len(tokens) + 1):
-            if b - a == len(tokens):
-                continue
+        for b in range(a + 1, min(len(tokens), a + len(tokens) - 1) + 1):
             inside, rest = steps[a:b].sum(axis=0), steps[:a].sum(axis=0) + steps[b:].sum(axis=0)
             expected = 1 - inside @ rest / np.linalg.norm(inside) / np.linalg.norm(rest)
             points = draw_patch(Fixed(a, b - 1), parts, 99)
@@ -94,7 +83,7 @@ def test_a_patch_is_the_sum_of_its_tokens_steps_and_the_rest_that_of_the_others(
 
 
 @pytest.mark.parametrize("parts", [((0, 0), (0, 0)), ((3, 4), (7, 8)), ((5, 6),)], ids=str)
-def test_a_text_too_short_for_a_triple_or_a_span_has_none(parts):
+def test_text_too_short_for_a_span_has_none(parts):
     rng, tokens = np.random.default_rng(0), sum(stop - first for first, stop in parts)
     assert draw_triple(rng, parts, 99) is None
     assert (draw_patch(rng, parts, 99) is None) == (tokens < 2)
@@ -102,58 +91,55 @@ def test_a_text_too_short_for_a_triple_or_a_span_has_none(parts):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_turns_of_a_chat_are_located(name):
-    gemma = name == "google_gemma"  # its template has no system turn
-    for example, (chat, *_) in zip(EXAMPLES, dataset(name, stp="geodesic").items, strict=True):
+def test_user_turn_and_answer_are_located(name):
+    system = name == "google_gemma"  # its template has no system turn
+    for example, (chat, *_) in zip(EXAMPLES, encoded(name).items, strict=True):
         user, answer = (tokenizer(name).decode(chat.ids[slice(*part)]) for part in (chat.user, chat.answer))
-        assert user.strip() == (f"{example.system}\n\n{example.user}" if gemma else example.user)
+        assert user.strip() == (f"{example.system}\n\n{example.user}" if system else example.user)
         assert answer.strip() == example.assistant
 
 
-@pytest.mark.parametrize("flags", [{}, {"regular": True}, {"text_view": "in_chat"}, {"plain": True}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"jepa": False}, {"text_view": "in_chat"}, {"plain": True}], ids=str)
 @pytest.mark.parametrize("part", ["content", "user", "answer", "chat"])
-def test_spans_lie_in_the_part_they_are_drawn_from(part, flags):
-    for stp in spans.POINTS:
-        data = dataset(stp=stp, stp_part=part, stp_spans=20, **flags)
-        for chat, *_ in data[0, range(6)]:
-            inside = {*range(*chat.user)} if part in ("content", "user") else set()
-            inside |= {*range(*chat.answer)} if part in ("content", "answer") else set()
-            inside = {*range(len(chat.ids) - chat.branch)} if part == "chat" else inside
-            assert chat.path.shape == (20, spans.POINTS[stp]) and chat.path.min() >= 0
-            if stp == "geodesic":
-                assert {*chat.path.flatten().tolist()} <= inside and (np.diff(chat.path) > 0).all()
-            else:  # a step of token t is read at t − 1 and t
-                between = {t for s in chat.path.reshape(-1, 4).tolist() for t in range(s[0] + 1, s[3] + 1)}
-                assert between == inside - {0}
+@pytest.mark.parametrize("variant", POINTS)
+def test_spans_lie_in_their_part_of_the_chat(variant, part, flags):
+    draws = Draws(42, stp_variant=variant, stp_part=part, stp_spans=20)
+    for chat, *_ in encoded(draws=draws, **flags)[0, range(6)]:
+        inside = {*range(*chat.user)} if part in ("content", "user") else set()
+        inside |= {*range(*chat.answer)} if part in ("content", "answer") else set()
+        inside = {*range(len(chat.ids) - chat.branch)} if part == "chat" else inside
+        assert chat.path.shape == (20, POINTS[variant]) and chat.path.min() >= 0
+        if variant == "geodesic":
+            assert {*chat.path.flatten().tolist()} <= inside and (np.diff(chat.path) > 0).all()
+        else:  # the step of token t is read at t − 1 and t
+            between = {t for s in chat.path.reshape(-1, 4).tolist() for t in range(s[0] + 1, s[3] + 1)}
+            assert between == inside - {0}
 
 
-@pytest.mark.parametrize("stp", spans.POINTS)
-def test_draws_are_decided_by_seed_epoch_and_example_alone(stp):
-    first = paths(dataset(stp=stp, stp_spans=3))
+@pytest.mark.parametrize("variant", POINTS)
+def test_draws_depend_on_seed_epoch_and_example_only(variant):
+    def drawn(seed: int = 42, spans: int = 3, ratio: float = 1.0, **flags) -> SegmentDataset:
+        return encoded(draws=Draws(seed, ratio, variant, stp_spans=spans), **flags)
+
+    first = paths(drawn())
     for batch in (1, 2, 5):
-        assert paths(dataset(stp=stp, stp_spans=3), batch=batch) == first
-    for flags in ({"regular": True}, {"jepa_ratio": 0.5}, {"text_view": "in_chat"}):
-        assert paths(dataset(stp=stp, stp_spans=3, **flags)) == first, flags
-    assert [path[:2] for path in first] == paths(dataset(stp=stp, stp_spans=2))
-    assert paths(dataset(stp=stp, stp_spans=3), epoch=1) != first
-    assert paths(dataset(stp=stp, stp_spans=3, finetune_seed=7)) != first
+        assert paths(drawn(), batch=batch) == first
+    for same in (drawn(jepa=False), drawn(ratio=0.5), drawn(text_view="in_chat")):
+        assert paths(same) == first
+    assert paths(drawn(spans=2)) == [path[:2] for path in first]
+    assert paths(drawn(), epoch=1) != first and paths(drawn(seed=7)) != first
     assert len({str(path[0]) for path in first}) > 1
+    assert encoded()[0, [0]][0][0].path is None
 
 
 @pytest.mark.parametrize("layout", sorted(finetune.LAYOUTS))
-def test_a_batch_points_at_the_tokens_of_the_spans(layout):
+def test_batch_points_at_the_tokens_of_the_spans(layout):
     chats = [
         Segment("chat", 1000 * i + np.arange(n), np.ones(n, dtype=bool), path=np.array(path, int).reshape(-1, 3))
         for i, (n, path) in enumerate([(9, [[0, 2, 8], [1, 2, 3]]), (2, []), (5, [[0, 1, 4]])])
     ]
     views = [Segment("code_view", np.full(3, -5), np.zeros(3, dtype=bool), 2) for _ in chats]
     batch = Collator(layout, pad_id=-7, tokens_per_row=11, points=3)(list(zip(chats, views, strict=True)))
-    ids = batch["input_ids"][tuple(batch["span_at"])]  # (K, S)
+    ids = batch["input_ids"][tuple(batch["path_at"])]  # (K, S)
     assert ids.T.tolist() == [[0, 2, 8], [1, 2, 3], [2000, 2001, 2004]]
-    assert batch["targets"][2] == 3
-
-
-def test_without_stp_nothing_is_drawn():
-    for flags in ({}, {"stp": "patch", "stp_lbd": 0.0}):
-        chat = dataset(**flags)[0, [0]][0][0]
-        assert chat.path is None and chat.user == (0, 0)
+    assert batch["counts"][2] == 3

@@ -1,0 +1,510 @@
+"""Runs the commands of run.sh and run8bh200.sh for all seeds and data sets, several at a time if JOBS is larger than 1.
+
+The shell scripts pass their command lines as templates, for instance `finetune.py --train_file {train_file} {flags}`. A
+word `{name}` is replaced by the value of that name, or by several words if the value is a list. A flag whose value is
+empty is left out. Finished runs are skipped, unfinished ones resumed. The name of a run folder contains its settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llm_jepa.cli import UsageError, run_command
+from llm_jepa.files import read_json, sha256
+from llm_jepa.reports import sweep
+
+TINY = "models/tiny"  # has no weights: trained from random initialization
+ALL_SEEDS = "82 23 37 84 4"  # the paper's
+TINY_DEFAULTS = {"learning_rate": "1e-3", "epochs": "2", "learning_rates": "5e-4 1e-3 2e-3 4e-3"}
+TINY_FLAGS = {"--batch_size": "8", "--grad_accum": "1", "--warmup_steps": "0.05", "--adam_beta2": "0.98"}
+PAPER_FLAGS = {
+    "--lm_labels": "reference", "--max_length": "512", "--batch_size": "4", "--grad_accum": "4",
+    "--lr_scheduler_type": "linear", "--warmup_steps": "0", "--weight_decay": "0", "--adam_beta2": "0.999",
+    "--max_grad_norm": "1", "--dtype": "auto",
+}  # fmt: skip
+MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024"}  # data sets with examples of more than 512 tokens
+FIELD_FLAGS = ("--text_field", "--code_field", "--system")  # flags that the evaluation needs too
+RUN_FLAGS = ("--output_dir", "--dry_run")
+SETTING_FLAGS = ("--train_file", "--data_file", "--model_name", "--learning_rate", "--num_epochs", "--last_token",
+                 "--predictors", "--lbd", "--finetune_seed", "--regular")  # fmt: skip
+NUMBER, WHOLE, COUNT = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", r"(?:0|[1-9]\d*)", r"[1-9]\d*"
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+
+
+def several(pattern: str) -> str:
+    """The pattern of a list with commas or spaces."""
+    return rf"[, ]*{pattern}(?:[, ]+{pattern})*[, ]*"
+
+
+def items(text: str) -> list[str]:
+    """The items of a list with commas or spaces, without duplicates."""
+    return list(dict.fromkeys(text.replace(",", " ").split()))
+
+
+def variable(names: str, pattern: str, default: str = "") -> Any:
+    """A setting that the environment variables `names` set."""
+    return dataclasses.field(default=default, metadata={"variables": names.split(), "pattern": pattern})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments and variables as the user wrote them: folder names contain this text. The first nine are positional."""
+
+    model: str = variable("MODEL", "[^-].*", TINY)
+    learning_rate: str = variable("LR LEARNING_RATE", NUMBER, "2e-5")
+    epochs: str = variable("EPOCHS", NUMBER, "4")
+    last_token: str = variable("LAST_TOKEN", r"(?:-?\d+)?")
+    predictors: str = variable("PREDICTORS", WHOLE, "1")
+    seeds: str = variable("SEEDS", f"{several(WHOLE)}|all", "all")
+    lbd: str = variable("LBD", NUMBER, "1")
+    datasets: str = variable("DATASET", several(NAME), "synth")
+    runs_dir: str = variable("RUNS_DIR", ".+", "runs")
+    reports_dir: str = variable("REPORTS_DIR", ".+", "reports")
+    protocol: str = variable("PROTOCOL", "(?:paper)?")
+    task: str = variable("TASK", ".*")
+    allow: str = variable("ALLOW", ".*")
+    nproc: str = variable("NPROC", COUNT, "1")
+    nnodes: str = variable("NNODES", COUNT, "1")
+    node_rank: str = variable("NODE_RANK", WHOLE, "0")
+    jobs: str = variable("JOBS", COUNT, "1")
+    pretrain_arm: str = variable("ARM", "jepa|regular", "jepa")
+    pretrain_dataset: str = variable("PRETRAIN_DATASET", NAME, "paraphrase")
+    finetune_lr: str = variable("FINETUNE_LR", f"(?:{NUMBER})?")
+    finetune_epochs: str = variable("FINETUNE_EPOCHS", f"(?:{NUMBER})?")
+    grid_k: str = variable("GRID_K", several(WHOLE), "0 1 2 3 4")
+    grid_lbd: str = variable("GRID_LBD", several(NUMBER), ".5 1 2 4")
+    learning_rates: str = variable("LEARNING_RATES", several(NUMBER), "1e-5 2e-5 4e-5 8e-5")
+    sweep_seeds: str = variable("SWEEP_SEED", several(WHOLE), "42")
+    eval_split: str = variable("EVAL_SPLIT", r"0?\.\d+", "0.2")
+    split_seed: str = variable("SPLIT_SEED", WHOLE, "42")
+
+    @classmethod
+    def read(cls, command: str, given: list[str], environment: Mapping[str, str]) -> Settings:
+        """Arguments win over variables, those over defaults; '' and '-' are not given. Raises UsageError."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        arguments = dict(zip(fields, given, strict=False))
+
+        def value(name: str, default: str) -> str:
+            field = fields[name]
+            variables = field.metadata["variables"]
+            values = [arguments.get(name, ""), *(environment.get(v, "") for v in variables), default]
+            found = next((v for v in values if v not in ("", "-")), "")
+            if not re.fullmatch(field.metadata["pattern"], found):
+                raise UsageError(f"{variables[0]} cannot be '{found}' (see --help)")
+            return found
+
+        model = value("model", cls.model).removesuffix("/")
+        defaults = {name: field.default for name, field in fields.items()}
+        defaults |= (TINY_DEFAULTS if model == TINY else {}) | ({"epochs": "4"} if environment.get("PROTOCOL") else {})
+        if command == "run_pretrain":
+            defaults["datasets"] = "rotten_tomatoes,yelp"
+        found = {name: value(name, default) for name, default in defaults.items()} | {"model": model}
+        found["finetune_lr"] = found["finetune_lr"] or found["learning_rate"]
+        found["finetune_epochs"] = found["finetune_epochs"] or found["epochs"]
+        found["seeds"] = ALL_SEEDS if found["seeds"] == "all" else found["seeds"]
+        return cls(**found)
+
+    def folder_name(self, dataset: str, details: str, flags: Iterable[str], end: str = "") -> str:
+        """Different settings never share a folder: extra flags are part of the name as a hash."""
+        steps = re.search(r" --max_steps[= ](\S+) ", f" {' '.join(flags)} ")
+        name = f"{dataset}-{Path(self.model).name}-{details}-" + (f"{steps[1]}steps" if steps else f"e{self.epochs}")
+        name += (f"-{self.protocol}" if self.protocol else "") + end
+        processes = int(self.nproc) * int(self.nnodes)
+        name += f"-p{processes}" if processes > 1 else ""
+        mark = hashlib.sha256("".join(f"{flag}\n" for flag in flags).encode()).hexdigest()[:8]
+        return name + (f"-x{mark}" if flags else "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its evaluation."""
+
+    settings: Settings
+    method: str  # regular or jepa
+    dataset: str
+    seed: str
+    flags: tuple[str, ...] = ()  # of the user, for finetune.py
+    kind: str = ""  # cell: of a sweep, on held-out examples; pretrain and plain: the two steps of run_pretrain
+    tiny: bool = False  # whether the embedded model's flags are the default, also after its pretraining
+
+    @property
+    def train_file(self) -> str:
+        return f"datasets/{self.dataset}_train.jsonl"
+
+    @property
+    def test_file(self) -> str:
+        return self.train_file if self.kind == "cell" else f"datasets/{self.dataset}_test.jsonl"
+
+    @property
+    def name(self) -> str:
+        s = self.settings
+        details = f"{self.method}-lr{s.learning_rate}"
+        if self.method == "jepa":
+            details += f"-lbd{s.lbd}-k{s.predictors}" + (f"-t{s.last_token}" if s.last_token else "")
+        details += f"-{self.kind}" if self.kind in ("pretrain", "plain") else ""
+        split = f"-val{s.eval_split}-{s.split_seed}" if self.kind == "cell" else ""
+        return s.folder_name(self.dataset, details, self.flags, f"{split}-s{self.seed}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.runs_dir, self.name)
+
+    def default_flags(self) -> list[str]:
+        """Flags of the model, the protocol and the data set that the user's flags do not replace."""
+        given = {flag.partition("=")[0] for flag in self.flags}
+        defaults = dict(PAPER_FLAGS if self.settings.protocol else TINY_FLAGS if self.tiny else {})
+        if self.dataset in MAX_LENGTH:
+            defaults["--max_length"] = MAX_LENGTH[self.dataset]
+        if "--tokens_per_batch" in given:
+            defaults.pop("--batch_size", None)
+        words = [word for flag, value in defaults.items() if flag not in given for word in (flag, value)]
+        if self.settings.model == TINY:
+            words.append("--pretrain")
+        # Without accumulation --reference_grad_scale has no effect and is refused.
+        accumulates = not re.search(r" --grad_accum[= ]1 ", f" {' '.join(self.flags)} ")
+        if self.settings.protocol and self.method == "jepa" and accumulates:
+            words.append("--reference_grad_scale")
+        return words
+
+    def fields(self) -> list[str]:
+        """Those of the user's flags that say how examples are read."""
+        kept, words = [], iter(self.flags)
+        for word in words:
+            if word.partition("=")[0] in FIELD_FLAGS:
+                kept += [word] if "=" in word else [word, *itertools.islice(words, 1)]
+            elif word == "--skip_bad_examples":
+                kept.append(word)
+        return kept
+
+    def values(self) -> dict[str, Any]:
+        """The values of a template's names."""
+        lists = {"defaults": self.default_flags(), "flags": list(self.flags), "fields": self.fields()}
+        lists |= {"resume": ["--resume"] * self.folder.exists(), "plain": ["--plain"] * ("--plain" in self.flags)}
+        own = {name: str(getattr(self, name)) for name in ("seed", "train_file", "test_file", "name")}
+        steps = any(flag.partition("=")[0] == "--max_steps" for flag in self.flags)  # they replace the epochs
+        return vars(self.settings) | own | lists | {"run": str(self.folder)} | ({"epochs": ""} if steps else {})
+
+    def is_trained(self) -> bool:
+        """Whether the folder has this finished run. Raises UsageError if it belongs to another model or other data."""
+        arguments, record = self.folder / "args.json", self.folder / "run.json"
+        if arguments.exists() and read_json(arguments)["model_name"] != self.settings.model:
+            raise UsageError(f"{self.folder} was made with another model of this name; choose another RUNS_DIR")
+        if not is_finished(self.folder):
+            return False
+        if sha256(self.train_file) not in read_json(record)["data_sha256"].values():
+            raise UsageError(f"{self.folder} was not trained on this {self.train_file}; choose another RUNS_DIR")
+        return True
+
+    def is_evaluated(self) -> bool:
+        """Whether the folder has this evaluation. Raises UsageError if it has another one of the data set."""
+        path = self.folder / "eval" / self.dataset / "metrics.json"
+        if not path.exists():
+            return False
+        metrics = read_json(path)
+        if metrics["data_sha256"] != sha256(self.test_file):
+            raise UsageError(f"{path} was not made from this {self.test_file}; remove {path.parent}")
+        if metrics["settings"].get("max_examples"):
+            raise UsageError(f"{path} covers only --max_examples of {self.test_file}; remove {path.parent}")
+        if self.settings.task and metrics["task"] != self.settings.task:
+            raise UsageError(f"{path} is not of TASK '{self.settings.task}'; remove {path.parent}")
+        return True
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run folder's training is finished."""
+    path = folder / "run.json"
+    return path.exists() and read_json(path).get("status") == "finished"
+
+
+def fill(template: str, values: Mapping[str, Any]) -> list[str]:
+    """The words of a template with its names replaced by their values; a flag whose value is empty is left out."""
+    words: list[str] = []
+    for word in template.split():
+        value = values[word[1:-1]] if re.fullmatch(r"\{\w+\}", word) else word.format_map(values)
+        if isinstance(value, list):
+            words += value
+        elif value:
+            words.append(value)
+        else:
+            words.pop()
+    return words
+
+
+def partition(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words before and after the first `--`."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+class CommandFailed(Exception):
+    """A command failed or a signal arrived: the driver ends with this exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+class Driver:
+    """The runs of one call of the script. Raises UsageError if an argument, a variable or a flag is wrong."""
+
+    def __init__(self, script: str, templates: Mapping[str, str], arguments: list[str]):
+        self.templates = templates
+        self.command, *words = arguments or [""]
+        commands = ["run_regular", "run_jepa", "compare"]
+        commands += [
+            name for name, need in (("run_pretrain", "train_plain"), ("sweep", "train_cell")) if need in templates
+        ]
+        if self.command not in commands:
+            raise UsageError(f"unknown function '{self.command}', expected one of {', '.join(commands)} (see --help)")
+        given, rest = partition(words)
+        self.flags, self.later = map(tuple, partition(rest))
+        self.both_arms = self.command in ("compare", "sweep")
+        limit = 2 if self.both_arms else 9
+        if len(given) > limit:
+            raise UsageError(f"too many arguments: {self.command} accepts {limit}, the next is '{given[limit]}'")
+        if "--" in rest and self.command in ("run_regular", "run_jepa"):
+            raise UsageError("a second -- is only for run_pretrain, compare and sweep")
+        for flag in (word.partition("=")[0] for word in self.flags + self.later):
+            if flag in RUN_FLAGS or (flag == "--tokens_per_batch" and self.both_arms):
+                raise UsageError(f"{flag} is not for {script} {self.command}")
+            if flag in SETTING_FLAGS:
+                raise UsageError(f"{flag} is set by an argument or a variable (see --help)")
+        if self.both_arms:
+            dataset, model = (*given, "", "")[:2]
+            given = [model, *[""] * 6, dataset]
+        self.settings = Settings.read(self.command, given, os.environ)
+        if self.both_arms and len(items(self.settings.datasets)) > 1:
+            raise UsageError(f"{self.command} accepts one data set, not '{self.settings.datasets}'")
+        for run in itertools.chain(*self.chains()):
+            for file in [run.train_file] + [run.test_file] * (run.kind != "pretrain"):
+                if not Path(file).exists():
+                    raise UsageError(f"{file} does not exist; see datasets/README.md")
+        self.starting, self.stopping = threading.Lock(), False
+
+    # ---------------------------------------------------------------------------------------------- which runs
+
+    def make_run(self, method: str, seed: str, dataset: str, settings: Settings, kind: str = "") -> Run:
+        """A run of one arm with the user's flags for it."""
+        flags = self.flags + (self.later if method == "jepa" else ())
+        return Run(settings, method, dataset, seed, flags, kind, settings.model == TINY)
+
+    def chains(self) -> list[list[Run]]:
+        """The runs in the order in which they start; each chain runs in sequence."""
+        s, names = self.settings, items(self.settings.datasets)
+        methods = ["regular", "jepa"] if self.both_arms else [self.command.removeprefix("run_")]
+        if methods != ["pretrain"]:
+            return [[self.make_run(m, seed, name, s)] for seed in items(s.seeds) for m in methods for name in names]
+        chains = []
+        for seed in items(s.seeds):
+            base = Run(s, s.pretrain_arm, s.pretrain_dataset, seed, self.flags, "pretrain", s.model == TINY)
+            after = replace(s, model=str(base.folder), learning_rate=s.finetune_lr, epochs=s.finetune_epochs)
+            runs = [Run(after, "regular", name, seed, self.later, "plain", base.tiny) for name in names]
+            chains.append([base, *runs])
+        return chains
+
+    def report_folder(self) -> Path:
+        """The folder of the report of both arms."""
+        s = self.settings
+        details = f"lr{s.learning_rate}-lbd{s.lbd}-k{s.predictors}"
+        if self.command == "sweep":
+            details = f"val{s.eval_split}-{s.split_seed}"
+        flags = self.flags + (("--", *self.later) if self.later else ())
+        return Path(s.reports_dir, s.folder_name(items(s.datasets)[0], f"{self.command}-{details}", flags))
+
+    def pick(self) -> None:
+        """Sets the learning rate, k and λ to those of the best cells on held-out examples."""
+        s, folder = self.settings, self.report_folder()
+        done: list[Run] = []
+
+        def best(method: str, grid: list[Settings]) -> Settings:
+            seeds, (dataset,) = items(s.sweep_seeds), items(s.datasets)
+            cells = [self.make_run(method, seed, dataset, cell, "cell") for cell in grid for seed in seeds]
+            self.run_all([[cell] for cell in cells])
+            done.extend(cells)
+            picked = sweep.pick(method, [run.folder for run in done], folder / "sweep.json")
+            return next(run.settings for run in cells if str(run.folder) == picked)
+
+        grid = [replace(s, learning_rate=r, runs_dir=str(folder / "cells")) for r in items(s.learning_rates)]
+        picked = best("regular", grid)
+        grid = [replace(picked, predictors=k, lbd=lbd) for k in items(s.grid_k) for lbd in items(s.grid_lbd)]
+        self.settings = replace(best("jepa", grid), runs_dir=s.runs_dir)
+
+    # ------------------------------------------------------------------------------------------ running commands
+
+    def work(self) -> int:
+        """Runs everything that is not done; the exit code."""
+        if "preflight" in self.templates:
+            self.preflight()
+        if self.command == "sweep":
+            self.pick()
+        runs = self.run_all(self.chains())
+        if self.settings.node_rank != "0":
+            return 0
+        words = ["-m", "llm_jepa.report", *(str(run.folder) for run in runs)]
+        if self.both_arms:
+            allow = self.settings.allow.split() + ["reference_grad_scale"] * bool(self.settings.protocol)
+            words += ["--output_dir", str(self.report_folder()), *(["--allow", *allow] if allow else [])]
+        return self.call(words)[0]
+
+    def preflight(self) -> None:
+        """Checks the node, the model and the disk, unless all runs are finished."""
+        s = self.settings
+        left = [run for (run,) in self.chains() if not is_finished(run.folder)]
+        names = items(s.datasets)
+        arms = {"regular": ["--regular"], "jepa": ["--predictors", s.predictors, "--lbd", s.lbd]}
+        lengths = [MAX_LENGTH[name] for name in names if name in MAX_LENGTH]
+        shared = ["--pretrain"] * (s.model == TINY) + (["--max_length", max(lengths, key=int)] if lengths else [])
+        flags: list[str] = []
+        for arm in arms if self.both_arms else [self.command.removeprefix("run_")]:
+            flags += ["--", *arms[arm], *shared, *self.flags, *(self.later if arm == "jepa" else ())]
+        files = ",".join(f"datasets/{name}_{part}.jsonl" for name in names for part in ("train", "test"))
+        values = vars(s) | {"data_files": files, "left": str(len(left)), "arms": flags}
+        if left and (code := self.call(fill(self.templates["preflight"], values))[0]):
+            raise CommandFailed("not ready (see above)", code)
+
+    def run_all(self, chains: list[list[Run]]) -> list[Run]:
+        """Runs the chains, JOBS at a time; the first failure ends the others. Returns the runs that were evaluated."""
+        runs = [run for chain in chains for run in chain if run.kind != "pretrain"]
+        if self.settings.node_rank == "0":
+            for run in {r.test_file: r for r in runs if not is_finished(r.folder)}.values():
+                if code := self.call(self.words("check", run), stdout=subprocess.DEVNULL)[0]:
+                    raise CommandFailed(f"{run.test_file} cannot be scored; TASK=text is for data of your own", code)
+        with ThreadPoolExecutor(int(self.settings.jobs)) as pool:
+            futures = [pool.submit(self.run_chain, chain) for chain in chains]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                self.stop()
+                raise
+        return runs
+
+    def run_chain(self, chain: list[Run]) -> None:
+        """Trains and evaluates runs and prints a line for each, until anything has failed."""
+        try:
+            for run in chain:
+                if self.stopping:
+                    return
+                self.run_steps(run)
+        except BaseException:
+            if not self.stopping:  # else a consequence of another failure
+                self.stopping = True  # at once, so that no other chain starts
+                raise
+
+    def run_steps(self, run: Run) -> None:
+        """Trains and evaluates a run as far as that is not done, and prints its line."""
+        done = ["training"] if run.is_trained() else self.execute("train", run)
+        if run.kind == "pretrain" or self.settings.node_rank != "0":
+            return
+        done += ["evaluation"] if run.is_evaluated() else self.execute("evaluate", run)
+        code, line = self.call(["-m", "llm_jepa.report", "--line", str(run.folder)], stdout=subprocess.PIPE)
+        if code:
+            raise CommandFailed(f"{run.folder} cannot be read", code)
+        print(line.rstrip() + (f"  (done before: {', '.join(done)})" if done else ""), flush=True)
+
+    def words(self, step: str, run: Run) -> list[str]:
+        """A command line of a run; cells of a sweep read the two parts of the train file."""
+        kind = f"pretrain_{run.method}" if run.kind == "pretrain" else "plain" if run.kind == "plain" else run.method
+        text = self.templates[step if step == "check" else f"{step}_{kind}"]
+        if run.kind == "cell":
+            text = text.replace("--train_file {train_file}", self.templates["train_cell"])
+            text = text.replace("--input_file {test_file}", self.templates["evaluate_cell"])
+        return fill(f"{self.templates.get(f'launch_{step}', '')} {text}", run.values())
+
+    def execute(self, step: str, run: Run) -> list[str]:
+        """Trains or evaluates. Raises CommandFailed with the end of the log if there is one."""
+        log = None
+        if self.both_arms or self.settings.jobs != "1":
+            node = f"-node{self.settings.node_rank}" if self.settings.node_rank != "0" else ""
+            log = run.folder.parent / ".logs" / f"{run.name}{node}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+        code, _ = self.call(self.words(step, run), subprocess.DEVNULL if step == "evaluate" else None, log)
+        for _ in range(60 if self.settings.nnodes != "1" else 0):  # a shared file system may show files with a delay
+            if code or is_finished(run.folder):
+                break
+            time.sleep(1)
+        if not code and is_finished(run.folder):
+            return []
+        what = f"{'training' if step == 'train' else 'evaluation'} of seed {run.seed} ended " + (
+            f"with exit code {code}" if code else "unfinished"
+        )
+        tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-5:] if log else []
+        raise CommandFailed("\n".join([f"{what}: {run.folder}" + f", log {log}" * bool(log), *tail]), code or 1)
+
+    def call(self, words: list[str], stdout: int | None = None, log: Path | None = None) -> tuple[int, str]:
+        """Runs Python with these arguments; its exit code and, if stdout is a pipe, its output."""
+        jobs, cores = int(self.settings.jobs), os.cpu_count() or 1
+        # Threads that wait actively make a step several times slower as soon as another process needs a core.
+        variables = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+        if "llm_jepa.large.launch" in words:
+            variables["OMP_NUM_THREADS"] = str(max(1, cores // jobs // int(self.settings.nproc)))
+        elif jobs > 1:
+            variables.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+        with self.starting, open(log, "ab") if log else contextlib.nullcontext() as output:
+            if self.stopping:
+                raise CommandFailed("stopped", 1)
+            process = subprocess.Popen(
+                [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=stdout or output, stderr=output, text=True,
+                env=variables, process_group=0,
+            )  # fmt: skip
+        printed = process.communicate()[0] or ""
+        return process.returncode, printed
+
+    def stop(self) -> None:
+        """Ends all processes that were started, also those of torchrun."""
+        with self.starting:
+            self.stopping = True
+        processes = psutil.Process().children(recursive=True)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(processes, timeout=5)[1]:
+            process.kill()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Arguments: name of the script, NAME=TEMPLATE …, --, arguments of the script. Exit code: as run_command's."""
+    script, *rest = sys.argv[1:] if argv is None else argv
+    templates, arguments = partition(rest)
+
+    def work() -> int:
+        driver = Driver(script, dict(word.split("=", 1) for word in templates), arguments)
+
+        def on_signal(number: int, frame: object) -> None:
+            if not driver.stopping:
+                raise CommandFailed("stopped; the same command resumes", 128 + number)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, on_signal)
+        try:
+            return driver.work()
+        except CommandFailed as error:
+            driver.stop()
+            print(f"{script}: {error}", file=sys.stderr)
+            return error.code
+
+    return run_command(script, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

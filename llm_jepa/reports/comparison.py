@@ -1,0 +1,194 @@
+"""Group results into arms and compare each data set's arms with a reference arm, seed by seed.
+
+Runs that differ in more than their seed are different arms. Two arms are compared if only the method differs
+(METHOD_SETTINGS), or if the user allows the other differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_jepa.cli import UsageError
+from llm_jepa.reports.results import Result
+from llm_jepa.reports.stats import Comparison, compare, conclude
+
+JEPA_SETTINGS = set(
+    "lbd predictors last_token jepa_l2 jepa_mse infonce front_pred reverse_pred text_view jepa_ratio same_flop".split()
+)
+STP_SETTINGS = set("stp stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer".split())
+METHOD_SETTINGS = JEPA_SETTINGS | STP_SETTINGS | {"regular", "layout", "additive_mask"}
+UNKNOWN_CODE = {"git_commit": None, "git_dirty": True}  # equal values do not show that the code was the same
+
+
+@dataclass
+class Table:
+    """The arms of a data set by label, the reference first, and their comparisons with the reference."""
+
+    dataset: str
+    arms: dict[str, list[Result]]
+    reference: str | None = None  # None if there is only one arm
+    comparisons: list[Comparison] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)  # arms that were not compared, and why
+    allowed: dict[str, list[str]] = field(default_factory=dict)  # differences accepted by --allow, by arm
+
+    @property
+    def first(self) -> Result:
+        """A result of the first arm."""
+        return next(iter(self.arms.values()))[0]
+
+    def by_arm(self) -> dict[str, list[Comparison]]:
+        """The comparisons of each compared arm."""
+        arms = dict.fromkeys(c.arm for c in self.comparisons)
+        return {arm: [c for c in self.comparisons if c.arm == arm] for arm in arms}
+
+    def remarks(self) -> list[str]:
+        """The remarks on all runs."""
+        results = [(label, r) for label, arm in self.arms.items() for r in arm]
+        return [f"{label}, seed {r.seed}, {text}" for label, r in results for text in r.remarks()]
+
+
+def flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts with their dotted names."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, part in value.items():
+        yield from flatten(f"{name}.{key}" if name else key, part)
+
+
+def attributes(result: Result, environment: bool = True) -> dict[str, Any]:
+    """Everything in which two results can differ, by dotted name: settings, data, evaluation and environment."""
+    base, parts = result.inputs["pretraining"], dict(result.settings)
+    if base:
+        del parts["model_name"]  # the folder of the pretraining run, which `base` describes
+    parts |= {"pretrained": bool(base)}
+    parts |= {name: value for name, value in result.inputs.items() if name != "pretraining" or base}
+    parts |= {"task": result.task, "n": result.n, "scores": result.scores()}
+    return dict(flatten("", parts | (result.environment if environment else {})))
+
+
+def arms_by_dataset(results: list[Result]) -> dict[str, dict[str, list[Result]]]:
+    """The arms of each data set by label, in the order of their first results."""
+    datasets: dict[str, dict[str, list[Result]]] = {}
+    for result in results:
+        datasets.setdefault(result.dataset, {}).setdefault(result.arm(), []).append(result)
+    return {dataset: label_arms(list(arms.values())) for dataset, arms in datasets.items()}
+
+
+def label_arms(arms: list[list[Result]]) -> dict[str, list[Result]]:
+    """The arms of a data set by a short label: method, λ, k, and each value that at most half of the arms have."""
+    described, labels = [attributes(arm[0], environment=False) for arm in arms], []
+    for own in described:
+        regular = own.get("regular")
+        signs = {} if regular else {"λ": "lbd", "k": "predictors"}
+        hidden = {"regular", "lbd", "predictors", "additive_mask", "scores", "stp"}
+        hidden |= JEPA_SETTINGS if regular else set()
+        shown = [f"{sign}={own[name]:g}" for sign, name in signs.items() if own.get(name) is not None]
+        for name, value in sorted(own.items()):
+            same = sum(other.get(name, value) == value for other in described)
+            if name in hidden or same > len(described) / 2 or value is None or value is False:
+                continue
+            text = " ".join(str(value).strip("[']").split())[: 8 if "data" in name else 40]
+            shown.append(name if value is True else f"{name} {text}")
+        methods = ([] if regular else ["JEPA"]) + ([f"STP {own['stp']}"] if own.get("stp") else [])
+        labels.append(f"{' + '.join(methods) or 'regular'} {', '.join(shown)}".strip())
+    return {
+        label if labels.count(label) == 1 else f"{label} ({arm[0].run.name})": arm
+        for label, arm in zip(labels, arms, strict=True)
+    }
+
+
+def differences(reference: list[Result], arm: list[Result]) -> dict[str, str]:
+    """What the results differ in apart from the method: name → both values and their runs.
+
+    An unknown commit or one with uncommitted changes counts as a difference.
+    """
+    first, found = reference[0], {}
+    expected = attributes(first)
+    for result in [*reference, *arm]:
+        own = attributes(result)
+        for name in expected | own:
+            if name.startswith("pretraining.") and own["pretrained"] != expected["pretrained"]:
+                continue  # `pretrained` already shows the difference
+            value, other, last = own.get(name), expected.get(name), name.rsplit(".", 1)[-1]
+            unknown = last in UNKNOWN_CODE and value == UNKNOWN_CODE[last]
+            is_method = name.removeprefix("pretraining.") in METHOD_SETTINGS
+            is_method |= name == "steps" and bool(own.get("same_flop") or expected.get("same_flop"))
+            if not is_method and (unknown or value != other):
+                found.setdefault(name, f"{name} {other!r} in {first.run} and {value!r} in {result.run}")
+    return found
+
+
+def find_reference(table: Table, against: str | None) -> str | None:
+    """Label of the reference arm: the regular one, or the one that `against` selects by run folder or part of its name.
+
+    None if there is only one arm. Raises UsageError if not exactly one arm matches.
+    """
+
+    def matches(label: str, arm: list[Result]) -> bool:
+        if against:
+            return against in label or any(against in r.run.name or r.run == Path(against) for r in arm)
+        stages = filter(None, [arm[0].settings, arm[0].inputs["pretraining"]])
+        return all(stage.get("regular") and not stage.get("stp") for stage in stages)
+
+    if len(table.arms) == 1 and not against:
+        return None
+    found = [label for label, arm in table.arms.items() if matches(label, arm)]
+    if len(found) != 1:
+        rule = f"--against {against} matches" if against else "the reference is the regular arm, and there are"
+        raise UsageError(
+            f"{table.dataset}: {rule} {len(found)} of its arms ({'; '.join(found or table.arms)}); "
+            "select one with --against, by its run folder or a part of its name"
+        )
+    return found[0]
+
+
+def compare_arm(table: Table, label: str, allow: set[str]) -> None:
+    """Adds an arm's comparisons with the reference to the table, or why it is not compared."""
+    theirs, ours = ({r.seed: r for r in table.arms[name]} for name in (table.reference, label))
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
+        table.refused[label] = f"no seed is in both {label} and {table.reference}"
+        return
+    found = differences([theirs[s] for s in seeds], [ours[s] for s in seeds])
+    allowed = [name for name in found if any(f"{name}.".startswith(f"{a}.") for a in allow)]
+    if len(found) > len(allowed):
+        table.refused[label] = "; ".join(text for name, text in found.items() if name not in allowed)
+        return
+    if allowed:
+        table.allowed[label] = [found[name] for name in allowed]
+    for score in table.arms[table.reference][0].scores():
+        if all(f"{score} %" in side[seeds[0]].columns for side in (ours, theirs)):
+            values = ({seed: r.columns[f"{score} %"] for seed, r in side.items()} for side in (ours, theirs))
+            table.comparisons.append(compare(label, table.reference, score, *values))
+
+
+def compare_arms(results: list[Result], against: str | None, allow: set[str]) -> tuple[list[Table], list[str]]:
+    """A table per data set, and why other data sets have none because their reference arm is unknown.
+
+    Raises UsageError if no data set has a table or if a name in `allow` is unknown.
+    """
+    known = {name for result in results for name in attributes(result)}
+    known |= {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
+    if allow - known:
+        raise UsageError(f"--allow {' '.join(sorted(allow - known))}: these runs have no such setting")
+    tables, problems = [], []
+    for dataset, arms in arms_by_dataset(results).items():
+        table = Table(dataset, arms)
+        try:
+            table.reference = find_reference(table, against)
+        except UsageError as error:
+            problems.append(str(error))
+            continue
+        if table.reference:
+            table.arms = {table.reference: table.arms.pop(table.reference)} | table.arms
+        for label in list(table.arms)[1:]:
+            compare_arm(table, label, allow)
+        conclude(table.comparisons)
+        tables.append(table)
+    if not tables:
+        raise UsageError("\n".join(problems))
+    return tables, problems

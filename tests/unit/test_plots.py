@@ -1,0 +1,200 @@
+"""The figures show the runs' values, and report which data is missing or damaged."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+from safetensors.numpy import load_file
+from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, export_views, log_steps, synthetic_arm, two_arms
+
+from llm_jepa.cli import parse_flags
+from llm_jepa.evaluation.settings import EvaluationSettings
+from llm_jepa.report import main
+from llm_jepa.reports import plots
+from llm_jepa.reports.comparison import Table, compare_arms
+from llm_jepa.reports.results import read_runs
+
+BETTER = {23: 81.0, 82: 92.0, 4: 70.0}
+
+
+@pytest.fixture
+def figures(monkeypatch) -> dict:
+    """The matplotlib figure and the caption of each figure that is drawn."""
+    drawn: dict = {}
+
+    def keep(fig, name, caption):
+        drawn[name] = (fig, caption)
+        return plots.Figure(name, caption, b"")
+
+    monkeypatch.setattr(plots, "save", keep)
+    return drawn
+
+
+def table(runs: list[str]) -> Table:
+    results, problems = read_runs([Path(run) for run in runs])
+    assert not problems
+    return compare_arms(results, None, set())[0][0]
+
+
+def draw(plot, runs: list[str]) -> plots.Drawn:
+    drawn = plots.Drawn()
+    plot(table(runs), drawn)
+    return drawn
+
+
+def test_scores_of_a_seed_are_connected(tmp_path, figures):
+    draw(plots.plot_scores, two_arms(tmp_path, FEW, BETTER))
+    axes = figures["scores"][0].axes
+    assert [a.get_ylabel() for a in axes] == ["exact, %", "startswith, %", "stop_rate, %"]
+    lines = [[None if math.isnan(y) else y for y in line.get_ydata()] for line in axes[0].lines]
+    assert lines == [[None, 70.0], [80.0, 81.0], [90.0, 92.0]]  # seeds 4, 23, 82
+    dots = [sorted(d.get_offsets()[:, 1]) for d in axes[0].collections if len(d.get_offsets()) > 1]
+    assert dots == [[80.0, 90.0], [70.0, 81.0, 92.0]]
+    assert [t.get_text() for t in axes[0].get_xticklabels()] == ["regular", "JEPA λ=1, k=1"]
+
+
+def test_training_curves_are_block_means(tmp_path, figures):
+    runs = two_arms(tmp_path, FEW, BETTER)
+    for run in runs:
+        log_steps(run, 600)
+    draw(plots.plot_training, runs)
+    axes = figures["training"][0].axes
+    assert [len(a.lines) for a in axes] == [5, 3, 3, 3]  # one line per run; regular runs have no views
+    losses = [json.loads(line)["lm_loss"] for line in (Path(runs[0]) / "metrics.jsonl").read_text().splitlines()[:-1]]
+    first = axes[0].lines[0]
+    assert first.get_ydata() == pytest.approx(np.reshape(losses, (150, 4)).mean(axis=1))
+    assert first.get_xdata()[:2] == pytest.approx([2.5, 6.5])
+    assert axes[0].get_yscale() == "log" and axes[2].get_yscale() == "linear"
+
+
+def test_block_means_with_a_shorter_last_block():
+    n = 151
+    values = np.random.default_rng(n).normal(size=n)
+    means = plots.block_means(pandas.DataFrame({"step": np.arange(1.0, n + 1), "x": values}))
+    size = math.ceil(n / plots.CURVE_POINTS)
+    assert means["x"].tolist() == pytest.approx([values[i : i + size].mean() for i in range(0, n, size)])
+
+
+def test_repeated_step_counts_once_and_damaged_file_is_reported(tmp_path):
+    runs = synthetic_arm(tmp_path, "a", JEPA, FEW)
+    rows = [{"step": s, "lm_loss": loss, "loss": 9.0} for s, loss in ((1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5))]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, {"step": 3, "eval_lm_loss": 7.0}])
+    (Path(runs[0]) / "metrics.jsonl").write_text(text)
+    (Path(runs[1]) / "metrics.jsonl").write_text(text + '{"step": 4, "lm')
+    damaged: list[str] = []
+    ((_, _, steps),) = plots.training_steps(table(runs), damaged)
+    assert steps[["step", "lm_loss"]].to_numpy().tolist() == [[1, 3.0], [2, 2.5], [3, 1.0]]
+    assert len(damaged) == 1 and runs[1] in damaged[0]
+
+
+def test_costs_show_wall_time_and_counted_flops(tmp_path, figures):
+    runs = two_arms(tmp_path, FEW, BETTER)
+    assert "--track_flop" in draw(plots.plot_costs, runs).missing[0]
+    assert len(figures["costs"][0].axes) == 1
+    for run in runs[:3]:
+        log_steps(run, 100)
+    log_steps(runs[3], 100, flops=False)
+    assert not draw(plots.plot_costs, runs).missing
+    flops, seconds = figures["costs"][0].axes
+    assert [d.get_offsets().tolist() for d in flops.collections] == [[[1.0, 90.0], [1.0, 80.0]], [[2.0, 81.0]]]
+    assert "10^{14}" in flops.get_xlabel()
+    assert seconds.collections[0].get_offsets().tolist() == [[125.0, 90.0], [122.0, 80.0]]
+    for run in runs:
+        change(run, METRICS, scores=["dfa_equal"], score="dfa_equal", dfa_equal=0.5)
+    draw(plots.plot_costs, runs)
+    assert figures["costs"][0].axes[0].get_ylabel() == "dfa_equal, %"
+
+
+def cells(root: Path, which: list[tuple[int, float]]) -> list[str]:
+    """A regular arm and JEPA arms of these k and λ."""
+    runs = synthetic_arm(root, "regular", REGULAR, FEW)
+    for k, lbd in which:
+        exact = {seed: value + k + 3 * lbd for seed, value in FEW.items()}
+        runs += synthetic_arm(root, f"k{k}-lbd{lbd}", JEPA | {"predictors": k, "lbd": lbd}, exact)
+    return runs
+
+
+def test_grid_shows_means_at_their_k_and_lambda(tmp_path, figures):
+    drawn = draw(plots.plot_grid, cells(tmp_path, [(2, 1.0), (0, 0.5), (2, 0.5), (0, 1.0), (1, 1.0)]))
+    fig, caption = figures["grid"]
+    means = fig.axes[0].images[0].get_array().filled(np.nan)
+    assert means == pytest.approx(np.array([[86.5, np.nan, 88.5], [88.0, 89.0, 90.0]]), nan_ok=True)
+    assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["0", "1", "2"]
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["0.5", "1"]
+    texts = {t.get_position(): t.get_text() for t in fig.axes[0].texts}
+    assert texts[(2, 0)] == "88.5\nn = 2" and texts[(1, 0)] == "not run"
+    assert "regular: 85.0 %" in caption and not drawn.missing
+
+
+@pytest.mark.parametrize(
+    "which", [[(1, 1.0)], [(0, 1.0), (1, 1.0), (2, 1.0)], [(0, 1.0), (1, 1.0), (2, 2.0), (0, 3.0)]]
+)
+def test_grid_needs_two_by_two_cells(tmp_path, figures, which):
+    drawn = draw(plots.plot_grid, cells(tmp_path, which))
+    assert not figures and "bash run.sh run_jepa" in drawn.missing[0]
+
+
+def test_singular_values_are_of_the_difference_of_the_views(tmp_path, figures):
+    runs = two_arms(tmp_path, FEW, BETTER)
+    paths = [export_views(run, seed=i) for i, run in enumerate(runs[1:4])]
+    draw(plots.plot_embeddings, runs)
+    (axes,) = figures["singular_values"][0].axes
+    assert len(axes.lines) == 3 and axes.get_yscale() == "log"
+    views = load_file(paths[0])
+    expected = np.linalg.svd(views["text"].astype(np.float64) - views["code"], compute_uv=False)
+    assert axes.lines[0].get_ydata() == pytest.approx(expected) and axes.lines[0].get_xdata()[0] == 1
+    planes = figures["t_sne"][0].axes
+    assert [a.get_title() for a in planes] == ["regular, seed 23", "JEPA λ=1, k=1, seed 23"]
+    assert [[len(c.get_offsets()) for c in a.collections] for a in planes] == [[40, 40], [40, 40]]
+
+
+def test_collapsed_views_are_drawn_and_few_have_no_t_sne(tmp_path, figures):
+    runs = two_arms(tmp_path)
+    export_views(runs[0], dims=0)
+    assert not draw(plots.plot_embeddings, runs).damaged and set(figures) == {"singular_values", "t_sne"}
+    export_views(runs[0], pairs=4)
+    assert len(draw(plots.plot_embeddings, runs).missing) == 1
+
+
+VIEW_DAMAGE = {
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "other examples": lambda path: export_views(path.parents[2], data_sha256="c1d2"),
+    "other layer": lambda path: export_views(path.parents[2], layer="0"),
+    "other number of pairs": lambda path: export_views(path.parents[2], pairs=20),
+}
+
+
+@pytest.mark.parametrize("damage", VIEW_DAMAGE.values(), ids=VIEW_DAMAGE)
+def test_unusable_views_are_reported(tmp_path, figures, damage):
+    runs = two_arms(tmp_path)
+    paths = [export_views(run) for run in runs]
+    damage(paths[3])
+    (problem,) = draw(plots.plot_embeddings, runs).damaged
+    assert str(paths[3]) in problem and len(figures["singular_values"][0].axes[0].lines) == 3
+
+
+def test_missing_and_damaged_data_is_in_the_report(tmp_path, capsys):
+    runs = two_arms(tmp_path)
+    (Path(runs[0]) / "metrics.jsonl").write_text('{"step": 21, "lm_lo')
+    assert main([*runs, "--output_dir", str(tmp_path / "out")]) == 1
+    err = capsys.readouterr().err
+    assert f"{runs[0]}/metrics.jsonl" in err and err.count("\n") == 1
+    made = json.loads((tmp_path / "out" / "report.json").read_text())["datasets"][0]
+    commands = ("finetune.py --output_dir", "finetune.py --track_flop", "run.sh run_jepa", "evaluate.py --model_name")
+    assert made["comparisons"][0]["n"] == 2
+    assert all(command in line for command, line in zip(commands, made["missing_figures"], strict=True))
+    flags = made["missing_figures"][3].split("evaluate.py ")[1].split()
+    settings, _ = parse_flags(EvaluationSettings, "", flags)
+    assert settings.export_embeddings == "RUN/eval/synth/embeddings.safetensors"
+
+
+def test_arms_look_different(tmp_path):
+    runs = cells(tmp_path, list(itertools.product(range(11), (1.0, 2.0))))
+    for key in ("marker", "linestyle"):
+        styles = [tuple(style.values()) for style in plots.arm_styles(table(runs), key).values()]
+        assert len(set(styles)) == len(styles) == 23

@@ -1,0 +1,156 @@
+"""The files of a report: report.md, report.json and report.html."""
+
+import base64
+import json
+import re
+import xml.etree.ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, export_views, log_steps, synthetic_arm, two_arms
+from test_comparison import BETTER, EXACT
+
+from llm_jepa.report import main
+from llm_jepa.reports import writer
+
+FILES = ["report.html", "report.json", "report.md"]
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "made" / "report"
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and its text."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_tables_and_headline_have_the_figures(tmp_path, out):
+    runs = two_arms(tmp_path, EXACT, BETTER)
+    change(runs[5], METRICS, failures={"timeout": 3})
+    assert main([*runs, "--output_dir", str(out)]) == 0
+    lines = (out / "report.md").read_text().splitlines()
+    verdict = json.loads((out / "report.json").read_text())["datasets"][0]["comparisons"][0]["verdict"]
+    assert lines[2] == f"synth, exact: {verdict}."
+    for line in (
+        "| regular | 5 | 87.68 ± 7.84 | 90.00 ± 0.00 | 100.00 ± 0.00 | 122.60 ± 1.95 |",
+        "| JEPA λ=1, k=1 | exact | 5 | +0.75 | [−1.26, 2.76] | 0.36 | 0.18 | 0.5 (≥ 0.062) | 1 |",
+        "| JEPA λ=1, k=1 | stop_rate | 5 | 0.00 | – | – | – | 1 (≥ 0.062) | – |",
+        f"| JEPA λ=1, k=1 | 82 | 95.50 | 90.00 | 100.00 | 145.00 | df01d153 | {runs[5]} |",
+    ):
+        assert line in lines
+    page = Page(out / "report.html")
+    assert "3 timeout" in lines[-9] and verdict in page.text and "[−1.26, 2.76]" in page.text
+
+
+def test_headline_counts_the_arms_that_differ(tmp_path, out):
+    gain = {seed: value + x for (seed, value), x in zip(EXACT.items(), (2.0, 2.2, 1.9, 2.1, 2.3), strict=True)}
+    runs = two_arms(tmp_path, EXACT, gain) + synthetic_arm(tmp_path, "k2", JEPA | {"predictors": 2}, BETTER)
+    assert main([*runs, "--output_dir", str(out)]) == 0
+    headline = (out / "report.md").read_text().splitlines()[2]
+    assert headline.startswith("1 of 2 arms") and "JEPA λ=1, k=1 on synth (+2.10 points)" in headline
+
+
+def test_only_the_three_files_are_written_and_repeat_byte_for_byte(tmp_path, out):
+    runs = two_arms(tmp_path)
+    for run in runs:
+        log_steps(run, 50)
+    before = snapshot(tmp_path)
+    assert main(runs) == 0 and snapshot(tmp_path) == before
+    out.mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    for folder in (out, tmp_path / "again"):
+        assert main([*runs, "--output_dir", str(folder)]) == 0
+    assert before.items() <= snapshot(tmp_path).items()
+    assert sorted(p.name for p in out.iterdir()) == ["notes.txt", *FILES]
+    assert [(out / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in FILES] == [True] * 3
+
+
+def test_failed_report_keeps_the_last_one(tmp_path, out, monkeypatch):
+    runs = two_arms(tmp_path)
+    assert main([*runs, "--output_dir", str(out)]) == 0
+    before = snapshot(out)
+    monkeypatch.setattr(writer, "run_rows", lambda table: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main([*runs[:2], "--output_dir", str(out)])
+    assert snapshot(out) == before
+
+
+def test_output_dir_must_be_a_folder_without_a_run(tmp_path, capsys):
+    runs = two_arms(tmp_path)
+    before = snapshot(tmp_path)
+    assert main(["--output_dir", *runs]) == 2  # what the shell makes of --output_dir runs/*
+    assert f"--output_dir {runs[0]}" in capsys.readouterr().err and snapshot(tmp_path) == before
+    (tmp_path / "file").write_text("mine")
+    assert main([*runs, "--output_dir", str(tmp_path / "file")]) == 2
+
+
+def test_skipped_runs_are_in_all_files(tmp_path, out, capsys):
+    runs = two_arms(tmp_path, EXACT, BETTER)
+    (Path(runs[7]) / METRICS).unlink()
+    assert main([*runs, "--output_dir", str(out)]) == 1
+    (problem,) = json.loads((out / "report.json").read_text())["left_out"]
+    assert runs[7] in problem and capsys.readouterr().err == f"report.py: {problem}\n"
+    assert problem in (out / "report.md").read_text() and problem in Page(out / "report.html").text
+
+
+def test_nothing_is_written_without_runs_and_no_comparison_with_one_arm(tmp_path, out):
+    (run,) = synthetic_arm(tmp_path, "a", JEPA, {82: 50.0})
+    assert main([run, "--output_dir", str(out)]) == 0
+    assert json.loads((out / "report.json").read_text())["datasets"][0]["reference"] is None
+    (Path(run) / METRICS).unlink()
+    assert main([run, "--output_dir", str(out / "second")]) == 1 and not (out / "second").exists()
+
+
+def test_page_is_self_contained_and_has_every_figure(tmp_path, out):
+    runs = synthetic_arm(tmp_path, "regular", REGULAR, FEW)
+    for k in (1, 2):
+        for lbd in (1.0, 2.0):
+            runs += synthetic_arm(tmp_path, f"{k}-{lbd}", JEPA | {"predictors": k, "lbd": lbd}, FEW)
+    for i, run in enumerate(runs):
+        log_steps(run, 60, seed=i)
+    export_views(runs[0], 20), export_views(runs[2], 20)
+    assert main([*runs, "--output_dir", str(out)]) == 0
+    assert json.loads((out / "report.json").read_text())["datasets"][0]["missing_figures"] == []
+    page = Page(out / "report.html")
+    start = "data:image/svg+xml;base64,"
+    images = {a["id"]: a["src"] for tag, a in page.elements if tag == "img"}
+    assert list(images) == ["scores", "training", "costs", "grid", "singular_values", "t_sne"]
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "base"}
+    assert not {name for _, attributes in page.elements for name in attributes} & {"href", "srcset", "action"}
+    assert "@import" not in (out / "report.html").read_text() and "url(" not in (out / "report.html").read_text()
+    for source in images.values():
+        assert source.startswith(start)
+        for element in xml.etree.ElementTree.fromstring(base64.b64decode(source.removeprefix(start))).iter():
+            for key, value in element.attrib.items():
+                assert not key.endswith("href") or value.startswith(("#", "data:"))
+                assert all(link.startswith("#") for link in re.findall(r"url\(([^)]*)\)", value))
+
+
+def test_text_of_the_runs_is_neither_markup_nor_formula(tmp_path, out):
+    system = "It costs $5_{ or\n$6 <b>|x" + " and more" * 20
+    runs = two_arms(tmp_path / "<i>", {82: 90.0}, system=system)
+    change(runs[0], "args.json", system=None)
+    export_views(runs[0], 20), export_views(runs[1], 20)
+    assert main([*runs, "--output_dir", str(out), "--allow", "system"]) == 0
+    page = Page(out / "report.html")
+    label = "JEPA λ=1, k=1, system It costs $5_{ or $6 <b>|x and more and m"
+    assert label in page.text and runs[0] in page.text and not {"b", "i"} & {tag for tag, _ in page.elements}
+    assert f"| {label} | 1 |".replace("|x", "\\|x") in (out / "report.md").read_text()

@@ -1,0 +1,90 @@
+"""The sandbox's limits on time, memory, files and replies, and what happens when its child process dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT
+
+from llm_jepa.scoring import sandbox
+from llm_jepa.scoring.sandbox import MEGABYTE, Failure, Sandbox
+
+
+@pytest.mark.parametrize(
+    "function, arguments, reason",
+    [
+        ("time:sleep", [60], "timeout"),
+        ("operator:mul", ["x", 300 * MEGABYTE], "memory"),
+        ("operator:mul", ["x", 2 * MEGABYTE], "too_large"),
+        ("os:abort", [], "crash"),
+        ("builtins:int", ["no number"], "crash"),  # an exception that is not a Failure
+    ],
+)
+def test_call_beyond_a_limit_fails_and_the_next_call_works(function, arguments, reason):
+    started, open_files = time.monotonic(), len(os.listdir("/proc/self/fd"))
+    with Sandbox(function, seconds=0.5, memory=200 * MEGABYTE, max_reply=MEGABYTE) as box:
+        with pytest.raises(Failure, match=f"^{reason}$"):
+            box.call(*arguments)
+        works = {"time:sleep": [0], "operator:mul": ["x", 2], "builtins:int": ["7"]}
+        if function in works:
+            assert box.call(*works[function]) == {"operator:mul": "xx", "builtins:int": 7}.get(function)
+        child = box._child
+    assert child is None or child.returncode == -signal.SIGKILL
+    assert time.monotonic() - started < 10 and len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_child_cannot_write_to_files_and_sees_no_environment(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("text")
+    with Sandbox("shutil:copyfile", 5) as box, pytest.raises(Failure, match="crash"):
+        box.call(str(source), str(target))
+    assert target.read_bytes() == b""
+    with Sandbox("os:getenv", 5) as box:
+        assert box.call("PATH") is None
+
+
+def test_child_killed_between_two_calls_is_replaced():
+    with Sandbox("os:getpid", 5) as box:
+        pid = box.call()
+        assert box.call() == pid
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert box.call() != pid
+
+
+def test_call_whose_child_is_killed_is_tried_once_more():
+    with Sandbox("time:sleep", 20) as box:
+        box.call(0)
+        first = box._child
+        killer = threading.Timer(0.2, first.kill)
+        killer.start()
+        assert box.call(0.5) is None
+        assert box._child is not first and first.returncode == -signal.SIGKILL
+
+
+def test_stopped_child_is_killed_by_the_parent(monkeypatch):
+    monkeypatch.setattr(sandbox, "GRACE_SECONDS", 0.5)
+    with Sandbox("operator:mul", 0.5) as box:
+        assert box.call(2, 3) == 6
+        os.kill(box._child.pid, signal.SIGSTOP)  # gets no alarm
+        with pytest.raises(Failure, match="timeout"):
+            box.call("x" * MEGABYTE, 1)  # more than a pipe stores
+        assert box.call(2, 3) == 6
+
+
+def test_child_that_cannot_start_is_an_error():
+    with Sandbox("no_such_module:run", 1) as box, pytest.raises(OSError, match="no_such_module"):
+        box.call()
+
+
+@pytest.mark.parametrize("module", ["sql", "regexes"])
+def test_child_imports_no_large_library(module):
+    code = f"import sys, llm_jepa.scoring.{module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "scipy", "numpy", "transformers"} & set(done.stdout.split())

@@ -1,0 +1,170 @@
+"""The statistics of paired arms against scipy, against values computed by hand, and by simulation."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from llm_jepa.reports import stats
+from llm_jepa.reports.stats import LEVEL, Comparison, compare, conclude, detectable, holm, power
+
+SEEDS = (82, 23, 37, 84, 4)
+REGULAR = dict(zip(SEEDS, (92.15, 79.45, 92.90, 95.00, 78.90), strict=True))  # RESULTS.md, exact match
+JEPA = dict(zip(SEEDS, (95.50, 79.90, 91.90, 95.95, 78.90), strict=True))
+GAIN, NOISE, STOPS = [2.0, 2.2, 1.9, 2.1, 2.3], [0.1, -0.1, 0.2, -0.2, 0.05], [2.1, 2.0, 1.8, 2.2, 2.5]
+
+
+def comparison(differences: list[float], score: str = "exact", arm: str = "JEPA") -> Comparison:
+    base = {seed: 50.0 for seed in range(len(differences))}
+    return compare(arm, "regular", score, {s: 50 + d for s, d in enumerate(differences)}, base)
+
+
+def concluded(*comparisons: Comparison) -> list[Comparison]:
+    conclude(list(comparisons))
+    return list(comparisons)
+
+
+def test_mean_sd_divides_by_n_minus_one():
+    assert (stats.mean_sd([1.0, 3.0]), stats.mean_sd([5.0])) == ("2.00 ± 1.41", "5.00")
+
+
+def test_three_differences_by_hand():
+    # 1, 2, 3: mean 2, sd 1, t = 2√3 with 2 degrees of freedom, so two-sided p = 1 − t/√(2 + t²) = 1 − √(12/14)
+    c = comparison([1.0, 2.0, 3.0])
+    assert (c.mean, c.sd) == (2.0, 1.0)
+    assert c.p_two_sided == pytest.approx(1 - np.sqrt(12 / 14)) and c.p_one_sided == pytest.approx(c.p_two_sided / 2)
+    half = 4.302653 / np.sqrt(3)
+    assert c.interval == pytest.approx((2 - half, 2 + half))
+    assert c.p_sign_flip == pytest.approx(0.25)  # 2 of 8 sign patterns are as extreme
+
+
+def test_pairs_are_formed_by_seed():
+    c = compare("JEPA", "regular", "exact", {4: 1.0, 82: 5.0, 23: 7.0}, {23: 6.0, 37: 9.0, 4: 3.0, 84: 9.0})
+    assert dict(zip(c.seeds, c.differences, strict=True)) == {4: -2.0, 23: 1.0}
+    assert (c.arm_only_seeds, c.reference_only_seeds) == ([82], [37, 84])
+    with pytest.raises(ValueError):
+        compare("JEPA", "regular", "exact", {1: 1.0}, {2: 1.0})
+
+
+@pytest.mark.parametrize("differences", [[0.5, 1.5, -0.25, 2.0, 0.75], [1, 2, 3], [3.35, 0.45, -1.0, 0.95, 0.0]])
+def test_sign_flip_counts_all_signs(differences):
+    values = np.array(differences)
+    means = [abs((values * signs).mean()) for signs in itertools.product((1, -1), repeat=len(values))]
+    by_hand = np.mean([mean >= abs(values.mean()) - 1e-12 for mean in means])
+    p, least = stats.sign_flip(values)
+    assert p == pytest.approx(by_hand) and least == 2 / 2 ** len(values)
+
+
+def test_sign_flip_is_sampled_above_sixteen_pairs():
+    values = np.random.default_rng(0).normal(0.3, 1, 30)
+    p, least = stats.sign_flip(values)
+    assert p == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue, abs=0.02)
+    assert stats.sign_flip(np.ones(30))[0] == pytest.approx(least) == pytest.approx(2 / (2**16 + 1))
+
+
+@pytest.mark.parametrize(
+    ("ps", "corrected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # ×3; ×1 = 0.04, but not below the third's; ×2; ×4
+        ([0.01, 0.02, 0.03], [0.03, 0.04, 0.04]),
+        ([0.5, 0.4], [0.8, 0.8]),
+        ([0.9, 0.6, 0.7], [1.0, 1.0, 1.0]),
+        ([0.02, 0.02], [0.04, 0.04]),
+        ([0.03], [0.03]),
+        ([], []),
+    ],
+)
+def test_holm_by_hand(ps, corrected):
+    assert holm(ps) == pytest.approx(corrected)
+
+
+@pytest.mark.parametrize(("n", "level"), [(5, 0.05), (5, 0.05 / 4), (2, 0.05), (8, 0.05 / 36)])
+def test_detectable_difference_is_detected_four_times_in_five(n, level):
+    true, trials = detectable(2.0, n, level), 20_000
+    found = scipy.stats.ttest_1samp(np.random.default_rng(0).normal(true, 2.0, (trials, n)), 0, axis=1)
+    share = np.mean((found.pvalue <= level) & (found.statistic > 0))
+    assert share == pytest.approx(0.8, abs=4 * np.sqrt(0.16 / trials))
+    assert power(1, 1, 10, 0.05) == pytest.approx(0.803, abs=5e-4)  # textbook value
+
+
+def test_one_pair_has_no_interval_and_no_test():
+    (c,) = concluded(comparison([2.0]))
+    assert (c.sd, c.interval, c.p_two_sided, c.p_one_sided, c.p_sign_flip, c.p_holm) == (None,) * 6
+    assert c.verdict.startswith("nothing shown: +2.00 points")
+
+
+def test_equal_differences_have_no_t_test():
+    same, shifted = concluded(comparison([0.0] * 5), comparison([0.5] * 5, "startswith"))
+    for c in (same, shifted):
+        assert (c.sd, c.interval, c.p_two_sided, c.p_holm) == (0.0, None, None, None) and not c.differs
+    assert same.verdict.startswith("no difference: 0.00 points") and shifted.verdict.startswith("+0.50 points")
+    assert shifted.p_sign_flip == pytest.approx(0.0625)
+    ours, theirs = {0: 95.5, 1: 80.3, 2: 0.3}, {0: 95.3, 1: 80.1, 2: 0.1}
+    assert len({ours[s] - theirs[s] for s in ours}) > 1  # float64 errors, which do not count as variance
+    assert compare("JEPA", "regular", "exact", ours, theirs).p_two_sided is None
+
+
+@pytest.mark.parametrize("bound", [0.0, 100.0])
+def test_scores_at_a_bound_are_reported(bound):
+    scores = dict.fromkeys(range(5), bound)
+    (c,) = concluded(compare("jepa", "regular", "exact", scores, dict(scores)))
+    assert c.bound == bound and f"{bound:g} %" in c.verdict
+
+
+def test_verdicts_of_gain_and_loss():
+    gain, loss = concluded(comparison(GAIN), comparison([-2.0, -2.2, -1.9, -2.1, -2.4], arm="JEPA k=2"))
+    assert gain.verdict.startswith("JEPA scores higher than regular: +2.10 points [1.90, 2.30], n = 5, p ")
+    assert loss.verdict.startswith("JEPA k=2 scores lower than regular: −2.12 points [−2.36, −1.88], n = 5, p ")
+    assert gain.p_holm == 2 * gain.p_two_sided and stats.format_p(gain.p_holm) in gain.verdict
+
+
+def test_verdict_without_difference_has_the_detectable_difference():
+    (c,) = concluded(compare("JEPA", "regular", "exact", JEPA, REGULAR))
+    assert c.verdict.startswith("no difference shown: +0.75 points [−1.26, 2.76], n = 5, p = 0.36")
+    assert f"below {detectable(c.sd, 5):.2f} points" in c.verdict
+    assert power(c.detectable, c.sd, 5, LEVEL) == pytest.approx(0.8, abs=1e-3)
+    (wide,) = concluded(comparison([-5.0, 9.0]))
+    assert wide.detectable > 100 and f"{wide.detectable:.2f}" not in wide.verdict
+
+
+def test_correction_decides_and_sets_the_level_of_the_detectable_difference():
+    near = [1.0, 2.4, 0.3, 1.9, 1.2]
+    (single,) = concluded(comparison(near))
+    assert single.differs
+    c, *_ = concluded(comparison(near), *(comparison(NOISE, f"score{i}") for i in range(3)))
+    assert (
+        c.p_two_sided < LEVEL < c.p_holm
+        and not c.differs
+        and f"uncorrected: {stats.format_p(c.p_two_sided)}" in c.verdict
+    )
+    shown, missed, untested = concluded(comparison(GAIN), comparison(NOISE, "startswith"), comparison([0.0] * 5, "x"))
+    assert shown.p_holm == pytest.approx(3 * shown.p_two_sided)  # a comparison without a test counts
+    assert shown.detectable is None and untested.detectable is None
+    assert missed.detectable == pytest.approx(detectable(missed.sd, 5, LEVEL / 2))  # one of three is shown
+
+
+@pytest.mark.parametrize(
+    ("gain", "start", "stop", "is_stopping"),
+    [
+        (GAIN, NOISE, STOPS, True),
+        (GAIN, NOISE, [2.0] * 5, True),  # the same on every seed, so without a t test
+        (GAIN, [0.0] * 5, STOPS, True),
+        (GAIN, [-d for d in GAIN], STOPS, True),
+        (GAIN, GAIN, STOPS, False),  # the beginnings are better too
+        (GAIN, NOISE, [0.0] * 5, False),
+        (GAIN, NOISE, NOISE, False),
+        (GAIN, NOISE, [-d for d in STOPS], False),
+        ([-d for d in GAIN], NOISE, STOPS, False),
+    ],
+)
+def test_gain_in_stopping_is_noted(gain, start, stop, is_stopping):
+    other_arm = comparison(STOPS, "stop_rate", "other")
+    c, *others = concluded(comparison(gain), comparison(start, "startswith"), comparison(stop, "stop_rate"), other_arm)
+    assert ("gain in stopping" in c.verdict) == is_stopping
+    assert not any("gain in stopping" in other.verdict for other in others)
+
+
+def test_formats():
+    assert [stats.format_points(x) for x in (0.001, -0.001, -1.256, 0.754)] == ["0.00", "0.00", "−1.26", "+0.75"]
+    assert [stats.format_p(p) for p in (None, 0.36, 0.00123, 1e-6, 1)] == ["–", "0.36", "0.0012", "< 0.0001", "1"]
