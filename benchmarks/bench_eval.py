@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate  # noqa: E402
 from llm_jepa.data.examples import Example, Problems, read_examples  # noqa: E402
 from llm_jepa.evaluation import generation  # noqa: E402
+from llm_jepa.evaluation.settings import EvaluationSettings  # noqa: E402
 from llm_jepa.files import sha256  # noqa: E402
 
 
@@ -31,9 +32,9 @@ def padded_batches(
     model: Any, renderer: Any, examples: list[Example], prompts: list[list[int]], batch_size: int, max_new_tokens: int
 ) -> dict[int, str]:
     """`generate` on left-padded batches in file order. Returns responses by id."""
-    tokenizer, stops, answers = renderer.tokenizer, generation.stop_ids(model, renderer), {}
+    tokenizer, stops, answers = renderer.tokenizer, generation.stop_ids(model.generation_config, renderer), {}
     for begin in range(0, len(examples), batch_size):
-        inputs = generation.padded(prompts[begin : begin + batch_size], tokenizer.pad_token_id, None, model.device)
+        inputs = generation.prompt_inputs(model, prompts[begin : begin + batch_size], tokenizer.pad_token_id, None)
         rows = model.generate(
             **inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
@@ -53,7 +54,7 @@ def continuous_batching(
     model: Any, renderer: Any, examples: list[Example], prompts: list[list[int]], batch_size: int, max_new_tokens: int
 ) -> dict[int, str]:
     """transformers' continuous batching, with batch_size tokens per step on a CPU. Returns responses by id."""
-    tokenizer, stops = renderer.tokenizer, generation.stop_ids(model, renderer)
+    tokenizer, stops = renderer.tokenizer, generation.stop_ids(model.generation_config, renderer)
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
     )
@@ -62,7 +63,7 @@ def continuous_batching(
     small = {"num_blocks": batch_size * blocks, "max_batch_tokens": batch_size}
     sizes = ContinuousBatchingConfig(**(small if model.device.type == "cpu" else {}))
     # Its thread is not in the caller's inference mode and cannot change tensors created there.
-    with torch.inference_mode(False), generation.own_settings_aside(model):
+    with torch.inference_mode(False), generation.default_generation_config(model):
         found = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=sizes)
     rows = [answer.generated_tokens for answer in found.values()]
     return {example.id: text(tokenizer, row, stops) for example, row in zip(examples, rows, strict=True)}
@@ -88,10 +89,11 @@ def main() -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
-    settings = evaluate.Settings(model_name=args.model_name, input_file=args.input_file, task="text")
-    model, renderer = evaluate.load(args.model_name, settings)
+    settings = EvaluationSettings(model_name=args.model_name, input_file=args.input_file, task="text")
+    model, encoder = evaluate.load(args.model_name, settings)
+    renderer = encoder.renderer
     examples = read_examples(args.input_file, Problems())[: args.rows]
-    examples, prompts = generation.tokenise(model, renderer, examples)
+    examples, prompts = generation.encode_prompts(model.config, renderer, examples, Problems())
     usual = partial(padded_batches, model, renderer, examples, prompts, max_new_tokens=args.max_new_tokens)
     with torch.inference_mode():
         arms = {

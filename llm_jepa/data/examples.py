@@ -24,7 +24,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from llm_jepa.cli import UsageError
-from llm_jepa.files import sha256
+from llm_jepa.files import jsonl_lines, parse_json, sha256
 
 ROLES = (["system", "user", "assistant"], ["user", "assistant"])
 HUB = re.compile(
@@ -97,18 +97,6 @@ def check_text(value: Any, what: str) -> str:
     return value
 
 
-def parse_json(line: bytes) -> Any:
-    """The value of a line of JSON. Raises ValueError with the reason, without the place."""
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not JSON that can be read (nested too deeply)") from None
-
-
 def parse_messages(row: Any, source: str, number: int) -> Example:
     """A row in the project's own format → Example. Raises ValueError with the reason, without the place."""
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
@@ -165,12 +153,8 @@ Rows = Iterator[tuple[str, int, Callable[[], Any]]]  # place, number, and a func
 
 
 def _jsonl_rows(path: str) -> Rows:
-    # As bytes, so that only newlines end lines: text mode would also break at U+2028 inside a JSON string.
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if line.strip():
-                yield f"{path}:{number}", number, lambda line=line: parse_json(line)
+    for number, line in jsonl_lines(path):
+        yield f"{path}:{number}", number, lambda line=line: parse_json(line)
 
 
 def _csv_rows(path: str) -> Rows:

@@ -1,12 +1,12 @@
-"""Answers prompts with vLLM. evaluate.py --engine vllm starts it, in an environment that has vLLM and nothing of ours.
+"""Generates with vLLM. `evaluate.py --engine vllm` starts it in an environment that has vLLM but not this project.
 
-.venv-vllm/bin/python -I vllm_worker.py --versions      what is installed there, as a JSON object; exit code 1: no vLLM
-.venv-vllm/bin/python -I vllm_worker.py                 the conversation below, a JSON value a line
+.venv-vllm/bin/python -I vllm_worker.py --versions      the installed versions as a JSON object; exit code 1: no vLLM
+.venv-vllm/bin/python -I vllm_worker.py                 the protocol below, one JSON value per line
 
 stdin   {"model": …, "dtype": …, …}                     arguments of vllm.LLM
 stdout  {"ready": true}                                 when the model is loaded
-stdin   {"stop_token_ids": […], "prompts": [[id, tokens, most new tokens], …]}
-stdout  {"id": …, "tokens": […], "finish_reason": …}    for each prompt as it is done, in any order
+stdin   {"stop_token_ids": […], "prompts": [[id, tokens, max new tokens], …]}
+stdout  {"id": …, "tokens": […]}                        for each prompt when it is finished, in any order
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, and ends and fails together with it
-    "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB on a CPU, where vLLM would take nearly all memory
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process and ends with it
+    "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB; on a CPU vLLM would otherwise take nearly all memory
 }
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the answers; empty where there is no vLLM."""
+    """Versions of the packages that determine the responses; empty without vLLM."""
     if importlib.util.find_spec("vllm") is None:
         return {}
     found = {}
@@ -39,12 +40,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def answer(llm: Any, request: dict[str, Any], say: Any) -> None:
-    """Answers the request's prompts greedily and says each answer as soon as it is done."""
+def generate(llm: Any, request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+    """Generates greedily for the request's prompts and sends each response as soon as it is finished."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    # Only the stop tokens that are given end an answer, as with the transformers engine.
+    # Only the given stop tokens end a response, as with the transformers engine.
     params = [
         SamplingParams(
             temperature=0.0, max_tokens=most, stop_token_ids=request["stop_token_ids"], ignore_eos=True,
@@ -56,23 +57,24 @@ def answer(llm: Any, request: dict[str, Any], say: Any) -> None:
     llm.enqueue(prompts, params, use_tqdm=False)
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
-            id_, asked, _ = request["prompts"][int(output.request_id)]  # vLLM numbers them in the order it gets them
-            if output.prompt_token_ids != asked:
+            id_, prompt, _ = request["prompts"][int(output.request_id)]  # vLLM numbers requests in order of arrival
+            if output.prompt_token_ids != prompt:
                 raise RuntimeError(f"vLLM's request {output.request_id} is not the prompt of id {id_}")
-            done = output.outputs[0]
-            say({"id": id_, "tokens": list(done.token_ids), "finish_reason": done.finish_reason})
+            if output.outputs[0].finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM ended id {id_} with {output.outputs[0].finish_reason}")
+            send({"id": id_, "tokens": list(output.outputs[0].token_ids)})
 
 
 def main() -> int:
-    """Exit code: 0 all is answered, 1 no vLLM, and whatever Python makes of an exception."""
+    """Exit code: 0 finished, 1 no vLLM."""
     if sys.argv[1:] == ["--versions"]:
         print(json.dumps(versions()))
         return 0 if versions() else 1
-    # vLLM and the processes it starts print to stdout; what evaluate.py reads must be free of that.
+    # vLLM and its processes print to stdout, which must contain only the protocol's lines.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def say(reply: dict[str, Any]) -> None:
+    def send(reply: dict[str, Any]) -> None:
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
@@ -82,8 +84,8 @@ def main() -> int:
     from vllm import LLM
 
     llm = LLM(**arguments)
-    say({"ready": True})
-    answer(llm, json.loads(sys.stdin.readline()), say)
+    send({"ready": True})
+    generate(llm, json.loads(sys.stdin.readline()), send)
     return 0
 
 

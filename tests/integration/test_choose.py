@@ -1,38 +1,42 @@
-"""Answers chosen by likelihood: against the plainest computation, with the whole prompt, whatever the batch."""
+"""Multiple choice by likelihood, and quantized models: against complete forward passes, for any batch."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, MODELS, call, message_row, write_rows
+from conftest import GOLDEN, MODELS, call, message_row, weights, write_rows
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import evaluate
-from llm_jepa.data.examples import Example, ExampleError
+from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.evaluation import generation
+from llm_jepa.evaluation.settings import EvaluationSettings
 
-CHOICES = ("A", "B", "C", "D")
+LETTERS = ("A", "B", "C", "D")
 LONG = ("A", "a word, then another", "AB 12")  # of several tokens each
 EXAMPLES = [
-    Example("Choose.", f"{'context ' * (7 * i % 23)}\nA) {i}\nB) {i * i}\nC) x\nD) y", "A", f"rows:{i}", i)
+    Example("Choose.", f"{'context ' * (7 * i % 23)}\nA) {i}\nB) {i * i}\nC) x\nD) y", "A", f"data:{i}", i)
     for i in range(1, 8)
 ]
 
 
 @cache
 def load(name: str, plain: bool = False):
-    return evaluate.load(
-        str(GOLDEN / "models" / name), evaluate.Settings(dtype="float32", task="hellaswag", plain=plain)
-    )
+    settings = EvaluationSettings(dtype="float32", task="hellaswag", plain=plain)
+    return evaluate.load(str(GOLDEN / "models" / name), settings)
 
 
 @torch.no_grad()
-def slow_likelihood(model, renderer, example: Example, choice: str) -> float:
-    """Σ log p of the tokens of the chat from its first difference to another answer's chat, up to the answer's end."""
+def expected(model, renderer, example: Example, choice: str) -> float:
+    """Σ log p of the answer's tokens, found by their characters."""
     chat = renderer.chat(dataclasses.replace(example, assistant=choice))
     ids = renderer.tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True)
     answer = [t for t, (start, end) in enumerate(ids["offset_mapping"]) if end > chat.start and start < chat.end]
@@ -40,123 +44,141 @@ def slow_likelihood(model, renderer, example: Example, choice: str) -> float:
     return sum(logits[t - 1, ids["input_ids"][t]].item() for t in answer)
 
 
-def chosen(model, renderer, examples, choices, batch_size, **sizes) -> list[generation.Generation]:
-    answers = generation.choose(model, renderer, examples, choices, batch_size, **sizes)
-    found = {e.id: a for batch in answers for e, a in batch}
-    return [found[e.id] for e in examples]
+def chosen(model, encoder, examples, choices, batch_size, **options) -> dict[int, generation.Generation]:
+    examples, encoded = generation.encode_choices(model.config, encoder, examples, choices, Problems())
+    with evaluate.label_logits(model, encoder.renderer.tokenizer.pad_token_id) as read:
+        batches = generation.choose(read, examples, encoded, choices, batch_size, **options)
+        return {e.id: g for batch in batches for e, g in batch}
 
 
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("choices", [CHOICES, LONG], ids=["letters", "longer"])
+@pytest.mark.parametrize("choices", [LETTERS, LONG], ids=["letters", "longer"])
 @pytest.mark.parametrize("name", MODELS)
-def test_likelihoods_are_those_of_one_plain_forward_a_choice(name, choices, plain):
-    model, renderer = load(name, plain)
-    for example, answer in zip(EXAMPLES, chosen(model, renderer, EXAMPLES, choices, 3), strict=True):
-        slow = {choice: slow_likelihood(model, renderer, example, choice) for choice in choices}
-        assert answer.log_likelihoods == pytest.approx(slow, abs=1e-4)
-        assert answer.text == max(slow, key=slow.__getitem__)
-        assert answer.stop_reason is None
+def test_likelihoods_equal_one_forward_pass_per_choice(name, choices, plain):
+    model, encoder = load(name, plain)
+    found = chosen(model, encoder, EXAMPLES, choices, 3)
+    for example in EXAMPLES:
+        want = {choice: expected(model, encoder.renderer, example, choice) for choice in choices}
+        assert found[example.id].log_likelihoods == pytest.approx(want, abs=1e-4)
+        assert found[example.id].text == max(want, key=want.__getitem__)
+        assert found[example.id].stop_reason is None
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape[1] == 3, "the hook is removed"
 
 
-def test_the_batch_changes_nothing_and_the_hook_is_gone():
-    model, renderer = load("llama3")
-    alone = chosen(model, renderer, EXAMPLES, CHOICES, 1)
-    for size in (2, 100):
-        for one, other in zip(alone, chosen(model, renderer, EXAMPLES, CHOICES, size), strict=True):
-            assert one.text == other.text
-            assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4)
-    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape[1] == 3
-
-
-def test_one_token_choices_cost_one_prompt_and_longer_ones_all(monkeypatch):
-    model, renderer = load("llama3")
-    rows, forward = [], type(model).forward
-
-    def counting(self, input_ids=None, **kwargs):
-        rows.append(len(input_ids))
-        return forward(self, input_ids=input_ids, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", counting)
-    chosen(model, renderer, EXAMPLES, CHOICES, 4)
-    assert rows == [4, 3]
-    rows.clear()
-    chosen(model, renderer, EXAMPLES, LONG, 4)
-    assert rows == [12, 9]
-
-
-@pytest.mark.parametrize("choices", [CHOICES, LONG], ids=["letters", "longer"])
-def test_a_token_budget_counts_the_rows_of_all_choices_and_changes_nothing(choices, monkeypatch):
-    model, renderer = load("llama3")
-    want = chosen(model, renderer, EXAMPLES, choices, 1)
+@pytest.mark.parametrize("choices", [LETTERS, LONG], ids=["letters", "longer"])
+def test_batches_change_no_likelihood_and_letters_need_one_row(choices, monkeypatch):
+    model, encoder = load("llama3")
+    want = chosen(model, encoder, EXAMPLES, choices, 1)
     shapes, forward = [], type(model).forward
 
-    def watching(self, input_ids=None, **kwargs):
+    def watch(self, input_ids=None, **kwargs):
         shapes.append(tuple(input_ids.shape))
         return forward(self, input_ids=input_ids, **kwargs)
 
-    monkeypatch.setattr(type(model), "forward", watching)
-    got = chosen(model, renderer, EXAMPLES, choices, 64, tokens_per_batch=500)
-    for one, other in zip(want, got, strict=True):
-        assert one.text == other.text
-        assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4)
-    rows = 1 if choices == CHOICES else len(choices)  # of each example
-    assert sum(r for r, _ in shapes) == rows * len(EXAMPLES) and len(shapes) > 1
-    assert all(r * t <= 500 or r == rows for r, t in shapes)
-    assert all((r + rows) * t > 500 for r, t in shapes[:-1]), "a batch takes what fits"
+    monkeypatch.setattr(type(model), "forward", watch)
+    rows = 1 if choices == LETTERS else len(choices)  # of each example
+    for options, batches in (({"batch_size": 4}, 2), ({"batch_size": 64, "tokens_per_batch": 500}, None)):
+        shapes.clear()
+        got = chosen(model, encoder, EXAMPLES, choices, **options)
+        assert {i: g.text for i, g in got.items()} == {i: g.text for i, g in want.items()}
+        for i in got:
+            assert got[i].log_likelihoods == pytest.approx(want[i].log_likelihoods, abs=1e-4)
+        assert sum(r for r, _ in shapes) == rows * len(EXAMPLES)
+        assert len(shapes) == batches if batches else all(r * t <= 500 or r == rows for r, t in shapes)
 
 
-def test_processes_share_the_examples():
-    model, renderer = load("llama3")
-    want = chosen(model, renderer, EXAMPLES, CHOICES, 2)
-    shares = [
-        [pair for batch in generation.choose(model, renderer, EXAMPLES, CHOICES, 2, share=(n, 3)) for pair in batch]
-        for n in range(3)
-    ]
-    assert sorted(len(share) for share in shares) == [2, 2, 3]
-    assert [a for _, a in sorted(sum(shares, []), key=lambda pair: pair[0].id)] == want
-
-
-def test_every_letter_of_the_prompt_counts():
-    """A prompt cut anywhere (as to max_new_tokens) could not tell these two apart."""
-    model, renderer = load("llama3")
-    long = "word " * 150
-    first, second = (dataclasses.replace(EXAMPLES[0], user=start + long) for start in ("A", "B"))
-    one, other = chosen(model, renderer, [first, dataclasses.replace(second, id=99)], CHOICES, 2)
+def test_likelihoods_depend_on_the_first_token_of_a_long_prompt():
+    model, encoder = load("llama3")
+    pair = [dataclasses.replace(EXAMPLES[i], user=start + "word " * 150) for i, start in enumerate("AB")]
+    one, other = chosen(model, encoder, pair, LETTERS, 2).values()
     assert one.log_likelihoods != pytest.approx(other.log_likelihoods, abs=1e-6)
 
 
-def test_a_prompt_beyond_the_context_is_refused():
-    model, renderer = load("llama3")
-    limit = model.config.max_position_embeddings
-    example = dataclasses.replace(EXAMPLES[0], user="w " * (limit + 1))
-    with pytest.raises(ExampleError, match=f"rows:1: .* tokens, over the model's context of {limit}"):
-        chosen(model, renderer, [example], CHOICES, 1)
+def test_prompt_over_the_context_is_refused():
+    model, encoder = load("llama3")
+    long = dataclasses.replace(EXAMPLES[0], user="w " * (model.config.max_position_embeddings + 1))
+    with pytest.raises(ExampleError, match="data:1: "):
+        generation.encode_choices(model.config, encoder, [long], LETTERS, Problems())
 
 
-@pytest.fixture
-def hellaswag(tmp_path) -> Path:
-    return write_rows(
-        tmp_path / "hellaswag_test.jsonl",
-        [message_row(e.user, CHOICES[e.id % 4], "Choose.") for e in EXAMPLES],
-    )
+def evaluated(model: Path, folder: Path, *flags: object):
+    data = folder / "hellaswag_test.jsonl"
+    write_rows(data, [message_row(e.user, LETTERS[e.id % 4], "Choose.") for e in EXAMPLES])
+    done = call("evaluate", "--model_name", model, "--input_file", data, "--output_file", folder / "p.jsonl", *flags)
+    path = folder / "p.jsonl"
+    return done, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_hellaswag_from_the_command_line(hellaswag, tmp_path):
-    flags = ("--model_name", GOLDEN / "models" / "llama3", "--input_file", hellaswag, "--batch_size", 2)
-    done = call("evaluate", *flags, "--output_file", tmp_path / "out" / "predictions.jsonl")
+def test_hellaswag_from_the_command_line(tmp_path):
+    done, rows = evaluated(GOLDEN / "models" / "llama3", tmp_path, "--batch_size", 2)
     assert done.code == 0, done.err
-    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    right = [row["prediction"] == CHOICES[e.id % 4] for row, e in zip(rows, EXAMPLES, strict=True)]
-    assert [row["choice"] for row in rows] == right
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    right = [row["prediction"] == LETTERS[e.id % 4] for row, e in zip(rows, EXAMPLES, strict=True)]
+    assert [row["choice"] for row in rows] == right and set(rows[0]["log_likelihoods"]) == set(LETTERS)
     assert (metrics["score"], metrics["n"], metrics["stop_rate"]) == ("choice", 7, None)
-    assert metrics["choice"] == sum(right) / 7
-    assert set(rows[0]["log_likelihoods"]) == set(CHOICES)
-    assert "stop_rate" not in done.out
+    assert metrics["choice"] == sum(right) / 7 and "stop_rate" not in done.out
+    done, _ = evaluated(GOLDEN / "models" / "llama3", tmp_path, "--max_new_tokens", 5, "--overwrite")
+    assert done.code == 2 and "--max_new_tokens" in done.err
 
 
-def test_max_new_tokens_is_refused_where_nothing_is_generated(hellaswag, tmp_path):
-    done = call("evaluate", "--model_name", GOLDEN / "models" / "llama3", "--input_file", hellaswag,
-                "--output_file", tmp_path / "p.jsonl", "--max_new_tokens", 5)  # fmt: skip
-    assert done.code == 2
-    assert "--max_new_tokens: task hellaswag generates nothing" in done.err
+def test_choices_of_half_precision_are_compared_by_float32_logits(tmp_path, monkeypatch):
+    def likelihoods(name: str) -> list[float]:
+        (tmp_path / name).mkdir()
+        done, rows = evaluated(GOLDEN / "models" / "llama3", tmp_path / name, "--dtype", "bfloat16")
+        assert done.code == 0, done.err
+        return [value for row in rows for value in row["log_likelihoods"].values()]
+
+    exact = likelihoods("exact")
+    monkeypatch.setattr(generation, "float32_logits", lambda model: contextlib.nullcontext())
+    rounded = likelihoods("rounded")
+    assert exact != rounded and exact == pytest.approx(rounded, abs=0.05)
+
+
+def test_likelihoods_that_are_not_finite_are_an_error(tmp_path):
+    model = GOLDEN / "models" / "llama3"
+    folder = tmp_path / "broken"
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    (folder / "config.json").write_text((model / "config.json").read_text())
+    tensors = weights(model)
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done, rows = evaluated(folder, tmp_path)
+    assert done.code == 2 and "hellaswag_test.jsonl:" in done.err and "--dtype float32" in done.err
+    assert not rows and not (tmp_path / "metrics.json").exists()
+
+
+# -------------------------------------------------------------------------------------------------- quantized models
+
+
+@pytest.fixture(scope="module")
+def model64(tmp_path_factory) -> Path:
+    """A Llama whose layer sizes are multiples of 64, as 4-bit kernels need."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "models" / "llama3")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.05)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def likelihoods(folder: Path, **flags) -> tuple[torch.Tensor, set[str]]:
+    """Log-likelihoods of four letters (4 examples, 4) and the kinds of linear layers in the model."""
+    model, encoder = evaluate.load(str(folder), EvaluationSettings(dtype="float32", task="hellaswag", **flags))
+    found = chosen(model, encoder, EXAMPLES[:4], LETTERS, 2)
+    kinds = {type(m).__name__ for m in model.get_decoder().modules() if "Linear" in type(m).__name__}
+    return torch.tensor([list(found[e.id].log_likelihoods.values()) for e in EXAMPLES[:4]]), kinds
+
+
+@pytest.mark.parametrize(
+    ("flag", "kind", "error"), [("load_in_8bit", "Linear8bitLt", 0.1), ("load_in_4bit", "Linear4bit", 1)]
+)
+def test_quantized_model_gives_nearly_the_same_likelihoods(model64, flag, kind, error):
+    (full, _), (quantized, kinds) = likelihoods(model64), likelihoods(model64, **{flag: True})
+    assert kinds == {kind}
+    assert 0 < (full - quantized).square().mean().sqrt() < error * full.std()
+
+
+def test_device_map_changes_nothing(model64):
+    assert likelihoods(model64, device_map="auto")[0].equal(likelihoods(model64)[0])

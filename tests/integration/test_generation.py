@@ -1,159 +1,288 @@
-"""Rounds of generation and the shared prefix change no answer, whatever the kind of model."""
+"""Generation: batches, rounds and the shared prefix change no response, and prompts are those of training."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from conftest import GOLDEN, MODELS
 
+import evaluate
+from llm_jepa.data.examples import Example, Problems
+from llm_jepa.data.segments import end_of_turn
 from llm_jepa.evaluation import generation
+from llm_jepa.evaluation.settings import EvaluationSettings
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
 KINDS = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA_LIKE),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", LLAMA_LIKE | {"head_dim": 8}),
-    "sliding window": ("MistralForCausalLM", "MistralConfig", LLAMA_LIKE | {"sliding_window": 6}),
-    "learned positions": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}),
-    "ALiBi by mask": ("BloomForCausalLM", "BloomConfig", SMALL | {"n_head": 4, "n_layer": 2}),
-    "ALiBi by entry": (
+    "sliding_window": ("MistralForCausalLM", "MistralConfig", LLAMA_LIKE | {"sliding_window": 6}),
+    "learned_positions": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "alibi_by_mask": ("BloomForCausalLM", "BloomConfig", SMALL | {"n_head": 4, "n_layer": 2}),
+    "alibi_by_entry": (
         "MptForCausalLM", "MptConfig",
         {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
     ),
     "recurrent": ("MambaForCausalLM", "MambaConfig", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}),
 }  # fmt: skip
-STOP, PAD, PREFIX = 7, 0, [11, 12, 13, 14, 15, 16]
-TOKENIZER = SimpleNamespace(pad_token_id=PAD, eos_token_id=STOP)
+PAD, PREFIX, STOPS = 0, [11, 12, 13, 14, 15, 16], [7, *range(40, 46)]
 
 
+@cache
 def build(kind: str) -> torch.nn.Module:
-    """A random model whose answers differ in length."""
+    """A random model whose responses differ in length."""
     model, config, options = KINDS[kind]
     torch.manual_seed(0)
     built = getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
-    with torch.no_grad():  # small weights make every answer one token over and over
+    with torch.no_grad():  # with small parameters every response repeats one token
         for parameter in built.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(6)
     return built
 
 
-def prompts(n: int) -> list[list[int]]:
+def random_prompts(n: int) -> list[list[int]]:
     rng = torch.Generator().manual_seed(1)
     return [PREFIX + torch.randint(20, 90, (3 + 2 * i,), generator=rng).tolist() for i in range(n)]
 
 
-def alone(model: torch.nn.Module, prompt: list[int], steps: int, stops: set[int]) -> list[int]:
-    """Greedy tokens by whole forward passes, without cache, padding or batch."""
+@torch.no_grad()
+def one_by_one(model: torch.nn.Module, prompt: list[int], steps: int, stops: list[int]) -> list[int]:
+    """Greedy tokens by complete forward passes, without cache, padding or batch."""
     tokens: list[int] = []
     while len(tokens) < steps and not (tokens and tokens[-1] in stops):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits
+        logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits
         tokens.append(int(logits[0, -1].argmax()))
     return tokens
 
 
-@pytest.fixture(autouse=True)
-def _stop_token(monkeypatch):
-    monkeypatch.setattr(generation, "stop_ids", lambda model, renderer: [STOP, *range(40, 46)])
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("first_round", [1, 3, 8])
-def test_answers_are_those_of_each_prompt_alone(kind, first_round, monkeypatch):
-    monkeypatch.setattr(generation, "ROUND", first_round)
-    model, asked = build(kind), prompts(6)
-    prefix = generation.shared_prefix(model, asked, PAD)
-    got = generation.next_tokens(model, SimpleNamespace(tokenizer=TOKENIZER), asked, 24, prefix)
-    want = [alone(model, p, 24, {STOP, *range(40, 46)}) for p in asked]
-    assert got == want
+@pytest.mark.parametrize("first_round", [1, 8])
+def test_batch_rounds_and_prefix_change_no_tokens(kind, first_round, monkeypatch):
+    monkeypatch.setattr(generation, "FIRST_ROUND", first_round)
+    model, prompts = build(kind), random_prompts(6)
+    prefix = generation.shared_prefix(model, prompts, PAD)
+    want = [one_by_one(model, p, 24, STOPS) for p in prompts]
+    assert generation.generate_tokens(model, PAD, STOPS, prompts, 24, prefix) == want
     if kind == "llama":
-        assert len({len(row) for row in want}) > 2, "the rows should leave the batch at different times"
+        assert len(set(map(len, want))) > 2, "the rows leave the batch at different times"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prefix_is_reused_where_that_changes_nothing(kind):
-    model, asked = build(kind), prompts(4)
-    prefix = generation.shared_prefix(model, asked, PAD)
-    reusable = kind not in ("sliding window", "ALiBi by entry", "recurrent")
-    assert (prefix is not None) == reusable
+def test_prefix_is_reused_only_if_outputs_stay_equal(kind):
+    model, prompts = build(kind), random_prompts(4)
+    prefix = generation.shared_prefix(model, prompts, PAD)
+    assert (prefix is not None) == (kind not in ("sliding_window", "alibi_by_entry", "recurrent"))
     if prefix:
         assert prefix.ids == PREFIX
-        plain, reused = (generation.last_logits(model, asked, PAD, p) for p in (None, prefix))
+        plain, reused = (generation.last_logits(model, prompts, PAD, p) for p in (None, prefix))
         torch.testing.assert_close(reused, plain, rtol=1e-4, atol=1e-4)
-        assert prefix.cache.get_seq_length() == len(PREFIX), "the cache is copied, never grown"
+        assert prefix.cache.get_seq_length() == len(PREFIX), "the cache is copied, never extended"
 
 
-def test_no_prefix_where_the_prompts_share_too_little_or_one_is_the_prefix():
+def test_prefix_leaves_a_token_of_each_prompt_and_is_not_short():
     model = build("llama")
     assert generation.shared_prefix(model, [[1, 2, 3, 4, 5], [1, 2, 3, 9, 9, 9]], PAD) is None
     assert generation.shared_prefix(model, [PREFIX], PAD) is None
-    short = generation.shared_prefix(model, [PREFIX, [*PREFIX, 30]], PAD)
-    assert short.ids == PREFIX[:-1], "a token of each prompt is left to encode"
+    assert generation.shared_prefix(model, [PREFIX, [*PREFIX, 30]], PAD).ids == PREFIX[:-1]
 
 
-def test_rows_that_are_done_leave_the_batch(monkeypatch):
-    monkeypatch.setattr(generation, "ROUND", 2)
-    model, asked, sizes = build("llama"), prompts(6), []
-    true = model.generate
-    monkeypatch.setattr(model, "generate", lambda **k: sizes.append(len(k["input_ids"])) or true(**k))
-    rows = generation.next_tokens(model, SimpleNamespace(tokenizer=TOKENIZER), asked, 24)
-    ends, reached = sorted(len(row) for row in rows), 0
-    for i, size in enumerate(sizes):
-        assert size == sum(end > reached for end in ends)
-        reached += 2 * 2**i
+def test_finished_rows_leave_the_batch(monkeypatch):
+    monkeypatch.setattr(generation, "FIRST_ROUND", 2)
+    model, sizes = build("llama"), []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **k: sizes.append(len(k["input_ids"])) or generate(**k))
+    ends = sorted(len(row) for row in generation.generate_tokens(model, PAD, STOPS, random_prompts(6), 24))
+    reached = [2 * (2**i - 1) for i in range(len(sizes))]  # tokens before each round
+    assert sizes == [sum(end > tokens for end in ends) for tokens in reached]
     assert sizes[0] == 6 and sizes[-1] < 6
 
 
-def test_a_prompt_near_the_end_of_the_context_does_not_end_the_others(monkeypatch):
-    monkeypatch.setattr(generation, "stop_ids", lambda model, renderer: [STOP])
+def test_prompt_near_the_context_length_does_not_shorten_the_others():
     model = build("llama")
-    asked = [[*PREFIX, *range(20, 20 + n)] for n in (2, 60, 68)]
+    short = [[*PREFIX, *range(20, 20 + n)] for n in (2, 60, 68)]
     longest = [*PREFIX, *([30] * 118)]  # 124 of 128 tokens
-    got = generation.next_tokens(model, SimpleNamespace(tokenizer=TOKENIZER), [*asked, longest], 20)
-    assert got == [alone(model, p, 20, {STOP}) for p in asked] + [alone(model, longest, 4, {STOP})]
+    got = generation.generate_tokens(model, PAD, [7], [*short, longest], 20)
+    assert got == [one_by_one(model, p, 20, [7]) for p in short] + [one_by_one(model, longest, 4, [7])]
 
 
 LENGTHS = [5, 40, 7, 7, 100, 1, 12, 30, 7]
 
 
-@pytest.mark.parametrize("tokens", [1, 30, 60, 99, 100, 101, 10_000])
-def test_a_batch_takes_as_many_rows_as_fit_the_tokens_padded(tokens):
+@pytest.mark.parametrize("tokens", [1, 60, 100, 10_000])
+def test_token_budget_fills_batches_of_similar_length(tokens):
     batches = list(generation.batches(LENGTHS, 64, tokens))
-    assert sorted(sum(batches, [])) == list(range(len(LENGTHS)))
-    flat = [LENGTHS[i] for i in sum(batches, [])]
-    assert flat == sorted(LENGTHS, reverse=True)
+    assert [LENGTHS[i] for batch in batches for i in batch] == sorted(LENGTHS, reverse=True)
     for batch in batches:
         assert len(batch) * LENGTHS[batch[0]] <= tokens or len(batch) == 1
     for batch in batches[:-1]:
         assert (len(batch) + 1) * LENGTHS[batch[0]] > tokens
-
-
-def test_without_tokens_a_batch_has_so_many_rows():
     assert [len(batch) for batch in generation.batches(LENGTHS, 4)] == [4, 4, 1]
-    assert list(generation.batches([], 4)) == list(generation.batches([], 4, 100)) == []
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 def test_processes_share_the_batches_that_are_left(processes):
     examples = [SimpleNamespace(id=i) for i in range(len(LENGTHS))]
     batches = list(generation.batches(LENGTHS, 2))
-    done = {*batches[1], batches[2][0]}  # a whole batch and half of another
-    shares = [list(generation.unanswered(iter(batches), examples, done, (n, processes))) for n in range(processes)]
-    left = [b for b in batches if b != batches[1]]
-    assert sorted(sum(shares, [])) == sorted(left)
+    done, seen = {*batches[1], batches[2][0]}, []  # a complete batch and half of another
+
+    def response(batch: list[int]) -> list[int]:
+        seen.append(batch)
+        return batch
+
+    shares = [
+        list(generation.respond(examples, iter(batches), response, done, (n, processes))) for n in range(processes)
+    ]
+    assert sorted(seen) == sorted(b for b in batches if b != batches[1]), "batches are the same after a resume"
+    assert sorted(i for share in shares for batch in share for _, i in batch) == sorted(set(range(9)) - done)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize("kind", ["llama", "learned positions"])
-def test_choices_are_compared_by_logits_of_float32(kind):
-    model = build(kind).bfloat16()
-    layer, ids = model.get_output_embeddings(), torch.tensor([PREFIX])
-    with torch.no_grad(), generation.float32_logits(model):
-        hidden = (model(ids, output_hidden_states=True)).hidden_states[-1]
-        logits = model(ids).logits
-    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
-    torch.testing.assert_close(logits, hidden.float() @ layer.weight.float().T)
-    assert model.get_output_embeddings() is layer and model(ids).logits.dtype == torch.bfloat16
+# ------------------------------------------------------------------------------------------- models with a template
+
+STEPS = 16
+USERS = ["strings with a vowel", "x", "any character or a vowel, 6 times or more, " * 6, "naïve café — 你好 🙂",
+         "strings that start with the word 'cat'", "  spaces around  ", "a", "two\nlines"]  # fmt: skip
+EXAMPLES = [Example("Write.", user, "a", f"data:{i}", i) for i, user in enumerate(USERS, start=1)]
+
+
+@cache
+def load(folder: Path, plain: bool = False):
+    model, encoder = evaluate.load(str(folder), EvaluationSettings(dtype="float32", plain=plain))
+    return model, encoder.renderer
+
+
+def prompts_of(folder: Path, examples: list[Example]) -> list[list[int]]:
+    model, renderer = load(folder)
+    return generation.encode_prompts(model.config, renderer, examples, Problems())[1]
+
+
+def expected(folder: Path, example: Example, stops: set[int], steps: int = STEPS) -> generation.Generation:
+    """The response by complete forward passes, decoded without special tokens."""
+    model, renderer = load(folder)
+    tokens = one_by_one(model, prompts_of(folder, [example])[0], steps, stops)
+    special = {i for i, token in renderer.tokenizer.added_tokens_decoder.items() if token.special}
+    text = renderer.tokenizer.decode([t for t in tokens if t not in special | stops])
+    return generation.Generation(text, "stop" if tokens[-1] in stops else "length")
+
+
+def generated(folder: Path, batch_size: int, steps: int = STEPS, examples=EXAMPLES) -> list[generation.Generation]:
+    model, renderer = load(folder)
+    batches = generation.generate(model, renderer, examples, batch_size, steps)
+    found = {e.id: g for batch in batches for e, g in batch}
+    return [found[e.id] for e in examples]
+
+
+def changed_copy(source: Path, target: Path, **changes: dict) -> Path:
+    """A copy of a model folder with changes to its JSON files, by their names without ending."""
+    shutil.copytree(source, target)
+    for name, values in changes.items():
+        path = target / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return target
+
+
+@pytest.fixture(scope="module")
+def stopping(tmp_path_factory):
+    """Golden models by name with a second stop token, which ends about half of their responses; their stop tokens."""
+    folders = {}
+    for name in MODELS:
+        golden = GOLDEN / "models" / name
+        model, renderer = load(golden)
+        turn = end_of_turn(renderer)
+        said = [one_by_one(model, prompt, STEPS, [turn]) for prompt in prompts_of(golden, EXAMPLES)]
+        counts = {t: sum(t in tokens for tokens in said) for tokens in said for t in tokens if t != turn}
+        stop = min(counts, key=lambda t: (abs(2 * counts[t] - len(said)), t))
+        config = {"eos_token_id": [turn, stop]}
+        folder = changed_copy(golden, tmp_path_factory.mktemp("models") / name, generation_config=config)
+        folders[name] = folder, {turn, stop, renderer.tokenizer.eos_token_id}
+    return folders
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("name", MODELS)
+def test_responses_equal_those_of_one_prompt_without_cache(name, batch_size, stopping):
+    folder, stops = stopping[name]
+    want = [expected(folder, e, stops) for e in EXAMPLES]
+    assert generated(folder, batch_size) == want
+    assert {g.stop_reason for g in want} == {"stop", "length"} and len({g.text for g in want}) > len(want) / 2
+
+
+def test_stop_token_counts_within_max_new_tokens(stopping):
+    folder, stops = stopping["llama3"]
+    model, _ = load(folder)
+    rows = [one_by_one(model, prompt, STEPS, stops) for prompt in prompts_of(folder, EXAMPLES)]
+    i = next(i for i, row in enumerate(rows) if row[-1] in stops and len(row) > 1)
+    for steps, reason in ((len(rows[i]), "stop"), (len(rows[i]) - 1, "length")):
+        assert generated(folder, 1, steps, [EXAMPLES[i]])[0].stop_reason == reason
+
+
+@pytest.mark.parametrize("max_new_tokens", [-1, 12])
+def test_response_ends_at_the_context_length(max_new_tokens, stopping, tmp_path):
+    folder, stops = stopping["llama3"]
+    limit = max(map(len, prompts_of(folder, EXAMPLES))) + 4
+    short = changed_copy(folder, tmp_path / "short", config={"max_position_embeddings": limit})
+    rooms = [limit - len(prompt) for prompt in prompts_of(folder, EXAMPLES)]
+    rooms = rooms if max_new_tokens == -1 else [min(room, max_new_tokens) for room in rooms]
+    want = [expected(short, e, stops, room) for e, room in zip(EXAMPLES, rooms, strict=True)]
+    assert generated(short, 3, max_new_tokens) == want
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"repetition_penalty": 5.0},
+        {"do_sample": True, "temperature": 5.0, "top_k": 50, "top_p": 0.9, "num_return_sequences": 2},
+        {"num_beams": 3},
+        {"suppress_tokens": list(range(100, 400)), "no_repeat_ngram_size": 1},
+        {"min_new_tokens": STEPS, "max_length": 3, "max_new_tokens": 2},
+    ],
+    ids=lambda config: next(iter(config)),
+)
+def test_generation_config_of_a_model_does_not_change_greedy_responses(config, stopping, tmp_path):
+    folder, _ = stopping["llama3"]
+    odd = changed_copy(folder, tmp_path / "odd", generation_config=config)
+    assert generated(odd, 4) == generated(folder, 4)
+
+
+PROMPTS = {
+    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe short.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nthe question<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "chatml": "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nthe question<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    # Gemma's template refuses a system turn.
+    "google_gemma": "<bos><start_of_turn>user\nBe short.\n\nthe question<end_of_turn>\n<start_of_turn>model\n",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prompt_is_the_chat_up_to_the_answer(name):
+    model, renderer = load(GOLDEN / "models" / name)
+    example = Example("Be short.", "the question", "secret", "data:1", 1)
+    (ids,) = prompts_of(GOLDEN / "models" / name, [example])
+    assert renderer.tokenizer.decode(ids) == PROMPTS[name]
+    plain = load(GOLDEN / "models" / name, plain=True)[1]
+    assert plain.prompt(example).removeprefix(plain.prefix) == "the question<|perception|>"
+
+
+def test_tokenizer_that_adds_bos_adds_no_second_one(tmp_path):
+    bos = "<|begin_of_text|>"
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    processor = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}},
+    }
+    folder = changed_copy(GOLDEN / "models" / "llama3", tmp_path / "bos", tokenizer={"post_processor": processor})
+    assert load(folder)[1].tokenizer("a").input_ids[0] == 0
+    assert [(ids[0], ids.count(0)) for ids in prompts_of(folder, EXAMPLES)] == [(0, 1)] * len(EXAMPLES)

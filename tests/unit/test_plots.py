@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, export_views, log_steps, synthetic_arm, two_arms
 
+from llm_jepa.cli import parse_flags
+from llm_jepa.evaluation.settings import EvaluationSettings
 from llm_jepa.report import main
 from llm_jepa.reports import plots
 from llm_jepa.reports.comparison import Table, compare_arms
@@ -177,8 +179,6 @@ def test_unusable_views_are_reported(tmp_path, figures, damage):
 
 
 def test_missing_and_damaged_data_is_in_the_report(tmp_path, capsys):
-    import evaluate
-
     runs = two_arms(tmp_path)
     (Path(runs[0]) / "metrics.jsonl").write_text('{"step": 21, "lm_lo')
     assert main([*runs, "--output_dir", str(tmp_path / "out")]) == 1
@@ -189,7 +189,7 @@ def test_missing_and_damaged_data_is_in_the_report(tmp_path, capsys):
     assert made["comparisons"][0]["n"] == 2
     assert all(command in line for command, line in zip(commands, made["missing_figures"], strict=True))
     flags = made["missing_figures"][3].split("evaluate.py ")[1].split()
-    settings, _ = evaluate.parse_flags(evaluate.Settings, "", flags)
+    settings, _ = parse_flags(EvaluationSettings, "", flags)
     assert settings.export_embeddings == "RUN/eval/synth/embeddings.safetensors"
 
 

@@ -1,0 +1,51 @@
+"""Scores of predictions: each one's, and their summary with confidence intervals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from llm_jepa.data.examples import Example
+from llm_jepa.evaluation.generation import Generation
+from llm_jepa.evaluation.predictions import Predictions
+from llm_jepa.scoring.tasks import TASKS, Scorer, score_text, wilson
+
+
+def scored_row(example: Example, generation: Generation, score: Scorer) -> dict[str, Any]:
+    """One line of predictions.jsonl; `id` is the example's line number in the input file, counted from 1."""
+    row = {"id": example.id, "prediction": generation.text, "stop_reason": generation.stop_reason}
+    if generation.log_likelihoods:
+        row["log_likelihoods"] = generation.log_likelihoods
+    return row | score_text(generation.text, example.assistant) | score(generation.text, example)
+
+
+def summarize(rows: Predictions, task: str, startswith: bool = False) -> dict[str, Any]:
+    """Each score as a fraction of n, with its 95 % Wilson interval under `ci95`; `failures` counted by reason."""
+    own = TASKS[task].scores
+    names = [*own, "exact", "startswith"]
+    hits = {name: sum(row[name] for row in rows) for name in names}
+    if all(row["stop_reason"] is not None for row in rows):
+        hits["stop_rate"] = sum(row["stop_reason"] == "stop" for row in rows)
+    n = len(rows)
+    return {
+        "task": task,
+        "n": n,
+        "score": "startswith" if startswith else names[0],
+        **{name: hits[name] / n if name in hits else None for name in (*names, "stop_rate")},
+        "scores": list(own),
+        "ci95": {name: wilson(count, n) for name, count in hits.items()},
+        "failures": dict(Counter(row["failure"] for row in rows if "failure" in row).most_common()),
+    }
+
+
+def score_table(metrics: dict[str, Any]) -> str:
+    """Each score in percent with its interval, the headline score first."""
+    names = [metrics["score"], *metrics["scores"], "exact", "startswith", "stop_rate"]
+    lines = [f"{metrics['task']}, n = {metrics['n']}", f"{'':18}{'%':>7}  95 % interval"]
+    for name in dict.fromkeys(names):
+        if metrics[name] is not None:
+            low, high = (100 * x for x in metrics["ci95"][name])
+            lines.append(f"{name:18}{100 * metrics[name]:7.2f}  [{low:.2f}, {high:.2f}]")
+    if metrics["failures"]:
+        lines.append("without a result: " + ", ".join(f"{n} {reason}" for reason, n in metrics["failures"].items()))
+    return "\n".join(lines)

@@ -1,0 +1,239 @@
+"""The flags of evaluate.py, and their checks against each other and against the run that is evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llm_jepa.cli import Refusals, UsageError, flag
+from llm_jepa.data.examples import Example, Fields, data_sha256, dataset_name
+from llm_jepa.files import read_json
+from llm_jepa.model import check_name
+from llm_jepa.scoring.tasks import TASKS
+
+MODEL, DATA, GENERATION, EMBEDDING, OUTPUT = "Model", "Data", "Generation", "Embeddings", "Output"
+
+
+@dataclass
+class EvaluationSettings:
+    """Every flag of evaluate.py."""
+
+    model_name: str | None = flag(None, "run folder, adapter folder, model folder or hub name", MODEL)
+    original_model_name: str | None = flag(None, "base of an adapter; the model before fine-tuning", MODEL)
+    revision: str | None = flag(None, "commit of a hub model", MODEL)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "precision of parameters and computation; auto: bfloat16 if the GPU supports it", MODEL
+    )
+    attn_implementation: str | None = flag(None, "attention kernel of transformers", MODEL)
+    load_in_8bit: bool = flag(False, "parameters in 8 bits (needs the package bitsandbytes)", MODEL)
+    load_in_4bit: bool = flag(False, "parameters in 4 bits (needs the package bitsandbytes)", MODEL)
+    device_map: str | None = flag(None, "spread the model over devices (auto, balanced …) instead of one", MODEL)
+    engine: Literal["transformers", "vllm"] = flag(
+        "transformers", "what generates; vllm: in its own environment, made by setup.sh --vllm", MODEL
+    )
+    tensor_parallel_size: int = flag(1, "--engine vllm: GPUs that share the model's layers", MODEL)
+
+    input_file: str | None = flag(
+        None,
+        "examples to evaluate: a file, or with the two fields a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]",
+        DATA,
+    )
+    text_field: str | None = flag(None, "field of the Text view in JSONL, CSV, Parquet or hub data of any form", DATA)
+    code_field: str | None = flag(None, "field of the Code view in such data", DATA)
+    system: str | None = flag(None, "system turn of such data; default: none", DATA)
+    task: str | None = flag(None, f"how to score ({', '.join(TASKS)}); default: from the file's base name", DATA)
+    spider_path: str = flag("spider_data.zip", "task spider: folder or zip of Spider, with its databases", DATA)
+    nosplit_data: bool = flag(False, "use the complete file, even if the run was trained on a part of it", DATA)
+    process_split: Literal["train", "test"] | None = flag(
+        None, "use one part of a file that finetune.py got as --data_file", DATA
+    )
+    test_size: float = flag(0.2, "--process_split: share of the test part (--eval_split of finetune.py)", DATA)
+    split_seed: int = flag(42, "--process_split: seed of the split", DATA)
+    max_examples: int = flag(0, "use the first N examples; 0: all", DATA)
+    skip_bad_examples: bool = flag(False, "skip bad examples, count and report them", DATA)
+
+    batch_size: int = flag(64, "prompts in a batch", GENERATION)
+    tokens_per_batch: int = flag(
+        0,
+        "instead of --batch_size: as many prompts in a batch as have this many tokens when padded, at least one",
+        GENERATION,
+    )
+    max_new_tokens: int = flag(128, "longest response in tokens; -1: up to the model's context", GENERATION)
+    plain: bool = flag(False, "no chat format: user<|perception|>", GENERATION)
+    startswith: bool = flag(False, "startswith is the headline score instead of exact", GENERATION, "--statswith")
+
+    similarity: bool = flag(False, "embed the views and measure their similarity; generates nothing", EMBEDDING)
+    t_sne: bool = flag(False, "embed the views and draw them in two dimensions", EMBEDDING)
+    t_sne_type: Literal["in_n_out", "paraphrase", "rotten_tomatoes"] = flag(
+        "in_n_out",
+        "groups of --t_sne: Text and Code views, the Text views of the ten largest sets of paraphrases, or the Text "
+        "views by the class that is their answer",
+        EMBEDDING,
+    )
+    export_embeddings: str | None = flag(None, "embed the views and write them to this safetensors file", EMBEDDING)
+    embedding_layer: int = flag(
+        -1, "hidden states to read: 0 the embedding layer … -1 the last layer, after the final norm", EMBEDDING
+    )
+    embedding_pooling: Literal["last", "mean", "cls"] = flag(
+        "last", "last: the view token, as in training; mean: of all tokens; cls: the first", EMBEDDING
+    )
+
+    output_file: str | None = flag(
+        None, "predictions, or figures of --similarity; default RUN/eval/<dataset>/predictions.jsonl", OUTPUT
+    )
+    overwrite: bool = flag(False, "replace existing predictions", OUTPUT)
+    score_only: str | None = flag(None, "score this file (one JSON object per line: id, prediction), no model", OUTPUT)
+    score_gold: bool = flag(False, "score the data's own answers, no model; writes nothing", OUTPUT)
+    split_tune_untune: bool = flag(
+        False, "also evaluate --original_model_name; scores apart for examples it got right and wrong", OUTPUT
+    )
+
+    @property
+    def fields(self) -> Fields | None:
+        """Where the examples have their views, None for the project's own format."""
+        return Fields(self.text_field, self.code_field, self.system) if self.text_field else None
+
+    @property
+    def embeds(self) -> bool:
+        """Whether views are embedded instead of responses generated."""
+        return self.similarity or self.t_sne or self.export_embeddings is not None
+
+
+SINGLE_PROCESS = "device_map score_only score_gold similarity t_sne export_embeddings"
+NEEDS_MODEL = "plain dtype engine split_tune_untune similarity t_sne export_embeddings"
+NOT_VLLM = ("attn_implementation load_in_8bit load_in_4bit device_map batch_size tokens_per_batch similarity t_sne "
+            "export_embeddings")  # fmt: skip
+
+
+def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> EvaluationSettings:
+    """Resolves task and output file. Raises UsageError naming all wrong or inapplicable flags.
+
+    A flag that has no effect is refused unless it has its default.
+    """
+    r = Refusals({f.name for f in dataclasses.fields(s) if getattr(s, f.name) != f.default})
+    vllm, sources = s.engine == "vllm", bool(s.model_name) + bool(s.score_only) + s.score_gold
+    r.refuse(not s.input_file, "--input_file is missing")
+    r.refuse(sources != 1, "give one of --model_name, --score_only and --score_gold")
+    r.only_if(bool(s.model_name) or sources != 1, NEEDS_MODEL, "only with --model_name")
+    r.only_if(processes == 1, SINGLE_PROCESS, "not under torchrun, which distributes generation only")
+    r.refuse(vllm and processes > 1, "--engine vllm: not under torchrun; for several GPUs give --tensor_parallel_size")
+    r.only_if(not vllm, NOT_VLLM, "not with --engine vllm")
+    r.only_if(vllm, "tensor_parallel_size", "only with --engine vllm")
+    r.refuse(s.load_in_8bit and s.load_in_4bit, "give one of --load_in_8bit and --load_in_4bit")
+    r.refuse(s.nosplit_data and bool(s.process_split), "--nosplit_data: not with --process_split")
+    r.only_if(bool(s.process_split), "test_size split_seed", "only with --process_split")
+    r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
+    r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
+    r.refuse(s.split_tune_untune and not s.original_model_name, "--split_tune_untune: only with --original_model_name")
+    r.only_if(not s.embeds, "startswith split_tune_untune", "not with --similarity, --t_sne, --export_embeddings")
+    r.only_if(s.embeds, "embedding_layer embedding_pooling", "only with --similarity, --t_sne or --export_embeddings")
+    r.only_if(s.t_sne, "t_sne_type", "only with --t_sne")
+    r.only_if(s.similarity or s.t_sne or not s.embeds, "output_file", "not with only --export_embeddings")
+    r.only_if(not s.tokens_per_batch, "batch_size", "not with --tokens_per_batch")
+    for name, least in (("batch_size", 1), ("tensor_parallel_size", 1), ("tokens_per_batch", 0), ("max_examples", 0)):
+        value = getattr(s, name)
+        r.refuse(value < least, f"--{name} {value} is less than {least}")
+    wrong_length = s.max_new_tokens < 1 and s.max_new_tokens != -1
+    r.refuse(wrong_length, f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
+    for name in ("model_name", "original_model_name"):
+        try:
+            if value := getattr(s, name):
+                check_name(value, name)
+        except UsageError as error:
+            r.append(str(error))
+    task, output = check_task(s, r), check_output(s, r)
+    if r:
+        raise UsageError("\n".join(r))
+    return dataclasses.replace(s, task=task, output_file=output)
+
+
+def check_task(s: EvaluationSettings, r: Refusals) -> str | None:
+    """The task, None with embeddings; adds to `r` what is wrong with it."""
+    by_name, known = dataset_name(s.input_file or ""), ", ".join(TASKS)
+    task = s.task or (by_name if by_name != "text" else None)  # a usual name for data of any task
+    if s.embeds or not s.input_file:
+        return None
+    if task not in TASKS:
+        unknown = f"{s.task} is not known" if s.task else f"cannot be inferred from the name {s.input_file}"
+        r.append(f"--task {unknown}; give one of {known} (text: compare the texts)")
+        return None
+    r.only_if(not TASKS[task].choices, "max_new_tokens", f"task {task} generates nothing")
+    likelihoods = s.engine == "vllm" and bool(TASKS[task].choices)
+    r.refuse(likelihoods, f"--engine vllm: task {task} compares likelihoods; give --engine transformers")
+    return task
+
+
+def check_output(s: EvaluationSettings, r: Refusals) -> str | None:
+    """Where results go, None with --score_gold; adds to `r` what is wrong with it."""
+    output = s.output_file
+    if not output and s.score_only:
+        output = str(Path(s.score_only).with_suffix(".scored.jsonl"))
+    elif not output and s.model_name and (Path(s.model_name) / "run.json").is_file():
+        file = "similarity.json" if s.embeds else "predictions.jsonl"
+        output = str(Path(s.model_name) / "eval" / dataset_name(s.input_file or "") / file)
+    needed = bool(s.model_name) and (s.similarity or s.t_sne or not s.embeds)
+    r.refuse(needed and not output, f"--output_file is missing: {s.model_name} is not a run folder, which has one")
+    used = {Path(path).resolve() for path in (s.input_file, s.score_only) if path}
+    for name, path in (("output_file", output), ("export_embeddings", s.export_embeddings)):
+        r.refuse(bool(path) and Path(path).resolve() in used, f"--{name} {path} is also used by another flag")
+        used |= {Path(path).resolve()} if path else set()
+    taken = output is not None and Path(output).name == "metrics.json"
+    r.refuse(taken, f"--output_file {output}: metrics.json is the name of the file beside it")
+    return output
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def run_folder(name: str) -> Path | None:
+    """The run folder that a model folder is or, merged, belongs to; None for any other model."""
+    folder = Path(name)
+    folder = folder.parent if folder.name == "merged" else folder
+    return folder if (folder / "run.json").is_file() else None
+
+
+def check_run(name: str, s: EvaluationSettings) -> dict[str, Any]:
+    """The settings that a run was trained with, {} for any other model.
+
+    Raises UsageError if the run is not finished, or was trained in another format or with another split.
+    """
+    run = run_folder(name)
+    if run is None:
+        return {}
+    record, trained = read_json(run / "run.json"), read_json(run / "args.json")
+    status = record.get("status")
+    if status != "finished":
+        raise UsageError(f"--model_name {name}: the run is {status}, not finished; repeat its command with --resume")
+    if trained["plain"] != s.plain:
+        raise UsageError(f"--model_name {name} was trained with{'' if trained['plain'] else 'out'} --plain")
+    split = (trained["eval_split"], trained["split_seed"])
+    if s.process_split and trained["data_file"] and split != (s.test_size, s.split_seed):
+        raise UsageError(f"--model_name {name} was split by --test_size {split[0]} --split_seed {split[1]}")
+    complete = bool(trained["data_file"] and s.input_file) and not (s.process_split or s.nosplit_data)
+    if complete and data_sha256(s.input_file) in record.get("data_sha256", {}).values():
+        raise UsageError(
+            f"--model_name {name} was trained on a part of {s.input_file}: give --process_split test, "
+            "or --nosplit_data for all of its examples"
+        )
+    turn = trained["system"]
+    if s.fields and trained.get("text_field") and turn != s.system and not s.plain:
+        how = "out a system turn; leave out --system" if turn is None else f" --system {shlex.quote(turn)}"
+        raise UsageError(f"--model_name {name} was trained with{how}")
+    return trained
+
+
+def notes_on(s: EvaluationSettings, examples: list[Example], checksum: str) -> list[str]:
+    """What a reader of the scores must know about these examples and those that the run was trained on."""
+    run = run_folder(s.model_name) if s.model_name else None
+    if run is None:
+        return []
+    record, trained, notes = read_json(run / "run.json"), read_json(run / "args.json"), []
+    if record.get("data_sha256", {}).get(trained.get("train_file")) == checksum:
+        notes.append(f"{s.input_file} has the examples that the run was trained on")
+    turn, turns = record.get("system_turn", ...), {example.system for example in examples}
+    if turn is not ... and turns != {turn} and not s.plain:  # --plain renders no system turn
+        notes.append(f"the examples' system turn is not the one that the run was trained with ({turn!r})")
+    return notes
