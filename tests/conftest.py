@@ -40,15 +40,16 @@ from llm_jepa.run_folder import complete_checkpoints  # noqa: E402
 gc.collect()
 gc.freeze()
 
-# `pytest -m fast`: all tests in these folders and files, except those that take more than about a second.
-FAST = ("unit", "parity", "property", "test_choose.py", "test_pretrain.py")
-SLOW: tuple[str, ...] = ()
+# `pytest -m fast`: all tests in these folders or files, except in slow ones.
+FAST = ("unit", "parity", "property")
+SLOW = ("test_preflight", "test_prepare", "test_pictures", "test_plots", "test_statistics_property", "test_stats_property",
+        "test_hostile_sql_property", "test_language_up_to_a_length")  # fmt: skip
 # Reasons for which CI accepts a skipped test.
 ALLOWED_SKIPS = ("GPU", "vLLM", "bitsandbytes", "network namespaces", "cannot be mounted")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fast: quick tests of the method; all of them take less than a minute")
+    config.addinivalue_line("markers", "fast: quick tests, less than a minute in all")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
