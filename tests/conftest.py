@@ -40,9 +40,10 @@ from llm_jepa.run_folder import complete_checkpoints  # noqa: E402
 gc.collect()
 gc.freeze()
 
-# `pytest -m fast`: all tests in these folders and files, except those that take more than about a second.
-FAST = ("unit", "parity", "property", "test_choose.py", "test_pretrain.py")
-SLOW: tuple[str, ...] = ()
+# `pytest -m fast`: all tests in these folders or files, except in slow ones.
+FAST = ("unit", "parity", "property")
+SLOW = ("test_preflight", "test_prepare", "test_pictures", "test_plots", "test_statistics_property",
+        "test_stats_property", "test_hostile_sql_property", "test_language_up_to_a_length")  # fmt: skip
 # Reasons for which CI accepts a skipped test.
 ALLOWED_SKIPS = ("GPU", "vLLM", "bitsandbytes", "network namespaces", "cannot be mounted")
 
