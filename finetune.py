@@ -2,15 +2,22 @@
 
     L = gamma * L_LM + lbd * d(h_text, h_code)  (+ stp_lbd * L_STP with --stp, arXiv 2602.22617)
 
+L_LM is the mean over label tokens, d the mean over pairs of views. h_text and h_code are the last hidden states at the
+views' view tokens: the last content token, or the last predictor token if --predictors is above 0.
+
     python finetune.py --train_file datasets/synth_train.jsonl --model_name models/tiny --pretrain \\
         --predictors 1 --lbd 1 --learning_rate 2e-3 --num_epochs 3 --batch_size 16 --grad_accum 1
 
 This file is the method from top to bottom: layouts and masks, forward, losses, trainer, main. An example becomes
-segments (llm_jepa/data/segments.py), and segments are placed in rows (the layout). The forward pass keeps hidden states
-only where a label or a view needs them. The losses are sums that are normalized over the optimizer step.
+segments (llm_jepa/data/segments.py): the chat, on which L_LM is computed, and its two views. Segments are placed in
+rows (the layout). The output layer receives the hidden states of labels only; the other losses read those of view
+tokens and span points. All losses are sums that are divided by the counts of the complete optimizer step.
 
-Letters in shape comments: B examples, R rows, T tokens in a row, D hidden size, V vocabulary, N label tokens, P pairs,
-S spans of K points.
+With --text_view in_chat the chat also contains the Text view: predictor tokens at its end (the branch) attend to the
+chat up to the end of the user turn (the stem). A path is the tokens at which --stp reads a chat.
+
+Letters in shape comments: R rows, T tokens in a row, D hidden size, V vocabulary, N label tokens, P pairs, S spans of
+K points each, G segments and runs of padding.
 """
 
 from __future__ import annotations
@@ -70,23 +77,24 @@ Row = list[Segment]
 
 
 def separate_rows(items: list[Item], tokens_per_row: int) -> list[Row]:
-    """Every segment in a row of its own."""
+    """Each segment gets its own row; `tokens_per_row` is not used."""
     return [[segment] for item in items for segment in item]
 
 
 def additive_rows(items: list[Item], tokens_per_row: int) -> list[Row]:
-    """The chat in a row of its own; the views of an example share another."""
+    """The chat (an item's first segment) gets a row, and its views share a second one; `tokens_per_row` is not used."""
     return [list(row) for item in items for row in (item[:1], item[1:]) if row]
 
 
 def packed_rows(items: list[Item], tokens_per_row: int) -> list[Row]:
-    """All segments in few rows of similar length, at most `tokens_per_row` tokens or the longest segment's.
+    """Packs all segments into as few rows as a greedy search finds.
 
-    All rows are padded to the longest, so the longest segment is placed first, each into the shortest row so far.
+    A row has at most `tokens_per_row` tokens, or the longest segment's if that has more. All rows are padded to the
+    longest, so segments are placed from the longest to the shortest, each in the row that is shortest so far.
     """
     segments = sorted((s for item in items for s in item), key=lambda s: -len(s.ids))
     lengths = [len(s.ids) for s in segments]
-    budget = max([tokens_per_row, *lengths[:1]])
+    budget = max(tokens_per_row, max(lengths, default=0))
     for count in range(math.ceil(sum(lengths) / budget), len(segments) + 1):
         rows: list[Row] = [[] for _ in range(count)]
         filled = [(0, r) for r in range(count)]
@@ -104,21 +112,23 @@ LAYOUTS = {"separate": separate_rows, "additive": additive_rows, "packed": packe
 
 @dataclass
 class Collator:
-    """Places the segments of a micro-batch in rows, padded to a multiple of `multiple` tokens. Returns a dict of
+    """Places the segments of a micro-batch in rows, padded to a multiple of `multiple` tokens. A call returns a dict:
 
+    mask           how attention is restricted: "padding" (one segment per row, a 2D mask), "positions" (position_ids
+                   restart) or "dense" (a T x T mask)
+    boundaries     (G + 1,)   where segments and padding begin in the concatenated rows, and the end
+    longest        int        length of the longest segment or run of padding
     input_ids      (R, T)
-    position_ids   (R, T)     restart at 0 in each segment
+    position_ids   (R, T)     restart at 0 in each segment and in padding; a branch continues the stem's positions
     segment_ids    (R, T)     number of the token's segment in its row, −1 for padding
-    branches       (2, R, T)  within its segment a token attends to tokens before the first and from the second on
+    branches       (2, R, T)  two bounds: in its segment a token attends to columns before the first and from the second
+                              on; both are 0 if there is no restriction besides causality
     label_at       (2, N)     row and column of the hidden state that predicts each label
     label_ids      (N,)
-    view_at        (2, 2, P)  row and column of the first and the second view
-    path_at        (2, K, S)  row and column of each span's K = `points` points
+    view_at        (2, 2, P)  row and column of the first view (of the Text, unless --reverse_pred) and of the second
+    path_at        (2, K, S)  row and column of each span's K = `points` points (0 without --stp)
     counts         (3,)       N, P, S
-    tokens         (4,)       tokens of chats, text views and code views, and padding
-    boundaries     (S' + 1,)  where segments and padding begin in the concatenated rows, and the end
-    longest        int        the longest of these segments
-    mask           what separates the segments of a row: "padding" (one segment per row), "positions" or a "dense" mask
+    tokens         (4,)       tokens of chats, text views (and predictor tokens in chats) and code views, and padding
     """
 
     layout: str
@@ -129,10 +139,10 @@ class Collator:
 
     def rows(self, items: list[Item]) -> list[Row]:
         """The rows of these items."""
-        return LAYOUTS[self.layout](items, self.tokens_per_row) or [[]]
+        return LAYOUTS[self.layout](items, self.tokens_per_row) or [[]]  # one empty row without items
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
-        items = list(items)  # `place` identifies segments by id(), so each item is read only once
+        items = list(items)  # a lazy sequence makes new segments at each read; `place` needs the same ones
         rows = self.rows(items)
         width = max(1, max(sum(len(s.ids) for s in row) for row in rows))
         width = math.ceil(width / self.multiple) * self.multiple
@@ -140,20 +150,22 @@ class Collator:
         positions = np.zeros((len(rows), width), dtype=np.int64)  # (R, T)
         segment_ids = np.full((len(rows), width), -1, dtype=np.int64)  # (R, T)
         branches = np.zeros((2, len(rows), width), dtype=np.int64)  # (2, R, T)
-        place = {}
+        place = {}  # id(segment) → (row, first column)
         for r, row in enumerate(rows):
             begin = 0
             for number, segment in enumerate(row):
                 end = begin + len(segment.ids)
-                ids[r, begin:end], segment_ids[r, begin:end] = segment.ids, number
+                ids[r, begin:end] = segment.ids
+                segment_ids[r, begin:end] = number
                 positions[r, begin:end] = segment.positions
-                # Predictor tokens in a chat attend to the chat up to their stem and to each other.
-                branches[:, r, end - segment.branch : end] = [[begin + segment.stem], [end - segment.branch]]
+                # Predictor tokens of a chat attend to the chat's stem and, causally, to one another.
+                branches[:, r, end - segment.branch : end] = [[begin + segment.stem], [end - segment.branch]]  # (2, 1)
                 place[id(segment)] = (r, begin)
                 begin = end
-            positions[r, begin:] = np.arange(width - begin)  # padding is a segment of its own
+            positions[r, begin:] = np.arange(width - begin)  # so that padding is separated from the last segment
 
-        label_at, label_ids, view_at, path_at = [], [], ([], []), [np.zeros((0, self.points, 2), dtype=np.int64)]
+        label_at, label_ids, view_at = [], [], ([], [])
+        paths = [np.zeros((0, self.points, 2), dtype=np.int64)]  # keeps the shape if there are no spans
         tokens = dict.fromkeys(("chat", "text_view", "code_view"), 0)
         for item in items:
             for segment in item:
@@ -161,16 +173,17 @@ class Collator:
                 tokens[segment.kind] += len(segment.ids) - segment.branch
                 tokens["text_view"] += segment.branch
                 if segment.view is not None:
-                    view_at[segment.kind == "code_view"].append((r, begin + segment.view))
+                    view_at[1 if segment.kind == "code_view" else 0].append((r, begin + segment.view))
                 if self.points and segment.path is not None:
-                    path_at.append(np.stack([np.full_like(segment.path, r), begin + segment.path], axis=-1))
+                    row = np.full_like(segment.path, r)
+                    paths.append(np.stack([row, begin + segment.path], axis=-1))  # (S, K) → (S, K, 2)
                 targets = np.flatnonzero(segment.labels[1:]) + 1  # the first token has no predecessor to predict it
                 label_at += [(r, begin + t - 1) for t in targets]
                 label_ids += segment.ids[targets].tolist()
         padding = ids.size - sum(tokens.values())
         dense = self.layout == "additive" or any(s.branch for row in rows for s in row)
         boundaries = np.append(np.flatnonzero(positions == 0), positions.size)
-        path_at = torch.from_numpy(np.concatenate(path_at)).permute(2, 1, 0)  # (S, K, 2) → (2, K, S)
+        path_at = torch.from_numpy(np.concatenate(paths)).permute(2, 1, 0)  # (S, K, 2) → (2, K, S)
         return {
             "mask": "dense" if dense else "padding" if self.layout == "separate" else "positions",
             "boundaries": torch.from_numpy(boundaries.astype(np.int32)),
@@ -181,7 +194,7 @@ class Collator:
             "branches": torch.from_numpy(branches),
             "label_at": torch.tensor(label_at, dtype=torch.long).reshape(-1, 2).T,  # (N, 2) → (2, N)
             "label_ids": torch.tensor(label_ids, dtype=torch.long),  # (N,)
-            "view_at": torch.tensor(view_at, dtype=torch.long).reshape(2, -1, 2).movedim(2, 0),  # → (2, 2, P)
+            "view_at": torch.tensor(view_at, dtype=torch.long).reshape(2, -1, 2).movedim(2, 0),  # (2, P, 2) → (2, 2, P)
             "path_at": path_at,
             "counts": torch.tensor([len(label_ids), len(view_at[0]), path_at.shape[2]]),
             "tokens": torch.tensor([*tokens.values(), padding]),
@@ -189,12 +202,15 @@ class Collator:
 
 
 def attention_mask(segment_ids: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:
-    """Which tokens attend to which, bool (R, T, T), from a batch's segment_ids (R, T) and branches (2, R, T)."""
-    query, stem_end, branch_start = (x[:, :, None] for x in (segment_ids, *branches))  # (R, T, 1) each
-    key = torch.arange(segment_ids.shape[1], device=segment_ids.device)  # (T,)
-    causal = key <= key[:, None]  # (T, T)
-    # Both bounds are 0 for a token that attends to all of its segment.
-    return (query == query.transpose(1, 2)) & causal & ((key < stem_end) | (key >= branch_start))  # (R, T, T)
+    """Which tokens (rows of the mask) attend to which (columns), bool (R, T, T).
+
+    From a batch's segment_ids (R, T) and branches (2, R, T).
+    """
+    stem_end, branch_start = branches[:, :, :, None]  # (R, T, 1) each
+    column = torch.arange(segment_ids.shape[1], device=segment_ids.device)  # (T,)
+    same_segment = segment_ids[:, :, None] == segment_ids[:, None]  # (R, T, 1), (R, 1, T) → (R, T, T)
+    causal = column <= column[:, None]  # (T,), (T, 1) → (T, T)
+    return same_segment & causal & ((column < stem_end) | (column >= branch_start))  # (R, T, T)
 
 
 # -------------------------------------------------------------------------------------------------------- forward
@@ -203,31 +219,32 @@ def attention_mask(segment_ids: torch.Tensor, branches: torch.Tensor) -> torch.T
 class States(NamedTuple):
     """What a forward pass keeps."""
 
-    logits: torch.Tensor  # (N, V), or the cross-entropy of each label (N, 1) if logits are sliced
+    logits: torch.Tensor  # (N, V), or in their place the cross-entropy of each label (N, 1) if logits are sliced
     views: torch.Tensor  # (2, P, D) hidden states of the first and the second view
     path: torch.Tensor  # (K, S, D) hidden states of the spans' points
 
 
 class LMHeadSelector:
-    """Gives the output layer hidden states of labels only, so that logits exist nowhere else.
+    """Runs the model on a batch so that its output layer receives the hidden states of labels only.
 
-    A forward pre-hook on the output layer: everything before it runs as in any forward of the (wrapped) model. Outside
-    of `read` and `lm_sum` it does nothing, so generation is not affected.
+    A forward pre-hook on the output layer selects them: everything before it runs as in any forward of the (wrapped)
+    model. Outside of `read` and `lm_sum` the hook does nothing, so generation is not affected.
 
-    `stp_layer`: the hidden states at which spans are read. Those of an inner layer are taken by a pre-hook on the block
-    that receives them, so no other layer's are kept.
+    `stp_layer` is the layer whose hidden states the spans are read from; −1 is the output layer's input, after the
+    final norm. A pre-hook on the following block keeps those of an inner layer, so that no other layer's are kept.
     """
 
     def __init__(self, model: torch.nn.Module, stp_layer: int = -1):
-        """Raises UsageError if the model has no such layer."""
+        """Raises UsageError if the model has no layer `stp_layer`."""
         config = model.config.get_text_config()
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         parameters = inspect.signature(base.forward).parameters
         self.batch: dict[str, Any] | None = None
         self.views = self.path = self._inner = None
-        self.vocabulary, self.max_logits, self.slices = config.vocab_size, MAX_LOGITS, False
-        self.accepts_positions, self.accepts_more = "position_ids" in parameters, "kwargs" in parameters
-        self.kernel = getattr(config, "_attn_implementation", None) or ""
+        self.vocab_size, self.max_logits = config.vocab_size, MAX_LOGITS
+        self.slices = False  # set by inspect_model if sliced logits give the same loss
+        self.accepts_positions, self.accepts_kwargs = "position_ids" in parameters, "kwargs" in parameters
+        self.attn_implementation = getattr(config, "_attn_implementation", None) or ""
         self.windowed = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         self._layer = model.get_output_embeddings()
         self._hooks = [self._layer.register_forward_pre_hook(self._select)]
@@ -246,27 +263,28 @@ class LMHeadSelector:
     def _select(self, module: torch.nn.Module, args: tuple) -> tuple | None:
         if self.batch is None:
             return None
-        hidden, label_at, view_at, path_at = args[0], *(self.batch[k] for k in ("label_at", "view_at", "path_at"))
+        hidden = args[0]  # (R, T, D)
+        label_at, view_at, path_at = (self.batch[name] for name in ("label_at", "view_at", "path_at"))
         self.views = hidden[view_at[0], view_at[1]]  # (R, T, D) → (2, P, D)
         self.path = (hidden if self._inner is None else self._inner)[path_at[0], path_at[1]]  # (R, T, D) → (K, S, D)
-        return (hidden[label_at[0], label_at[1]][None], *args[1:])  # (R, T, D) → (1, N, D)
+        return (hidden[label_at[0], label_at[1]][None], *args[1:])  # (R, T, D) → (N, D) → (1, N, D)
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the model's forward.
 
-        transformers separates packed segments by their positions, only with attention_mask=None and use_cache=False.
-        Finding the segments makes the host wait for the device in each forward pass, so flash kernels are given them.
+        transformers separates packed segments by position_ids only if attention_mask is None and use_cache is False.
+        Finding the boundaries makes the host wait for the device in each forward pass, so flash kernels get them here.
         """
         inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
         if self.accepts_positions:
             inputs["position_ids"] = batch["position_ids"]
         if batch["mask"] == "padding":
             inputs["attention_mask"] = (batch["segment_ids"] >= 0).long()  # (R, T)
-        elif batch["mask"] == "dense" or (self.kernel == "sdpa" and not self.windowed):
+        elif batch["mask"] == "dense" or (self.attn_implementation == "sdpa" and not self.windowed):
             mask = attention_mask(batch["segment_ids"], batch["branches"])[:, None]  # (R, 1, T, T)
-            lowest = torch.finfo(torch.float32).min
-            inputs["attention_mask"] = mask if self.kernel == "sdpa" else torch.where(mask, 0.0, lowest)
-        elif "flash" in self.kernel and self.accepts_more:
+            lowest = torch.finfo(torch.float32).min  # eager attention adds the mask to its scores
+            inputs["attention_mask"] = mask if self.attn_implementation == "sdpa" else torch.where(mask, 0.0, lowest)
+        elif "flash" in self.attn_implementation and self.accepts_kwargs:
             inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch["boundaries"])
             inputs |= dict.fromkeys(("max_length_q", "max_length_k"), batch["longest"])
         return inputs
@@ -275,21 +293,21 @@ class LMHeadSelector:
         """One forward pass of the (wrapped) `model` on a batch of the Collator."""
         self.batch = batch
         try:
-            logits = model(**self._inputs(batch)).logits[0]  # (1, N, V) → (N, V)
+            logits = model(**self._inputs(batch)).logits[0]  # (1, N, V) → (N, V), sliced: (1, N, 1) → (N, 1)
             return States(logits, self.views, self.path)
         finally:
             self.batch = self.views = self.path = self._inner = None
 
     def lm_sum(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, States]:
-        """The sum of `lm_loss` over the labels, and the states, by one forward pass.
+        """The cross-entropy summed over the labels, and the states, from one forward pass.
 
-        More than `max_logits` logits are computed slice by slice, and again in the backward pass.
+        If `slices` is set, more than `max_logits` logits are computed slice by slice, and again in the backward pass.
         """
-        if not (self.slices and len(batch["label_ids"]) * self.vocabulary > self.max_logits):
+        if not (self.slices and len(batch["label_ids"]) * self.vocab_size > self.max_logits):
             states = self.read(model, batch)
             return lm_loss(states.logits, batch["label_ids"])[0], states
-        # Inside the layer's own call, because wrappers that shard its parameters gather them for that call.
-        forward, own = self._layer.forward, vars(self._layer).get("forward")
+        # The slices are computed inside the layer's call: wrappers that shard its parameters gather them for that call.
+        forward, own = self._layer.forward, vars(self._layer).get("forward")  # `own`: set by such a wrapper
         self._layer.forward = partial(self._sliced, forward)
         try:
             states = self.read(model, batch)
@@ -302,12 +320,12 @@ class LMHeadSelector:
     def _sliced(self, layer: Callable, hidden: torch.Tensor) -> torch.Tensor:
         """The cross-entropy of each label (1, N, 1) in place of logits, from hidden states (1, N, D)."""
 
-        def nll(hidden: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(layer(hidden).float(), label_ids, reduction="none")
+        def nll(states: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(layer(states).float(), label_ids, reduction="none")  # (n, D) → (n, V) → (n,)
 
-        size = max(1, self.max_logits // self.vocabulary)
-        parts = zip(hidden[0].split(size), self.batch["label_ids"].split(size), strict=True)  # (≤ size, D), (≤ size,)
-        return torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in parts])[None, :, None]  # (1, N, 1)
+        size = max(1, self.max_logits // self.vocab_size)
+        chunks = zip(hidden[0].split(size), self.batch["label_ids"].split(size), strict=True)  # (≤ size, D), (≤ size,)
+        return torch.cat([checkpoint(nll, *chunk, use_reentrant=False) for chunk in chunks])[None, :, None]  # (1, N, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- losses
@@ -319,11 +337,12 @@ def lm_loss(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _infonce(text: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """InfoNCE from text to code at temperature 0.07, (P, D) and (P, D) → (P,)."""
     logits = F.normalize(text, dim=-1) @ F.normalize(code, dim=-1).T / 0.07  # (P, P)
     return F.cross_entropy(logits, torch.arange(len(text), device=text.device), reduction="none")  # (P,)
 
 
-# d(text, code) of each pair, (P, D) and (P, D) → (P,): the paper's section 3.1 and its ablations.
+# d(text, code) of each pair, (P, D) and (P, D) → (P,): arXiv 2509.14252, section 3.1 and the ablations.
 DISTANCES = {
     "cosine": lambda text, code: 1 - F.cosine_similarity(text, code, dim=-1),
     "jepa_l2": lambda text, code: torch.linalg.vector_norm(text - code, dim=-1),
@@ -335,25 +354,27 @@ DISTANCES = {
 def jepa_loss(views: torch.Tensor, distance: str = "cosine") -> tuple[torch.Tensor, int]:
     """(sum, count) over pairs of the distance between the views' embeddings (2, P, D). Gradients flow into both views.
 
-    No pairs give a zero that still carries a gradient graph. `infonce` contrasts the pairs of one micro-batch, so it is
-    the only distance that depends on the micro-batch's size.
+    Without pairs the sum is 0 but still part of the graph, so that backward works on every rank. `infonce` contrasts
+    the pairs of one micro-batch, so it is the only distance that depends on the micro-batch's size.
     """
     text, code = views.float()  # (P, D) each
     return DISTANCES[distance](text, code).sum(), len(text)
 
 
 def geodesic(path: torch.Tensor) -> torch.Tensor:
-    """1 − cos(h_t − h_r, h_r − h_s), (3, S, D) → (S,): 0 on a straight path (arXiv 2602.22617)."""
-    first, second = path.diff(dim=0)  # (S, D) each
+    """1 − cos(h_t − h_r, h_r − h_s) at points s < r < t, (3, S, D) → (S,): 0 on a straight path (arXiv 2602.22617)."""
+    first, second = path.diff(dim=0)  # (3, S, D) → (2, S, D) → (S, D) each
     return 1 - F.cosine_similarity(second, first, dim=-1)  # (S,)
 
 
 def patch(path: torch.Tensor) -> torch.Tensor:
-    """1 − cos(patch, before + after), (8, S, D) → (S,): four points in each of two parts (the released code's formula).
+    """1 − cos(inside, before + after), (8, S, D) → (S,): the released code's formula.
 
-    `patch` is the change of the hidden state along the span, `before` and `after` the changes along the rest.
+    The points are, in each of two parts (the user turn and the answer): before the part, before the span, the span's
+    last, the part's last. The changes between them are summed over the parts.
     """
-    before, inside, after = path.unflatten(0, (2, 4)).diff(dim=1).sum(dim=0)  # (8, S, D) → (2, 3, S, D) → (S, D) each
+    parts = path.unflatten(0, (2, 4))  # (8, S, D) → (2, 4, S, D)
+    before, inside, after = parts.diff(dim=1).sum(dim=0)  # → (2, 3, S, D) → (3, S, D) → (S, D) each
     return 1 - F.cosine_similarity(inside, before + after, dim=-1)  # (S,)
 
 
@@ -363,9 +384,12 @@ STP_VARIANTS = {"geodesic": geodesic, "patch": patch}
 def stp_loss(path: torch.Tensor, variant: str) -> tuple[torch.Tensor, int]:
     """(sum, count) over spans of Semantic Tube Prediction's loss, from hidden states (K, S, D) of one layer.
 
-    Gradients flow into all points. No spans give a zero that still carries a gradient graph.
+    Gradients flow into all points. Without spans the sum is 0 but still part of the graph.
     """
     return STP_VARIANTS[variant](path.float()).sum(), path.shape[1]
+
+
+COUNTS = ("labels", "pairs", "spans")  # the order of a batch's `counts`
 
 
 class Term(NamedTuple):
@@ -373,33 +397,30 @@ class Term(NamedTuple):
 
     name: str
     reads: str  # the field of States: views or path
-    counts: str  # what its sum is divided by: pairs or spans
+    divisor: str  # what its sum is divided by: pairs or spans
     loss: Callable[[torch.Tensor], tuple[torch.Tensor, int]]  # hidden states → (sum, count)
     weight: float
-    warmup: float = 0.0  # steps of a linear warm-up of the weight; below 1 a fraction of all steps
-    start: float = 0.0  # the weight that the warm-up starts from
+    warmup: float = 0.0  # steps of the weight's linear warm-up, or a fraction of all steps if below 1
+    start_weight: float = 0.0  # at step 0, before the first step
 
     def weight_at(self, step: int, max_steps: int) -> float:
         """The weight at an optimizer step counted from 1."""
         steps = self.warmup if self.warmup >= 1 else self.warmup * max_steps
-        return self.start + (self.weight - self.start) * min(1.0, step / max(1.0, steps))
-
-
-COUNTS = ("labels", "pairs", "spans")  # the order of a batch's `counts`
+        return self.start_weight + (self.weight - self.start_weight) * min(1.0, step / max(1.0, steps))
 
 
 def objective(
     lm_sum: torch.Tensor, states: States, counts: torch.Tensor, gamma: float, terms: list[tuple[Term, float]]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(loss, sums of each term by name): gamma · L_LM plus each auxiliary loss times its weight.
+    """The loss gamma · L_LM + Σ weight · term, and each term's unweighted sum by name.
 
-    `counts` (3,) are the labels, pairs and spans that the sums are divided by: those of the optimizer step, of which
-    this micro-batch has a share.
+    `counts` (3,): the labels, pairs and spans that the sums are divided by, in training those of the complete optimizer
+    step, of which a micro-batch has a share.
     """
     loss, sums = gamma * lm_sum / counts[0], {}
     for term, weight in terms:
         sums[term.name], _ = term.loss(getattr(states, term.reads))
-        loss = loss + weight * sums[term.name] / counts[COUNTS.index(term.counts)]
+        loss = loss + weight * sums[term.name] / counts[COUNTS.index(term.divisor)]
     return loss, sums
 
 
@@ -407,17 +428,20 @@ def objective(
 
 
 class JepaTrainer(StepTrainer):
-    """The Trainer with the LLM-JEPA objective, normalized over the complete optimizer step and all ranks."""
+    """The Trainer with the LLM-JEPA objective, normalized over the optimizer step and all ranks by default."""
 
     def __init__(self, *args: Any, selector: LMHeadSelector, reference_grad_scale: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.selector, self.reference_grad_scale = selector, reference_grad_scale
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
-        """The step's micro-batches, and the labels, pairs and spans (3,) in all of them over all ranks."""
+        """The step's micro-batches, and their labels, pairs and spans (3,) over all ranks, at least 1 each."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        counts = [torch.cat([b["counts"], b["tokens"][:3].sum()[None]]) for b in batches]  # (3,), (1,) → (4,)
-        counts = torch.stack([*counts, torch.zeros(4, dtype=torch.long, device=device)]).sum(dim=0)  # → (4,)
+        counts = [
+            torch.cat([b["counts"], b["tokens"][:3].sum()[None]]) for b in batches
+        ]  # labels, pairs, spans, tokens: (4,)
+        none = torch.zeros(4, dtype=torch.long, device=device)  # for a rank without micro-batches
+        counts = torch.stack([*counts, none]).sum(dim=0)  # (micro-batches + 1, 4) → (4,)
         counts = self.accelerator.reduce(counts, "sum")
         self.seen_tokens += counts[3]
         self.follow_stream(batches)
@@ -428,7 +452,7 @@ class JepaTrainer(StepTrainer):
     ) -> torch.Tensor:
         """This micro-batch's share of the objective over the step; `num_items_in_batch` (3,) from get_batch_samples.
 
-        With --reference_grad_scale the micro-batch's own objective, whatever the step has.
+        With --reference_grad_scale it is the micro-batch's own objective, divided by its own counts.
         """
         lm_sum, states = self.selector.lm_sum(model, inputs)
         counts, ranks = num_items_in_batch, self.args.world_size
@@ -438,7 +462,7 @@ class JepaTrainer(StepTrainer):
         terms = [(term, term.weight_at(step, self.state.max_steps)) for term in self.terms]
         loss, sums = objective(lm_sum, states, counts, self.gamma, terms)
         self.add_statistics(loss, lm_sum, sums, states.views, inputs)
-        return loss * ranks  # the ranks' gradients are averaged, the loss is a sum over ranks
+        return loss * ranks  # data parallelism averages gradients, but the loss is a sum over ranks
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -446,7 +470,7 @@ class JepaTrainer(StepTrainer):
 
 @dataclass
 class Parts:
-    """What a run consists of, all of it checked. Of a stream `train_set` holds the first examples."""
+    """The loaded parts of a run. Of a stream `train_set` has only the first examples."""
 
     train_set: SegmentDataset
     stream: SegmentStream | None
@@ -460,13 +484,13 @@ class Parts:
     compiled: bool
 
     def inspect(self, half: bool) -> None:
-        """Checks on the first examples how the model can be fed. `half`: its parameters are in half precision."""
+        """Checks the layout on the first three examples. `half`: the parameters are in half precision."""
         items = self.train_set.items[:3]
         inspect_model(self.model, self.selector, self.collator, items, half=half, compiled=self.compiled)
 
 
 def load_on_device(s: Settings, tokenizer: Any, device: torch.device) -> Any:
-    """The model on its device, with --lora under an adapter."""
+    """Loads the model on its device, and adds an adapter with --lora."""
     model = load_model(
         s.model_name, s.revision, tokenizer, pretrain=s.pretrain, attn_implementation=s.attn_implementation
     )
@@ -475,10 +499,10 @@ def load_on_device(s: Settings, tokenizer: Any, device: torch.device) -> Any:
 
 def adapted(model: Any, s: Settings, tokenizer: Any) -> Any:
     """The model with the adapter that the flags describe."""
-    k = s.predictors if s.jepa else 0
     return add_adapter(
-        model, tokenizer, rank=s.lora_rank, dropout=s.lora_dropout, predictors=k, plain=s.plain, revision=s.revision
-    )
+        model, tokenizer, rank=s.lora_rank, dropout=s.lora_dropout, predictors=s.predictors if s.jepa else 0,
+        plain=s.plain, revision=s.revision,
+    )  # fmt: skip
 
 
 def auxiliary_terms(s: Settings) -> list[Term]:
@@ -493,7 +517,7 @@ def auxiliary_terms(s: Settings) -> list[Term]:
 
 
 def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -> Parts:
-    """Reads and encodes the data and loads the model. Raises UsageError; writes nothing."""
+    """Reads and encodes the data and loads the model. Raises UsageError; writes no file."""
     device = torch.device("cpu") if s.dry_run else state.device
     tokenizer = load_tokenizer(s.model_name, s.revision, plain=s.plain)
     max_length = min(s.max_length, context_length(load_config(s.model_name, s.revision)) or s.max_length)
@@ -506,7 +530,7 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
     model = load(s, tokenizer, device)
     # A dense mask is quadratic in the row, so short rows are faster on a CPU; flash kernels want one long row.
     tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
-    # Few row lengths with --torch_compile, so that few shapes are compiled.
+    # --torch_compile compiles each shape, so it gets few row lengths.
     multiple, points = 64 if s.torch_compile else 1, POINTS.get(s.stp_variant, 0)
     collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, multiple, points)
     selector = LMHeadSelector(model, s.stp_layer if s.stp_variant else -1)
@@ -514,16 +538,16 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
 
 
 def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
-    """Scores the first examples as one micro-batch in float32, with gradient."""
+    """Scores the first --dry_run examples (all of `train_set`) as one micro-batch, with gradient."""
     model = parts.model.eval()
-    batch = parts.collator(parts.train_set[0, range(len(parts.train_set))])
+    batch = parts.collator(parts.train_set[0, range(len(parts.train_set))])  # (epoch, indices)
     lm_sum, states = parts.selector.lm_sum(model, batch)
     counts = batch["counts"].clamp(min=1)
     loss, sums = objective(lm_sum, states, counts, s.gamma, [(term, term.weight) for term in parts.terms])
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.item()}")
     loss.backward()
-    means = {t.name: (sums[t.name] / counts[COUNTS.index(t.counts)]).item() for t in parts.terms}
+    means = {t.name: (sums[t.name] / counts[COUNTS.index(t.divisor)]).item() for t in parts.terms}
     labels, pairs, spans = batch["counts"].tolist()
     return {
         "lm_loss": (lm_sum / counts[0]).item(),
@@ -539,12 +563,12 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
 
 
 def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool) -> float:
-    """FLOPs of regular fine-tuning divided by those of these settings."""
+    """The FLOPs of regular fine-tuning as a fraction of those of these settings."""
     device = parts.model.device
 
     def loss(items: list[Item]) -> torch.Tensor:
         lm_sum, states = parts.selector.lm_sum(parts.model, on_device(parts.collator(items), device))
-        return lm_sum + jepa_loss(states.views, s.distance)[0]
+        return lm_sum + jepa_loss(states.views, s.distance)[0]  # only its FLOPs count
 
     sampler = micro_batches(parts.train_set.items.lengths, shuffle=True, processes=1)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -555,26 +579,26 @@ def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool
 
 def build_trainer(
     s: Settings, parts: Parts, state: PartialState, *, trainer_class: type = JepaTrainer,
-    arguments: Callable = training_arguments, bf16: bool | None = None,
+    make_arguments: Callable = training_arguments, bf16: bool | None = None,
 ) -> JepaTrainer:  # fmt: skip
     """The Trainer of a run. Raises UsageError if the Trainer refuses the settings.
 
-    `bf16`: whether float32 parameters are computed with in bfloat16; by default as --dtype says.
+    `bf16`: whether float32 parameters are autocast to bfloat16; None follows --dtype.
     """
     bf16 = uses_bfloat16(s, state.device) if bf16 is None else bf16
     micro_batches = partial(MicroBatches, seed=s.finetune_seed, batch_size=s.batch_size, tokens=s.tokens_per_batch)
     steps = s.max_steps
     if s.same_flop and s.jepa:
-        per_epoch = len(micro_batches(parts.train_set.items.lengths, shuffle=False, processes=state.num_processes))
-        per_epoch = math.ceil(per_epoch // state.num_processes / s.grad_accum)
-        steps = max(1, round(per_epoch * s.num_epochs * share_of_flop(s, parts, micro_batches, bf16)))
+        batches = len(micro_batches(parts.train_set.items.lengths, shuffle=False, processes=state.num_processes))
+        steps_per_epoch = math.ceil(batches // state.num_processes / s.grad_accum)
+        steps = max(1, round(steps_per_epoch * s.num_epochs * share_of_flop(s, parts, micro_batches, bf16)))
     generate = None
     if s.eval_generate:
         examples = parts.held_out.examples[: s.eval_generate]
         generate = exact_match(parts.encoder.renderer, examples, state.process_index, state.num_processes)
     try:
-        arguments = arguments(s, bf16=bf16, max_steps=steps, device=state.device)
-        Trainer.get_optimizer_cls_and_kwargs(arguments, parts.model)
+        arguments = make_arguments(s, bf16=bf16, max_steps=steps, device=state.device)
+        Trainer.get_optimizer_cls_and_kwargs(arguments, parts.model)  # raises if the optimizer is not installed
         trainer = trainer_class(
             model=parts.model,
             args=arguments,
@@ -608,8 +632,8 @@ def fine_tune(
     precision (None: they are going to be sharded, so a callback checks the first examples), additional callbacks, what
     a finished run removes, and the `trainer_options` of build_trainer.
     """
-    main = state.is_main_process
-    say = partial(print, file=sys.stderr, flush=True) if main else lambda text: None
+    is_main = state.is_main_process
+    say = partial(print, file=sys.stderr, flush=True) if is_main else lambda text: None
     with contextlib.closing(RunFolder(s.output_dir, dataclasses.asdict(s))) as run:
         if not s.dry_run:
             run.check(s.resume, s.overwrite)
@@ -630,7 +654,7 @@ def fine_tune(
         add_stop_token(parts.model.generation_config, stop)
         record = start_record(s, parts.train_set, parts.problems)
         state.wait_for_everyone()  # every process has checked the folder before the main process fills it
-        if main:
+        if is_main:
             say(start_block(s, parts.model, renderer, parts.train_set, len(parts.held_out or ())))
             run.start(s.overwrite, record)
         state.wait_for_everyone()
@@ -640,19 +664,19 @@ def fine_tune(
             with full_disk_is_an_error(s.output_dir):
                 trainer.train_from(checkpoint)
                 trainer.save_model()
-                if s.merge and main:
+                if s.merge and is_main:
                     trainer.merged_model().save_pretrained(run.path / "merged")
                     renderer.tokenizer.save_pretrained(run.path / "merged")
         except BaseException as error:
             bar.close()
-            if main:
+            if is_main:
                 interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
                 repeats = isinstance(error, (UsageError, FloatingPointError))
                 with contextlib.suppress(OSError):  # a full disk must not hide the error itself
                     run.update("interrupted" if interrupted else "failed", error=first_line(error), repeats=repeats)
             raise
         facts = final_record(trainer)
-        if main:
+        if is_main:
             run.update("finished", **facts)
             clean_up()
             if s.streaming and parts.problems.found:

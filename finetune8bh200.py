@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             callbacks=lambda parts: [CheckSharded(parts, dtype != torch.float32)] if sharded else [],
             clean_up=(lambda: None) if s.keep_checkpoints else partial(remove_checkpoints, s.output_dir),
             trainer_class=partial(LargeTrainer, full_model=partial(full_model, s, device)),
-            arguments=sharded_arguments if sharded else training_arguments,
+            make_arguments=sharded_arguments if sharded else training_arguments,
             bf16=uses_bfloat16(s, device) and s.param_dtype == "float32",
         )  # fmt: skip
 

@@ -38,7 +38,7 @@ def logits_can_be_sliced(model: Any, selector: Any, batch: dict[str, Any], half:
     model.eval()
     try:
         full, _ = selector.lm_sum(model, batch)
-        selector.slices, selector.max_logits = True, selector.vocabulary
+        selector.slices, selector.max_logits = True, selector.vocab_size
         sliced, _ = selector.lm_sum(model, batch)
     finally:
         selector.slices, selector.max_logits = False, usual

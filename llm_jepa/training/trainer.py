@@ -194,8 +194,8 @@ class StepTrainer(Trainer):
             }
             self._since = now
             for term in self.terms:
-                logs |= {f"{term.name}_loss": t[f"{term.name}_sum"] / max(1, t[term.counts])}
-                logs |= {term.counts: int(t[term.counts])}
+                logs |= {f"{term.name}_loss": t[f"{term.name}_sum"] / max(1, t[term.divisor])}
+                logs |= {term.divisor: int(t[term.divisor])}
                 if term.warmup:
                     logs[f"{term.name}_lbd"] = term.weight_at(self.state.global_step, self.state.max_steps)
             logs |= {"cosine": t["cosine_sum"] / t["pairs"]} if t["pairs"] else {}
@@ -220,7 +220,7 @@ class StepTrainer(Trainer):
         lm = t["lm_sum"] / max(1, t["labels"])
         metrics = {"loss": self.gamma * lm, "lm_loss": lm}
         for term in self.terms:  # at its full weight whatever the warm-up, so that evaluations are comparable
-            metrics[f"{term.name}_loss"] = t[f"{term.name}_sum"] / max(1, t[term.counts])
+            metrics[f"{term.name}_loss"] = t[f"{term.name}_sum"] / max(1, t[term.divisor])
             metrics["loss"] += term.weight * metrics[f"{term.name}_loss"]
             if term.name == "jepa":
                 metrics["cosine"] = t["cosine_sum"] / max(1, t["pairs"])

@@ -64,11 +64,11 @@ def test_slices_change_no_gradient_keep_no_logits_and_restore_the_model(training
     parts, batch = loaded()
     selector, gradients, kept = parts.selector, [], []
     parts.model.train(training)
-    for limit in (selector.max_logits, 7 * selector.vocabulary):
+    for limit in (selector.max_logits, 7 * selector.vocab_size):
         selector.max_logits, shapes = limit, []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, to=shapes: to.append(x.shape) or x, lambda x: x):
-            loss, states = selector.lm_loss(parts.model, batch)
-        kept.append([s for s in shapes if s[-1:] == (selector.vocabulary,) and s[0] != parts.model.config.hidden_size])
+            loss, states = selector.lm_sum(parts.model, batch)
+        kept.append([s for s in shapes if s[-1:] == (selector.vocab_size,) and s[0] != parts.model.config.hidden_size])
         (loss + states.views.square().sum()).backward()
         gradients.append([p.grad.clone() for p in parts.model.parameters()])
         parts.model.zero_grad()
@@ -76,7 +76,7 @@ def test_slices_change_no_gradient_keep_no_logits_and_restore_the_model(training
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert kept[0] and not kept[1]
     assert "forward" not in vars(parts.model.get_output_embeddings())
-    assert parts.model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, selector.vocabulary)
+    assert parts.model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, selector.vocab_size)
 
 
 def test_training_with_sliced_logits_gives_equal_weights(data, tmp_path, monkeypatch):
@@ -97,9 +97,9 @@ def test_model_that_changes_logits_after_the_output_layer_gets_all_of_them(tmp_p
     )  # fmt: skip
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     parts, batch = loaded(tmp_path)
-    before = parts.selector.lm_loss(parts.model, batch)[0]
+    before = parts.selector.lm_sum(parts.model, batch)[0]
     parts.selector.max_logits = 1000
-    assert not parts.selector.slices and parts.selector.lm_loss(parts.model, batch)[0].equal(before)
+    assert not parts.selector.slices and parts.selector.lm_sum(parts.model, batch)[0].equal(before)
 
 
 # ------------------------------------------------------------------------------------------------ waits and shapes
@@ -150,7 +150,7 @@ def test_compiler_gets_few_shapes_and_changes_no_number():
         batch = parts.collator(parts.train_set.items[begin : begin + 3])
         assert batch["input_ids"].shape[1] % 64 == 0
         with torch.no_grad():
-            ours, theirs = (parts.selector.lm_loss(model, batch)[0] for model in (parts.model, compiled))
+            ours, theirs = (parts.selector.lm_sum(model, batch)[0] for model in (parts.model, compiled))
         torch.testing.assert_close(ours, theirs)
         if begin == 24:
             early = len(graphs)
@@ -160,7 +160,7 @@ def test_compiler_gets_few_shapes_and_changes_no_number():
 
 def test_flash_kernels_get_the_boundaries_of_segments():
     parts, batch = loaded()
-    parts.selector.kernel = "flash_attention_2"
+    parts.selector.attn_implementation = "flash_attention_2"
     inputs = parts.selector._inputs(batch)
     assert inputs["attention_mask"] is None and inputs["cu_seq_lens_q"] is inputs["cu_seq_lens_k"]
     longest = max(len(x.ids) for item in parts.train_set.items for x in item)

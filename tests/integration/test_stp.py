@@ -61,7 +61,7 @@ class Read:
         self.selector = parts.selector
 
     def ours(self, batch: dict) -> torch.Tensor:
-        return self.selector.lm_loss(self.model, batch)[1].path
+        return self.selector.lm_sum(self.model, batch)[1].path
 
     def theirs(self, layer: int) -> torch.Tensor:
         mask = (self.batch["segment_ids"] >= 0).long()
