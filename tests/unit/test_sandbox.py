@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -47,25 +46,6 @@ def test_child_cannot_write_to_files_and_sees_no_environment(tmp_path):
     assert target.read_bytes() == b""
     with Sandbox("os:getenv", 5) as box:
         assert box.call("PATH") is None
-
-
-def test_child_killed_between_two_calls_is_replaced():
-    with Sandbox("os:getpid", 5) as box:
-        pid = box.call()
-        assert box.call() == pid
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        assert box.call() != pid
-
-
-def test_call_whose_child_is_killed_is_tried_once_more():
-    with Sandbox("time:sleep", 20) as box:
-        box.call(0)
-        first = box._child
-        killer = threading.Timer(0.2, first.kill)
-        killer.start()
-        assert box.call(0.5) is None
-        assert box._child is not first and first.returncode == -signal.SIGKILL
 
 
 def test_stopped_child_is_killed_by_the_parent(monkeypatch):

@@ -11,7 +11,6 @@ from conftest import GOLDEN
 
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring import tasks
-from llm_jepa.scoring.sandbox import Sandbox
 from llm_jepa.scoring.tasks import TASKS, last_number, marked_number, normalize, score_text, wilson
 
 
@@ -55,18 +54,8 @@ ANSWERS = {
 NONSENSE = ["", " \n", "no answer at all", ".", "?!", "the", "####", "\0", "☃", "\ud800"]
 
 
-def test_tasks_have_the_published_scores():
-    assert {name: task.scores for name, task in TASKS.items()} == {
-        "synth": ("dfa_equal",), "turk": ("dfa_equal",), "gsm8k": ("number", "last_number"),
-        "spider": ("execution", "execution_ordered"), "nq_open": ("answer_match",), "hellaswag": ("choice",),
-        "rotten_tomatoes": ("class_match",), "yelp": ("class_match",), "text": (),
-    }  # fmt: skip
-    assert {name for name, task in TASKS.items() if task.needs_databases} == {"spider"}
-    assert {name: task.choices for name, task in TASKS.items() if task.choices} == {"hellaswag": ("A", "B", "C", "D")}
-
-
 @pytest.mark.parametrize("task", ANSWERS)
-def test_the_answer_is_right_and_nonsense_is_wrong(task):
+def test_answer_is_right_and_nonsense_is_wrong(task):
     with TASKS[task].start(None) as score:
         for prediction in (ANSWERS[task], f" {ANSWERS[task]}\n"):
             assert score(prediction, example(ANSWERS[task])) == dict.fromkeys(TASKS[task].scores, True)
@@ -101,19 +90,6 @@ def test_slow_prediction_and_slow_answer_have_different_reasons(monkeypatch):
         assert score(slow, example("dog")) == {"dfa_equal": False, "failure": "timeout"}
         assert score("dog", example(slow)) == {"dfa_equal": False, "failure": "gold_timeout"}
         assert score("dog", example("(dog)")) == {"dfa_equal": True}
-
-
-def test_a_pair_is_compared_once_and_the_child_ends_with_the_scorer(monkeypatch):
-    calls, call = [], Sandbox.call
-    monkeypatch.setattr(Sandbox, "call", lambda *args: calls.append(args) or call(*args))
-    with TASKS["synth"].start(None) as score:
-        for _ in range(3):
-            assert score("a|b", example("b|a")) == {"dfa_equal": True}
-            assert score("a|", example("b|a"))["failure"] == "syntax"
-        child = calls[0][0]._child
-        assert child.poll() is None
-    assert child.poll() is not None
-    assert [arguments[1] for arguments in calls] == ["a|b", "a|"]
 
 
 def test_verdicts_of_golden_regexes():
@@ -231,7 +207,7 @@ def test_listed_answers_replace_the_parts_of_the_joined_text():
         ("nq_open", "/", "gold_empty"),
     ],
 )
-def test_an_answer_that_the_task_cannot_use_is_reported(task, answer, failure):
+def test_answer_that_the_task_cannot_use_is_reported(task, answer, failure):
     assert scored(task, answer, answer) == dict.fromkeys(TASKS[task].scores, False) | {"failure": failure}
 
 
