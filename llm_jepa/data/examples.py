@@ -105,23 +105,14 @@ def parse_messages(row: Any, source: str, number: int) -> Example:
     roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
     if roles not in ROLES:
         raise ValueError(f"roles are {roles}, not system (optional), user, assistant")
-    for message in messages:
-        check_text(message.get("content"), f"content of the {message['role']} turn")
-    system = messages[0]["content"] if len(messages) == 3 else None
+    *system, user, assistant = (check_text(m.get("content"), f"content of the {m['role']} turn") for m in messages)
     answers = row.get("answers")
     if answers is not None and (not isinstance(answers, list) or not answers):
         raise ValueError('"answers" is not a list of texts')
-    return Example(
-        system,
-        messages[-2]["content"],
-        messages[-1]["content"],
-        source,
-        number,
-        text=_view(row, "text", "user"),
-        code=_view(row, "code", "assistant"),
-        answers=answers and tuple(check_text(a, '"answers"') for a in answers),
-        group=row["group"] if isinstance(row.get("group"), str) else None,
-    )
+    answers = answers and tuple(check_text(a, '"answers"') for a in answers)
+    text, code = _view(row, "text", "user"), _view(row, "code", "assistant")
+    group = row["group"] if isinstance(row.get("group"), str) else None
+    return Example(system[0] if system else None, user, assistant, source, number, text, code, answers, group)
 
 
 def _view(row: dict[str, Any], name: str, role: str) -> str | None:
@@ -228,8 +219,7 @@ def read_examples(path: str, problems: Problems, fields: Fields | None = None) -
     except OSError as error:
         raise ExampleError(f"{path}: cannot be read ({error.strerror or error})") from None
     if not examples:
-        skipped = f" ({problems.report()})" if problems.report() else ""
-        raise ExampleError(f"{path}: no examples in the file{skipped}")
+        raise ExampleError(f"{path}: no examples in the file" + (f" ({problems.report()})" if problems.found else ""))
     return examples
 
 

@@ -166,12 +166,14 @@ def automaton(steps: list[tuple], alphabet: frozenset[str], names: dict[Symbols,
             stack.append(empty)
         elif operation == "repeat":
             x, (least, most) = stack.pop(), arguments
-            _check_states((most or least + 1) * (len(x.states) + 1), max_states)
+            if (most or least + 1) * (len(x.states) + 1) > max_states:
+                raise Failure("states")
             rest = [x.kleene_star()] if most is None else [x.option()] * (most - least)
             stack.append(functools.reduce(NFA.concatenate, [x] * least + rest or [empty]))
         else:
             operands = [stack.pop() for _ in range(arguments[0])][::-1]
-            _check_states(sum(len(x.states) + 1 for x in operands), max_states)
+            if sum(len(x.states) + 1 for x in operands) > max_states:
+                raise Failure("states")
             if operation in "~&":  # x & y is ~(~x | ~y)
                 operands = [_complement(x, max_states) for x in operands]
             x = functools.reduce(NFA.concatenate if operation == "concatenate" else NFA.union, operands)
@@ -200,7 +202,8 @@ def _determinize(nfa: NFA, max_states: int) -> DFA:
         for symbol in nfa.input_symbols:
             target = frozenset().union(*(way[symbol] for way in ways if symbol in way))
             if target not in numbers:
-                _check_states(len(numbers) + 1, max_states)
+                if len(numbers) == max_states:
+                    raise Failure("states")
                 numbers[target] = len(numbers)
                 subsets.append(target)
             path[symbol] = numbers[target]
@@ -208,9 +211,3 @@ def _determinize(nfa: NFA, max_states: int) -> DFA:
     return DFA(
         states=set(paths), input_symbols=nfa.input_symbols, transitions=paths, initial_state=0, final_states=final
     )
-
-
-def _check_states(count: int, max_states: int) -> None:
-    """Raises Failure("states") if there are more than `max_states`."""
-    if count > max_states:
-        raise Failure("states")

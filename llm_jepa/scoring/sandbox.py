@@ -10,9 +10,9 @@ JSON, {"result": …} or {"failure": reason}.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import subprocess
@@ -125,8 +125,7 @@ class Sandbox(contextlib.AbstractContextManager):
 def serve(function: str, memory: int) -> None:
     """The child process: replies to calls until its parent closes the pipe."""
     replies = os.fdopen(os.dup(1), "w")
-    module, _, name = function.partition(":")
-    work = getattr(importlib.import_module(module), name)
+    work = pkgutil.resolve_name(function)
     devnull = os.open(os.devnull, os.O_WRONLY)
     for output in (1, 2):
         os.dup2(devnull, output)

@@ -225,23 +225,19 @@ def spider_databases(path: Path, cache: Path) -> Path:
             if any(file.stem == file.parent.name for file in folder.glob("*/*.sqlite")):
                 return folder
         raise UsageError(f"{path}: no database/<db_id>/<db_id>.sqlite in it")
+    member = re.compile(rf"(?:(?!__MACOSX/)[\w-]+/)?database/({DB_ID})/\1\.sqlite")
     try:
         target = cache / sha256(path)[:16]
-        if not target.is_dir():
-            _unpack(path, target)
+        if target.is_dir():
+            return target
+        cache.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(dir=cache) as temporary:
+            names = [name for name in archive.namelist() if member.fullmatch(name)]
+            if not names:
+                raise zipfile.BadZipFile("no database/<db_id>/<db_id>.sqlite in it")
+            archive.extractall(temporary, names)
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(Path(temporary, names[0]).parents[1], target)
     except (OSError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path}: cannot be unpacked ({error})") from None
     return target
-
-
-def _unpack(path: Path, target: Path) -> None:
-    """Writes all of a zip's databases to the folder `target`, or nothing if one cannot be read."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    member = re.compile(rf"(?:(?!__MACOSX/)[\w-]+/)?database/({DB_ID})/\1\.sqlite")
-    with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        names = [name for name in archive.namelist() if member.fullmatch(name)]
-        if not names:
-            raise zipfile.BadZipFile("no database/<db_id>/<db_id>.sqlite in it")
-        archive.extractall(temporary, names)
-        with contextlib.suppress(OSError):  # another process was faster
-            os.rename(Path(temporary, names[0]).parents[1], target)

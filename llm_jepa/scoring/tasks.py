@@ -106,15 +106,14 @@ def score_answers(prediction: str, example: Example) -> Scores:
     """
     answers = (example.assistant, *(example.answers or example.assistant.split("; ")))
     right = {normalize(answer) for answer in answers} - {""}
-    scores: Scores = {"answer_match": normalize(prediction) in right}
-    return scores if right else scores | {"failure": "gold_empty"}
+    return {"answer_match": normalize(prediction) in right} | ({} if right else {"failure": "gold_empty"})
 
 
 def score_choice(prediction: str, example: Example) -> Scores:
     """`choice`: the prediction is the answer's letter, except for white space at the ends."""
     answer = example.assistant.strip()
-    scores: Scores = {"choice": prediction.strip() == answer in LETTERS}
-    return scores if answer in LETTERS else scores | {"failure": "gold_class"}
+    failure = {} if answer in LETTERS else {"failure": "gold_class"}
+    return {"choice": prediction.strip() == answer in LETTERS} | failure
 
 
 def score_class(prediction: str, example: Example, classes: tuple[str, ...]) -> Scores:
@@ -123,8 +122,8 @@ def score_class(prediction: str, example: Example, classes: tuple[str, ...]) -> 
         text.strip().rstrip(string.punctuation + string.whitespace).lower()
         for text in (prediction, example.assistant, *classes)
     )
-    scores: Scores = {"class_match": guess == answer in known}
-    return scores if answer in known else scores | {"failure": "gold_class"}
+    failure = {} if answer in known else {"failure": "gold_class"}
+    return {"class_match": guess == answer in known} | failure
 
 
 # ---------------------------------------------------------------------------------------------------------- regexes
