@@ -99,18 +99,10 @@ def exactly(words: frozenset[tuple]) -> str:
     return "|".join(branches) or "~(.*)"
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(TREES)
 def test_language_up_to_a_length_is_the_matchers(tree):
     assert equal(f"({written(tree)})&.{{0,{LENGTH}}}", exactly(language(tree))) is True
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(TREES, TREES)
-def test_equal_languages_agree_on_all_short_words(a, b):
-    result = equal(written(a), written(b))
-    assert result == equal(written(b), written(a))
-    assert result is not True or language(a) == language(b)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

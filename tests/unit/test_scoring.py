@@ -84,7 +84,7 @@ def test_regexes():
 
 
 def test_slow_prediction_and_slow_answer_have_different_reasons(monkeypatch):
-    monkeypatch.setattr(tasks, "REGEX_SECONDS", 0.3)
+    monkeypatch.setattr(tasks, "REGEX_SECONDS", 0.2)
     slow = "(a*)*" * 2_000
     with TASKS["synth"].start(None) as score:
         assert score(slow, example("dog")) == {"dfa_equal": False, "failure": "timeout"}
@@ -149,9 +149,9 @@ EXACT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", EXACT)
-def test_numbers_are_exact(text):
-    assert marked_number(text) == last_number(text) == Decimal(EXACT[text])
+def test_numbers_are_exact():
+    for text, value in EXACT.items():
+        assert marked_number(text) == last_number(text) == Decimal(value), text
 
 
 # --------------------------------------------------------------------------------------------- answers and classes
@@ -218,10 +218,3 @@ def test_wilson_by_hand():
     # z = 1.959964, n = 10, p = 0.8: center (0.8 + 0.192073) / 1.384146 = 0.716740,
     # half width 1.959964 / 1.384146 · sqrt(0.016 + 0.0096036) = 0.226577.
     assert wilson(8, 10) == pytest.approx([0.716740 - 0.226577, 0.716740 + 0.226577], abs=2e-6)
-
-
-@pytest.mark.parametrize("n", [1, 10, 2000])
-def test_wilson_without_hits_and_with_only_hits(n):
-    z2 = 1.959963985**2
-    assert wilson(0, n) == pytest.approx([0, z2 / (n + z2)])
-    assert wilson(n, n) == pytest.approx([n / (n + z2), 1])
