@@ -105,7 +105,7 @@ class Sandbox(contextlib.AbstractContextManager):
     def _read_line(self, seconds: float, request: bytes = b"") -> bytes:
         """Writes the request and reads one line, or less if the child ends or the line is too long.
 
-        Raises Failure("timeout") after killing a child that takes longer than `seconds`.
+        Raises Failure("timeout") after killing a child that needs more than `seconds`.
         """
         child, deadline = self._child, time.monotonic() + seconds
         timer = threading.Timer(seconds, child.kill)

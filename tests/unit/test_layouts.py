@@ -69,7 +69,7 @@ def test_tokens_attend_to_their_own_segment_only(layout, mask):
     assert seen.equal((owner[:, :, None] == owner[:, None]) & (position[None] <= position[:, None]))
 
 
-def test_padding_is_a_segment_and_rows_have_the_width_asked_for():
+def test_padding_is_a_segment_and_row_width_is_a_multiple():
     batch = Collator("packed", pad_id=0, tokens_per_row=16)(items([(9, 4, 3), (4, 1, 1)]))
     assert batch["position_ids"].tolist() == [[*range(9), 0, 0], [*range(4), *range(4), *range(3)]]
     assert batch["boundaries"].tolist() == [0, 9, 10, 11, 15, 19, 22] and batch["longest"] == 9

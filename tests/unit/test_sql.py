@@ -188,7 +188,7 @@ def test_database_is_read_from_any_path_without_locks_or_new_files(name, tmp_pat
     connection.close()
 
 
-# ------------------------------------------------------------------------------------------------ ExecutionMatch
+# ---------------------------------------------------------------------------------------------- execution_match
 
 
 SCORES = [  # (gold query, prediction, execution, execution_ordered, failure)
@@ -225,7 +225,7 @@ def test_bad_db_id_is_reported_with_file_and_line(match):
 # ----------------------------------------------------------------------------------------------------- databases
 
 
-def test_verdicts_on_the_repositorys_spider_data(tmp_path):
+def test_verdicts_on_spider_data(tmp_path):
     changes = {
         "itself": lambda q: q + " --",
         "DISTINCT": lambda q: q.replace("SELECT ", "SELECT DISTINCT ", 1),
@@ -285,7 +285,7 @@ def test_folder_is_used_in_place(given, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_path_without_databases_is_an_error_that_names_it(database, tmp_path):
+def test_path_without_databases_is_an_error_with_the_path(database, tmp_path):
     (tmp_path / "text.zip").write_text("no zip")
     (tmp_path / "empty").mkdir()
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
