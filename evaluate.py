@@ -48,6 +48,7 @@ from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_se
 from llm_jepa.files import folder_sha256, read_json, sha256, write_json
 from llm_jepa.model import LOADING_ERRORS, load_pretrained, load_tokenizer
 from llm_jepa.run_folder import provenance
+from llm_jepa.scoring.sql import example_database, spider_databases
 from llm_jepa.scoring.tasks import TASKS, Scorer
 from llm_jepa.training.checks import on_device
 
@@ -180,8 +181,6 @@ def databases_of(s: EvaluationSettings) -> Path | None:
     """The folder of Spider's databases, None for a task without. Raises UsageError if there are none."""
     if not TASKS[s.task].needs_databases:
         return None
-    from llm_jepa.scoring.sql import spider_databases
-
     path = Path(s.spider_path)
     return spider_databases(path if path.exists() else HERE / path, HERE / "datasets" / "spider_databases")
 
@@ -189,10 +188,10 @@ def databases_of(s: EvaluationSettings) -> Path | None:
 @contextlib.contextmanager
 def scorer(s: EvaluationSettings, examples: list[Example]) -> Iterator[Scorer]:
     """Opens the task's scorer. Raises ExampleError if an example names a database that does not exist."""
-    with TASKS[s.task].start(databases_of(s)) as score:
-        if TASKS[s.task].needs_databases:
-            for example in examples:
-                score.database(example)
+    databases = databases_of(s)
+    for example in examples if databases else ():
+        example_database(databases, example)
+    with TASKS[s.task].start(databases) as score:
         yield score
 
 

@@ -19,13 +19,13 @@ sys.path.insert(0, str(ROOT))
 
 from llm_jepa.data.examples import Example, ExampleError  # noqa: E402
 from llm_jepa.files import sha256  # noqa: E402
-from llm_jepa.scoring.sql import ExecutionMatch, spider_databases  # noqa: E402
+from llm_jepa.scoring.sql import execution_match, spider_databases  # noqa: E402
 
 
 def score_all(databases: Path, lines: list[str]) -> int:
     """The number of queries that match themselves; a comment makes the prediction another text."""
     equal = 0
-    with ExecutionMatch(databases) as match:
+    with execution_match(databases) as match:
         for number, line in enumerate(lines, start=1):
             query, db_id = line.split("\t")
             example = Example(None, f"For db_id:[{db_id}]\n\nWhich?", query, f"line {number}", number)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,13 +47,13 @@ class Example:
     id: int  # line number in the file (of a CSV or Parquet file or a hub dataset the row), counted from 1
     text: str | None = None
     code: str | None = None
-    answers: tuple[str, ...] | None = None  # if more than one is right; `assistant` holds them all
+    answers: tuple[str, ...] | None = None  # if more than one is right; `assistant` contains them all
     group: str | None = None  # its set of paraphrases
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of the views in other data; `system` is the system turn of every example."""
+    """The fields of the views in data of another format; `system` is the system turn of every example."""
 
     text: str
     code: str
@@ -62,7 +62,7 @@ class Fields:
 
 @dataclass
 class Problems:
-    """Bad examples: the first one is raised, or with `skip` all are collected and reported."""
+    """Bad examples: the first one raises an error, or with `skip` all are collected and reported."""
 
     skip: bool = False
     found: dict[str, str] = field(default_factory=dict)  # reasons by place, so that an example counts once
@@ -87,45 +87,36 @@ class Problems:
 
 
 def check_text(value: Any, what: str) -> str:
-    """The value. Raises ValueError if it is not a text that can be trained on."""
+    """The value. Raises ValueError if it is not text that a tokenizer accepts, or is blank."""
     if not isinstance(value, str):
         raise ValueError(f"{what} is {type(value).__name__}, not a string")
     if not value.strip():
         raise ValueError(f"{what} is empty")
     if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
-        raise ValueError(f"{what} holds half a surrogate pair")
+        raise ValueError(f"{what} contains half a surrogate pair")
     return value
 
 
 def parse_messages(row: Any, source: str, number: int) -> Example:
-    """A row in the project's own format → Example. Raises ValueError with the reason, without the place."""
+    """A row in the project's own format → Example. Raises ValueError with the reason."""
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
-        raise ValueError('no "messages" list (rows of another kind: --text_field, --code_field)')
+        raise ValueError('no "messages" list (for another format: --text_field, --code_field)')
     messages = row["messages"]
     roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
     if roles not in ROLES:
         raise ValueError(f"roles are {roles}, not system (optional), user, assistant")
-    for message in messages:
-        check_text(message.get("content"), f"content of the {message['role']} turn")
-    system = messages[0]["content"] if len(messages) == 3 else None
+    *system, user, assistant = (check_text(m.get("content"), f"content of the {m['role']} turn") for m in messages)
     answers = row.get("answers")
     if answers is not None and (not isinstance(answers, list) or not answers):
         raise ValueError('"answers" is not a list of texts')
-    return Example(
-        system,
-        messages[-2]["content"],
-        messages[-1]["content"],
-        source,
-        number,
-        text=_view(row, "text", "user"),
-        code=_view(row, "code", "assistant"),
-        answers=answers and tuple(check_text(a, '"answers"') for a in answers),
-        group=row["group"] if isinstance(row.get("group"), str) else None,
-    )
+    answers = answers and tuple(check_text(a, '"answers"') for a in answers)
+    text, code = _view(row, "text", "user"), _view(row, "code", "assistant")
+    group = row["group"] if isinstance(row.get("group"), str) else None
+    return Example(system[0] if system else None, user, assistant, source, number, text, code, answers, group)
 
 
 def _view(row: dict[str, Any], name: str, role: str) -> str | None:
-    """The content of a view that differs from its turn of the chat; a "text" or "code" that is no list is ignored."""
+    """The content of a view that differs from its turn of the chat; other values than a list are ignored."""
     if not isinstance(row.get(name), list):
         return None
     if [m.get("role") if isinstance(m, dict) else None for m in row[name]] != [role]:
@@ -133,20 +124,19 @@ def _view(row: dict[str, Any], name: str, role: str) -> str | None:
     return check_text(row[name][0].get("content"), f'content of the view "{name}"')
 
 
-def parse_fields(row: Any, source: str, number: int, fields: Fields) -> Example:
-    """A row of other data → Example. Raises ValueError with the reason, without the place."""
+def parse_example(row: Any, source: str, number: int, fields: Fields | None) -> Example:
+    """A row → Example; without `fields` it is in the project's own format. Raises ValueError with the reason."""
+    if fields is None:
+        return parse_messages(row, source, number)
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
+    if None in row:  # DictReader's key for additional cells
+        raise ValueError("the row has more cells than the first line")
     for name in (fields.text, fields.code):
         if name not in row:
             raise ValueError(f"no field {name!r} (there are {', '.join(map(repr, row)) or 'none'})")
         check_text(row[name], f"field {name!r}")
     return Example(fields.system, row[fields.text], row[fields.code], source, number)
-
-
-def parse_example(row: Any, source: str, number: int, fields: Fields | None) -> Example:
-    """A row → Example, in the project's own format without `fields`. Raises ValueError with the reason."""
-    return parse_fields(row, source, number, fields) if fields else parse_messages(row, source, number)
 
 
 Rows = Iterator[tuple[str, int, Callable[[], Any]]]  # place, number, and a function that returns the row or raises
@@ -159,23 +149,13 @@ def _jsonl_rows(path: str) -> Rows:
 
 def _csv_rows(path: str) -> Rows:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        # A cell may be as long as the file.
-        csv.field_size_limit(max(csv.field_size_limit(), Path(path).stat().st_size))
+        csv.field_size_limit(2**31 - 1)  # characters in a cell
         reader = csv.DictReader(file, strict=True)
         try:
-            names = reader.fieldnames or []
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ExampleError(f"{path}:1: the field {twice[0]!r} occurs twice")
             for number, row in enumerate(reader, start=1):
-                yield f"{path}:{reader.line_num}", number, lambda row=row: _whole(row)
+                yield f"{path}:{reader.line_num}", number, lambda row=row: row
         except (csv.Error, UnicodeDecodeError) as error:
             raise ExampleError(f"{path}: not CSV after line {reader.line_num} ({error})") from None
-
-
-def _whole(row: dict[str | None, Any]) -> dict[str, Any]:
-    if None in row or None in row.values():
-        raise ValueError("the row has more or fewer cells than the first line")
-    return row
 
 
 def _parquet_rows(path: str) -> Rows:
@@ -183,12 +163,10 @@ def _parquet_rows(path: str) -> Rows:
     from pyarrow import parquet
 
     try:
-        number = 0
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", number, lambda row=row: row
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+            for number, row in enumerate(rows, start=1):
+                yield f"{path}: row {number}", number, lambda row=row: row
     except pyarrow.ArrowException as error:
         raise ExampleError(f"{path}: not Parquet ({str(error).splitlines()[0]})") from None
 
@@ -199,8 +177,9 @@ def _hub_rows(path: str, streaming: bool = False) -> Rows:
 
     place = HUB.fullmatch(path)
     try:
-        where = {"split": place["split"], "revision": place["revision"]} | ({"streaming": True} if streaming else {})
-        data = load_dataset(place["name"], place["config"], **where)
+        data = load_dataset(
+            place["name"], place["config"], split=place["split"], revision=place["revision"], streaming=streaming
+        )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ExampleError(f"{path}: cannot be loaded from the hub ({str(error).splitlines()[0]})") from None
     labels = {name: kind for name, kind in (data.features or {}).items() if isinstance(kind, ClassLabel)}
@@ -210,14 +189,14 @@ def _hub_rows(path: str, streaming: bool = False) -> Rows:
 
 
 def is_hub(path: str) -> bool:
-    """Whether a data path is a hub dataset, OWNER/NAME[:CONFIG]:SPLIT[@REVISION], and not a file."""
+    """Whether a path is a hub dataset, OWNER/NAME[:CONFIG]:SPLIT[@REVISION], and not a file."""
     return HUB.fullmatch(path) is not None and not Path(path).exists()
 
 
 def read_rows(path: str, streaming: bool = False) -> Rows:
     """The rows of a JSONL, CSV or Parquet file (by its ending) or a hub dataset, in order.
 
-    Files are read row by row, and with `streaming` a hub dataset too, instead of being downloaded first.
+    Files are read row by row. A hub dataset is downloaded first, or with `streaming` read row by row.
     """
     if is_hub(path):
         return _hub_rows(path, streaming)
@@ -240,48 +219,46 @@ def read_examples(path: str, problems: Problems, fields: Fields | None = None) -
     except OSError as error:
         raise ExampleError(f"{path}: cannot be read ({error.strerror or error})") from None
     if not examples:
-        skipped = f" ({problems.report()})" if problems.report() else ""
-        raise ExampleError(f"{path}: no examples in the file{skipped}")
+        raise ExampleError(f"{path}: no examples in the file" + (f" ({problems.report()})" if problems.found else ""))
     return examples
 
 
 def data_sha256(path: str, streaming: bool = False) -> str:
     """Hexadecimal SHA-256 of a data file or of a hub dataset's rows; with `streaming` of its name and commit instead.
 
-    Raises ExampleError if the hub does not say the commit.
+    Raises ExampleError if the hub does not report the commit.
     """
     if not is_hub(path):
         return sha256(path)
-    digest = hashlib.sha256()
     if streaming:  # reading all rows would download them all
         place = HUB.fullmatch(path)
         try:
             commit = HfApi().dataset_info(place["name"], revision=place["revision"]).sha
         except (OSError, ValueError) as error:
-            raise ExampleError(f"{path}: the hub does not say its commit ({str(error).splitlines()[0]})") from None
-        digest.update(f"{path.partition('@')[0]}@{commit}".encode())
-        return digest.hexdigest()
+            raise ExampleError(f"{path}: the hub does not report its commit ({str(error).splitlines()[0]})") from None
+        return hashlib.sha256(f"{path.partition('@')[0]}@{commit}".encode()).hexdigest()
+    digest = hashlib.sha256()
     for _, _, row in read_rows(path):
         digest.update(json.dumps(row(), sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 
 def split_examples(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, held out): a random `share` is held out, the same for the same seed and number of examples.
+    """(train, held out): a random `share`, rounded up, that depends only on the seed and the number of examples.
 
     Raises ExampleError if either part would be empty.
     """
     from datasets import Dataset
 
-    # Dataset.train_test_split rounds the held-out part up.
-    if not 0 < share < 1 or math.ceil(share * len(examples)) >= len(examples):
-        place = f"{examples[0].source}: " if examples else ""
-        raise ExampleError(f"{place}a share of {share} cannot be held out of {len(examples)} examples")
-    parts = Dataset.from_dict({"i": range(len(examples))}).train_test_split(test_size=share, seed=seed)
+    try:
+        parts = Dataset.from_dict({"i": range(len(examples))}).train_test_split(test_size=share, seed=seed)
+    except ValueError:
+        place = f"{examples[0].source}: a share of {share}"
+        raise ExampleError(f"{place} cannot be held out of {len(examples)} examples") from None
     return [examples[i] for i in parts["train"]["i"]], [examples[i] for i in parts["test"]["i"]]
 
 
 def dataset_name(path: str) -> str:
-    """A data file's base name without its part: datasets/synth_test.jsonl → synth; of a hub dataset its NAME."""
+    """A data file's base name without its part, datasets/synth_test.jsonl → synth, or a hub dataset's NAME."""
     stem = HUB.fullmatch(path)["name"].split("/")[1] if is_hub(path) else Path(path).stem
     return next((stem.removesuffix(p) for p in ("_train", "_test", "_dev", "_val") if stem.endswith(p)), stem)

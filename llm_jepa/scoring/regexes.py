@@ -15,11 +15,10 @@ A backslash escapes any character except letters and digits.
 
 from __future__ import annotations
 
+import functools
 import re
 from bisect import bisect_left
-from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
 
 import automata.base.config
 from automata.fa.dfa import DFA
@@ -44,22 +43,12 @@ CLASS_ITEM = re.compile(rf"( {ESCAPED} | . ) (?: - ( {ESCAPED} | . ) )?", re.VER
 def dfa_equal(prediction: str, answer: str, max_states: int) -> bool:
     """Whether both expressions describe the same language: the DFA-equality metric of arXiv 1608.03000.
 
-    Raises Failure: `syntax` if the prediction is not an expression, `states` if one of its automata, intermediate ones
-    included, has more than `max_states` states; `gold_syntax` and `gold_states` if the answer is the cause.
+    Raises Failure: `syntax` if a text is not an expression, `states` if an automaton, intermediate ones included, has
+    more than `max_states` states.
     """
-    gold = _gold(parse, answer)
-    guess = parse(prediction)
-    alphabet, names = partition({step[1] for step in gold + guess if step[0] == "symbols"})
-    gold_dfa = _gold(automaton, gold, alphabet, names, max_states)
-    return automaton(guess, alphabet, names, max_states) == gold_dfa
-
-
-def _gold(function: Callable, *arguments: Any) -> Any:
-    """The function's result; the reason of a Failure gets the prefix `gold_`."""
-    try:
-        return function(*arguments)
-    except Failure as failure:
-        raise Failure(f"gold_{failure.reason}") from None
+    a, b = parse(prediction), parse(answer)
+    alphabet, names = partition({step[1] for step in a + b if step[0] == "symbols"})
+    return automaton(a, alphabet, names, max_states) == automaton(b, alphabet, names, max_states)
 
 
 # ------------------------------------------------------------------------------------------------------------- parse
@@ -177,15 +166,17 @@ def automaton(steps: list[tuple], alphabet: frozenset[str], names: dict[Symbols,
             stack.append(empty)
         elif operation == "repeat":
             x, (least, most) = stack.pop(), arguments
-            _check_states((most or least + 1) * (len(x.states) + 1), max_states)
+            if (most or least + 1) * (len(x.states) + 1) > max_states:
+                raise Failure("states")
             rest = [x.kleene_star()] if most is None else [x.option()] * (most - least)
-            stack.append(_fold(NFA.concatenate, [x] * least + rest or [empty]))
+            stack.append(functools.reduce(NFA.concatenate, [x] * least + rest or [empty]))
         else:
             operands = [stack.pop() for _ in range(arguments[0])][::-1]
-            _check_states(sum(len(x.states) + 1 for x in operands), max_states)
+            if sum(len(x.states) + 1 for x in operands) > max_states:
+                raise Failure("states")
             if operation in "~&":  # x & y is ~(~x | ~y)
                 operands = [_complement(x, max_states) for x in operands]
-            x = _fold(NFA.concatenate if operation == "concatenate" else NFA.union, operands)
+            x = functools.reduce(NFA.concatenate if operation == "concatenate" else NFA.union, operands)
             stack.append(_complement(x, max_states) if operation == "&" else x)
     return _determinize(stack.pop(), max_states)
 
@@ -194,14 +185,6 @@ def _one_symbol(alphabet: frozenset[str], names: list[str]) -> NFA:
     """The NFA of one symbol, which is any of the letters."""
     paths = {0: {name: {1} for name in names}}
     return NFA(states={0, 1}, input_symbols=alphabet, transitions=paths, initial_state=0, final_states={1})
-
-
-def _fold(operation: Callable[[NFA, NFA], NFA], operands: list[NFA]) -> NFA:
-    """Joins neighbors, then the results, since each join copies both operands: O(n log n) instead of O(n²) copies."""
-    while len(operands) > 1:
-        pairs = zip(operands[::2], operands[1::2], strict=False)
-        operands = [operation(x, y) for x, y in pairs] + operands[len(operands) // 2 * 2 :]
-    return operands[0]
 
 
 def _complement(nfa: NFA, max_states: int) -> NFA:
@@ -219,7 +202,8 @@ def _determinize(nfa: NFA, max_states: int) -> DFA:
         for symbol in nfa.input_symbols:
             target = frozenset().union(*(way[symbol] for way in ways if symbol in way))
             if target not in numbers:
-                _check_states(len(numbers) + 1, max_states)
+                if len(numbers) == max_states:
+                    raise Failure("states")
                 numbers[target] = len(numbers)
                 subsets.append(target)
             path[symbol] = numbers[target]
@@ -227,9 +211,3 @@ def _determinize(nfa: NFA, max_states: int) -> DFA:
     return DFA(
         states=set(paths), input_symbols=nfa.input_symbols, transitions=paths, initial_state=0, final_states=final
     )
-
-
-def _check_states(count: int, max_states: int) -> None:
-    """Raises Failure("states") if there are more than `max_states`."""
-    if count > max_states:
-        raise Failure("states")

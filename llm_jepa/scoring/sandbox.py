@@ -10,14 +10,13 @@ JSON, {"result": …} or {"failure": reason}.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 MEGABYTE = 1 << 20
 READY = "ready"  # the child's first line
 START_SECONDS = 60.0  # limit on the start of the child
-GRACE_SECONDS = 5.0  # the parent kills a child that has not ended itself this long after its time limit
+GRACE_SECONDS = 5.0  # the parent kills a child that exceeds its time limit by this and has not ended itself
 CHILD = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from llm_jepa.scoring.sandbox import serve; serve(sys.argv[2], int(sys.argv[3]))"
@@ -56,35 +55,28 @@ class Sandbox(contextlib.AbstractContextManager):
         self._child: subprocess.Popen | None = None
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the child process."""
         if self._child is not None:
-            self._child.kill()
-            self._child.communicate()  # closes the pipes and waits
-            self._child = None
+            self.close()
+
+    def close(self) -> str:
+        """Ends the child process and returns the last line of its errors."""
+        self._child.kill()
+        errors = self._child.communicate()[1]  # closes the pipes and waits
+        self._child = None
+        return errors.decode(errors="replace").strip().rpartition("\n")[2]
 
     def call(self, *arguments: Any) -> Any:
         """Returns the function's result.
 
-        Raises Failure if the function raised one, exceeded a limit, or ended the child twice. The second try
-        excludes that another program killed the child.
+        Raises Failure if the function raised one, exceeded a limit, or ended the child.
         """
-        request = json.dumps([self.seconds, *arguments]).encode() + b"\n"
-        try:
-            line = self._exchange(request)
-        except Failure as failure:
-            if failure.reason != "crash":
-                raise
-            line = self._exchange(request)
-        reply = json.loads(line)
+        reply = json.loads(self._exchange(json.dumps([self.seconds, *arguments]).encode() + b"\n"))
         if "failure" in reply:
             raise Failure(reply["failure"])
         return reply["result"]
 
     def _exchange(self, request: bytes) -> bytes:
-        """Sends the request to the child, which it starts if necessary, and returns the line that the child replies."""
+        """Sends the request to the child, which is started if necessary, and returns its reply."""
         if self._child is None:
             self._start()
         try:
@@ -94,29 +86,26 @@ class Sandbox(contextlib.AbstractContextManager):
             if len(line) >= self.max_reply:
                 raise Failure("too_large")
             raise Failure("timeout" if self._child.wait() == -signal.SIGALRM else "crash")
-        except BaseException:  # the reply to an interrupted request would be taken for the next one's
+        except BaseException:  # otherwise the next request would get the reply to an interrupted one
             self.close()
             raise
 
     def _start(self) -> None:
-        """Starts the child. Raises OSError with the last line that it printed if it does not get ready."""
-        with tempfile.TemporaryFile() as errors:
-            self._child = subprocess.Popen(
-                [sys.executable, "-I", "-c", CHILD, str(ROOT), self.function, str(self.memory)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env={}, start_new_session=True,
-            )  # fmt: skip
-            with contextlib.suppress(Failure):
-                if self._read_line(START_SECONDS).decode().strip() == READY:
-                    return
-            self.close()
-            errors.seek(0)
-            message = (errors.read().decode(errors="replace").strip() or "it prints nothing").splitlines()[-1]
-        raise OSError(f"the process for {self.function} does not start with {sys.executable}: {message}")
+        """Starts the child. Raises OSError with the child's error if it does not get ready."""
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", "-c", CHILD, str(ROOT), self.function, str(self.memory)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, start_new_session=True,
+        )  # fmt: skip
+        with contextlib.suppress(Failure):
+            if self._read_line(START_SECONDS).decode().strip() == READY:
+                return
+        error = self.close()
+        raise OSError(f"the process for {self.function} does not start with {sys.executable}: {error}")
 
     def _read_line(self, seconds: float, request: bytes = b"") -> bytes:
         """Writes the request and reads one line, or less if the child ends or the line is too long.
 
-        Raises Failure("timeout") after killing a child that takes longer than `seconds`.
+        Raises Failure("timeout") after killing a child that needs more than `seconds`.
         """
         child, deadline = self._child, time.monotonic() + seconds
         timer = threading.Timer(seconds, child.kill)
@@ -134,10 +123,9 @@ class Sandbox(contextlib.AbstractContextManager):
 
 
 def serve(function: str, memory: int) -> None:
-    """The child process: answers calls until its parent closes the pipe."""
+    """The child process: replies to calls until its parent closes the pipe."""
     replies = os.fdopen(os.dup(1), "w")
-    module, _, name = function.partition(":")
-    work = getattr(importlib.import_module(module), name)
+    work = pkgutil.resolve_name(function)
     devnull = os.open(os.devnull, os.O_WRONLY)
     for output in (1, 2):
         os.dup2(devnull, output)

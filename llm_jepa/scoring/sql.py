@@ -1,7 +1,7 @@
 """Execution match for Spider: does a predicted query give the gold query's result on the example's database?
 
-    with ExecutionMatch(spider_databases(Path("spider_data.zip"), Path("cache"))) as match:
-        match("SELECT name FROM singer", example)  # {"execution": True, "execution_ordered": True}
+    with execution_match(spider_databases(Path("spider_data.zip"), Path("cache"))) as score:
+        score("SELECT name FROM singer", example)  # {"execution": True, "execution_ordered": True}
 
 Queries are untrusted text. `execute` runs them in a child process (sandbox.py) with Python's sqlite3 module, never with
 the `sqlite3` program. The other functions run in the parent process and see only results.
@@ -17,12 +17,12 @@ import contextlib
 import functools
 import os
 import re
-import shutil
 import sqlite3
 import tempfile
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from llm_jepa.scoring.sandbox import MEGABYTE, Failure, Sandbox
 
 if TYPE_CHECKING:  # the child process imports this module and must not import transformers
     from llm_jepa.data.examples import Example
+    from llm_jepa.scoring.tasks import Scorer, Scores
 
 MAX_QUERY = 100_000  # characters
 MAX_RESULT = 16 * MEGABYTE  # bytes of one result; the largest of Spider's gold results has 0.6 MB
@@ -137,27 +138,20 @@ def results_match(gold: Rows, predicted: Rows, ordered: bool) -> bool:
     """
     if len(gold) != len(predicted) or (gold and len(gold[0]) != len(predicted[0])):
         return False
+    gold_columns, columns = (list(zip(*rows, strict=True)) for rows in (gold, predicted))
     if ordered:
-        return Counter(zip(*gold, strict=True)) == Counter(zip(*predicted, strict=True))
-    return Counter(gold) == Counter(predicted) or _permuted_match(gold, predicted)
-
-
-def _permuted_match(gold: Rows, predicted: Rows) -> bool:
-    """Whether some permutation of the columns makes both results the same multiset of rows.
-
-    Like the official evaluator it first compares the rows as multisets of values. Then it assigns predicted columns to
-    gold's columns from left to right, and keeps an assignment only if every partial row occurs as often in both.
-    """
+        return Counter(gold_columns) == Counter(columns)
+    # Like the official evaluator, this compares the rows as multisets of values before it searches a permutation.
     bags = (Counter(frozenset(Counter(row).items()) for row in rows) for rows in (gold, predicted))
     if next(bags) != next(bags):
         return False
-    gold_columns, columns = (list(zip(*rows, strict=True)) for rows in (gold, predicted))
     numbers: dict[tuple, int] = {}  # of different partial rows
 
     def extended(partial: list[int], column: tuple) -> list[int]:
         return [numbers.setdefault(key, len(numbers)) for key in zip(partial, column, strict=True)]
 
     def search(gold_partial: list[int], partial: list[int], free: frozenset[int]) -> bool:
+        """Assigns predicted columns to gold's from left to right, while every partial row occurs as often in both."""
         if not free:
             return True
         gold_partial = extended(gold_partial, gold_columns[-len(free)])
@@ -171,60 +165,50 @@ def _permuted_match(gold: Rows, predicted: Rows) -> bool:
     return search([-1] * len(gold), [-1] * len(gold), frozenset(range(len(columns))))
 
 
-class ExecutionMatch(contextlib.AbstractContextManager):
-    """Scores predicted queries by their results on a folder of databases, `<db_id>/<db_id>.sqlite`."""
+def example_database(databases: Path, example: Example) -> Path:
+    """The example's database; its user turn begins with `For db_id:[concert_singer]` and a blank line.
 
-    def __init__(self, databases: Path, seconds: float = 10.0):
-        """`seconds` is the time limit of each query."""
-        self.databases = databases
-        self._sandbox = Sandbox("llm_jepa.scoring.sql:execute", seconds)
+    Raises ExampleError if the user turn does not begin so, or if the database does not exist.
+    """
+    from llm_jepa.data.examples import ExampleError
+
+    header = re.match(rf"For db_id:\[({DB_ID})\]\r?\n\r?\n", example.user)
+    if header is None:
+        raise ExampleError(f'{example.source}: the user turn does not begin with "For db_id:[name]" and a blank line')
+    path = databases / header[1] / f"{header[1]}.sqlite"
+    if not path.is_file():
+        raise ExampleError(f"{example.source}: db_id {header[1]!r}: there is no {path} (--spider_path)")
+    return path
+
+
+@contextlib.contextmanager
+def execution_match(databases: Path, seconds: float = 10.0) -> Iterator[Scorer]:
+    """Opens the scorer of queries on a folder of databases, `<db_id>/<db_id>.sqlite`; `seconds` limits each query.
+
+    `execution` is results_match. `execution_ordered`, the stricter score of published tables, requires the same rows
+    and columns in the same order. A query without a result matches nothing, and its reason is reported as `failure`,
+    the gold query's with the prefix `gold_`. The scorer raises ExampleError for a missing or unknown db_id.
+    """
+    with Sandbox("llm_jepa.scoring.sql:execute", seconds) as sandbox:
         # One result can take 100 MB, six times its size in MAX_RESULT. Repeated queries are close to each other.
-        self._result = functools.lru_cache(maxsize=4)(self._run)
+        @functools.lru_cache(maxsize=4)
+        def run(database: str, query: str) -> Rows | Failure:
+            try:
+                rows = sandbox.call(database, query)
+            except Failure as failure:
+                return failure
+            return [tuple(bytes.fromhex(v["blob"]) if isinstance(v, dict) else v for v in row) for row in rows]
 
-    def __exit__(self, *exception: object) -> None:
-        self._sandbox.close()
+        def score(prediction: str, example: Example) -> Scores:
+            database = str(example_database(databases, example))
+            gold, predicted = run(database, example.assistant), run(database, prediction)
+            for prefix, result in (("gold_", gold), ("", predicted)):
+                if isinstance(result, Failure):
+                    return {"execution": False, "execution_ordered": False, "failure": prefix + result.reason}
+            match = results_match(gold, predicted, is_ordered(example.assistant))
+            return {"execution": match, "execution_ordered": gold == predicted}
 
-    def database(self, example: Example) -> Path:
-        """The example's database; its user turn begins with `For db_id:[concert_singer]` and a blank line.
-
-        Raises ExampleError if the user turn does not begin so, or if the database does not exist.
-        """
-        from llm_jepa.data.examples import ExampleError
-
-        header = re.match(rf"For db_id:\[({DB_ID})\]\r?\n\r?\n", example.user)
-        if header is None:
-            raise ExampleError(
-                f'{example.source}: the user turn does not begin with "For db_id:[name]" and a blank line'
-            )
-        path = self.databases / header[1] / f"{header[1]}.sqlite"
-        if not path.is_file():
-            raise ExampleError(f"{example.source}: db_id {header[1]!r}: there is no {path} (--spider_path)")
-        return path
-
-    def __call__(self, prediction: str, example: Example) -> dict[str, bool | str]:
-        """Returns {"execution", "execution_ordered"} and, if a query gave no result, the reason as "failure".
-
-        `execution` is results_match. `execution_ordered`, the stricter score of published tables, requires the same
-        rows and columns in the same order. The gold query's reason begins with `gold_`. A query without a result
-        matches nothing. Raises ExampleError for a missing or unknown db_id.
-        """
-        database = str(self.database(example))
-        results = []
-        for prefix, query in (("gold_", example.assistant), ("", prediction)):
-            result = self._result(database, query)
-            if isinstance(result, Failure):
-                return {"execution": False, "execution_ordered": False, "failure": prefix + result.reason}
-            results.append(result)
-        match = results_match(*results, is_ordered(example.assistant))
-        return {"execution": match, "execution_ordered": results[0] == results[1]}
-
-    def _run(self, database: str, query: str) -> Rows | Failure:
-        """A query's rows, or why there are none."""
-        try:
-            rows = self._sandbox.call(database, query)
-        except Failure as failure:
-            return failure
-        return [tuple(bytes.fromhex(v["blob"]) if isinstance(v, dict) else v for v in row) for row in rows]
+        yield score
 
 
 # ----------------------------------------------------------------------------------------------------- databases
@@ -241,27 +225,19 @@ def spider_databases(path: Path, cache: Path) -> Path:
             if any(file.stem == file.parent.name for file in folder.glob("*/*.sqlite")):
                 return folder
         raise UsageError(f"{path}: no database/<db_id>/<db_id>.sqlite in it")
+    member = re.compile(rf"(?:(?!__MACOSX/)[\w-]+/)?database/({DB_ID})/\1\.sqlite")
     try:
         target = cache / sha256(path)[:16]
-        if not target.is_dir():
-            _unpack(path, target)
+        if target.is_dir():
+            return target
+        cache.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(dir=cache) as temporary:
+            names = [name for name in archive.namelist() if member.fullmatch(name)]
+            if not names:
+                raise zipfile.BadZipFile("no database/<db_id>/<db_id>.sqlite in it")
+            archive.extractall(temporary, names)
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(Path(temporary, names[0]).parents[1], target)
     except (OSError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path}: cannot be unpacked ({error})") from None
     return target
-
-
-def _unpack(path: Path, target: Path) -> None:
-    """Writes all of a zip's databases to the folder `target`, or nothing if one cannot be read."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    member = re.compile(rf"(?:(?!__MACOSX/)[^/]+/)?database/({DB_ID})/\1\.sqlite")
-    with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        databases = {match[1]: name for name in archive.namelist() if (match := member.fullmatch(name))}
-        if not databases:
-            raise zipfile.BadZipFile("no database/<db_id>/<db_id>.sqlite in it")
-        folder = Path(temporary) / "database"
-        for db_id, name in databases.items():
-            (folder / db_id).mkdir(parents=True)
-            with archive.open(name) as source, open(folder / db_id / f"{db_id}.sqlite", "wb") as file:
-                shutil.copyfileobj(source, file, MEGABYTE)
-        with contextlib.suppress(OSError):  # another process was faster
-            os.rename(folder, target)

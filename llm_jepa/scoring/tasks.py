@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring.sandbox import Failure, Sandbox
-from llm_jepa.scoring.sql import ExecutionMatch
+from llm_jepa.scoring.sql import execution_match
 
 Scores = dict[str, bool | str]  # score → right or wrong; "failure" → one word, if the task could not compare the two
 Scorer = Callable[[str, Example], Scores]
@@ -32,8 +32,7 @@ STARS = ("Very Good", "Good", "Mediocre", "Bad", "Very Bad")
 
 def wilson(hits: int, n: int) -> list[float]:
     """The 95 % Wilson score interval of a share of hits, as [low, high] in 0 to 1."""
-    interval = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return [interval.low, interval.high]
+    return list(binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson"))
 
 
 # ------------------------------------------------------------------------------------------------------------- text
@@ -107,27 +106,24 @@ def score_answers(prediction: str, example: Example) -> Scores:
     """
     answers = (example.assistant, *(example.answers or example.assistant.split("; ")))
     right = {normalize(answer) for answer in answers} - {""}
-    scores: Scores = {"answer_match": normalize(prediction) in right}
-    return scores if right else scores | {"failure": "gold_empty"}
+    return {"answer_match": normalize(prediction) in right} | ({} if right else {"failure": "gold_empty"})
 
 
 def score_choice(prediction: str, example: Example) -> Scores:
     """`choice`: the prediction is the answer's letter, except for white space at the ends."""
     answer = example.assistant.strip()
-    scores: Scores = {"choice": prediction.strip() == answer in LETTERS}
-    return scores if answer in LETTERS else scores | {"failure": "gold_class"}
+    failure = {} if answer in LETTERS else {"failure": "gold_class"}
+    return {"choice": prediction.strip() == answer in LETTERS} | failure
 
 
 def score_class(prediction: str, example: Example, classes: tuple[str, ...]) -> Scores:
     """`class_match`: the prediction is the answer's class, except for case and punctuation at the end."""
-
-    def plain(text: str) -> str:
-        return text.strip().rstrip(string.punctuation + string.whitespace).lower()
-
-    answer = plain(example.assistant)
-    known = answer in {plain(name) for name in classes}
-    scores: Scores = {"class_match": known and plain(prediction) == answer}
-    return scores if known else scores | {"failure": "gold_class"}
+    guess, answer, *known = (
+        text.strip().rstrip(string.punctuation + string.whitespace).lower()
+        for text in (prediction, example.assistant, *classes)
+    )
+    failure = {} if answer in known else {"failure": "gold_class"}
+    return {"class_match": guess == answer in known} | failure
 
 
 # ---------------------------------------------------------------------------------------------------------- regexes
@@ -139,21 +135,19 @@ def start_regexes(databases: Path | None) -> Iterator[Scorer]:
     with Sandbox("llm_jepa.scoring.regexes:dfa_equal", REGEX_SECONDS) as sandbox:
 
         @functools.cache
-        def compare(prediction: str, answer: str) -> tuple[bool, str | None]:
-            """(whether the languages are equal, the failure's reason or None)"""
+        def compare(prediction: str, answer: str) -> bool | Failure:
             try:
-                return sandbox.call(prediction, answer, REGEX_STATES), None
+                return sandbox.call(prediction, answer, REGEX_STATES)
             except Failure as failure:
-                reason = failure.reason
-            if reason in ("timeout", "memory", "crash") and prediction != answer:  # is the answer the cause?
-                answer_reason = compare(answer, answer)[1]
-                reason = f"gold_{answer_reason}" if answer_reason else reason
-            return False, reason
+                return failure
 
         def score(prediction: str, example: Example) -> Scores:
-            texts = prediction.strip(), example.assistant.strip()
-            equal, failure = (True, None) if texts[0] == texts[1] else compare(*texts)
-            return {"dfa_equal": equal} | ({"failure": failure} if failure else {})
+            prediction, answer = prediction.strip(), example.assistant.strip()
+            equal = prediction == answer or compare(prediction, answer)
+            if not isinstance(equal, Failure):
+                return {"dfa_equal": equal}
+            gold = compare(answer, answer)  # is the answer the cause?
+            return {"dfa_equal": False, "failure": f"gold_{gold}" if isinstance(gold, Failure) else equal.reason}
 
         yield score
 
@@ -181,7 +175,7 @@ TASKS: dict[str, Task] = {
     "synth": REGEXES,
     "turk": REGEXES,
     "gsm8k": Task(("number", "last_number"), pure(score_number)),
-    "spider": Task(("execution", "execution_ordered"), ExecutionMatch, needs_databases=True),
+    "spider": Task(("execution", "execution_ordered"), execution_match, needs_databases=True),
     "nq_open": Task(("answer_match",), pure(score_answers)),
     "hellaswag": Task(("choice",), pure(score_choice), LETTERS),
     "rotten_tomatoes": Task(("class_match",), pure(functools.partial(score_class, classes=SENTIMENTS))),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from llm_jepa.data.examples import Example
-from llm_jepa.scoring.sql import ExecutionMatch
+from llm_jepa.scoring.sql import execution_match
 
 SPIDER_ZIP = Path(__file__).resolve().parents[2] / "spider_data.zip"
 SAMPLE = 100  # queries per variant; those with repeated rows first
@@ -82,13 +82,13 @@ def verdict(gold: list[tuple], predicted: list[tuple], ordered: bool) -> tuple[b
     return equal, gold == predicted
 
 
-def score(match: ExecutionMatch, predicted: str, query: str, db_id: str) -> tuple[bool, bool]:
+def score(match: execution_match, predicted: str, query: str, db_id: str) -> tuple[bool, bool]:
     scores = match(predicted, Example(None, f"For db_id:[{db_id}]\n\nWhich?", query, "gold.sql:1", 1))
     return scores["execution"], scores["execution_ordered"]
 
 
 def test_every_gold_query_equals_itself(databases, gold):
-    with ExecutionMatch(databases) as match:
+    with execution_match(databases) as match:
         assert [query for query, db_id, _ in gold if score(match, query, query, db_id) != EQUAL] == []
 
 
@@ -99,7 +99,7 @@ def test_variants_score_as_the_definition_says(name, databases, gold):
     random.Random(0).shuffle(fitting)
     fitting.sort(key=lambda entry: len(set(entry[2])) == len(entry[2]))
     outcomes = Counter()
-    with ExecutionMatch(databases) as match:
+    with execution_match(databases) as match:
         for query, db_id, rows in fitting[:SAMPLE]:
             columns = [f"c{i}" for i in range(len(rows[0]))]
             rest = "".join(f", {'n.' if 'next' in variant else ''}{column}" for column in columns[2:])

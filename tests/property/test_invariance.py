@@ -17,7 +17,7 @@ from llm_jepa.data.examples import Example
 text = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=30)
 content = text.filter(lambda t: t.strip())
 pair = st.builds(lambda s, u, a: Example(s, u, a, "rows:1", 1), content, content, content)
-quick = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 few = settings(quick, max_examples=4)
 PAIRS = [Example("s", "one", "two", "rows:1", 1), Example(None, "Is it (a|b)?", "c d", "rows:2", 2)]
 
@@ -40,16 +40,12 @@ def score(name: str, items: list, layout: str, tokens_per_row: int = 64, distanc
             "logits": states.logits.detach()}  # fmt: skip
 
 
-def assert_same_gradient(a: torch.Tensor, b: torch.Tensor) -> None:
-    difference, scale = (a - b).abs(), b.norm()
-    assert difference.max() <= 1e-4 * scale and difference.mean() <= 1e-6 * scale
-
-
 def assert_same(a: dict, b: dict) -> None:
     assert a["counts"] == b["counts"]
     for loss in ("lm", "jepa"):
         torch.testing.assert_close(a[loss], b[loss], rtol=1e-5, atol=1e-6)
-    assert_same_gradient(a["gradient"], b["gradient"])
+    difference, scale = (a["gradient"] - b["gradient"]).abs(), b["gradient"].norm()
+    assert difference.max() <= 1e-4 * scale and difference.mean() <= 1e-6 * scale
 
 
 def assert_layouts_agree(name: str, items: list, tokens_per_row: int) -> None:
@@ -108,7 +104,7 @@ def test_changed_text_affects_its_own_view():
 
 @quick
 @given(st.lists(pair, min_size=1, max_size=4))
-def test_selected_states_equal_the_models_own_forward_and_both_views_get_gradient(examples):
+def test_selected_states_equal_the_models_own_forward(examples):
     network, selector = model("chatml")
     items = items_of("chatml", examples, k=2)
     states = selector.read(network, finetune.Collator("packed", 0, 100)(items))
@@ -121,12 +117,6 @@ def test_selected_states_equal_the_models_own_forward_and_both_views_get_gradien
     torch.testing.assert_close(states.logits, torch.cat(logits), rtol=1e-4, atol=1e-5)
     own = torch.stack([torch.stack(views) for views in own])  # (2, P, D)
     torch.testing.assert_close(states.views, own, rtol=1e-4, atol=1e-5)
-    parameters = list(network.get_decoder().parameters())
-    ours, theirs = (
-        torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-        for loss in (finetune.jepa_loss(states.views)[0], (1 - torch.cosine_similarity(*own, dim=-1)).sum())
-    )
-    assert_same_gradient(ours, theirs)
 
 
 def test_selector_does_not_change_other_forward_passes():

@@ -1,4 +1,4 @@
-r"""DFA-equality against an independent matcher on all short strings, and against rewrites that keep the language.
+r"""DFA-equality against an independent matcher on all short strings.
 
 The expressions are trees over the symbols a, b and `\b`; `.`, classes and complements also match `c`.
 """
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llm_jepa.scoring.regexes import dfa_equal
 from llm_jepa.scoring.sandbox import Failure
 
-SYMBOLS, LENGTH, STATES = ("a", "b", r"\b", "c"), 4, 10_000
+SYMBOLS, LENGTH, STATES = ("a", "b", r"\b", "c"), 3, 10_000
 WORDS = [word for n in range(LENGTH + 1) for word in itertools.product(SYMBOLS, repeat=n)]
 CLASSES = {
     "a": {"a"}, "b": {"b"}, r"\b": {r"\b"}, ".": set(SYMBOLS), "[ab]": {"a", "b"},
@@ -83,9 +83,9 @@ def language(tree: tuple) -> frozenset[tuple]:
     return frozenset(word for word in WORDS if len(word) in ends(tree, word, 0))
 
 
-def equal(a: tuple | str, b: tuple | str) -> bool | str:
+def equal(a: str, b: str) -> bool | str:
     try:
-        return dfa_equal(*(x if isinstance(x, str) else written(x) for x in (a, b)), STATES)
+        return dfa_equal(a, b, STATES)
     except Failure as failure:
         return failure.reason
 
@@ -99,36 +99,10 @@ def exactly(words: frozenset[tuple]) -> str:
     return "|".join(branches) or "~(.*)"
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(TREES)
 def test_language_up_to_a_length_is_the_matchers(tree):
     assert equal(f"({written(tree)})&.{{0,{LENGTH}}}", exactly(language(tree))) is True
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(TREES, TREES)
-def test_equal_languages_agree_on_all_short_words(a, b):
-    result = equal(a, b)
-    assert result == equal(b, a)
-    assert result is not True or language(a) == language(b)
-
-
-REWRITES = [  # (expression, an expression of the same language)
-    ("{x}", "~(~({x}))"), ("~({x}|{y})", "~({x})&~({y})"), ("~(({x})&({y}))", "~({x})|~({y})"), ("{x}|{y}", "{y}|{x}"),
-    ("({x})&({y})", "({y})&({x})"), ("({x}|{y})|({z})", "({x})|({y}|{z})"), ("(({x})({y}))({z})", "({x})(({y})({z}))"),
-    ("({x})({y}|{z})", "({x})({y})|({x})({z})"), ("({x})&({y}|{z})", "(({x})&({y}))|(({x})&({z}))"),
-    ("({x})+", "({x})({x})*"), ("({x})?", "()|({x})"), ("({x})*", "()|({x})({x})*"),
-    ("({x}){{2,}}", "({x})({x})({x})*"), ("({x}){{1,2}}", "({x})|({x})({x})"), ("({x})&~({x})", "~(.*)"),
-    ("{x}|~({x})", ".*"),
-]  # fmt: skip
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.sampled_from(REWRITES), TREES, TREES, TREES)
-def test_rewrites_keep_the_language(rewrite, x, y, z):
-    a, b = (text.format(x=written(x), y=written(y), z=written(z)) for text in rewrite)
-    assert equal(a, b) is True
-    assert equal(f"~({a})", b) is False
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

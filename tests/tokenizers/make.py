@@ -13,25 +13,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 HERE = Path(__file__).resolve().parent
 CORPUS = [HERE.parent / "golden" / name for name in ("regex_rows.jsonl", "sql_rows.jsonl", "tricky_rows.jsonl")]
 MERGES = 300
-BOS = {
-    "llama3_2": "<|begin_of_text|>",
-    "gemma3": "<bos>",
-    "mistral_nemo": "<s>",
-    "deepseek_v3": "<｜begin▁of▁sentence｜>",
-}
-EOS = {
-    "llama3_2": "<|eot_id|>", "gemma3": "<end_of_turn>", "qwen3": "<|im_end|>", "mistral_nemo": "</s>",
-    "deepseek_v3": "<｜end▁of▁sentence｜>",
+FAMILIES = {  # name: (beginning of text, end of turn, padding, other special tokens, added tokens that are not special)
+    "llama3_2": ("<|begin_of_text|>", "<|eot_id|>", None, ["<|start_header_id|>", "<|end_header_id|>"], []),
+    "gemma3": ("<bos>", "<end_of_turn>", "<pad>", ["<unk>", "<start_of_turn>"], []),
+    "qwen3": (None, "<|im_end|>", "<|endoftext|>", ["<|im_start|>"], ["<think>", "</think>"]),
+    "mistral_nemo": ("<s>", "</s>", None, ["<unk>", "[INST]", "[/INST]"], []),
+    "deepseek_v3": (
+        "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>", [],
+        ["<｜User｜>", "<｜Assistant｜>"],
+    ),
 }  # fmt: skip
-PAD = {"gemma3": "<pad>", "qwen3": "<|endoftext|>", "deepseek_v3": "<｜end▁of▁sentence｜>"}
-SPECIAL = {
-    "llama3_2": ["<|start_header_id|>", "<|end_header_id|>"],
-    "gemma3": ["<unk>", "<start_of_turn>"],
-    "qwen3": ["<|im_start|>"],
-    "mistral_nemo": ["<unk>", "[INST]", "[/INST]"],
-    "deepseek_v3": [],
-}
-NOT_SPECIAL = {"qwen3": ["<think>", "</think>"], "deepseek_v3": ["<｜User｜>", "<｜Assistant｜>"]}
 ADDS_BOS = ("llama3_2", "gemma3", "mistral_nemo")  # to every text
 # Digits in groups of three or single; words with a leading space; punctuation with line ends; white space.
 PIECES = r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -67,8 +58,9 @@ def byte_fallback() -> tuple[Tokenizer, list[str]]:
 
 def write(name: str) -> None:
     """Trains the tokenizer of a family and writes its files."""
+    bos, eos, pad, others, not_special = FAMILIES[name]
     tokenizer, alphabet = byte_fallback() if name == "gemma3" else byte_level(name)
-    special = list(dict.fromkeys([*filter(None, (PAD.get(name), BOS.get(name), EOS[name])), *SPECIAL[name]]))
+    special = list(dict.fromkeys([*filter(None, (pad, bos, eos)), *others]))
     size = len(special) + len(alphabet) + MERGES
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=alphabet, limit_alphabet=len(alphabet),
@@ -80,19 +72,19 @@ def write(name: str) -> None:
         vocabulary = state["model"]["vocab"]
         vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
         tokenizer = Tokenizer.from_str(json.dumps(state))
-    tokenizer.add_tokens([AddedToken(token, special=False) for token in NOT_SPECIAL.get(name, [])])
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in not_special])
     if name in ADDS_BOS:
-        bos = (BOS[name], tokenizer.token_to_id(BOS[name]))
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+        special_tokens = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=special_tokens)
     tokenizer.save(str(HERE / name / "tokenizer.json"), pretty=False)
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS.get(name), "eos_token": EOS[name],
-        "pad_token": PAD.get(name), "unk_token": "<unk>" if "<unk>" in SPECIAL[name] else None,
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos,
+        "pad_token": pad, "unk_token": "<unk>" if "<unk>" in others else None,
         "clean_up_tokenization_spaces": False, "padding_side": "left" if name == "gemma3" else "right",
     }  # fmt: skip
     (HERE / name / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
-    for family in EOS:
+    for family in FAMILIES:
         write(family)

@@ -27,29 +27,18 @@ BAD = {
     "raw control character": (GOOD.replace(b"one", b"o\tne"), "JSON"),
     "nested too deeply": (b"[" * 100_000, "JSON"),
     "truncated UTF-8": (GOOD.replace(b"one", b"on\xc3"), "UTF-8"),
-    "a list": (b"[]", "messages"),
     "no messages": (b'{"text": "a"}', "messages"),
     "messages empty": (b'{"messages": []}', "messages"),
-    "messages a string": (b'{"messages": "user"}', "messages"),
     "turn not an object": (b'{"messages": ["user", "assistant"]}', "roles"),
-    "role missing": (b'{"messages": [{"content": "a"}, {"content": "b"}]}', "roles"),
     "role a list": (turns((["user"], "a"), ("assistant", "b")), "roles"),
-    "no user": (turns(("system", "s"), ("assistant", "b")), "roles"),
     "no assistant": (turns(("system", "s"), ("user", "a")), "roles"),
-    "assistant first": (turns(("assistant", "b"), ("user", "a")), "roles"),
     "system second": (turns(("user", "a"), ("system", "s"), ("assistant", "b")), "roles"),
-    "two exchanges": (turns(*[("user", "a"), ("assistant", "b")] * 2), "roles"),
     "user empty": (turns(("user", ""), ("assistant", "b")), "user"),
     "assistant blank": (turns(("user", "a"), ("assistant", " \n\t")), "assistant"),
-    "system empty": (turns(("system", ""), ("user", "a"), ("assistant", "b")), "system"),
     "content a number": (turns(("user", "a"), ("assistant", 7)), "int"),
-    "content null": (turns(("user", None), ("assistant", "b")), "user"),
-    "content missing": (b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}', "user"),
     "lone surrogate": (turns(("user", "a\ud800"), ("assistant", "b")), "surrogate"),
     "view with a wrong role": (with_extra(text=[{"role": "assistant", "content": "x"}]), '"text"'),
     "view empty": (with_extra(text=[]), '"text"'),
-    "view blank": (with_extra(code=[{"role": "assistant", "content": " "}]), '"code"'),
-    "no answers": (with_extra(answers=[]), '"answers"'),
     "answers a string": (with_extra(answers="A"), '"answers"'),
     "answer a number": (with_extra(answers=["A", 1]), '"answers"'),
 }
@@ -107,15 +96,15 @@ def test_contents_source_and_line_number_are_kept_exactly(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf"], ids=["", "BOM"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
-@pytest.mark.parametrize("last", [True, False], ids=["newline at the end", "none"])
-def test_bom_line_ends_and_blank_lines_are_ignored(before, end, last, tmp_path):
+def test_bom_line_ends_and_blank_lines_are_ignored(end, tmp_path):
     lines = [json.dumps(message_row(f"u{i}", f"a{i}")).encode() for i in range(3)]
+    content = end.join([lines[0], b"", lines[1], b"  ", lines[2]])
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(before + end.join([lines[0], b"", lines[1], b"  ", lines[2]]) + (end if last else b""))
-    got = read_examples(str(path), Problems())
-    assert [(e.user, e.assistant, e.id) for e in got] == [("u0", "a0", 1), ("u1", "a1", 3), ("u2", "a2", 5)]
+    for before, after in ((b"", b""), (b"\xef\xbb\xbf", end)):
+        path.write_bytes(before + content + after)
+        got = read_examples(str(path), Problems())
+        assert [(e.user, e.assistant, e.id) for e in got] == [("u0", "a0", 1), ("u1", "a1", 3), ("u2", "a2", 5)]
 
 
 # --------------------------------------------------------------------------------------------------------- splits
@@ -125,25 +114,14 @@ def some(n: int) -> list[Example]:
     return [Example(None, f"u{i}", "a", f"rows:{i + 1}", i + 1) for i in range(n)]
 
 
-@pytest.mark.parametrize(("n", "share", "held_out"), [(10, 0.2, 2), (11, 0.2, 3), (50, 0.5, 25), (2, 0.2, 1)])
-def test_split_is_disjoint_and_rounds_the_held_out_part_up(n, share, held_out):
-    train, test = split_examples(some(n), share, 42)
-    assert len(test) == held_out
-    assert sorted(e.id for e in train + test) == list(range(1, n + 1))
+@pytest.mark.parametrize(("n", "share", "held_out"), [(40, 0.2, 8), (11, 0.2, 3), (2, 0.2, 1)])
+def test_split_rounds_up_and_is_the_reference_implementations(n, share, held_out):
+    train, test = ([e.id for e in part] for part in split_examples(some(n), share, 42))
+    want = Dataset.from_list([{"id": e.id} for e in some(n)]).train_test_split(test_size=share, seed=42)
+    assert (train, test) == (list(want["train"]["id"]), list(want["test"]["id"])) and len(test) == held_out
 
 
-def test_split_depends_on_seed_only_and_is_the_reference_implementations():
-    train, test = split_examples(some(40), 0.2, 42)
-    want = Dataset.from_list([{"id": e.id} for e in some(40)]).train_test_split(test_size=0.2, seed=42)
-    assert ([e.id for e in train], [e.id for e in test]) == (list(want["train"]["id"]), list(want["test"]["id"]))
-    other = [Example("s", "x", "y", "other", e.id) for e in some(40)]
-    assert [e.id for e in split_examples(other, 0.2, 42)[1]] == [e.id for e in test]
-    assert len({tuple(e.id for e in split_examples(some(40), 0.2, seed)[1]) for seed in range(5)}) == 5
-
-
-@pytest.mark.parametrize(
-    ("n", "share"), [(0, 0.2), (1, 0.5), (2, 0.6), (5, 0.0), (5, 1.0), (5, -0.1), (5, float("nan"))]
-)
+@pytest.mark.parametrize(("n", "share"), [(1, 0.5), (2, 0.6), (5, 0.0), (5, 1.0), (5, -0.1), (5, float("nan"))])
 def test_split_with_an_empty_part_is_refused(n, share):
     with pytest.raises(ExampleError, match=f"{share}.* {n} "):
         split_examples(some(n), share, 42)

@@ -59,7 +59,7 @@ def hub(monkeypatch):
     """A hub with the data of `hub.data` by (name, config, split); requests are recorded in `hub.requests`."""
     made = SimpleNamespace(data={}, requests=[])
 
-    def load_dataset(name, config=None, *, split, revision):
+    def load_dataset(name, config=None, *, split, revision, streaming):
         made.requests.append((name, config, split, revision))
         if (name, config, split) not in made.data:
             raise ConnectionError(f"Couldn't reach {name!r} on the Hub")

@@ -11,7 +11,6 @@ from conftest import GOLDEN
 
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring import tasks
-from llm_jepa.scoring.sandbox import Sandbox
 from llm_jepa.scoring.tasks import TASKS, last_number, marked_number, normalize, score_text, wilson
 
 
@@ -55,18 +54,8 @@ ANSWERS = {
 NONSENSE = ["", " \n", "no answer at all", ".", "?!", "the", "####", "\0", "☃", "\ud800"]
 
 
-def test_tasks_have_the_published_scores():
-    assert {name: task.scores for name, task in TASKS.items()} == {
-        "synth": ("dfa_equal",), "turk": ("dfa_equal",), "gsm8k": ("number", "last_number"),
-        "spider": ("execution", "execution_ordered"), "nq_open": ("answer_match",), "hellaswag": ("choice",),
-        "rotten_tomatoes": ("class_match",), "yelp": ("class_match",), "text": (),
-    }  # fmt: skip
-    assert {name for name, task in TASKS.items() if task.needs_databases} == {"spider"}
-    assert {name: task.choices for name, task in TASKS.items() if task.choices} == {"hellaswag": ("A", "B", "C", "D")}
-
-
 @pytest.mark.parametrize("task", ANSWERS)
-def test_the_answer_is_right_and_nonsense_is_wrong(task):
+def test_answer_is_right_and_nonsense_is_wrong(task):
     with TASKS[task].start(None) as score:
         for prediction in (ANSWERS[task], f" {ANSWERS[task]}\n"):
             assert score(prediction, example(ANSWERS[task])) == dict.fromkeys(TASKS[task].scores, True)
@@ -95,25 +84,12 @@ def test_regexes():
 
 
 def test_slow_prediction_and_slow_answer_have_different_reasons(monkeypatch):
-    monkeypatch.setattr(tasks, "REGEX_SECONDS", 0.3)
+    monkeypatch.setattr(tasks, "REGEX_SECONDS", 0.2)
     slow = "(a*)*" * 2_000
     with TASKS["synth"].start(None) as score:
         assert score(slow, example("dog")) == {"dfa_equal": False, "failure": "timeout"}
         assert score("dog", example(slow)) == {"dfa_equal": False, "failure": "gold_timeout"}
         assert score("dog", example("(dog)")) == {"dfa_equal": True}
-
-
-def test_a_pair_is_compared_once_and_the_child_ends_with_the_scorer(monkeypatch):
-    calls, call = [], Sandbox.call
-    monkeypatch.setattr(Sandbox, "call", lambda *args: calls.append(args) or call(*args))
-    with TASKS["synth"].start(None) as score:
-        for _ in range(3):
-            assert score("a|b", example("b|a")) == {"dfa_equal": True}
-            assert score("a|", example("b|a"))["failure"] == "syntax"
-        child = calls[0][0]._child
-        assert child.poll() is None
-    assert child.poll() is not None
-    assert [arguments[1] for arguments in calls] == ["a|b", "a|"]
 
 
 def test_verdicts_of_golden_regexes():
@@ -173,9 +149,9 @@ EXACT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", EXACT)
-def test_numbers_are_exact(text):
-    assert marked_number(text) == last_number(text) == Decimal(EXACT[text])
+def test_numbers_are_exact():
+    for text, value in EXACT.items():
+        assert marked_number(text) == last_number(text) == Decimal(value), text
 
 
 # --------------------------------------------------------------------------------------------- answers and classes
@@ -231,7 +207,7 @@ def test_listed_answers_replace_the_parts_of_the_joined_text():
         ("nq_open", "/", "gold_empty"),
     ],
 )
-def test_an_answer_that_the_task_cannot_use_is_reported(task, answer, failure):
+def test_answer_that_the_task_cannot_use_is_reported(task, answer, failure):
     assert scored(task, answer, answer) == dict.fromkeys(TASKS[task].scores, False) | {"failure": failure}
 
 
@@ -242,10 +218,3 @@ def test_wilson_by_hand():
     # z = 1.959964, n = 10, p = 0.8: center (0.8 + 0.192073) / 1.384146 = 0.716740,
     # half width 1.959964 / 1.384146 · sqrt(0.016 + 0.0096036) = 0.226577.
     assert wilson(8, 10) == pytest.approx([0.716740 - 0.226577, 0.716740 + 0.226577], abs=2e-6)
-
-
-@pytest.mark.parametrize("n", [1, 10, 2000])
-def test_wilson_without_hits_and_with_only_hits(n):
-    z2 = 1.959963985**2
-    assert wilson(0, n) == pytest.approx([0, z2 / (n + z2)])
-    assert wilson(n, n) == pytest.approx([n / (n + z2), 1])
