@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llm_jepa.data.examples import Example
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.model import load_tokenizer
-from llm_jepa.reports import hub
+from llm_jepa import model_card
 
 MODEL = GOLDEN / "models" / "llama3"
 TEST, TRAIN = "eval/mine_test/metrics.json", "eval/mine_train/metrics.json"
@@ -106,7 +106,7 @@ def test_text_has_the_figures_of_the_run(run):
         "| wall time | 1234 s, 8 × H100 |", "| code | df01d15 |", f"torch {record['versions']['torch']}",
         f"lm_loss {record['final']['lm_loss']:.4g}", f"| mine_train.jsonl | trained on | {checksum} |",
         "| `--learning_rate` | 0.001 |", "| `--warmup_steps` | 0.0 |",
-        "| mine_test | exact | 71.46 | 69.45 | 73.40 | 2000 | mine_test.jsonl |",
+        "| mine_test, mine_test.jsonl | exact | 71.46 | 69.45 | 73.40 | 2000 |",
     ):  # fmt: skip
         assert line in text, line
     assert "λ = 0.5, γ = 1, k = 1" in text and "0.75 of the examples" in text
@@ -245,7 +245,7 @@ class FakeHub:
 @pytest.fixture
 def fake_hub(monkeypatch) -> FakeHub:
     server = FakeHub()
-    monkeypatch.setattr(hub, "HfApi", lambda: server)
+    monkeypatch.setattr(model_card, "HfApi", lambda: server)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_fake")
     return server
@@ -307,7 +307,7 @@ def test_impossible_upload_is_refused_before_anything_is_written(run, fake_hub, 
     (run / "model.safetensors").rename(run / "moved")
     check("model.safetensors", *PUSH)
     (run / "moved").rename(run / "model.safetensors")
-    monkeypatch.setattr(hub, "get_token", lambda: None)
+    monkeypatch.setattr(model_card, "get_token", lambda: None)
     check("HF_TOKEN", *PUSH)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     check("HF_HUB_OFFLINE", *PUSH)
