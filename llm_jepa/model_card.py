@@ -3,8 +3,8 @@
 python -m llm_jepa.model_card runs/RUN                                       the card: training, settings, scores
 python -m llm_jepa.model_card runs/RUN --push_to_hub OWNER/NAME --private    also upload the model with its scores
 
-Only UPLOADED is uploaded, with the command lines and paths in these files: no checkpoints, predictions, merged copies of
-an adapter, or other files.
+Only the files in UPLOADED are uploaded, including the command lines and paths in them: no checkpoints, no predictions,
+no merged copies of an adapter.
 """
 
 from __future__ import annotations

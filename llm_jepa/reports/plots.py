@@ -342,8 +342,10 @@ def plot_t_sne(views: dict[str, tuple[int, np.ndarray, np.ndarray]], drawn: Draw
     """A t-SNE plane for each of the first arms, of both views of its first pairs; `views`: arm → seed, Text, Code."""
     some = f", the first {T_SNE_ARMS} of {len(views)}" if len(views) > T_SNE_ARMS else ""
     views = dict(itertools.islice(views.items(), T_SNE_ARMS))
-    fig, panels = subplots(1, len(views), width=1 + 2.8 * len(views))
-    for axes, (arm, (seed, *pair)) in zip(panels, views.items(), strict=True):
+    fig, panels = subplots(math.ceil(len(views) / 3), min(3, len(views)), width=1 + 2.8 * min(3, len(views)))
+    for unused in panels[len(views) :]:
+        unused.remove()
+    for axes, (arm, (seed, *pair)) in zip(panels, views.items(), strict=False):
         plane, _ = t_sne(np.concatenate([view[:T_SNE_PAIRS] for view in pair]).astype(np.float32), seed=0)
         scatter_groups(axes, dict(zip(("Text", "Code"), np.split(plane, 2), strict=True)), size=8)
         axes.set_title(escape(textwrap.fill(f"{arm}, seed {seed}", 34)), fontsize=9)

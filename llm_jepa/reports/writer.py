@@ -13,19 +13,6 @@ from llm_jepa.reports.comparison import Table
 from llm_jepa.reports.plots import Drawn, draw
 from llm_jepa.reports.stats import LEVEL, RESAMPLES, format_interval, format_p, format_points, mean_sd
 
-METHODS = (
-    "Scores are in percent, differences in percentage points: arm minus reference, seed by seed.",
-    "mean ± sd is over an arm's runs, sd with n − 1. The 95 % interval is Student's on the paired differences, not "
-    "corrected.",
-    "p: two-sided paired t test. p, higher: one-sided, against the null hypothesis that the arm scores no higher. p, "
-    "Holm: the two-sided test corrected over all comparisons of the table; a comparison without a test counts as one "
-    f"of p = 1. The verdict uses p, Holm at {LEVEL}.",
-    "p, sign flip: two-sided permutation test that gives each difference either sign, exact up to 16 pairs "
-    f"({RESAMPLES} random samples above). In brackets: the smallest p that is possible with this number of pairs.",
-    "The difference that would be missed: the t test detects a true difference of this size with 80 % power "
-    "(noncentral t), given the sd of these few differences and the level that Holm's correction leaves.",
-)
-
 
 def write_files(folder: Path, tables: list[Table], problems: list[str]) -> list[str]:
     """Writes the three files; files of an earlier report are replaced, other files are kept.
@@ -41,7 +28,8 @@ def write_files(folder: Path, tables: list[Table], problems: list[str]) -> list[
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = {"headline": headline(tables), "left_out": record["left_out"], "datasets": datasets, "methods": METHODS}
+    shown = {"headline": headline(tables), "left_out": record["left_out"], "datasets": datasets}
+    shown |= {"level": LEVEL, "resamples": RESAMPLES}
     rows = {"arm_rows": arm_rows, "comparison_rows": comparison_rows, "run_rows": run_rows}
     files = ("report.md", "report.html")
     texts = {name: environment.get_template(f"{name}.jinja").render(shown | rows) for name in files}
