@@ -4,7 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-from synthetic_runs import ENVIRONMENT, FEW, JEPA, METRICS, REGULAR, change, synthetic_arm, synthetic_run, two_arms
+from synthetic_runs import (
+    ENVIRONMENT,
+    FEW,
+    JEPA,
+    METRICS,
+    REGULAR,
+    change,
+    pretrained_run,
+    synthetic_arm,
+    synthetic_run,
+    two_arms,
+)
 
 from llm_jepa.report import main
 from llm_jepa.reports import writer
@@ -90,11 +101,9 @@ OTHER = {
     "git_commit": ("run.json", {"git_commit": "4d5f"}, f"'{ENVIRONMENT['git_commit']}'", "'4d5f'"),
     "versions.torch": ("run.json", {"versions": {"python": "3.11.7", "torch": "2.12"}}, "'2.13.0+cpu'", "'2.12'"),
     "device": ("run.json", {"device": "NVIDIA H100"}, "'x86_64'", "'NVIDIA H100'"),
-    "skipped_examples": ("run.json", {"skipped_examples": 5}, "0", "5"),
     "steps": ("run.json", {"steps": 1999}, "2000", "1999"),
     "train_data": ("run.json", {"data_sha256": {"train.jsonl": "c1d2"}}, "['b0a8']", "['c1d2']"),
     "test_data": (METRICS, {"data_sha256": "c1d2"}, "'5c44'", "'c1d2'"),
-    "n": (METRICS, {"n": 100}, "2000", "100"),
     "evaluation.max_new_tokens": (METRICS, {"settings": {"max_new_tokens": 64}}, "128", "64"),
     "evaluation.git_commit": (METRICS, {"git_commit": "4d5f"}, f"'{ENVIRONMENT['git_commit']}'", "'4d5f'"),
     "lora": ("args.json", {"lora": True}, "None", "True"),
@@ -174,15 +183,9 @@ def test_stp_is_not_a_regular_arm(tmp_path, report):
 
 
 def test_pretrained_arms_are_compared_by_their_pretraining(tmp_path, report):
-    runs = []
-    for name, settings, gain in (("regular", REGULAR, 0), ("jepa", JEPA | {"lbd": 0.5}, 2)):
-        for seed, exact in FEW.items():
-            base = tmp_path / f"paraphrase-{name}-s{seed}"
-            base.mkdir()
-            (base / "args.json").write_text(json.dumps(settings | {"finetune_seed": seed, "output_dir": str(base)}))
-            (base / "run.json").write_text(json.dumps({"data_sha256": {"paraphrase_train.jsonl": "aa"}}))
-            tuned = REGULAR | {"model_name": str(base)}
-            runs.append(str(synthetic_run(tmp_path / f"tuned-{base.name}", tuned, seed, {"exact": exact + gain})))
+    runs = [pretrained_run(tmp_path, "regular", REGULAR, seed, exact) for seed, exact in FEW.items()]
+    jepa = JEPA | {"lbd": 0.5}
+    runs += [pretrained_run(tmp_path, "jepa", jepa, seed, exact + 2) for seed, exact in FEW.items()]
     first = report(runs)[1]["synth"]["comparisons"][0]
     assert first["mean"] == 2.0 and "pretraining.lbd 0.5" in first["arm"]
     code, _, err = report([*runs[:2], *synthetic_arm(tmp_path, "jepa", JEPA, FEW)])
