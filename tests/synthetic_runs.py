@@ -1,4 +1,4 @@
-"""Run folders as finetune.py and evaluate.py write them, with made-up figures."""
+"""Run folders as finetune.py and evaluate.py write them, with made-up scores."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def conclude(comparisons: list[Comparison]) -> None:
     """Corrects the comparisons of a table together and writes their verdicts.
 
     A comparison without a test counts as one of p = 1: whether it has a test depends on the data, so leaving it out
-    would make the correction of the others too weak. If k of m differences are shown, the others were tested at
+    would make the correction of the others too weak. If k of m tests show a difference, the others were tested at
     0.05 / (m − k); their detectable difference is for that level.
     """
     corrected = holm([1.0 if c.p_two_sided is None else c.p_two_sided for c in comparisons])

@@ -65,7 +65,7 @@ def arm_rows(table: Table) -> list[list[str]]:
 
 
 def comparison_rows(table: Table) -> list[list[str]]:
-    """The figures of every comparison, header first."""
+    """Difference, interval and tests of every comparison, header first."""
     rows = [["arm", "score", "n", "difference", "95 % interval", "p", "p, higher", "p, sign flip", "p, Holm"]]
     for c in table.comparisons:
         least = "" if c.p_sign_flip is None else f" (≥ {format_p(c.p_sign_flip_least)})"
@@ -75,7 +75,7 @@ def comparison_rows(table: Table) -> list[list[str]]:
 
 
 def run_rows(table: Table) -> list[list[str]]:
-    """The figures of every run, header first."""
+    """Scores, commit and remarks of every run, header first."""
     names = dict.fromkeys(name for arm in table.arms.values() for name in arm[0].columns)
     rows = [["arm", "seed", *names, "commit", "run", "remarks"]]
     for label, r in ((label, r) for label, arm in table.arms.items() for r in arm):
@@ -86,7 +86,7 @@ def run_rows(table: Table) -> list[list[str]]:
 
 
 def dataset_json(table: Table, drawn: Drawn) -> dict[str, Any]:
-    """All figures of a data set, and all settings and versions of the runs."""
+    """All numbers of a data set, and all settings and versions of the runs."""
     return {
         "dataset": table.dataset,
         "reference": table.reference,

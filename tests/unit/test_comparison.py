@@ -89,7 +89,7 @@ def test_arms_may_differ_in_the_method(tmp_path, report):
     runs = synthetic_arm(tmp_path, "regular", REGULAR, {82: 90.0})
     for i, method in enumerate(METHODS):
         runs += synthetic_arm(tmp_path, f"jepa{i}", JEPA | method, {82: 91.0})
-    for run in runs[-2:]:  # --same_flop takes other numbers of steps
+    for run in runs[-2:]:  # --same_flop trains other numbers of steps
         change(run, "run.json", steps=800 if "same_flop" in Path(run, "args.json").read_text() else 2000)
     code, found, err = report(runs)
     assert code == 0, err

@@ -1,9 +1,9 @@
 """The files of a report: report.md, report.json and report.html."""
 
 import base64
+import html
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -18,22 +18,6 @@ FILES = ["report.html", "report.json", "report.md"]
 @pytest.fixture
 def out(tmp_path) -> Path:
     return tmp_path / "made" / "report"
-
-
-class Page(HTMLParser):
-    """The elements of a page with their attributes, and its text."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.elements: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -55,8 +39,8 @@ def test_tables_and_headline_have_the_figures(tmp_path, out):
         f"| JEPA λ=1, k=1 | 82 | 95.50 | 90.00 | 100.00 | 145.00 | 4d5f | {runs[5]} | without a result: 3 timeout |",
     ):
         assert line in lines
-    page = Page(out / "report.html")
-    assert verdict in page.text and "[−1.26, 2.76]" in page.text
+    page = html.unescape((out / "report.html").read_text())
+    assert verdict in page and "[−1.26, 2.76]" in page
 
 
 def test_headline_counts_the_arms_that_differ(tmp_path, out):
@@ -97,7 +81,7 @@ def test_skipped_runs_are_in_all_files(tmp_path, out, capsys):
     assert main([*runs, "--output_dir", str(out)]) == 1
     (problem,) = json.loads((out / "report.json").read_text())["left_out"]
     assert runs[7] in problem and capsys.readouterr().err == f"report.py: {problem}\n"
-    assert problem in (out / "report.md").read_text() and problem in Page(out / "report.html").text
+    assert problem in (out / "report.md").read_text() and problem in html.unescape((out / "report.html").read_text())
 
 
 def test_nothing_is_written_without_runs_and_no_comparison_with_one_arm(tmp_path, out):
@@ -118,18 +102,13 @@ def test_page_is_self_contained_and_has_every_figure(tmp_path, out):
     export_views(runs[0], 20), export_views(runs[2], 20)
     assert main([*runs, "--output_dir", str(out)]) == 0
     assert json.loads((out / "report.json").read_text())["datasets"][0]["missing_figures"] == []
-    page = Page(out / "report.html")
-    images = {a["id"]: a["src"] for tag, a in page.elements if tag == "img"}
+    page = (out / "report.html").read_text()
+    images = dict(re.findall(r'<img id="(\w+)" .*src="([^"]*)"', page))
     assert list(images) == ["scores", "training", "costs", "grid", "singular_values", "t_sne"]
-    assert not {tag for tag, _ in page.elements} & {"script", "link"} and "url(" not in page.text
+    assert not re.search(r"<script|<link|<iframe|href=|@import|url\(", page)
     for source in images.values():
         svg = base64.b64decode(source.removeprefix("data:image/svg+xml;base64,")).decode()
-        assert all(
-            link.startswith(("#", "data:"))
-            for link in re.findall(r'href="([^"]*)"|url\(([^)]*)\)', svg)
-            for link in link
-            if link
-        )
+        assert not re.search(r'(href="|url\()(?!#|data:)', svg)
 
 
 def test_text_of_the_runs_is_neither_markup_nor_formula(tmp_path, out):
@@ -138,7 +117,7 @@ def test_text_of_the_runs_is_neither_markup_nor_formula(tmp_path, out):
     change(runs[0], "args.json", system=None)
     export_views(runs[0], 20), export_views(runs[1], 20)
     assert main([*runs, "--output_dir", str(out), "--allow", "system"]) == 0
-    page = Page(out / "report.html")
     label = "JEPA λ=1, k=1, system It costs $5_{ or $6 <b>|x and more and m"
-    assert label in page.text and runs[0] in page.text and not {"b", "i"} & {tag for tag, _ in page.elements}
+    page = (out / "report.html").read_text()
+    assert html.escape(label) in page and html.escape(runs[0]) in page and not re.search("<[bi]>", page)
     assert f"| {label} | 1 |".replace("|x", "\\|x") in (out / "report.md").read_text()
