@@ -1,4 +1,4 @@
-"""Writes a subset of a dataset's examples, or the shuffled-pair placebo, for an experiment.
+"""Write a subset of a data set, or the shuffled-pair placebo, for an experiment.
 
     python experiments/subset.py datasets/synth_train.jsonl datasets/first500_train.jsonl --first 500
     python experiments/subset.py datasets/synth_train.jsonl datasets/placebo_train.jsonl --shuffle_views 0
@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the repository's own modules
 
-from llm_jepa.cli import UsageError
-from llm_jepa.data.examples import Example, ExampleError, Problems, read_examples
+from llm_jepa.cli import UsageError, run_command
+from llm_jepa.data.examples import Example, Problems, read_examples
 from llm_jepa.files import write_text
 
 
@@ -49,34 +49,32 @@ def to_line(example: Example, code: str | None) -> str:
     return json.dumps({"messages": messages} | views, ensure_ascii=False) + "\n"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 written, 2 wrong flags or data."""
+def work(argv: list[str] | None) -> None:
+    """Parses the flags, selects the examples and writes them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="examples in the project's format")
     parser.add_argument("target", type=Path, help="output file; must not exist with other examples")
     parser.add_argument("--first", type=int, help="number of examples (default: all)")
     parser.add_argument("--skip", type=int, default=0, help="number of examples to skip before them (default 0)")
-    parser.add_argument(
-        "--shuffle_views", type=int, metavar="SEED", help="set each Code view to another example's answer"
-    )
+    parser.add_argument("--shuffle_views", type=int, metavar="SEED", help="set each Code view to another answer")
     options = parser.parse_args(argv)
-    try:
-        examples = read_examples(options.source, Problems(skip=False))
-        chosen = examples[options.skip :][: options.first]
-        if len(chosen) < (options.first or 1):
-            raise UsageError(f"{options.source} has {len(examples)} examples, too few for --skip and --first")
-        if any(e.text is not None or e.code is not None or e.answers is not None for e in chosen):
-            raise UsageError(f'{options.source} has examples with "text", "code" or "answers"')
-        answers = [e.assistant for e in chosen]
-        codes = [None] * len(chosen) if options.shuffle_views is None else derange(answers, options.shuffle_views)
-        text = "".join(map(to_line, chosen, codes))
-        if options.target.exists() and options.target.read_text(encoding="utf-8") != text:
-            raise UsageError(f"{options.target} exists with other examples")
-        write_text(options.target, text)
-    except (UsageError, ExampleError, OSError) as error:
-        print(f"subset.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    examples = read_examples(options.source, Problems(skip=False))
+    chosen = examples[options.skip :][: options.first]
+    if len(chosen) < (options.first or 1):
+        raise UsageError(f"{options.source} has {len(examples)} examples, too few for --skip and --first")
+    if any(e.text is not None or e.code is not None or e.answers is not None for e in chosen):
+        raise UsageError(f'{options.source} has examples with "text", "code" or "answers"')
+    answers = [e.assistant for e in chosen]
+    codes = [None] * len(chosen) if options.shuffle_views is None else derange(answers, options.shuffle_views)
+    text = "".join(map(to_line, chosen, codes))
+    if options.target.exists() and options.target.read_text(encoding="utf-8") != text:
+        raise UsageError(f"{options.target} exists with other examples")
+    write_text(options.target, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 written, 1 the file system failed, 2 wrong flags or data."""
+    return run_command("subset.py", lambda: work(argv))
 
 
 if __name__ == "__main__":

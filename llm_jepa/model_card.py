@@ -1,18 +1,61 @@
-"""Write the model card of a run, RUN/README.md, and optionally upload the run.
+"""Write the model card of a run, RUN/README.md, and optionally upload the run to a repository of the Hugging Face hub.
 
 python -m llm_jepa.model_card runs/RUN                                       the card: training, settings, scores
-python -m llm_jepa.model_card runs/RUN --push_to_hub OWNER/NAME --private    also upload the model with its figures
+python -m llm_jepa.model_card runs/RUN --push_to_hub OWNER/NAME --private    also upload the model with its scores
+
+Only the files in UPLOADED are uploaded, including the command lines and paths in them: no checkpoints, no predictions,
+no merged copies of an adapter.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
-from llm_jepa.cli import UsageError, run_command
-from llm_jepa.reports import hub
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HTTPError
+
+from llm_jepa.cli import UsageError, first_line, run_command
 from llm_jepa.reports.model_card import write_card
+
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")
+UPLOADED = (*WEIGHTS, *(
+    "model-*-of-*.safetensors README.md args.json run.json metrics.jsonl eval/*/metrics.json config.json "
+    "generation_config.json adapter_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json tokenizer.model vocab.json vocab.txt merges.txt chat_template.jinja".split()
+))  # fmt: skip
+
+
+def check(run: Path, repo: str) -> None:
+    """Raises UsageError if the upload cannot work: repository name, offline mode, token, model files."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UsageError(f"--push_to_hub {repo} is not OWNER/NAME")
+    if constants.is_offline_mode():
+        raise UsageError(f"--push_to_hub {repo}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it")
+    if get_token() is None:
+        raise UsageError(f"--push_to_hub {repo}: there is no token; set HF_TOKEN or call `hf auth login`")
+    if not any((run / name).exists() for name in WEIGHTS):
+        raise UsageError(f"{run} has no model.safetensors or adapter_model.safetensors to upload")
+
+
+def push(run: Path, repo: str, private: bool) -> str:
+    """Uploads the run and returns the repository's address.
+
+    Raises UsageError if `private` is set and the repository exists and is public, OSError if the upload fails.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo).private:  # the hub ignores `private` for an existing repository
+            raise UsageError(f"--private: {repo} exists and is public; nothing was uploaded")
+        api.upload_folder(
+            repo_id=repo, folder_path=run, commit_message="Upload of a run", allow_patterns=list(UPLOADED)
+        )
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:
+        raise OSError(f"--push_to_hub {repo}: upload to {api.endpoint} failed: {first_line(error)}") from None
+    return str(url)
 
 
 def work(argv: list[str] | None) -> None:
@@ -27,11 +70,11 @@ def work(argv: list[str] | None) -> None:
     run, repo = options.run, options.push_to_hub
     if options.private and not repo:
         raise UsageError("--private: only with --push_to_hub")
-    if repo and run.is_dir():  # else write_card reports it
-        hub.check(run, repo)
+    if repo:
+        check(run, repo)
     print(write_card(run, options.overwrite, options.license, repo))
     if repo:
-        print(hub.push(run, repo, options.private))
+        print(push(run, repo, options.private))
 
 
 def main(argv: list[str] | None = None) -> int:

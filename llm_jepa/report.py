@@ -24,46 +24,39 @@ from llm_jepa.reports.stats import mean_sd
 from llm_jepa.reports.writer import write_files
 
 
-def format_line(result: Result) -> str:
-    """The scores of a run in one line."""
+def print_line(result: Result) -> None:
+    """Prints the scores of a run in one line."""
     scores = (f"{h.split()[0]} {value:.2f} {h.split()[1]}" for h, value in result.columns.items())
-    method = "regular" if result.settings.get("regular") else "jepa"
-    return "  ".join([result.dataset, method, f"seed {result.seed}", *scores, *result.remarks()])
+    method = "regular" if result.settings["regular"] else "jepa"
+    print("  ".join([result.dataset, method, f"seed {result.seed}", *scores, *result.remarks()]))
 
 
-def format_arm(arm: list[Result]) -> str:
-    """The scores of an arm's runs, one line per run, then their mean ± sd."""
+def print_arm(dataset: str, label: str, arm: list[Result]) -> None:
+    """Prints the table of an arm: title, one line per run, their mean ± sd, remarks."""
     rows = [["seed", *arm[0].columns]]
     rows += [[str(r.seed), *(f"{value:.2f}" for value in r.columns.values())] for r in arm]
     last = f"mean ± sd (n = {len(arm)})" if len(arm) > 1 else "mean (n = 1)"
     rows.append([last, *(mean_sd([r.columns[name] for r in arm]) for name in arm[0].columns)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines + [f"seed {r.seed} {text}" for r in arm for text in r.remarks()]) + "\n"
+    print(f"{dataset} ({arm[0].settings['n']} examples), {arm[0].model}, {label}")
+    for row in rows:
+        print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+    print(*(f"seed {r.seed} {text}\n" for r in arm for text in r.remarks()), sep="")
 
 
-def print_arms(results: list[Result]) -> None:
-    """Prints a titled table per arm."""
-    for dataset, arms in arms_by_dataset(results).items():
-        for label, arm in arms.items():
-            print(f"{dataset} ({arm[0].n} examples), {arm[0].settings.get('model_name')}, {label}\n{format_arm(arm)}")
-
-
-def write_report(
-    results: list[Result], problems: list[str], folder: Path, against: str | None, allow: set[str]
-) -> None:
+def write_report(options: argparse.Namespace, results: list[Result], problems: list[str]) -> None:
     """Compares the arms and writes the three files; adds to `problems` what they leave out.
 
-    Raises UsageError if the arms cannot be compared, or if the folder is a run's or cannot be created.
+    Raises UsageError if the arms cannot be compared, or if the folder is a run folder or a file.
     """
-    if (folder / "args.json").exists():
-        raise UsageError(f"--output_dir {folder} is a run folder")
+    folder = options.output_dir
+    if (folder / "args.json").exists() or folder.is_file():
+        raise UsageError(f"--output_dir {folder} is a run folder or a file")
     if not results:
         problems.append("no run is left to report; nothing is written")
         return
-    tables, unknown = compare_arms(results, against, allow)
-    problems += unknown
-    problems += [f"{t.dataset}: {label} is not compared: {why}" for t in tables for label, why in t.refused.items()]
+    tables, left_out = compare_arms(results, options.against, set(options.allow))
+    problems += left_out
     problems += write_files(folder, tables, problems)
     print(f"written: {', '.join(str(folder / f'report.{end}') for end in ('md', 'json', 'html'))}")
 
@@ -89,12 +82,14 @@ def work(argv: list[str] | None) -> int:
     results, problems = read_runs(options.runs)
     if options.line:
         for result in results:
-            print(format_line(result))
+            print_line(result)
     else:
-        print_arms(results)
+        for dataset, arms in arms_by_dataset(results).items():
+            for label, arm in arms.items():
+                print_arm(dataset, label, arm)
     try:
         if options.output_dir:
-            write_report(results, problems, options.output_dir, options.against, set(options.allow))
+            write_report(options, results, problems)
     finally:
         for problem in problems:
             print(f"report.py: {problem}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Run folders as finetune.py and evaluate.py write them, with made-up figures."""
+"""Run folders as finetune.py and evaluate.py write them, with made-up scores."""
 
 from __future__ import annotations
 
@@ -8,17 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-REGULAR = {
-    "model_name": "models/tiny",
-    "learning_rate": 1e-3,
-    "regular": True,
-    "lbd": 0.1,
-    "predictors": 0,
-    "jepa_ratio": 1.0,
-    "text_view": "alone",
-    "layout": "packed",
-    "additive_mask": False,
-}
+REGULAR = {"model_name": "models/tiny", "learning_rate": 1e-3, "regular": True, "lbd": 0.1, "predictors": 0}
 JEPA = REGULAR | {"regular": False, "lbd": 1.0, "predictors": 1}
 FEW = {82: 90.0, 23: 80.0}  # seed → exact match in percent
 METRICS = "eval/synth/metrics.json"
@@ -55,6 +45,15 @@ def synthetic_run(
 def synthetic_arm(root: Path, name: str, settings: dict, exact: dict[int, float], **changes: object) -> list[str]:
     """A run for each seed of `exact`, which maps it to the score in percent."""
     return [str(synthetic_run(root / f"{name}-s{s}", settings, s, {"exact": e}, **changes)) for s, e in exact.items()]
+
+
+def pretrained_run(root: Path, name: str, pretraining: dict, seed: int, exact: float) -> str:
+    """A regular run whose base model is that of the run folder paraphrase-NAME-sSEED."""
+    base = root / f"paraphrase-{name}-s{seed}"
+    base.mkdir()
+    (base / "args.json").write_text(json.dumps(pretraining | {"finetune_seed": seed}))
+    (base / "run.json").write_text(json.dumps({"data_sha256": {"paraphrase_train.jsonl": "aa"}}))
+    return str(synthetic_run(root / f"tuned-{base.name}", REGULAR | {"model_name": str(base)}, seed, {"exact": exact}))
 
 
 def two_arms(root: Path, exact: dict = FEW, better: dict | None = None, **changes: object) -> list[str]:

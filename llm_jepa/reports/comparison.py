@@ -6,7 +6,6 @@ Runs that differ in more than their seed are different arms. Two arms are compar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,36 +38,6 @@ class Table:
         """A result of the first arm."""
         return next(iter(self.arms.values()))[0]
 
-    def by_arm(self) -> dict[str, list[Comparison]]:
-        """The comparisons of each compared arm."""
-        arms = dict.fromkeys(c.arm for c in self.comparisons)
-        return {arm: [c for c in self.comparisons if c.arm == arm] for arm in arms}
-
-    def remarks(self) -> list[str]:
-        """The remarks on all runs."""
-        results = [(label, r) for label, arm in self.arms.items() for r in arm]
-        return [f"{label}, seed {r.seed}, {text}" for label, r in results for text in r.remarks()]
-
-
-def flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts with their dotted names."""
-    if not isinstance(value, dict):
-        yield name, value
-        return
-    for key, part in value.items():
-        yield from flatten(f"{name}.{key}" if name else key, part)
-
-
-def attributes(result: Result, environment: bool = True) -> dict[str, Any]:
-    """Everything in which two results can differ, by dotted name: settings, data, evaluation and environment."""
-    base, parts = result.inputs["pretraining"], dict(result.settings)
-    if base:
-        del parts["model_name"]  # the folder of the pretraining run, which `base` describes
-    parts |= {"pretrained": bool(base)}
-    parts |= {name: value for name, value in result.inputs.items() if name != "pretraining" or base}
-    parts |= {"task": result.task, "n": result.n, "scores": result.scores()}
-    return dict(flatten("", parts | (result.environment if environment else {})))
-
 
 def arms_by_dataset(results: list[Result]) -> dict[str, dict[str, list[Result]]]:
     """The arms of each data set by label, in the order of their first results."""
@@ -80,12 +49,11 @@ def arms_by_dataset(results: list[Result]) -> dict[str, dict[str, list[Result]]]
 
 def label_arms(arms: list[list[Result]]) -> dict[str, list[Result]]:
     """The arms of a data set by a short label: method, λ, k, and each value that at most half of the arms have."""
-    described, labels = [attributes(arm[0], environment=False) for arm in arms], []
+    described, labels = [arm[0].settings for arm in arms], []
     for own in described:
         regular = own.get("regular")
         signs = {} if regular else {"λ": "lbd", "k": "predictors"}
-        hidden = {"regular", "lbd", "predictors", "additive_mask", "scores", "stp"}
-        hidden |= JEPA_SETTINGS if regular else set()
+        hidden = {"regular", "lbd", "predictors", "additive_mask", "scores", "stp", *(JEPA_SETTINGS if regular else ())}
         shown = [f"{sign}={own[name]:g}" for sign, name in signs.items() if own.get(name) is not None]
         for name, value in sorted(own.items()):
             same = sum(other.get(name, value) == value for other in described)
@@ -107,9 +75,9 @@ def differences(reference: list[Result], arm: list[Result]) -> dict[str, str]:
     An unknown commit or one with uncommitted changes counts as a difference.
     """
     first, found = reference[0], {}
-    expected = attributes(first)
+    expected = first.settings | first.environment
     for result in [*reference, *arm]:
-        own = attributes(result)
+        own = result.settings | result.environment
         for name in expected | own:
             if name.startswith("pretraining.") and own["pretrained"] != expected["pretrained"]:
                 continue  # `pretrained` already shows the difference
@@ -122,23 +90,27 @@ def differences(reference: list[Result], arm: list[Result]) -> dict[str, str]:
     return found
 
 
+def is_regular(settings: dict[str, Any]) -> bool:
+    """Whether neither training nor pretraining had a JEPA or STP loss."""
+    stages = ("", "pretraining.") if settings["pretrained"] else ("",)
+    return all(settings.get(f"{s}regular") and not settings.get(f"{s}stp") for s in stages)
+
+
 def find_reference(table: Table, against: str | None) -> str | None:
     """Label of the reference arm: the regular one, or the one that `against` selects by run folder or part of its name.
 
     None if there is only one arm. Raises UsageError if not exactly one arm matches.
     """
-
-    def matches(label: str, arm: list[Result]) -> bool:
-        if against:
-            return against in label or any(against in r.run.name or r.run == Path(against) for r in arm)
-        stages = filter(None, [arm[0].settings, arm[0].inputs["pretraining"]])
-        return all(stage.get("regular") and not stage.get("stp") for stage in stages)
-
     if len(table.arms) == 1 and not against:
         return None
-    found = [label for label, arm in table.arms.items() if matches(label, arm)]
+    if against:
+        rule = f"--against {against} matches"
+        runs = {label: [r.run for r in arm] for label, arm in table.arms.items()}
+        found = [a for a in runs if against in a or any(against in r.name or r == Path(against) for r in runs[a])]
+    else:
+        rule = "the reference is the regular arm, and there are"
+        found = [label for label, arm in table.arms.items() if is_regular(arm[0].settings)]
     if len(found) != 1:
-        rule = f"--against {against} matches" if against else "the reference is the regular arm, and there are"
         raise UsageError(
             f"{table.dataset}: {rule} {len(found)} of its arms ({'; '.join(found or table.arms)}); "
             "select one with --against, by its run folder or a part of its name"
@@ -160,18 +132,18 @@ def compare_arm(table: Table, label: str, allow: set[str]) -> None:
         return
     if allowed:
         table.allowed[label] = [found[name] for name in allowed]
-    for score in table.arms[table.reference][0].scores():
-        if all(f"{score} %" in side[seeds[0]].columns for side in (ours, theirs)):
+    for score in table.first.scores:
+        if score in table.arms[label][0].scores:
             values = ({seed: r.columns[f"{score} %"] for seed, r in side.items()} for side in (ours, theirs))
             table.comparisons.append(compare(label, table.reference, score, *values))
 
 
 def compare_arms(results: list[Result], against: str | None, allow: set[str]) -> tuple[list[Table], list[str]]:
-    """A table per data set, and why other data sets have none because their reference arm is unknown.
+    """A table per data set, and why arms are not compared or data sets have no table.
 
     Raises UsageError if no data set has a table or if a name in `allow` is unknown.
     """
-    known = {name for result in results for name in attributes(result)}
+    known = {name for r in results for name in (*r.settings, *r.environment)}
     known |= {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
     if allow - known:
         raise UsageError(f"--allow {' '.join(sorted(allow - known))}: these runs have no such setting")
@@ -184,11 +156,12 @@ def compare_arms(results: list[Result], against: str | None, allow: set[str]) ->
             problems.append(str(error))
             continue
         if table.reference:
-            table.arms = {table.reference: table.arms.pop(table.reference)} | table.arms
+            table.arms = {table.reference: arms.pop(table.reference)} | arms
         for label in list(table.arms)[1:]:
             compare_arm(table, label, allow)
         conclude(table.comparisons)
         tables.append(table)
     if not tables:
         raise UsageError("\n".join(problems))
+    problems += [f"{t.dataset}: {label} is not compared: {why}" for t in tables for label, why in t.refused.items()]
     return tables, problems

@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import HUB
 from llm_jepa.files import read_json, write_text
-from llm_jepa.reports.comparison import JEPA_SETTINGS
+from llm_jepa.reports.comparison import JEPA_SETTINGS, STP_SETTINGS
+from llm_jepa.reports.results import score_names
 from llm_jepa.run_folder import VOLATILE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,20 +24,6 @@ OMITTED = VOLATILE | set(
     "finetune_seed eval_strategy eval_steps eval_generate save_strategy save_steps track_flop merge".split()
 )
 DISTANCES = {"jepa_l2": "‖a−b‖₂", "jepa_mse": "the mean squared difference", "infonce": "InfoNCE"}
-
-
-def read(run: Path) -> tuple[dict, dict, dict[str, dict]]:
-    """(settings, record, metrics by data set) of a run. Raises UsageError if it is unfinished or a file is damaged."""
-    record, settings = read_json(run / "run.json"), read_json(run / "args.json")
-    if record["status"] != "finished":
-        raise UsageError(f"{run}: {record['status']}, not finished")
-    return settings, record, {path.parent.name: read_json(path) for path in sorted(run.glob("eval/*/metrics.json"))}
-
-
-def score_names(metrics: dict) -> list[str]:
-    """The scores of an evaluation, the primary one first; no stop rate for multiple choice, which has none."""
-    names = dict.fromkeys([metrics["score"], *metrics["scores"], "exact", "startswith", "stop_rate"])
-    return [name for name in names if name != "stop_rate" or metrics.get("stop_rate") is not None]
 
 
 def hub_id(name: str) -> str | None:
@@ -78,20 +65,16 @@ def describe_method(s: dict) -> str:
 
 def effective_settings(s: dict) -> list[tuple[str, Any]]:
     """The settings that affected the numbers and that no other part of the card has."""
-    file, fraction = s.get("data_file"), s.get("val_fraction")
+    file, fraction = s["data_file"], s["val_fraction"]
     applies = {"lora_rank": s["lora"], "eval_split": file, "val_fraction": fraction, "split_seed": file or fraction}
-    applies["max_steps"] = s.get("max_steps", -1) > 0
-    applies |= dict.fromkeys(JEPA_SETTINGS, has_jepa(s)) | {k: s.get("stp") for k in s if k.startswith("stp_")}
+    applies |= {"max_steps": s["max_steps"] > 0} | dict.fromkeys(JEPA_SETTINGS, has_jepa(s))
+    applies |= dict.fromkeys(STP_SETTINGS, has_stp(s)) | dict.fromkeys(OMITTED)
+    return [(k, v) for k, v in sorted(s.items()) if applies.get(k, True) and v is not None and v is not False]
+
+
+def evaluation_results(evaluations: dict[str, dict]) -> list[EvalResult]:
+    """Every score of every evaluation as a fraction, the primary one of an evaluation first."""
     return [
-        (k, v)
-        for k, v in sorted(s.items())
-        if k not in OMITTED and v is not None and v is not False and applies.get(k, True)
-    ]
-
-
-def metadata(run: Path, s: dict, record: dict, evaluations: dict[str, dict], license: str | None) -> ModelCardData:
-    """The card's front matter; scores are fractions, as in metrics.json."""
-    results = [
         EvalResult(
             task_type="text-generation", dataset_type=name, dataset_name=f"{name}, {examples_name(m)}",
             dataset_split=m["settings"].get("process_split"), dataset_args={"sha256": m["data_sha256"], "n": m["n"]},
@@ -99,53 +82,37 @@ def metadata(run: Path, s: dict, record: dict, evaluations: dict[str, dict], lic
         )
         for name, m in evaluations.items() for score in score_names(m)
     ]  # fmt: skip
-    tags = {"llm-jepa": has_jepa(s), "lora": s["lora"], "semantic-tube-prediction": has_stp(s)}
-    return ModelCardData(
-        base_model=None if s["pretrain"] else hub_id(s["model_name"]),
-        datasets=sorted({m["name"] for m in map(HUB.fullmatch, record["data_sha256"]) if m}) or None,
-        library_name="peft" if s["lora"] else "transformers", license=license, pipeline_tag="text-generation",
-        tags=[tag for tag, applies in tags.items() if applies] or None, model_name=run.resolve().name,
-        eval_results=results or None,
-    )  # fmt: skip
-
-
-def content(run: Path, s: dict, record: dict, evaluations: dict[str, dict], repo: str | None) -> dict[str, Any]:
-    """What the template shows besides the front matter."""
-    base = hub_id(s["model_name"]) or f"{Path(s['model_name']).name} (a local folder, not on the hub)"
-    base += f" at {s['revision']}" if s.get("revision") else ""
-    held_out, fraction = s.get("eval_file"), s.get("eval_split") if s.get("data_file") else None
-    used = "trained on" + ("" if fraction is None else f", except a held-out fraction {fraction}")
-    data = record["data_sha256"].items()
-    trained_on = {checksum for path, checksum in data if path != held_out}
-    return {
-        "mark": MARK,
-        "name": run.resolve().name,
-        "repo": repo or run.resolve().name,
-        "s": s,
-        "record": record,
-        "base": f"random weights of the shape of {base}" if s["pretrain"] else base,
-        "method": describe_method(s),
-        "changes": {True: ", with uncommitted changes", False: ""}.get(record.get("git_dirty"), ", changes unknown"),
-        "data": [(data_name(path), "held out" if path == held_out else used, checksum) for path, checksum in data],
-        "settings": [(f"`--{name}`", value) for name, value in effective_settings(s)],
-        "scores": [
-            (name, score, *(f"{100 * x:.2f}" for x in (m[score], *m["ci95"][score])), m["n"], examples_name(m))
-            for name, m in evaluations.items() for score in score_names(m)
-        ],
-        "leaked": [
-            name for name, m in evaluations.items()
-            if m["data_sha256"] in trained_on and m["settings"].get("process_split") != "test"
-        ],
-        "has_jepa": has_jepa(s),
-    }  # fmt: skip
 
 
 def write_card(run: Path, overwrite: bool, license: str | None = None, repo: str | None = None) -> Path:
     """Writes the card. Raises UsageError if the run is unfinished, or if there is a card that was not written here."""
-    path, parts = run / "README.md", read(run)
+    path, record, s = run / "README.md", read_json(run / "run.json"), read_json(run / "args.json")
+    if record["status"] != "finished":
+        raise UsageError(f"{run}: {record['status']}, not finished")
+    evaluations = {path.parent.name: read_json(path) for path in sorted(run.glob("eval/*/metrics.json"))}
     if path.exists() and not overwrite and not is_replaceable(path.read_text(encoding="utf-8", errors="replace")):
         raise UsageError(f"{path} exists and was not written by model_card.py; give --overwrite to replace it")
-    card = ModelCard.from_template(metadata(run, *parts, license), TEMPLATE, **content(run, *parts, repo))
+    name, base, results = run.resolve().name, hub_id(s["model_name"]), evaluation_results(evaluations)
+    tags = {"llm-jepa": has_jepa(s), "lora": s["lora"], "semantic-tube-prediction": has_stp(s)}
+    metadata = ModelCardData(
+        base_model=None if s["pretrain"] else base,
+        datasets=sorted({m["name"] for m in map(HUB.fullmatch, record["data_sha256"]) if m}) or None,
+        library_name="peft" if s["lora"] else "transformers", license=license, pipeline_tag="text-generation",
+        tags=[tag for tag, applies in tags.items() if applies] or None, model_name=name, eval_results=results or None,
+    )  # fmt: skip
+    held_out, fraction = s["eval_file"], s["eval_split"] if s["data_file"] else None
+    used = "trained on" + ("" if fraction is None else f", except a held-out fraction {fraction}")
+    trained_on = {checksum for path, checksum in record["data_sha256"].items() if path != held_out}
+    card = ModelCard.from_template(
+        metadata, TEMPLATE, mark=MARK, name=name, repo=repo or name, s=s, record=record, method=describe_method(s),
+        base=base or f"{Path(s['model_name']).name} (a local folder, not on the hub)", has_jepa=has_jepa(s),
+        data=[(data_name(f), "held out" if f == held_out else used, c) for f, c in record["data_sha256"].items()],
+        settings=[(f"`--{flag}`", value) for flag, value in effective_settings(s)], scores=results,
+        leaked=[
+            dataset for dataset, m in evaluations.items()
+            if m["data_sha256"] in trained_on and m["settings"].get("process_split") != "test"
+        ],
+    )  # fmt: skip
     write_text(path, f"{card}\n")
     return path
 

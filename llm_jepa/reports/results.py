@@ -24,27 +24,18 @@ class Result:
 
     run: Path
     seed: int
-    settings: dict[str, Any]
-    inputs: dict[str, Any]  # checksums of the data, settings of the evaluation and of the base model's training
+    model: str  # the base model
     dataset: str
-    task: str
-    n: int  # examples
+    settings: dict[str, Any]  # by dotted name: training, base model's training, data and evaluation; equal in an arm
+    environment: dict[str, Any]  # by dotted name: code, versions and machine; may differ in an arm
+    scores: list[str]  # names of the scores, the task's primary one first
     columns: dict[str, float]
     failures: dict[str, int]  # number of generations that could not be scored, by reason
-    primary: str  # name of the task's primary score
-    environment: dict[str, Any]  # code, versions and machine; does not distinguish arms
     notes: list[str]  # of evaluate.py
 
     def arm(self) -> str:
-        """A key that is equal for results that may be averaged: same settings, data, evaluation and scores."""
-        key = [self.settings, self.inputs, self.dataset, self.task, self.n, list(self.columns)]
-        return json.dumps(key, sort_keys=True)
-
-    def scores(self) -> list[str]:
-        """Names of the scores: the primary one, the task's other ones, exact, startswith, stop_rate."""
-        names = [heading.removesuffix(" %") for heading in self.columns if heading.endswith(" %")]
-        own = [name for name in names if name not in ("exact", "startswith", "stop_rate")]
-        return list(dict.fromkeys([self.primary, *own, *names]))
+        """A key that is equal for results that may be averaged: same base model, settings, data and evaluation."""
+        return json.dumps([self.model, self.dataset, self.settings], sort_keys=True)
 
     def remarks(self) -> list[str]:
         """The number of generations that could not be scored, by reason, and the notes of evaluate.py."""
@@ -52,17 +43,24 @@ class Result:
         return ([f"without a result: {reasons}"] if reasons else []) + self.notes
 
 
-def base_training(model_name: str) -> dict[str, Any] | None:
-    """Settings and data of the run that trained the base model, without its seed; None if it is not a run folder.
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by dotted name."""
+    flat = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
-    Without the seed, because runs of one arm may start from models that were pretrained with different seeds.
-    """
-    path = Path(model_name) / "args.json"
-    if not path.is_file():
-        return None
-    data = read_json(path.with_name("run.json")).get("data_sha256", {})
-    settings = {name: value for name, value in read_json(path).items() if name not in ARM_IGNORES}
-    return settings | {"data_sha256": sorted(data.values())}
+
+def score_names(metrics: dict[str, Any]) -> list[str]:
+    """The scores of an evaluation, the primary one first; without stop_rate for multiple choice, which has none."""
+    names = dict.fromkeys([metrics["score"], *metrics["scores"], "exact", "startswith", "stop_rate"])
+    return [name for name in names if metrics[name] is not None]
+
+
+def arm_settings(run: Path) -> dict[str, Any]:
+    """The settings and data of a run that are equal in an arm."""
+    settings, data = read_json(run / "args.json"), read_json(run / "run.json")["data_sha256"]
+    return {k: v for k, v in settings.items() if k not in ARM_IGNORES} | {"data_sha256": sorted(data.values())}
 
 
 def read_run(run: Path) -> list[Result]:
@@ -70,37 +68,35 @@ def read_run(run: Path) -> list[Result]:
 
     Raises UsageError if the run is missing, unfinished or not evaluated, KeyError if one of its files lacks a key.
     """
-    if not run.is_dir():
-        raise UsageError(f"{run}: no such run")
     record, settings = read_json(run / "run.json"), read_json(run / "args.json")
     if record["status"] != "finished":
         raise UsageError(f"{run}: {record['status']}, not finished")
-    seed, base = settings["finetune_seed"], base_training(settings["model_name"])
-    settings = {name: value for name, value in settings.items() if name not in ARM_IGNORES}
-    if base:
-        settings["model_name"] = re.sub(r"-s\d+(?=-|$)", "", Path(settings["model_name"]).name)
+    seed, model, settings = settings["finetune_seed"], settings["model_name"], arm_settings(run)
+    settings |= {"train_data": settings.pop("data_sha256"), "pretrained": Path(model, "args.json").is_file()}
+    if settings["pretrained"]:  # the models of an arm may be pretrained with different seeds
+        del settings["model_name"]
+        settings["pretraining"] = arm_settings(Path(model))
+        model = re.sub(r"-s\d+(?=-|$)", "", Path(model).name)
     results = []
     for path in sorted(run.glob("eval/*/metrics.json")):
         metrics = read_json(path)
-        names = ["exact", "startswith", *metrics["scores"], "stop_rate"]
-        if metrics["stop_rate"] is None:  # multiple choice: nothing was generated
-            names.remove("stop_rate")
+        scores = score_names(metrics)
         evaluation = {"engine": "transformers"} | metrics["settings"]  # runs without `engine` used transformers
-        inputs = {
-            "pretraining": base,
-            "train_data": sorted(record["data_sha256"].values()),
+        own = {
             "test_data": metrics["data_sha256"],
             "databases": metrics.get("databases_sha256"),
             "evaluation": {name: value for name, value in evaluation.items() if name not in EVALUATION_IGNORES},
+            "task": metrics["task"],
+            "n": metrics["n"],
+            "scores": scores,
         }
-        columns = {f"{name} %": 100 * metrics[name] for name in names} | {"train s": float(record["wall_seconds"])}
+        names = dict.fromkeys(["exact", "startswith", *scores])
         environment = {name: record.get(name) for name in ENVIRONMENT}
         environment |= {f"evaluation.{name}": metrics.get(name) for name in ENVIRONMENT}
-        failures, notes, primary = metrics.get("failures", {}), metrics.get("notes", []), metrics.get("score", names[0])
-        dataset, task, n = path.parent.name, metrics["task"], metrics["n"]
-        results.append(
-            Result(run, seed, settings, inputs, dataset, task, n, columns, failures, primary, environment, notes)
-        )
+        columns = {f"{name} %": 100 * metrics[name] for name in names} | {"train s": float(record["wall_seconds"])}
+        failures, notes = metrics["failures"], metrics.get("notes", [])
+        described = flatten(settings | own), flatten(environment)
+        results.append(Result(run, seed, model, path.parent.name, *described, scores, columns, failures, notes))
     if not results:
         raise UsageError(f"{run}: not evaluated (it has no eval/*/metrics.json)")
     return results
@@ -113,11 +109,8 @@ def read_runs(runs: list[Path]) -> tuple[list[Result], list[str]]:
     for run in runs:
         try:
             found = read_run(run)
-        except UsageError as error:
-            problems.append(str(error))
-            continue
-        except KeyError as error:
-            problems.append(f"{run}: damaged, its files have no {error}")
+        except (UsageError, KeyError) as error:
+            problems.append(f"{run}: damaged, its files have no {error}" if isinstance(error, KeyError) else str(error))
             continue
         for result in found:
             first = results.setdefault((result.arm(), result.seed), result)

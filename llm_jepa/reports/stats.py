@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import scipy  # loads scipy.stats and scipy.optimize on first use
@@ -30,6 +30,7 @@ class Comparison:
     differences: list[float]
     arm_only_seeds: list[int]
     reference_only_seeds: list[int]
+    n: int  # pairs
     mean: float
     bound: float | None = None  # 0 or 100 if every run of both arms has that score
     sd: float | None = None
@@ -41,12 +42,7 @@ class Comparison:
     p_holm: float | None = None
     family: int = 0  # number of comparisons that p_holm is corrected for
     detectable: float | None = None
-    verdict: str = field(default="", repr=False)
-
-    @property
-    def n(self) -> int:
-        """Number of pairs."""
-        return len(self.seeds)
+    verdict: str = ""
 
     @property
     def differs(self) -> bool:
@@ -66,24 +62,20 @@ def compare(
 
     The interval and both t tests are Student's on the paired differences. One pair has no interval and no test; equal
     differences have no interval and no t test, because its statistic divides by their sd.
-
-    Raises ValueError if no seed is in both.
     """
     seeds = [seed for seed in arm_scores if seed in reference_scores]
-    if not seeds:
-        raise ValueError(f"no seed is in both {arm} and {reference}")
     a, b = np.array([arm_scores[s] for s in seeds]), np.array([reference_scores[s] for s in seeds])
     differences = np.round(a - b, DECIMALS)  # (n,)
     unpaired = [s for s in arm_scores if s not in seeds], [s for s in reference_scores if s not in seeds]
-    mean = float(differences.mean())
-    comparison = Comparison(arm, reference, score, seeds, differences.tolist(), *unpaired, mean)
+    n, mean = len(seeds), float(differences.mean())
+    comparison = Comparison(arm, reference, score, seeds, differences.tolist(), *unpaired, n, mean)
     comparison.bound = next((x for x in (0.0, 100.0) if (a == x).all() and (b == x).all()), None)
-    if len(seeds) == 1:
+    if n == 1:
         return comparison
     comparison.sd = float(differences.std(ddof=1)) if np.ptp(differences) else 0.0
     comparison.p_sign_flip, comparison.p_sign_flip_least = sign_flip(differences)
     if comparison.sd:
-        half = float(scipy.stats.t.ppf(1 - LEVEL / 2, len(seeds) - 1)) * comparison.sd / math.sqrt(len(seeds))
+        half = float(scipy.stats.t.ppf(1 - LEVEL / 2, n - 1)) * comparison.sd / math.sqrt(n)
         comparison.interval = (mean - half, mean + half)
         comparison.p_two_sided = float(scipy.stats.ttest_1samp(differences, 0).pvalue)
         comparison.p_one_sided = float(scipy.stats.ttest_1samp(differences, 0, alternative="greater").pvalue)
@@ -122,8 +114,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def power(difference: float, sd: float, n: int, level: float) -> float:
     """Probability that a two-sided paired t test detects a true difference > 0, given the sd of the n differences."""
-    critical, noncentrality = scipy.stats.t.ppf(1 - level / 2, n - 1), difference * math.sqrt(n) / sd
-    return float(scipy.stats.nct.sf(critical, n - 1, noncentrality))
+    critical = scipy.stats.t.ppf(1 - level / 2, n - 1)
+    return float(scipy.stats.nct.sf(critical, n - 1, difference * math.sqrt(n) / sd))
 
 
 def detectable(sd: float, n: int, level: float = LEVEL) -> float:
@@ -138,7 +130,7 @@ def conclude(comparisons: list[Comparison]) -> None:
     """Corrects the comparisons of a table together and writes their verdicts.
 
     A comparison without a test counts as one of p = 1: whether it has a test depends on the data, so leaving it out
-    would make the correction of the others too weak. If k of m differences are shown, the others were tested at
+    would make the correction of the others too weak. If k of m tests show a difference, the others were tested at
     0.05 / (m − k); their detectable difference is for that level.
     """
     corrected = holm([1.0 if c.p_two_sided is None else c.p_two_sided for c in comparisons])

@@ -2,13 +2,12 @@
 
 import numpy as np
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_jepa.reports.stats import LEVEL, Comparison, compare, conclude, holm
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
-SCORES = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=8)
 
 
 def simulate(rng: np.random.Generator, gain: float = 0.0) -> list[Comparison]:
@@ -30,14 +29,12 @@ def test_false_positive_rates():
     uncorrected = sum(any(c.p_two_sided <= LEVEL for c in comparisons) for comparisons in tables)
     familywise = sum(any(c.differs for c in comparisons) for comparisons in tables)
     assert 0 < familywise <= high < uncorrected
-    assert all(c.differs != c.verdict.startswith("no difference shown") for cs in tables for c in cs)
 
 
 def test_planted_effect_is_found():
     rng = np.random.default_rng(1)
-    tables = [simulate(rng, gain=4.0) for _ in range(100)]
-    assert sum(first.differs and first.mean > 0 for first, *_ in tables) >= 95
-    assert sum(any(c.differs for c in others) for _, *others in tables) <= scipy.stats.binom.ppf(0.999, 100, LEVEL)
+    firsts = [simulate(rng, gain=4.0)[0] for _ in range(100)]
+    assert sum(first.differs and first.mean > 0 for first in firsts) >= 95
 
 
 @given(P_VALUES, st.sampled_from([0.01, 0.05, 0.2]))
@@ -50,15 +47,3 @@ def test_holm_is_the_step_down_procedure(ps, level):
     corrected = holm(ps)
     assert {i for i, p in enumerate(corrected) if p <= level} == rejected
     assert all(p <= c <= 1 for p, c in zip(ps, corrected, strict=True))
-
-
-@settings(deadline=None, max_examples=40)
-@given(SCORES)
-def test_swapping_the_arms_flips_the_sign(pairs):
-    a, b = (dict(enumerate(side)) for side in zip(*pairs, strict=True))
-    one, other = compare("a", "b", "exact", a, b), compare("b", "a", "exact", b, a)
-    assert np.isclose(one.mean, -other.mean) and np.isclose(one.p_sign_flip, other.p_sign_flip)
-    assert (one.p_two_sided is None) == (other.p_two_sided is None)
-    if one.p_two_sided is not None:
-        assert np.isclose(one.p_two_sided, other.p_two_sided) and np.isclose(one.interval[0], -other.interval[1])
-        assert np.isclose(one.p_one_sided, 1 - other.p_one_sided)

@@ -6,13 +6,10 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pandas
 import pytest
 from safetensors.numpy import load_file
-from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, export_views, log_steps, synthetic_arm, two_arms
+from synthetic_runs import FEW, JEPA, REGULAR, export_views, log_steps, synthetic_arm, two_arms
 
-from llm_jepa.cli import parse_flags
-from llm_jepa.evaluation.settings import EvaluationSettings
 from llm_jepa.report import main
 from llm_jepa.reports import plots
 from llm_jepa.reports.comparison import Table, compare_arms
@@ -26,11 +23,11 @@ def figures(monkeypatch) -> dict:
     """The matplotlib figure and the caption of each figure that is drawn."""
     drawn: dict = {}
 
-    def keep(fig, name, caption):
+    def add(self, fig, name, caption):
         drawn[name] = (fig, caption)
-        return plots.Figure(name, caption, b"")
+        self.figures.append(name)
 
-    monkeypatch.setattr(plots, "save", keep)
+    monkeypatch.setattr(plots.Drawn, "add", add)
     return drawn
 
 
@@ -49,34 +46,26 @@ def draw(plot, runs: list[str]) -> plots.Drawn:
 def test_scores_of_a_seed_are_connected(tmp_path, figures):
     draw(plots.plot_scores, two_arms(tmp_path, FEW, BETTER))
     axes = figures["scores"][0].axes
-    assert [a.get_ylabel() for a in axes] == ["exact, %", "startswith, %", "stop_rate, %"]
-    lines = [[None if math.isnan(y) else y for y in line.get_ydata()] for line in axes[0].lines]
+    assert [a.get_xlabel() for a in axes] == ["exact, %", "startswith, %", "stop_rate, %"]
+    lines = [[None if math.isnan(x) else x for x in line.get_xdata()] for line in axes[0].lines]
     assert lines == [[None, 70.0], [80.0, 81.0], [90.0, 92.0]]  # seeds 4, 23, 82
-    dots = [sorted(d.get_offsets()[:, 1]) for d in axes[0].collections if len(d.get_offsets()) > 1]
+    dots = [sorted(d.get_offsets()[:, 0]) for d in axes[0].collections if len(d.get_offsets()) > 1]
     assert dots == [[80.0, 90.0], [70.0, 81.0, 92.0]]
-    assert [t.get_text() for t in axes[0].get_xticklabels()] == ["regular", "JEPA λ=1, k=1"]
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["regular", "JEPA λ=1, k=1"]
 
 
 def test_training_curves_are_block_means(tmp_path, figures):
     runs = two_arms(tmp_path, FEW, BETTER)
     for run in runs:
-        log_steps(run, 600)
+        log_steps(run, 602)
     draw(plots.plot_training, runs)
     axes = figures["training"][0].axes
     assert [len(a.lines) for a in axes] == [5, 3, 3, 3]  # one line per run; regular runs have no views
     losses = [json.loads(line)["lm_loss"] for line in (Path(runs[0]) / "metrics.jsonl").read_text().splitlines()[:-1]]
     first = axes[0].lines[0]
-    assert first.get_ydata() == pytest.approx(np.reshape(losses, (150, 4)).mean(axis=1))
-    assert first.get_xdata()[:2] == pytest.approx([2.5, 6.5])
+    assert first.get_ydata() == pytest.approx([np.mean(losses[i : i + 5]) for i in range(0, 602, 5)])
+    assert first.get_xdata()[[0, 1, -1]] == pytest.approx([3.0, 8.0, 601.5])
     assert axes[0].get_yscale() == "log" and axes[2].get_yscale() == "linear"
-
-
-def test_block_means_with_a_shorter_last_block():
-    n = 151
-    values = np.random.default_rng(n).normal(size=n)
-    means = plots.block_means(pandas.DataFrame({"step": np.arange(1.0, n + 1), "x": values}))
-    size = math.ceil(n / plots.CURVE_POINTS)
-    assert means["x"].tolist() == pytest.approx([values[i : i + size].mean() for i in range(0, n, size)])
 
 
 def test_repeated_step_counts_once_and_damaged_file_is_reported(tmp_path):
@@ -100,13 +89,8 @@ def test_costs_show_wall_time_and_counted_flops(tmp_path, figures):
     log_steps(runs[3], 100, flops=False)
     assert not draw(plots.plot_costs, runs).missing
     flops, seconds = figures["costs"][0].axes
-    assert [d.get_offsets().tolist() for d in flops.collections] == [[[1.0, 90.0], [1.0, 80.0]], [[2.0, 81.0]]]
-    assert "10^{14}" in flops.get_xlabel()
+    assert [d.get_offsets().tolist() for d in flops.collections] == [[[1e14, 90.0], [1e14, 80.0]], [[2e14, 81.0]]]
     assert seconds.collections[0].get_offsets().tolist() == [[125.0, 90.0], [122.0, 80.0]]
-    for run in runs:
-        change(run, METRICS, scores=["dfa_equal"], score="dfa_equal", dfa_equal=0.5)
-    draw(plots.plot_costs, runs)
-    assert figures["costs"][0].axes[0].get_ylabel() == "dfa_equal, %"
 
 
 def cells(root: Path, which: list[tuple[int, float]]) -> list[str]:
@@ -126,7 +110,7 @@ def test_grid_shows_means_at_their_k_and_lambda(tmp_path, figures):
     assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["0", "1", "2"]
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["0.5", "1"]
     texts = {t.get_position(): t.get_text() for t in fig.axes[0].texts}
-    assert texts[(2, 0)] == "88.5\nn = 2" and texts[(1, 0)] == "not run"
+    assert texts[(2, 0)] == "88.5\nn = 2" and (1, 0) not in texts
     assert "regular: 85.0 %" in caption and not drawn.missing
 
 
@@ -160,22 +144,14 @@ def test_collapsed_views_are_drawn_and_few_have_no_t_sne(tmp_path, figures):
     assert len(draw(plots.plot_embeddings, runs).missing) == 1
 
 
-VIEW_DAMAGE = {
-    "cut short": lambda path: path.write_bytes(path.read_bytes()[:100]),
-    "empty": lambda path: path.write_bytes(b""),
-    "other examples": lambda path: export_views(path.parents[2], data_sha256="c1d2"),
-    "other layer": lambda path: export_views(path.parents[2], layer="0"),
-    "other number of pairs": lambda path: export_views(path.parents[2], pairs=20),
-}
-
-
-@pytest.mark.parametrize("damage", VIEW_DAMAGE.values(), ids=VIEW_DAMAGE)
-def test_unusable_views_are_reported(tmp_path, figures, damage):
+@pytest.mark.parametrize("how", [None, {"data_sha256": "c1d2"}, {"layer": "0"}, {"pairs": 20}], ids=str)
+def test_unusable_views_are_reported(tmp_path, figures, how):
     runs = two_arms(tmp_path)
-    paths = [export_views(run) for run in runs]
-    damage(paths[3])
+    for run in runs:
+        path = export_views(run)
+    export_views(runs[3], **how) if how else path.write_bytes(path.read_bytes()[:100])
     (problem,) = draw(plots.plot_embeddings, runs).damaged
-    assert str(paths[3]) in problem and len(figures["singular_values"][0].axes[0].lines) == 3
+    assert runs[3] in problem and len(figures["singular_values"][0].axes[0].lines) == 3
 
 
 def test_missing_and_damaged_data_is_in_the_report(tmp_path, capsys):
@@ -188,9 +164,7 @@ def test_missing_and_damaged_data_is_in_the_report(tmp_path, capsys):
     commands = ("finetune.py --output_dir", "finetune.py --track_flop", "run.sh run_jepa", "evaluate.py --model_name")
     assert made["comparisons"][0]["n"] == 2
     assert all(command in line for command, line in zip(commands, made["missing_figures"], strict=True))
-    flags = made["missing_figures"][3].split("evaluate.py ")[1].split()
-    settings, _ = parse_flags(EvaluationSettings, "", flags)
-    assert settings.export_embeddings == "RUN/eval/synth/embeddings.safetensors"
+    assert "RUN/eval/synth/embeddings.safetensors" in made["missing_figures"][3]
 
 
 def test_arms_look_different(tmp_path):

@@ -43,20 +43,13 @@ def test_pairs_are_formed_by_seed():
     c = compare("JEPA", "regular", "exact", {4: 1.0, 82: 5.0, 23: 7.0}, {23: 6.0, 37: 9.0, 4: 3.0, 84: 9.0})
     assert dict(zip(c.seeds, c.differences, strict=True)) == {4: -2.0, 23: 1.0}
     assert (c.arm_only_seeds, c.reference_only_seeds) == ([82], [37, 84])
-    with pytest.raises(ValueError):
-        compare("JEPA", "regular", "exact", {1: 1.0}, {2: 1.0})
 
 
-@pytest.mark.parametrize("differences", [[0.5, 1.5, -0.25, 2.0, 0.75], [1, 2, 3], [3.35, 0.45, -1.0, 0.95, 0.0]])
-def test_sign_flip_counts_all_signs(differences):
-    values = np.array(differences)
-    means = [abs((values * signs).mean()) for signs in itertools.product((1, -1), repeat=len(values))]
+def test_sign_flip_counts_all_signs_and_is_sampled_above_sixteen_pairs():
+    values = np.array([3.35, 0.45, -1.0, 0.95, 0.0])
+    means = [abs((values * signs).mean()) for signs in itertools.product((1, -1), repeat=5)]
     by_hand = np.mean([mean >= abs(values.mean()) - 1e-12 for mean in means])
-    p, least = stats.sign_flip(values)
-    assert p == pytest.approx(by_hand) and least == 2 / 2 ** len(values)
-
-
-def test_sign_flip_is_sampled_above_sixteen_pairs():
+    assert stats.sign_flip(values) == (pytest.approx(by_hand), 2 / 2**5)
     values = np.random.default_rng(0).normal(0.3, 1, 30)
     p, least = stats.sign_flip(values)
     assert p == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue, abs=0.02)
@@ -68,10 +61,7 @@ def test_sign_flip_is_sampled_above_sixteen_pairs():
     [
         ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # ×3; ×1 = 0.04, but not below the third's; ×2; ×4
         ([0.01, 0.02, 0.03], [0.03, 0.04, 0.04]),
-        ([0.5, 0.4], [0.8, 0.8]),
         ([0.9, 0.6, 0.7], [1.0, 1.0, 1.0]),
-        ([0.02, 0.02], [0.04, 0.04]),
-        ([0.03], [0.03]),
         ([], []),
     ],
 )
@@ -79,7 +69,7 @@ def test_holm_by_hand(ps, corrected):
     assert holm(ps) == pytest.approx(corrected)
 
 
-@pytest.mark.parametrize(("n", "level"), [(5, 0.05), (5, 0.05 / 4), (2, 0.05), (8, 0.05 / 36)])
+@pytest.mark.parametrize(("n", "level"), [(5, 0.05), (2, 0.05), (8, 0.05 / 36)])
 def test_detectable_difference_is_detected_four_times_in_five(n, level):
     true, trials = detectable(2.0, n, level), 20_000
     found = scipy.stats.ttest_1samp(np.random.default_rng(0).normal(true, 2.0, (trials, n)), 0, axis=1)
@@ -105,11 +95,10 @@ def test_equal_differences_have_no_t_test():
     assert compare("JEPA", "regular", "exact", ours, theirs).p_two_sided is None
 
 
-@pytest.mark.parametrize("bound", [0.0, 100.0])
-def test_scores_at_a_bound_are_reported(bound):
-    scores = dict.fromkeys(range(5), bound)
-    (c,) = concluded(compare("jepa", "regular", "exact", scores, dict(scores)))
-    assert c.bound == bound and f"{bound:g} %" in c.verdict
+def test_scores_at_a_bound_are_reported():
+    scores = dict.fromkeys(range(5), 100.0)
+    (c,) = concluded(compare("jepa", "regular", "exact", scores, scores))
+    assert c.bound == 100.0 and "100 %" in c.verdict
 
 
 def test_verdicts_of_gain_and_loss():
@@ -133,11 +122,8 @@ def test_correction_decides_and_sets_the_level_of_the_detectable_difference():
     (single,) = concluded(comparison(near))
     assert single.differs
     c, *_ = concluded(comparison(near), *(comparison(NOISE, f"score{i}") for i in range(3)))
-    assert (
-        c.p_two_sided < LEVEL < c.p_holm
-        and not c.differs
-        and f"uncorrected: {stats.format_p(c.p_two_sided)}" in c.verdict
-    )
+    assert c.p_two_sided < LEVEL < c.p_holm and not c.differs
+    assert f"uncorrected: {stats.format_p(c.p_two_sided)}" in c.verdict
     shown, missed, untested = concluded(comparison(GAIN), comparison(NOISE, "startswith"), comparison([0.0] * 5, "x"))
     assert shown.p_holm == pytest.approx(3 * shown.p_two_sided)  # a comparison without a test counts
     assert shown.detectable is None and untested.detectable is None
@@ -149,10 +135,8 @@ def test_correction_decides_and_sets_the_level_of_the_detectable_difference():
     [
         (GAIN, NOISE, STOPS, True),
         (GAIN, NOISE, [2.0] * 5, True),  # the same on every seed, so without a t test
-        (GAIN, [0.0] * 5, STOPS, True),
         (GAIN, [-d for d in GAIN], STOPS, True),
         (GAIN, GAIN, STOPS, False),  # the beginnings are better too
-        (GAIN, NOISE, [0.0] * 5, False),
         (GAIN, NOISE, NOISE, False),
         (GAIN, NOISE, [-d for d in STOPS], False),
         ([-d for d in GAIN], NOISE, STOPS, False),
