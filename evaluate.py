@@ -129,7 +129,7 @@ def label_logits(model: Any, pad_id: int) -> Iterator[Callable[[list[Item]], tor
 
 
 @contextlib.contextmanager
-def responding(
+def prepare_responses(
     model: Any, encoder: Encoder, examples: list[Example], s: EvaluationSettings, problems: Problems
 ) -> Iterator[tuple[list[Example], Callable[..., generation.Responses]]]:
     """(the examples that fit the model, a function of `done` and `share` as in `generation.respond`)"""
@@ -161,7 +161,7 @@ def predict(
         with agreed():  # nothing is replaced before all input is checked
             score = stack.enter_context(scorer(s, examples))
             model, encoder = load(name, s)
-            examples, responses = stack.enter_context(responding(model, encoder, examples, s, problems))
+            examples, responses = stack.enter_context(prepare_responses(model, encoder, examples, s, problems))
 
         def rows(done: set[int], share: tuple[int, int]) -> Iterator[Predictions]:
             for batch in responses(done=done, share=share):
@@ -200,10 +200,10 @@ def score_file(predictions: str, examples: list[Example], s: EvaluationSettings)
     """Scores predictions made elsewhere. Raises UsageError if their ids are not those of the examples."""
     given = {row["id"]: row for row in read_predictions(Path(predictions))}
     ids = {e.id for e in examples}
-    for wrong, what in ((ids - given.keys(), "has no prediction for"), (given.keys() - ids, "has unexpected")):
+    for wrong, what in ((ids - given.keys(), "without a prediction"), (given.keys() - ids, "without an example")):
         if wrong:
             shown = ", ".join(map(str, sorted(wrong)[:5])) + (" …" if len(wrong) > 5 else "")
-            raise UsageError(f"--score_only {predictions} {what} {len(wrong)} ids ({shown}) of {s.input_file}")
+            raise UsageError(f"--score_only {predictions}: {len(wrong)} ids {what} ({shown}) in {s.input_file}")
     responses = [Generation(given[e.id]["prediction"], given[e.id].get("stop_reason")) for e in examples]
     with scorer(s, examples) as score:
         pairs = zip(examples, tqdm(responses, unit="example"), strict=True)
@@ -211,7 +211,7 @@ def score_file(predictions: str, examples: list[Example], s: EvaluationSettings)
 
 
 def check_gold(examples: list[Example], s: EvaluationSettings) -> None:
-    """Prints the scores of the data's own answers. Raises UsageError if too many of them are wrong."""
+    """Prints the scores of the data's own answers. Raises UsageError if less than MIN_GOLD_SCORE of them are right."""
     with scorer(s, examples) as score:
         rows = [scored_row(e, Generation(e.assistant, None), score) for e in examples]
     metrics = summarize(rows, s.task)
