@@ -131,26 +131,25 @@ def label_logits(model: Any, pad_id: int) -> Iterator[Callable[[list[Item]], tor
 @contextlib.contextmanager
 def prepare_responses(
     model: Any, encoder: Encoder, examples: list[Example], s: EvaluationSettings, problems: Problems
-) -> Iterator[tuple[list[Example], Callable[..., generation.Responses]]]:
-    """(the examples that fit the model, a function of `done` and `share` as in `generation.respond`)"""
+) -> Iterator[tuple[int, Callable[..., generation.Responses]]]:
+    """(the number of examples that fit the model, a function of `done` and `share` as in `generation.respond`)"""
     choices, renderer = TASKS[s.task].choices, encoder.renderer
-    sizes = {"batch_size": s.batch_size, "tokens_per_batch": s.tokens_per_batch}
-    if choices:
-        examples, encoded = generation.encode_choices(model.config, encoder, examples, choices, problems)
-    else:
-        examples, encoded = generation.encode_prompts(model.config, renderer, examples, problems)
-    if not examples:
-        raise UsageError("no usable example is left: " + "; ".join(problems.messages[:3]))
-    if choices:
-        with label_logits(model, renderer.tokenizer.pad_token_id) as read:
-            yield examples, partial(generation.choose, read, examples, encoded, choices, **sizes)
-    elif s.engine == "vllm":
-        limits = {"max_new_tokens": s.max_new_tokens, "tensor_parallel_size": s.tensor_parallel_size}
-        with vllm_engine.started(model, renderer, examples, encoded, **limits) as generated:
-            yield examples, generated
-    else:
-        sizes |= {"max_new_tokens": s.max_new_tokens, "prompts": encoded}
-        yield examples, partial(generation.generate, model, renderer, examples, **sizes)
+    with contextlib.ExitStack() as stack:
+        if choices:
+            examples, encoded = generation.encode_choices(model.config, encoder, examples, choices, problems)
+            read = stack.enter_context(label_logits(model, renderer.tokenizer.pad_token_id))
+            respond = partial(generation.choose, read, choices)
+            lengths = [sum(len(chat.ids) for chat in generation.forward_rows(chats)) for chats in encoded]
+        else:
+            examples, encoded = generation.encode_prompts(model.config, renderer, examples, problems)
+            respond = partial(generation.generate_batch, model, renderer, s.max_new_tokens)
+            lengths = [len(prompt) for prompt in encoded]
+        batches = generation.batches(lengths, s.batch_size, s.tokens_per_batch)
+        responses = partial(generation.respond, examples, encoded, respond, batches)
+        if s.engine == "vllm":
+            sizes = (s.max_new_tokens, s.tensor_parallel_size)
+            responses = stack.enter_context(vllm_engine.started(model, renderer, examples, encoded, *sizes))
+        yield len(examples), responses
 
 
 def predict(
@@ -161,7 +160,7 @@ def predict(
         with agreed():  # nothing is replaced before all input is checked
             score = stack.enter_context(scorer(s, examples))
             model, encoder = load(name, s)
-            examples, responses = stack.enter_context(prepare_responses(model, encoder, examples, s, problems))
+            total, responses = stack.enter_context(prepare_responses(model, encoder, examples, s, problems))
 
         def rows(done: set[int], share: tuple[int, int]) -> Iterator[Predictions]:
             for batch in responses(done=done, share=share):
@@ -170,7 +169,7 @@ def predict(
         weights = [p for p in Path(name).glob("*") if p.suffix in (".safetensors", ".bin")]
         changed = sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights)
         identity = identity | {"model": {"name": name, "weights": changed}}
-        return collect(path, identity, s.overwrite, len(examples), rows)
+        return collect(path, identity, s.overwrite, total, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- score
@@ -278,13 +277,12 @@ def evaluate_embeddings(
         if path and path.exists() and not s.overwrite:
             raise UsageError(f"{path} exists; give --overwrite")
     model, encoder = load(s.model_name, s)
-    if s.skip_bad_examples:
-        examples = embeddings.usable(model, encoder, examples, problems)
+    examples, _ = embeddings.encode_views(model, encoder, examples, problems)
     report_skipped(problems, record)
+    sizes = {"batch_size": s.batch_size, "tokens_per_batch": s.tokens_per_batch}
     text, code = embeddings.embed(
-        model, encoder, examples, s.batch_size, s.embedding_layer, s.embedding_pooling,
-        tokens_per_batch=s.tokens_per_batch,
-    )  # fmt: skip
+        model, encoder, examples, layer=s.embedding_layer, pooling=s.embedding_pooling, **sizes
+    )
     origin = {"model": s.model_name, "layer": s.embedding_layer, "pooling": s.embedding_pooling}
     if vectors:
         ids = [example.id for example in examples]

@@ -14,8 +14,8 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,28 +42,18 @@ def versions() -> dict[str, str]:
     try:
         command = [interpreter(), "-I", str(WORKER), "--versions"]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        found = json.loads(done.stdout) if done.returncode == 0 else {}
-    except (OSError, ValueError):
-        found = {}
-    if "vllm" not in found:
+        found = json.loads(done.stdout)
+        return {"vllm": found["vllm"]} | {f"vllm_{name}": found[name] for name in ("torch", "transformers")}
+    except (OSError, ValueError, KeyError):
         how = "run `bash setup.sh --vllm`, or set VLLM_PYTHON to the Python of an environment that has it"
-        raise UsageError(f"--engine vllm: {interpreter()} has no vLLM; {how}")
-    return {name if name == "vllm" else f"vllm_{name}": version for name, version in found.items()}
+        raise UsageError(f"--engine vllm: {interpreter()} has no vLLM; {how}") from None
 
 
-@dataclass(frozen=True)
-class RemoteModel:
-    """A model that vLLM loads: its name, and the configurations that prompts and stop tokens depend on."""
+def describe(name: str, revision: str | None, dtype: str, renderer: Renderer) -> SimpleNamespace:
+    """A model that vLLM loads: its name, revision, dtype, config and generation_config.
 
-    name: str
-    revision: str | None
-    dtype: str
-    config: Any
-    generation_config: GenerationConfig
-
-
-def describe(name: str, revision: str | None, dtype: str, renderer: Renderer) -> RemoteModel:
-    """Raises UsageError if the model is an adapter or has fewer embeddings than its tokenizer has tokens."""
+    Raises UsageError if it is an adapter or has fewer embeddings than its tokenizer has tokens.
+    """
     if (Path(name) / "adapter_config.json").is_file():  # vLLM's adapters have no rows of added tokens
         raise UsageError(f"--engine vllm: {name} is an adapter; give it merged (finetune.py --merge: {name}/merged)")
     config = load_config(name, revision)
@@ -74,7 +64,7 @@ def describe(name: str, revision: str | None, dtype: str, renderer: Renderer) ->
     tokens, rows = len(renderer.tokenizer), config.get_text_config().vocab_size
     if tokens > rows:  # the transformers engine draws them at random
         raise UsageError(f"--engine vllm: {name} has {rows} embeddings for {tokens} tokens of its tokenizer")
-    return RemoteModel(name, revision, dtype.removeprefix("torch."), config, generation)
+    return SimpleNamespace(name=name, revision=revision, dtype=dtype, config=config, generation_config=generation)
 
 
 class Worker:
@@ -127,10 +117,10 @@ class Worker:
 
 @contextlib.contextmanager
 def started(
-    model: RemoteModel, renderer: Renderer, examples: list[Example], prompts: list[list[int]], *, max_new_tokens: int,
-    tensor_parallel_size: int,
+    model: SimpleNamespace, renderer: Renderer, examples: list[Example], prompts: list[list[int]],
+    max_new_tokens: int, tensor_parallel_size: int,
 ) -> Iterator[Callable[..., Responses]]:  # fmt: skip
-    """Starts vLLM and loads the model. Gives a function like `generation.generate` with only `done` and `share`.
+    """Starts vLLM and loads the model. Yields a function of `done` and `share` as in `generation.respond`.
 
     Raises UsageError if vLLM cannot load the model; the function raises OSError if vLLM fails later.
     """
