@@ -19,19 +19,18 @@ def process_group(cpu: bool, **options: Any) -> Iterator[PartialState]:
     """Joins torchrun's process group, with `options` of `init_process_group`; without torchrun a single process."""
     state = PartialState(cpu=cpu, **(options if "LOCAL_RANK" in os.environ else {}))
     state.wait_for_everyone()  # a process that ends at once could not be found by one that is still connecting
+    complete = True
     try:
         yield state
-    except UsageError:  # raised by every process; after other errors some may be gone
-        _close(state)
+    except BaseException as error:
+        complete = isinstance(error, UsageError)  # raised by every process; after other errors some may be gone
         raise
-    _close(state)
-
-
-def _close(state: PartialState) -> None:
-    # A thread of the group that is still running when the interpreter ends aborts it. Objects that reference the group
-    # are freed first: freed later, they would wait for such a thread while holding the lock that it needs.
-    gc.collect()
-    state.destroy_process_group()
+    finally:
+        if complete:
+            # A thread of the group that is still running when the interpreter ends aborts it. Objects that reference
+            # the group are freed first: freed later, they would wait for such a thread and hold the lock that it needs.
+            gc.collect()
+            state.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -62,21 +62,6 @@ def encode_views(
     return encode_usable(examples, encode, problems)
 
 
-def hidden_states(model: Any, inputs: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
-    """A layer's hidden states (R, T, D): 0 the embedding layer, −1 the last layer after the final norm.
-
-    Raises UsageError if the model has no such layer.
-    """
-    # Without the output layer, because logits of all tokens would take most of the memory; so would all layers' states.
-    out = model.get_decoder()(**inputs, use_cache=False, output_hidden_states=layer != -1, return_dict=True)
-    if layer == -1:
-        return out.last_hidden_state
-    n = len(out.hidden_states)
-    if not -n <= layer < n:
-        raise UsageError(f"--embedding_layer {layer} is not in {-n} to {n - 1}, the layers of this model")
-    return out.hidden_states[layer]
-
-
 def embed(
     model: Any, encoder: Encoder, examples: list[Example], batch_size: int, layer: int = -1, pooling: str = "last",
     *, tokens_per_batch: int = 0,
@@ -85,11 +70,14 @@ def embed(
 
     `encoder` has the flags of training; batches are those of `generation.batches`, with one view per row. Pooling
     `last` reads the view token, as the JEPA loss does; `mean` averages over all tokens of the view, including those of
-    template and predictors; `cls` is the first token, which in a causal model does not depend on the view. Puts the
-    model in evaluation mode.
+    template and predictors; `cls` is the first token, which in a causal model does not depend on the view. Layer 0 is
+    the embedding layer, −1 the last layer after the final norm. Puts the model in evaluation mode.
 
     Raises ExampleError for a view that cannot be encoded, UsageError for a wrong layer or embeddings that overflow.
     """
+    n = model.config.get_text_config().num_hidden_layers
+    if not -n - 1 <= layer <= n:
+        raise UsageError(f"--embedding_layer {layer} is not in {-n - 1} to {n}, the layers of this model")
     _, pairs = encode_views(model, encoder, examples, Problems())
     segments = [view for side in zip(*pairs, strict=True) for view in side]  # all Text views, then all Code views
     pad_id = encoder.renderer.tokenizer.pad_token_id
@@ -100,7 +88,9 @@ def embed(
             batch = [segments[i] for i in indices]
             order += indices
             inputs = padded([s.ids for s in batch], pad_id, model.device)  # (R, T) each
-            hidden = hidden_states(model, inputs, layer)
+            # Logits of all tokens or hidden states of all layers would need most of the memory.
+            out = model.get_decoder()(**inputs, use_cache=False, output_hidden_states=layer != -1, return_dict=True)
+            hidden = out.last_hidden_state if layer == -1 else out.hidden_states[layer]  # (R, T, D)
             mask, view_at = inputs["attention_mask"].to(hidden.device), torch.tensor([s.view for s in batch])
             parts.append(POOLINGS[pooling](hidden, mask, view_at).float().cpu())  # (R, D)
             bar.update(len(batch))

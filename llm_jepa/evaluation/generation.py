@@ -253,6 +253,12 @@ def forward_rows(chats: list[Segment]) -> list[Segment]:
     return chats[:1] if single else chats
 
 
+def forward_size(chats: list[Segment]) -> int:
+    """The number of tokens in these rows when padded."""
+    rows = forward_rows(chats)
+    return len(rows) * max(len(row.ids) for row in rows)
+
+
 @contextlib.contextmanager
 def float32_logits(model: Any) -> Iterator[None]:
     """Computes logits in float32: in bfloat16, likelihoods of two choices are often the same number.

@@ -57,14 +57,10 @@ def write_predictions(path: Path, rows: Predictions) -> Predictions:
 def check_free(path: Path, overwrite: bool) -> None:
     """Raises UsageError if the folder has the metrics of another predictions file, or of this one without overwrite."""
     metrics = path.with_name("metrics.json")
-    if not metrics.exists():
-        return
-    settings = read_json(metrics)["settings"]
-    if (owner := Path(settings["output_file"]).name) != path.name:
-        raise UsageError(f"{metrics} belongs to {owner}; give an --output_file in another folder")
-    if not overwrite:
-        how = "give --output_file FOLDER/predictions.jsonl, or --overwrite to replace it"
-        raise UsageError(f"{metrics} exists, from a finished evaluation of {settings['input_file']}; {how}")
+    owner = Path(read_json(metrics)["settings"]["output_file"]).name if metrics.exists() else None
+    if owner and (owner != path.name or not overwrite):
+        how = "give --output_file FOLDER/predictions.jsonl" + (", or --overwrite" if owner == path.name else "")
+        raise UsageError(f"{metrics} exists, from a finished evaluation that wrote {owner}; {how}")
 
 
 def settings_file(path: Path) -> Path:

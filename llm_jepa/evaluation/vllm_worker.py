@@ -44,10 +44,8 @@ def generate(llm: Any, request: dict[str, Any], send: Callable[[dict[str, Any]],
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
             id_, prompt, _ = request["prompts"][int(output.request_id)]  # vLLM numbers requests in order of arrival
-            if output.prompt_token_ids != prompt:
-                raise RuntimeError(f"vLLM's request {output.request_id} is not the prompt of id {id_}")
-            if output.outputs[0].finish_reason not in ("stop", "length"):
-                raise RuntimeError(f"vLLM ended id {id_} with {output.outputs[0].finish_reason}")
+            if output.prompt_token_ids != prompt or output.outputs[0].finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM's request {output.request_id} is not the prompt of id {id_}, or was aborted")
             send({"id": id_, "tokens": list(output.outputs[0].token_ids)})
 
 
