@@ -58,31 +58,6 @@ MIN_GOLD_SCORE = 0.9  # of the data's own answers; in published data sets a few 
 # ----------------------------------------------------------------------------------------------------------- load
 
 
-def load_examples(s: EvaluationSettings, problems: Problems) -> list[Example]:
-    """The examples to evaluate. Raises UsageError for bad data."""
-    examples = read_examples(s.input_file, problems, s.fields)
-    if s.process_split:
-        examples = split_examples(examples, s.test_size, s.split_seed)[s.process_split == "test"]
-    return examples[: s.max_examples or None]
-
-
-def loading_options(s: EvaluationSettings) -> tuple[dict[str, Any], str]:
-    """(arguments of from_pretrained, the device of a model without a device map)"""
-    cuda = torch.cuda.is_available()
-    auto = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
-    options: dict[str, Any] = {"dtype": auto if s.dtype == "auto" else getattr(torch, s.dtype), "revision": s.revision}
-    if s.attn_implementation:
-        options["attn_implementation"] = s.attn_implementation
-    device = "cuda" if cuda else "cpu"
-    if s.load_in_8bit or s.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=s.load_in_8bit, load_in_4bit=s.load_in_4bit, bnb_4bit_compute_dtype=options["dtype"]
-        )
-    if s.device_map or "quantization_config" in options:  # quantized parameters cannot move between devices
-        options["device_map"] = s.device_map or device
-    return options, device
-
-
 def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
     """The model on its device in evaluation mode (only a description of it for vLLM, which loads it), and its encoder.
 
@@ -99,11 +74,19 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
     views = {k: flags[k] for k in ("predictors", "front_pred", "reverse_pred") if k in flags}
     places = {k: flags[k] for k in ("last_token", "text_view") if k in flags}
     encoder = Encoder(Renderer(tokenizer, plain=s.plain, **views), labels, max_length=sys.maxsize, **places)
-    options, device = loading_options(s)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    auto = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    dtype = auto if s.dtype == "auto" else s.dtype
     if s.engine == "vllm":
-        return vllm_engine.describe(name, s.revision, str(options["dtype"]), encoder.renderer), encoder
-    if adapter and s.revision is None:
-        options["revision"] = adapter.get("revision")
+        return vllm_engine.describe(name, s.revision, dtype), encoder
+    revision = adapter.get("revision") if adapter and s.revision is None else s.revision
+    options = {"dtype": getattr(torch, dtype), "revision": revision, "device_map": s.device_map}
+    if s.attn_implementation:
+        options["attn_implementation"] = s.attn_implementation
+    if s.load_in_8bit or s.load_in_4bit:
+        bits = {"load_in_8bit": s.load_in_8bit, "load_in_4bit": s.load_in_4bit}
+        options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=options["dtype"])
+        options["device_map"] = s.device_map or device  # quantized parameters cannot move between devices
     set_seed(42)  # embeddings of tokens that a model lacks (--plain) are drawn at random
     try:
         model = load_pretrained(base, **options)
@@ -115,7 +98,7 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
             model = PeftModel.from_pretrained(model, name)
     except LOADING_ERRORS as error:
         raise UsageError(f"--model_name {name} cannot be loaded: {first_line(error)}") from None
-    return (model if "device_map" in options else model.to(device)).eval(), encoder
+    return (model if options["device_map"] else model.to(device)).eval(), encoder
 
 
 # ------------------------------------------------------------------------------------------------------- generate
@@ -129,31 +112,6 @@ def label_logits(model: Any, pad_id: int) -> Iterator[Callable[[list[Item]], tor
         yield lambda items: selector.read(model, on_device(collator(items), model.device)).logits
 
 
-@contextlib.contextmanager
-def responding(
-    model: Any, encoder: Encoder, examples: list[Example], s: EvaluationSettings, problems: Problems
-) -> Iterator[tuple[list[Example], Callable[..., generation.Responses]]]:
-    """(the examples that fit the model, a function of `done` and `share` as in `generation.respond`)"""
-    choices, renderer = TASKS[s.task].choices, encoder.renderer
-    sizes = {"batch_size": s.batch_size, "tokens_per_batch": s.tokens_per_batch}
-    if choices:
-        examples, encoded = generation.encode_choices(model.config, encoder, examples, choices, problems)
-    else:
-        examples, encoded = generation.encode_prompts(model.config, renderer, examples, problems)
-    if not examples:
-        raise UsageError("no usable example is left: " + "; ".join(problems.messages[:3]))
-    if choices:
-        with label_logits(model, renderer.tokenizer.pad_token_id) as read:
-            yield examples, partial(generation.choose, read, examples, encoded, choices, **sizes)
-    elif s.engine == "vllm":
-        limits = {"max_new_tokens": s.max_new_tokens, "tensor_parallel_size": s.tensor_parallel_size}
-        with vllm_engine.started(model, renderer, examples, encoded, **limits) as generated:
-            yield examples, generated
-    else:
-        sizes |= {"max_new_tokens": s.max_new_tokens, "prompts": encoded}
-        yield examples, partial(generation.generate, model, renderer, examples, **sizes)
-
-
 def predict(
     name: str, examples: list[Example], s: EvaluationSettings, path: Path, identity: dict[str, Any], problems: Problems
 ) -> Predictions:
@@ -162,11 +120,25 @@ def predict(
         with agreed():  # nothing is replaced before all input is checked
             score = stack.enter_context(scorer(s, examples))
             model, encoder = load(name, s)
-            examples, responses = stack.enter_context(responding(model, encoder, examples, s, problems))
+            choices, renderer = TASKS[s.task].choices, encoder.renderer
+            if choices:
+                examples, encoded = generation.encode_choices(model.config, encoder, examples, choices, problems)
+                read = stack.enter_context(label_logits(model, renderer.tokenizer.pad_token_id))
+                response = partial(generation.choose, read, choices)
+                lengths = [generation.forward_size(chats) for chats in encoded]
+            else:
+                examples, encoded = generation.encode_prompts(model.config, renderer, examples, problems)
+                response = partial(generation.generate_batch, model, renderer, s.max_new_tokens)
+                lengths = [len(prompt) for prompt in encoded]
+            batches = generation.batches(lengths, s.batch_size, s.tokens_per_batch)
+            responses = partial(generation.respond, examples, encoded, response, batches)
+            if s.engine == "vllm":
+                sizes = (s.max_new_tokens, s.tensor_parallel_size)
+                responses = stack.enter_context(vllm_engine.started(model, renderer, examples, encoded, *sizes))
 
         def rows(done: set[int], share: tuple[int, int]) -> Iterator[Predictions]:
-            for batch in responses(done=done, share=share):
-                yield [scored_row(example, response, score) for example, response in batch]
+            for batch in responses(done, share):
+                yield [scored_row(example, found, score) for example, found in batch]
 
         weights = [p for p in Path(name).glob("*") if p.suffix in (".safetensors", ".bin")]
         changed = sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights)
@@ -197,12 +169,10 @@ def scorer(s: EvaluationSettings, examples: list[Example]) -> Iterator[Scorer]:
 
 def score_file(predictions: str, examples: list[Example], s: EvaluationSettings) -> Predictions:
     """Scores predictions made elsewhere. Raises UsageError if their ids are not those of the examples."""
-    given = {row["id"]: row for row in read_predictions(Path(predictions))}
-    ids = {e.id for e in examples}
-    for wrong, what in ((ids - given.keys(), "has no prediction for"), (given.keys() - ids, "has unexpected")):
+    given, ids = {row["id"]: row for row in read_predictions(Path(predictions))}, {e.id for e in examples}
+    for wrong, what in ((ids - given.keys(), "without a prediction"), (given.keys() - ids, "without an example")):
         if wrong:
-            shown = ", ".join(map(str, sorted(wrong)[:5])) + (" …" if len(wrong) > 5 else "")
-            raise UsageError(f"--score_only {predictions} {what} {len(wrong)} ids ({shown}) of {s.input_file}")
+            raise UsageError(f"--score_only {predictions}: {len(wrong)} ids {what} in {s.input_file}: {min(wrong)} …")
     responses = [Generation(given[e.id]["prediction"], given[e.id].get("stop_reason")) for e in examples]
     with scorer(s, examples) as score:
         pairs = zip(examples, tqdm(responses, unit="example"), strict=True)
@@ -210,7 +180,7 @@ def score_file(predictions: str, examples: list[Example], s: EvaluationSettings)
 
 
 def check_gold(examples: list[Example], s: EvaluationSettings) -> None:
-    """Prints the scores of the data's own answers. Raises UsageError if too many of them are wrong."""
+    """Prints the scores of the data's own answers. Raises UsageError if less than MIN_GOLD_SCORE of them are right."""
     with scorer(s, examples) as score:
         rows = [scored_row(e, Generation(e.assistant, None), score) for e in examples]
     metrics = summarize(rows, s.task)
@@ -234,7 +204,8 @@ def evaluate_predictions(
     s: EvaluationSettings, examples: list[Example], identity: dict[str, Any], record: dict[str, Any], problems: Problems
 ) -> None:
     """Gets predictions from models or a file, writes them and their metrics, and prints the scores."""
-    path, written, untuned = Path(s.output_file), [Path(s.output_file)], None
+    path, untuned = Path(s.output_file), None
+    untuned_path = path.with_name("untuned") / path.name
     if s.score_only:
         rows = score_file(s.score_only, examples, s)
         begin_output(path, identity | {"predictions_sha256": sha256(s.score_only)}, s.overwrite)
@@ -242,27 +213,24 @@ def evaluate_predictions(
     else:
         rows = predict(s.model_name, examples, s, path, identity, problems)
     if s.split_tune_untune:
-        written.append(path.with_name("untuned") / path.name)
-        base = dataclasses.replace(s, original_model_name=None)
-        others = Problems(s.skip_bad_examples)
-        untuned = predict(s.original_model_name, examples, base, written[-1], identity, others)
+        base, others = dataclasses.replace(s, original_model_name=None), Problems(s.skip_bad_examples)
+        untuned = predict(s.original_model_name, examples, base, untuned_path, identity, others)
     if not PartialState().is_main_process:
         return
     report_skipped(problems, record)
-    summary_of = partial(summarize, task=s.task, startswith=s.startswith)
-    metrics = summary_of(rows)
+    metrics = summarize(rows, s.task, s.startswith)
+    print(score_table(metrics))
     if untuned:
         right = {row["id"] for row in untuned if row[metrics["score"]]}
         parts = {"right": [r for r in rows if r["id"] in right], "wrong": [r for r in rows if r["id"] not in right]}
-        metrics["untuned"] = summary_of(untuned)
-        metrics["by_untuned"] = {name: summary_of(part) if part else None for name, part in parts.items()}
+        found = {name: summarize(part, s.task, s.startswith) for name, part in parts.items() if part}
+        metrics["untuned"] = summarize(untuned, s.task, s.startswith)
+        metrics["by_untuned"] = {name: found.get(name) for name in parts}
+        for name, scores in found.items():
+            print(f"\nexamples the untuned model got {name}: " + score_table(scores))
     write_json(path.with_name("metrics.json"), metrics | record)
-    for file in written:
+    for file in (path, untuned_path):
         settings_file(file).unlink(missing_ok=True)
-    print(score_table(metrics))
-    for part, scores in metrics.get("by_untuned", {}).items():
-        if scores:
-            print(f"\nexamples the untuned model got {part}: " + score_table(scores))
 
 
 def evaluate_embeddings(
@@ -277,13 +245,12 @@ def evaluate_embeddings(
         if path and path.exists() and not s.overwrite:
             raise UsageError(f"{path} exists; give --overwrite")
     model, encoder = load(s.model_name, s)
-    if s.skip_bad_examples:
-        examples = embeddings.usable(model, encoder, examples, problems)
+    examples, _ = embeddings.encode_views(model, encoder, examples, problems)
     report_skipped(problems, record)
+    sizes = {"batch_size": s.batch_size, "tokens_per_batch": s.tokens_per_batch}
     text, code = embeddings.embed(
-        model, encoder, examples, s.batch_size, s.embedding_layer, s.embedding_pooling,
-        tokens_per_batch=s.tokens_per_batch,
-    )  # fmt: skip
+        model, encoder, examples, layer=s.embedding_layer, pooling=s.embedding_pooling, **sizes
+    )
     origin = {"model": s.model_name, "layer": s.embedding_layer, "pooling": s.embedding_pooling}
     if vectors:
         ids = [example.id for example in examples]
@@ -294,8 +261,6 @@ def evaluate_embeddings(
         figures.parent.mkdir(parents=True, exist_ok=True)
         write_json(figures, origin | measured | record)
         print("\n".join(f"{k:34}{v:.6g}" for k, v in measured.items() if isinstance(v, (int, float))))
-        if measured["least_squares_error"] is None:
-            print(f"no least-squares error: it needs more pairs than the {measured['dims']} dimensions")
     if drawing:  # last, because it raises for data that cannot be drawn
         groups = embeddings.t_sne_groups(s.t_sne_type, text, code, examples)
         embeddings.t_sne(drawing, groups, seed=42, title=f"{Path(s.model_name).name}, {dataset_name(s.input_file)}")
@@ -306,7 +271,10 @@ def evaluate(s: EvaluationSettings) -> None:
     """Runs an evaluation with checked settings in this process."""
     problems = Problems(s.skip_bad_examples)
     with agreed():
-        examples = load_examples(s, problems)
+        examples = read_examples(s.input_file, problems, s.fields)
+        if s.process_split:
+            examples = split_examples(examples, s.test_size, s.split_seed)[s.process_split == "test"]
+        examples = examples[: s.max_examples or None]
         settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "overwrite"}
         identity = {"settings": settings, "data_sha256": data_sha256(s.input_file)}
         if s.task and (databases := databases_of(s)):

@@ -34,7 +34,7 @@ def padded_batches(
     """`generate` on left-padded batches in file order. Returns responses by id."""
     tokenizer, stops, answers = renderer.tokenizer, generation.stop_ids(model.generation_config, renderer), {}
     for begin in range(0, len(examples), batch_size):
-        inputs = generation.prompt_inputs(model, prompts[begin : begin + batch_size], tokenizer.pad_token_id, None)
+        inputs = generation.padded(prompts[begin : begin + batch_size], tokenizer.pad_token_id, model.device, "left")
         rows = model.generate(
             **inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
@@ -69,9 +69,9 @@ def continuous_batching(
     return {example.id: text(tokenizer, row, stops) for example, row in zip(examples, rows, strict=True)}
 
 
-def ours(model: Any, renderer: Any, examples: list[Example], prompts: list[list[int]], **sizes: int) -> dict[int, str]:
+def ours(model: Any, renderer: Any, examples: list[Example], batch_size: int, max_new_tokens: int) -> dict[int, str]:
     """evaluate.py's generation. Returns responses by id."""
-    batches = generation.generate(model, renderer, examples, prompts=prompts, **sizes)
+    batches = generation.generate(model, renderer, examples, batch_size, max_new_tokens)
     return {example.id: answer.text for batch in batches for example, answer in batch}
 
 
@@ -102,9 +102,7 @@ def main() -> int:
             "continuous batching": partial(
                 continuous_batching, model, renderer, examples, prompts, args.batch_size, args.max_new_tokens
             ),
-            "evaluate.py": partial(
-                ours, model, renderer, examples, prompts, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
-            ),
+            "evaluate.py": partial(ours, model, renderer, examples, args.batch_size, args.max_new_tokens),
         }
         answers = {name: arm() for name, arm in arms.items()}
         seconds = {name: percentiles(times) for name, times in interleave(arms, args.repeats).items()}

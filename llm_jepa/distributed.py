@@ -1,4 +1,4 @@
-"""The processes that torchrun started: their process group, and errors that all of them must agree on."""
+"""The process group of torchrun, and errors that all processes raise together."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from llm_jepa.cli import UsageError
 
 @contextlib.contextmanager
 def process_group(cpu: bool, **options: Any) -> Iterator[PartialState]:
-    """This process's place among those of torchrun. `options` go to `init_process_group` if there are several."""
+    """Joins torchrun's process group, with `options` of `init_process_group`; without torchrun a single process."""
     state = PartialState(cpu=cpu, **(options if "LOCAL_RANK" in os.environ else {}))
-    state.wait_for_everyone()  # a process that leaves at once would be missed by one that still looks for it
+    state.wait_for_everyone()  # a process that ends at once could not be found by one that is still connecting
+    complete = True
     try:
         yield state
-    except UsageError:  # raised by every process; after other errors some may be gone
-        _close(state)
+    except BaseException as error:
+        complete = isinstance(error, UsageError)  # raised by every process; after other errors some may be gone
         raise
-    _close(state)
-
-
-def _close(state: PartialState) -> None:
-    # A thread of the group that still has work to release when the interpreter ends would abort it. The objects that
-    # hold the group go first: freeing them later would wait for such a thread while holding the lock it waits for.
-    gc.collect()
-    state.destroy_process_group()
+    finally:
+        if complete:
+            # A thread of the group that is still running when the interpreter ends aborts it. Objects that reference
+            # the group are freed first: freed later, they would wait for such a thread and hold the lock that it needs.
+            gc.collect()
+            state.destroy_process_group()
 
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """All processes leave the block together; an error that one of them finds in it is raised in each."""
+    """All processes leave the block together. A UsageError or OSError in one of them is raised in all."""
     mistake = None
     try:
         yield

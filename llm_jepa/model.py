@@ -61,7 +61,7 @@ def load_pretrained(name: str, **options: Any) -> Any:
 def load_config(name: str, revision: str | None = None) -> Any:
     """The model's configuration. Raises UsageError if there is none or the folder contains an adapter."""
     if (Path(name) / "adapter_config.json").is_file():
-        raise UsageError(f"--model_name {name} is an adapter; train from its merged model (--merge)")
+        raise UsageError(f"--model_name {name} is an adapter; give its merged model (finetune.py --merge)")
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except LOADING_ERRORS as error:

@@ -7,6 +7,7 @@ writes them and `t_sne` draws them. Letters: P pairs, R rows of a batch, T token
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.segments import Encoder, Segment
-from llm_jepa.evaluation.generation import batches, padded
+from llm_jepa.evaluation.generation import batches, encode_usable, padded
 from llm_jepa.files import write_bytes, write_json
 from llm_jepa.model import context_length
 from llm_jepa.reports import plots
@@ -37,54 +38,28 @@ PARAPHRASE_SETS = 10  # as many as there are colors
 # ---------------------------------------------------------------------------------------------------------- embed
 
 
-def view_segments(model: Any, encoder: Encoder, examples: list[Example]) -> tuple[list[Segment], list[Segment]]:
-    """(Text views, Code views), in this order even if --reverse_pred trained on the Code view first.
+def encode_views(
+    model: Any, encoder: Encoder, examples: list[Example], problems: Problems
+) -> tuple[list[Example], list[tuple[Segment, Segment]]]:
+    """(examples, their Text and Code views), without those that cannot be rendered or are longer than the context.
 
-    Raises ExampleError for a view that cannot be rendered or is longer than the model's context.
+    The Text view comes first even if --reverse_pred trained on the Code view first.
     """
-    limit, views = context_length(model.config), encoder.views(examples)
-    if encoder.text_view == "in_chat":
-        chats = encoder.chats(examples)
-        texts = [chat if isinstance(chat, ValueError) else chat.text_view for chat in chats]
-        views = [(text, code) for text, (_, code) in zip(texts, views, strict=True)]
-    for example, view in ((e, v) for e, pair in zip(examples, views, strict=True) for v in pair):
-        if isinstance(view, ValueError):
-            raise ExampleError(f"{example.source}: {view}")
-        if limit and len(view.ids) > limit:
-            raise ExampleError(f"{example.source}: a view has {len(view.ids)} tokens, the model's context {limit}")
-    first, second = (list(side) for side in zip(*views, strict=True))
-    return (second, first) if encoder.renderer.reverse_pred else (first, second)
+    limit = context_length(model.config) or sys.maxsize
 
+    def encode(example: Example) -> tuple[Segment, Segment]:
+        views = encoder.views([example])[0]
+        if encoder.text_view == "in_chat":
+            chat = encoder.chats([example])[0]
+            views = (chat if isinstance(chat, ValueError) else chat.text_view, views[1])
+        for view in views:
+            if isinstance(view, ValueError):
+                raise view
+            if len(view.ids) > limit:
+                raise ValueError(f"a view has {len(view.ids)} tokens, the model's context {limit}")
+        return views[::-1] if encoder.renderer.reverse_pred else views
 
-def usable(model: Any, encoder: Encoder, examples: list[Example], problems: Problems) -> list[Example]:
-    """The examples whose views can be encoded. Raises ExampleError for others unless `problems` skips them."""
-    good = []
-    for example in examples:
-        try:
-            view_segments(model, encoder, [example])
-            good.append(example)
-        except ExampleError as error:
-            problems.add(example.source, str(error).removeprefix(f"{example.source}: "))
-    if not good:
-        raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
-    return good
-
-
-def hidden_states(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int) -> torch.Tensor:
-    """A layer's hidden states (R, T, D): 0 the embedding layer, −1 the last layer after the final norm.
-
-    Raises UsageError if the model has no such layer.
-    """
-    # Without the output layer, because logits of all tokens would take most of the memory; so would all layers' states.
-    out = model.get_decoder()(
-        input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=layer != -1, return_dict=True
-    )
-    if layer == -1:
-        return out.last_hidden_state
-    n = len(out.hidden_states)
-    if not -n <= layer < n:
-        raise UsageError(f"--embedding_layer {layer} is not in {-n} to {n - 1}, the layers of this model")
-    return out.hidden_states[layer]
+    return encode_usable(examples, encode, problems)
 
 
 def embed(
@@ -95,35 +70,41 @@ def embed(
 
     `encoder` has the flags of training; batches are those of `generation.batches`, with one view per row. Pooling
     `last` reads the view token, as the JEPA loss does; `mean` averages over all tokens of the view, including those of
-    template and predictors; `cls` is the first token, which in a causal model does not depend on the view. Puts the
-    model in evaluation mode.
+    template and predictors; `cls` is the first token, which in a causal model does not depend on the view. Layer 0 is
+    the embedding layer, −1 the last layer after the final norm. Puts the model in evaluation mode.
 
     Raises ExampleError for a view that cannot be encoded, UsageError for a wrong layer or embeddings that overflow.
     """
-    text, code = view_segments(model, encoder, examples)
-    segments, pad = text + code, encoder.renderer.tokenizer.pad_token_id
+    n = model.config.get_text_config().num_hidden_layers
+    if not -n - 1 <= layer <= n:
+        raise UsageError(f"--embedding_layer {layer} is not in {-n - 1} to {n}, the layers of this model")
+    _, pairs = encode_views(model, encoder, examples, Problems())
+    segments = [view for side in zip(*pairs, strict=True) for view in side]  # all Text views, then all Code views
+    pad_id = encoder.renderer.tokenizer.pad_token_id
     model.eval()
     parts, order = [], []
     with tqdm(total=len(segments), unit="view") as bar, torch.inference_mode():
         for indices in batches([len(s.ids) for s in segments], batch_size, tokens_per_batch):
             batch = [segments[i] for i in indices]
             order += indices
-            ids, mask = padded([s.ids for s in batch], pad)  # (R, T) each
-            hidden = hidden_states(model, ids.to(model.device), mask.to(model.device), layer)
-            view_at = torch.tensor([s.view for s in batch])
-            parts.append(POOLINGS[pooling](hidden, mask.to(hidden.device), view_at).float().cpu())  # (R, D)
+            inputs = padded([s.ids for s in batch], pad_id, model.device)  # (R, T) each
+            # Logits of all tokens or hidden states of all layers would need most of the memory.
+            out = model.get_decoder()(**inputs, use_cache=False, output_hidden_states=layer != -1, return_dict=True)
+            hidden = out.last_hidden_state if layer == -1 else out.hidden_states[layer]  # (R, T, D)
+            mask, view_at = inputs["attention_mask"].to(hidden.device), torch.tensor([s.view for s in batch])
+            parts.append(POOLINGS[pooling](hidden, mask, view_at).float().cpu())  # (R, D)
             bar.update(len(batch))
     vectors = torch.cat(parts)[torch.tensor(order).argsort()]  # (2P, D)
     if not vectors.isfinite().all():
         raise UsageError("the embeddings are not finite in this precision; give --dtype float32")
-    return vectors[: len(text)], vectors[len(text) :]
+    return vectors[: len(pairs)], vectors[len(pairs) :]
 
 
 # -------------------------------------------------------------------------------------------------------- measure
 
 
 def derangement(n: int, seed: int) -> np.ndarray:
-    """A random permutation of n > 1 indices without fixed points: a single cycle."""
+    """A random permutation of n indices without fixed points (if n > 1): a single cycle."""
     order, partner = np.random.default_rng(seed).permutation(n), np.empty(n, dtype=np.int64)
     partner[order] = np.roll(order, 1)
     return partner
@@ -153,21 +134,23 @@ def retrieval(text: np.ndarray, code: np.ndarray, at: tuple[int, ...] = (1, 10))
     return {k: found[k] / len(text) for k in at}
 
 
-def least_squares(text: np.ndarray, code: np.ndarray, shuffled: np.ndarray) -> tuple[float, float, float] | None:
+def least_squares(text: np.ndarray, code: np.ndarray, shuffled: np.ndarray) -> dict[str, float | None]:
     """Fits a linear map W (D, D) from the texts X (P, D) to the codes Y (P, D), without a constant term.
 
-    Returns (error, relative, by chance): error = min over W of ‖XW − Y‖², the squared Frobenius norm, summed over pairs
-    and dimensions; relative = error / ‖Y‖²; by chance = relative for Y[shuffled], the codes of other pairs, because the
-    fit becomes easier as P approaches D. With P ≤ D some W has error 0 for any codes, which means nothing: None.
+    `least_squares_error` = min over W of ‖XW − Y‖², the squared Frobenius norm, summed over pairs and dimensions;
+    `least_squares_relative` = error / ‖Y‖²; `least_squares_relative_shuffled` = the same for Y[shuffled], the codes of
+    other pairs, because the fit becomes easier as P approaches D. With P ≤ D some W has error 0 for any codes, which
+    means nothing: all are None.
     """
+    names = ("least_squares_error", "least_squares_relative", "least_squares_relative_shuffled")
     if len(text) <= text.shape[1]:
-        return None
+        return dict.fromkeys(names)
     both = np.hstack([code, code[shuffled]])  # (P, 2D), so that X is factorized once
     rounding = np.finfo(np.float64).eps * len(text)  # as in numpy, whose solver is several times slower
     residual = text @ scipy.linalg.lstsq(text, both, cond=rounding, lapack_driver="gelsy")[0] - both
     error, by_chance = (float(np.square(part).sum()) for part in np.hsplit(residual, 2))
     total = float(np.square(code).sum()) or 1.0
-    return error, error / total, by_chance / total
+    return dict(zip(names, (error, error / total, by_chance / total), strict=True))
 
 
 def similarity(text: torch.Tensor, code: torch.Tensor, seed: int) -> dict[str, Any]:
@@ -175,28 +158,22 @@ def similarity(text: torch.Tensor, code: torch.Tensor, seed: int) -> dict[str, A
 
     `n` and `dims`: P and D. `cosine`: the mean over pairs; `cosine_shuffled`: of texts with the codes of other pairs,
     near `cosine` if the embeddings have collapsed, None for a single pair. `retrieval_at_1` and `_at_10`: of texts to
-    codes. `least_squares_error`, `_relative` and `_relative_shuffled`: as in `least_squares`, named after the paper's
-    Table 14. `singular_values`: the largest 100 of X − Y (P, D), or all; `singular_value_mean`: their mean.
+    codes. `least_squares_…`: see `least_squares`. `singular_values`: the largest 100 of X − Y (P, D), or all;
+    `singular_value_mean`: their mean.
 
     The published least-squares errors, 3035 and 4.04 for 1000 pairs in 2048 dimensions, are not comparable: with fewer
     pairs than dimensions this error is 0 for any model, so it is left out (None).
     """
     x, y = text.double().numpy(), code.double().numpy()
-    cosine = float((unit(x) * unit(y)).sum(axis=1).mean())
-    fit = shuffled = None
-    if len(x) > 1:
-        partner = derangement(len(x), seed)
-        shuffled = float((unit(x) * unit(y)[partner]).sum(axis=1).mean())
-        fit = least_squares(x, y, partner)
-    found, top = retrieval(x, y), np.linalg.svdvals(x - y)[:100]
-    names = ("least_squares_error", "least_squares_relative", "least_squares_relative_shuffled")
+    partner, top = derangement(len(x), seed), np.linalg.svdvals(x - y)[:100]
+    shuffled = (unit(x) * unit(y)[partner]).sum(axis=1).mean()
     return {
         "n": len(x),
         "dims": x.shape[1],
-        "cosine": cosine,
-        "cosine_shuffled": shuffled,
-        **{f"retrieval_at_{k}": share for k, share in found.items()},
-        **dict(zip(names, fit or (None, None, None), strict=True)),
+        "cosine": float((unit(x) * unit(y)).sum(axis=1).mean()),
+        "cosine_shuffled": float(shuffled) if len(x) > 1 else None,
+        **{f"retrieval_at_{k}": share for k, share in retrieval(x, y).items()},
+        **least_squares(x, y, partner),
         "singular_values": top.tolist(),
         "singular_value_mean": float(top.mean()),
     }

@@ -10,10 +10,10 @@ import copy
 import dataclasses
 import itertools
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llm_jepa.cli import UsageError
-from llm_jepa.data.examples import Example, Problems
+from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, Segment, end_of_turn
 from llm_jepa.model import context_length
@@ -48,48 +48,57 @@ Responses = Iterator[list[tuple[Example, Generation]]]  # batch by batch
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
-def padded(sequences: Sequence[Any], pad_id: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask), (R, T) each, of token sequences padded on the `side`."""
+def padded(sequences: Sequence[Any], pad_id: int, device: Any, side: str = "right") -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask, (R, T) each, of token sequences padded on the `side`."""
     ids = [torch.as_tensor(sequence) for sequence in sequences]
-    masks = [torch.ones(len(row), dtype=torch.long) for row in ids]
     options = {"batch_first": True, "padding_side": side}
-    return pad_sequence(ids, padding_value=pad_id, **options), pad_sequence(masks, **options)
+    mask = pad_sequence([torch.ones_like(row) for row in ids], **options).to(device)
+    return {"input_ids": pad_sequence(ids, padding_value=pad_id, **options).to(device), "attention_mask": mask}
 
 
-def batches(
-    lengths: list[int], batch_size: int, tokens_per_batch: int = 0, rows: list[int] | None = None
-) -> Iterator[list[int]]:
+def batches(lengths: list[int], batch_size: int, tokens_per_batch: int = 0) -> Iterator[list[int]]:
     """Batches of indices into `lengths`, sorted by length, the longest first.
 
-    A batch has `batch_size` indices, or with `tokens_per_batch` at least one and as many as keep rows × longest within
-    that number. `rows`: the number of rows of each index, 1 by default.
+    A batch has `batch_size` indices, or with `tokens_per_batch` at least one and as many as fit when padded.
     """
-    batch: list[int] = []
-    taken = 0  # rows of the batch, which are padded to its first, the longest
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        more = rows[i] if rows else 1
-        full = (taken + more) * lengths[batch[0] if batch else i] > tokens_per_batch
-        if batch and (full if tokens_per_batch else len(batch) == batch_size):
-            yield batch
-            batch, taken = [], 0
-        batch.append(i)
-        taken += more
-    if batch:
-        yield batch
+    order, begin = sorted(range(len(lengths)), key=lambda i: -lengths[i]), 0
+    while begin < len(order):
+        size = max(1, tokens_per_batch // lengths[order[begin]]) if tokens_per_batch else batch_size
+        yield order[begin : begin + size]
+        begin += size
 
 
 def respond(
-    examples: list[Example], batches: Iterator[list[int]], response: Callable[[list[int]], list[Generation]],
-    done: set[int], share: tuple[int, int],
+    examples: list[Example], encoded: list[Any], response: Callable[[list[Any]], list[Generation]],
+    batches: Iterator[list[int]], done: set[int] = frozenset(), share: tuple[int, int] = (0, 1),
 ) -> Responses:  # fmt: skip
-    """Responses batch by batch, without those whose id is in `done`; `share` (n, N) takes every N-th batch from n on.
+    """Responses batch by batch, without those whose id is in `done`; `share` (n, N) selects batches n, n + N, n + 2N …
 
     The batches do not depend on `done`, so a resumed evaluation computes the same as an uninterrupted one.
     """
     left = (batch for batch in batches if not all(examples[i].id in done for i in batch))
     for batch in itertools.islice(left, share[0], None, share[1]):
-        pairs = zip(batch, response(batch), strict=True)
+        pairs = zip(batch, response([encoded[i] for i in batch]), strict=True)
         yield [(examples[i], generation) for i, generation in pairs if examples[i].id not in done]
+
+
+def encode_usable(
+    examples: list[Example], encode: Callable[[Example], Any], problems: Problems
+) -> tuple[list[Example], list[Any]]:
+    """(examples, the values of `encode` for them), without the examples that it refuses, which `problems` collects.
+
+    Raises ExampleError if no example is left.
+    """
+    good, encoded = [], []
+    for example in examples:
+        try:
+            encoded.append(encode(example))
+            good.append(example)
+        except (ValueError, TemplateError) as error:
+            problems.add(example.source, str(error))
+    if examples and not good:
+        raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
+    return good, encoded
 
 
 # --------------------------------------------------------------------------------------------------------- generate
@@ -98,22 +107,16 @@ def respond(
 def encode_prompts(
     config: Any, renderer: Renderer, examples: list[Example], problems: Problems
 ) -> tuple[list[Example], list[list[int]]]:
-    """(examples, their prompts as token ids), without those that are added to `problems`.
+    """(examples, their prompts as token ids), without those that the chat template refuses or that fill the context."""
+    limit = context_length(config) or sys.maxsize
 
-    These are examples that the chat template refuses or whose prompt fills the context of the model with this `config`.
-    """
-    limit, good, prompts = context_length(config) or sys.maxsize, [], []
-    for example in examples:
-        try:
-            ids = renderer.tokenizer(renderer.prompt(example), add_special_tokens=False)["input_ids"]
-            if len(ids) >= limit:
-                raise ValueError(f"the prompt's {len(ids)} tokens fill the model's context of {limit}")
-        except (ValueError, TemplateError) as error:
-            problems.add(example.source, str(error))
-            continue
-        good.append(example)
-        prompts.append(ids)
-    return good, prompts
+    def encode(example: Example) -> list[int]:
+        ids = renderer.tokenizer(renderer.prompt(example), add_special_tokens=False)["input_ids"]
+        if len(ids) >= limit:
+            raise ValueError(f"the prompt's {len(ids)} tokens fill the model's context of {limit}")
+        return ids
+
+    return encode_usable(examples, encode, problems)
 
 
 def stop_ids(generation_config: GenerationConfig, renderer: Renderer) -> list[int]:
@@ -137,66 +140,7 @@ def to_generation(renderer: Renderer, tokens: list[int], stops: list[int]) -> Ge
     return Generation(text, "stop" if stopped else "length")
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """Tokens that all prompts begin with (usually the system turn), and the model's cache after them (one row)."""
-
-    ids: list[int]
-    cache: DynamicCache
-
-
-MIN_PREFIX = 4  # tokens; copying the cache of a shorter prefix costs as much as computing it
 FIRST_ROUND = 8  # tokens
-
-
-def only_layers(cache: Any, *kinds: type) -> bool:
-    """Whether a cache has only layers of these kinds; rows of those below can be repeated and left out."""
-    return isinstance(cache, DynamicCache) and all(type(layer) in kinds for layer in cache.layers)
-
-
-@torch.no_grad()
-def shared_prefix(model: Any, prompts: list[list[int]], pad_id: int) -> Prefix | None:
-    """The tokens that all prompts begin with, encoded once, or None if they are few or the model cannot reuse them.
-
-    With a prefix, shorter prompts are padded after it. Outputs do not change if attention depends on the mask and the
-    positions only. They change if it counts cache entries (sliding windows, some ALiBi) or if layers carry a state
-    along the row, so the longest and the shortest prompt are tried.
-    """
-    ids = os.path.commonprefix([prompt[:-1] for prompt in prompts])  # at least one token remains to encode
-    if len(ids) < MIN_PREFIX or len(prompts) < 2:
-        return None
-    cache = DynamicCache(config=model.config)
-    cache = model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
-    cache = getattr(cache, "past_key_values", None)
-    if not only_layers(cache, DynamicLayer):
-        return None
-    prefix = Prefix(ids, cache)
-    probe = [max(prompts, key=len), min(prompts, key=len)]
-    plain, reused = (last_logits(model, probe, pad_id, p) for p in (None, prefix))  # (2, V)
-    difference = ((reused - plain).norm(dim=-1) / plain.norm(dim=-1)).max().item()
-    return prefix if difference < (1e-4 if model.dtype == torch.float32 else 5e-2) else None
-
-
-def prompt_inputs(model: Any, prompts: list[list[int]], pad_id: int, prefix: Prefix | None) -> dict[str, Any]:
-    """Prompts as input_ids and attention_mask (B, T), padded on the left, or between the prefix and what follows."""
-    if prefix is None:
-        ids, mask = padded(prompts, pad_id, "left")
-        return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    rest, mask = padded([prompt[len(prefix.ids) :] for prompt in prompts], pad_id, "left")
-    start = torch.tensor(prefix.ids).expand(len(prompts), -1)
-    ids, mask = torch.cat([start, rest], dim=1), torch.cat([torch.ones_like(start), mask], dim=1)
-    cache = copy.deepcopy(prefix.cache)
-    cache.batch_repeat_interleave(len(prompts))
-    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device), "past_key_values": cache}
-
-
-def last_logits(model: Any, prompts: list[list[int]], pad_id: int, prefix: Prefix | None) -> torch.Tensor:
-    """Logits (B, V) of the first token after each prompt."""
-    # By `generate`, so that positions and masks are those of every later step.
-    one = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=pad_id, use_cache=True,
-                           output_logits=True, return_dict_in_generate=True)  # fmt: skip
-    with default_generation_config(model):
-        return model.generate(**prompt_inputs(model, prompts, pad_id, prefix), generation_config=one).logits[0].float()
 
 
 @contextlib.contextmanager
@@ -211,9 +155,8 @@ def default_generation_config(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def generate_tokens(
-    model: Any, pad_id: int, stops: list[int], prompts: list[list[int]], max_new_tokens: int,
-    prefix: Prefix | None = None,
-) -> list[list[int]]:  # fmt: skip
+    model: Any, pad_id: int, stops: list[int], prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
     """Greedy tokens after each prompt, up to and including the first of `stops`, at most max_new_tokens (−1: any).
 
     Generation runs in rounds, each twice as long as the one before. Finished rows leave the batch between rounds, so
@@ -221,7 +164,7 @@ def generate_tokens(
     """
     room = max_lengths(model.config, prompts, max_new_tokens)
     rows: list[list[int]] = [[] for _ in prompts]
-    live, inputs, length = list(range(len(prompts))), prompt_inputs(model, prompts, pad_id, prefix), FIRST_ROUND
+    live, inputs, length = list(range(len(prompts))), padded(prompts, pad_id, model.device, "left"), FIRST_ROUND
     while live:
         width, least = inputs["input_ids"].shape[1], min(room[i] - len(rows[i]) for i in live)
         greedy = GenerationConfig(do_sample=False, max_new_tokens=min(length, least), eos_token_id=stops,
@@ -232,44 +175,33 @@ def generate_tokens(
             end = next((t + 1 for t, token in enumerate(tokens) if token in stops), None)
             rows[i] += tokens[:end]
         kept = [k for k, i in enumerate(live) if rows[i][-1] not in stops and len(rows[i]) < room[i]]
-        live, length = [live[k] for k in kept], 2 * length
-        if live and only_layers(out.past_key_values, DynamicLayer, DynamicSlidingWindowLayer):
+        live, length, cache = [live[k] for k in kept], 2 * length, out.past_key_values
+        layers = (DynamicLayer, DynamicSlidingWindowLayer)  # rows of others, as recurrent states, cannot be left out
+        if live and isinstance(cache, DynamicCache) and all(type(layer) in layers for layer in cache.layers):
             index = torch.tensor(kept, device=model.device)
-            out.past_key_values.batch_select_indices(index)
+            cache.batch_select_indices(index)
             ids, mask = out.sequences[index], inputs["attention_mask"][index]  # (B', T'), (B', T)
             mask = F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)  # (B', T')
-            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": out.past_key_values}
-        elif live:  # for example a recurrent state: the rows are encoded again
-            inputs = prompt_inputs(model, [prompts[i] + rows[i] for i in live], pad_id, prefix)
+            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+        elif live:
+            inputs = padded([prompts[i] + rows[i] for i in live], pad_id, model.device, "left")
     return rows
 
 
-def generate_batch(
-    model: Any, renderer: Renderer, prompts: list[list[int]], max_new_tokens: int, prefix: Prefix | None = None
-) -> list[Generation]:
-    """Greedy responses to a batch of prompts, which begin with the prefix if there is one."""
+def generate_batch(model: Any, renderer: Renderer, max_new_tokens: int, prompts: list[list[int]]) -> list[Generation]:
+    """Greedy responses to a batch of prompts."""
     stops = stop_ids(model.generation_config, renderer)
-    rows = generate_tokens(model, renderer.tokenizer.pad_token_id, stops, prompts, max_new_tokens, prefix)
+    rows = generate_tokens(model, renderer.tokenizer.pad_token_id, stops, prompts, max_new_tokens)
     return [to_generation(renderer, row, stops) for row in rows]
 
 
 def generate(
-    model: Any, renderer: Renderer, examples: list[Example], batch_size: int, max_new_tokens: int, *,
-    prompts: list[list[int]] | None = None, tokens_per_batch: int = 0, done: set[int] = frozenset(),
-    share: tuple[int, int] = (0, 1),
-) -> Responses:  # fmt: skip
-    """Greedy responses; `prompts` from `encode_prompts`, sizes as in `batches`, `done` and `share` as in `respond`.
-
-    Raises ExampleError if there are no `prompts` and an example cannot be encoded.
-    """
-    if prompts is None:
-        examples, prompts = encode_prompts(model.config, renderer, examples, Problems())
-    prefix = shared_prefix(model, prompts, renderer.tokenizer.pad_token_id)
-
-    def response(batch: list[int]) -> list[Generation]:
-        return generate_batch(model, renderer, [prompts[i] for i in batch], max_new_tokens, prefix)
-
-    return respond(examples, batches([len(p) for p in prompts], batch_size, tokens_per_batch), response, done, share)
+    model: Any, renderer: Renderer, examples: list[Example], batch_size: int, max_new_tokens: int
+) -> Responses:
+    """Greedy responses batch by batch. Raises ExampleError if an example cannot be encoded."""
+    examples, prompts = encode_prompts(model.config, renderer, examples, Problems())
+    response = partial(generate_batch, model, renderer, max_new_tokens)
+    return respond(examples, prompts, response, batches([len(p) for p in prompts], batch_size))
 
 
 def exact_match(
@@ -295,24 +227,36 @@ def exact_match(
 def encode_choices(
     config: Any, encoder: Encoder, examples: list[Example], choices: tuple[str, ...], problems: Problems
 ) -> tuple[list[Example], list[list[Segment]]]:
-    """(examples, each example's chat with each choice as its answer, cut after it), without those of `problems`.
+    """(examples, each one's chat with each choice as its answer, cut after it), without those that do not fit.
 
-    `encoder` must label answer texts. Examples that the template refuses or that are longer than the context of the
-    model with this `config` are added to `problems`.
+    `encoder` must label answer texts.
     """
-    limit, good, encoded = context_length(config) or sys.maxsize, [], []
-    for example in examples:
-        chats = encoder.chats([dataclasses.replace(example, assistant=c) for c in choices])
-        reasons = [str(chat) for chat in chats if isinstance(chat, ValueError)]
-        if not reasons and (longest := max(len(chat.ids) for chat in chats)) > limit:
-            reasons = [f"{longest} tokens, over the model's context of {limit}"]
-        if reasons:
-            problems.add(example.source, reasons[0])
-            continue
-        good.append(example)
-        ends = [int(chat.labels.nonzero()[0][-1]) + 1 for chat in chats]
-        encoded.append([Segment("chat", c.ids[:e], c.labels[:e]) for c, e in zip(chats, ends, strict=True)])
-    return good, encoded
+    limit = context_length(config) or sys.maxsize
+
+    def encode(example: Example) -> list[Segment]:
+        segments = []
+        for chat in encoder.chats([dataclasses.replace(example, assistant=choice) for choice in choices]):
+            if isinstance(chat, ValueError):
+                raise chat
+            if len(chat.ids) > limit:
+                raise ValueError(f"{len(chat.ids)} tokens, over the model's context of {limit}")
+            end = int(chat.labels.nonzero()[0][-1]) + 1
+            segments.append(Segment("chat", chat.ids[:end], chat.labels[:end]))
+        return segments
+
+    return encode_usable(examples, encode, problems)
+
+
+def forward_rows(chats: list[Segment]) -> list[Segment]:
+    """The rows that the model must read: one if the choices are single tokens after the same prompt, else all."""
+    single = all(c.labels.sum() == 1 for c in chats) and len({c.ids[:-1].tobytes() for c in chats}) == 1
+    return chats[:1] if single else chats
+
+
+def forward_size(chats: list[Segment]) -> int:
+    """The number of tokens in these rows when padded."""
+    rows = forward_rows(chats)
+    return len(rows) * max(len(row.ids) for row in rows)
 
 
 @contextlib.contextmanager
@@ -336,40 +280,27 @@ def float32_logits(model: Any) -> Iterator[None]:
         model.set_output_embeddings(layer)
 
 
+@torch.no_grad()
 def choose(
-    read: Callable[[list[Item]], torch.Tensor], examples: list[Example], encoded: list[list[Segment]],
-    choices: tuple[str, ...], batch_size: int, *, tokens_per_batch: int = 0, done: set[int] = frozenset(),
-    share: tuple[int, int] = (0, 1),
-) -> Responses:  # fmt: skip
-    """The most likely of the choices for each example; sizes as in `batches`, `done` and `share` as in `respond`.
+    read: Callable[[list[Item]], torch.Tensor], choices: tuple[str, ...], batch: list[list[Segment]]
+) -> list[Generation]:
+    """The most likely of the choices for each example of a batch from `encode_choices`.
 
-    `encoded` comes from `encode_choices`. `read(items)` returns the logits (N, V) at the labels of items, in their
-    order. A choice's log-likelihood is Σ log p(token | all tokens before it) over its tokens, in nats.
-
-    Raises UsageError if one is not finite.
+    `read(items)` returns the logits (N, V) at the labels of items, in their order. A choice's log-likelihood is
+    Σ log p(token | all tokens before it) over its tokens, in nats. Raises UsageError if one is not finite.
     """
-    rows = []
-    for chats in encoded:  # choices that are single tokens after the same prompt need only one forward pass
-        single = all(c.labels.sum() == 1 for c in chats) and len({c.ids[:-1].tobytes() for c in chats}) == 1
-        rows.append(chats[:1] if single else chats)
-    lengths, counts = [max(len(chat.ids) for chat in row) for row in rows], [len(row) for row in rows]
-
-    @torch.no_grad()
-    def response(batch: list[int]) -> list[Generation]:
-        logits = read([tuple(rows[i]) for i in batch])
-        labels = iter(logits.float().log_softmax(-1).cpu())  # N × (V,), in the order of the labels
-        generations = []
-        for i in batch:
-            if len(rows[i]) < len(encoded[i]):
-                label = next(labels)
-                sums = [float(label[c.ids[-1]]) for c in encoded[i]]
-            else:
-                sums = [sum(float(next(labels)[t]) for t in c.ids[c.labels]) for c in encoded[i]]
-            if not all(map(math.isfinite, sums)):
-                what = "the likelihoods of the choices are not finite"
-                raise UsageError(f"{examples[i].source}: {what}: the model is damaged, or needs --dtype float32")
-            likelihoods = dict(zip(choices, sums, strict=True))
-            generations.append(Generation(max(likelihoods, key=likelihoods.__getitem__), None, likelihoods))
-        return generations
-
-    return respond(examples, batches(lengths, batch_size, tokens_per_batch, counts), response, done, share)
+    rows = [forward_rows(chats) for chats in batch]
+    labels = iter(read([tuple(row) for row in rows]).float().log_softmax(-1).cpu())  # N × (V,)
+    generations = []
+    for row, chats in zip(rows, batch, strict=True):
+        if len(row) < len(chats):
+            label = next(labels)
+            sums = [float(label[c.ids[-1]]) for c in chats]
+        else:
+            sums = [sum(float(next(labels)[t]) for t in c.ids[c.labels]) for c in chats]
+        if not all(map(math.isfinite, sums)):
+            what = "the likelihoods of the choices are not finite"
+            raise UsageError(f"{what}: the model is damaged, or needs --dtype float32")
+        likelihoods = dict(zip(choices, sums, strict=True))
+        generations.append(Generation(max(likelihoods, key=likelihoods.__getitem__), None, likelihoods))
+    return generations

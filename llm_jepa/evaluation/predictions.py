@@ -31,12 +31,9 @@ def read_predictions(path: Path) -> Predictions:
     """
     rows: dict[int, dict[str, Any]] = {}
     for number, row in read_jsonl(path):
-        try:
-            good = type(row["id"]) is int and row.get("stop_reason") in (None, "stop", "length")
-            row["prediction"].encode("utf-8")  # fails on half a surrogate pair, which could not be written
-        except (ValueError, KeyError, TypeError, AttributeError):
-            good = False
-        if not good:
+        row = row if isinstance(row, dict) else {}
+        good = type(row.get("id")) is int and isinstance(row.get("prediction"), str)
+        if not good or row.get("stop_reason") not in (None, "stop", "length"):
             what = "an integer id, a string prediction and, if any, a stop_reason of stop or length"
             raise UsageError(f"{path}:{number}: not a JSON object with {what}")
         if row["id"] in rows:
@@ -60,21 +57,10 @@ def write_predictions(path: Path, rows: Predictions) -> Predictions:
 def check_free(path: Path, overwrite: bool) -> None:
     """Raises UsageError if the folder has the metrics of another predictions file, or of this one without overwrite."""
     metrics = path.with_name("metrics.json")
-    if not metrics.exists():
-        return
-    settings = read_json(metrics)["settings"]
-    if (owner := Path(settings["output_file"]).name) != path.name:
-        raise UsageError(f"{metrics} belongs to {owner}; give an --output_file in another folder")
-    if not overwrite:
-        how = "give --output_file FOLDER/predictions.jsonl, or --overwrite to replace it"
-        raise UsageError(f"{metrics} exists, from a finished evaluation of {settings['input_file']}; {how}")
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two evaluations: settings with both values, anything else by name."""
-    a, b = before.get("settings", {}), now["settings"]
-    flags = [f"--{name} {a.get(name)}, now {b.get(name)}" for name in sorted(a | b) if a.get(name) != b.get(name)]
-    return ", ".join(flags + [name for name in sorted(now) if name != "settings" and before.get(name) != now[name]])
+    owner = Path(read_json(metrics)["settings"]["output_file"]).name if metrics.exists() else None
+    if owner and (owner != path.name or not overwrite):
+        how = "give --output_file FOLDER/predictions.jsonl" + (", or --overwrite" if owner == path.name else "")
+        raise UsageError(f"{metrics} exists, from a finished evaluation that wrote {owner}; {how}")
 
 
 def settings_file(path: Path) -> Path:
@@ -88,17 +74,17 @@ def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> Predi
     Raises UsageError if other results are in the way and are not to be overwritten.
     """
     record = settings_file(path)
-    check_free(path, overwrite)
     if overwrite:
         for old in (path, record, path.with_name("metrics.json")):
             old.unlink(missing_ok=True)
     rows: Predictions = []
     if path.exists():
-        before, now = read_json(record) if record.exists() else None, json.loads(json.dumps(identity))
+        before, now = read_json(record) if record.exists() else {}, json.loads(json.dumps(identity))
         if before != now:
-            changed = f" ({differences(before, now)})" if before else ""
-            way = "give --overwrite, or another --output_file"
-            raise UsageError(f"{path} exists and was made with other settings{changed}; {way}")
+            old, new = before.get("settings", {}), now["settings"]
+            changed = [f"--{name} {old[name]}, now {new[name]}" for name in old if old[name] != new.get(name)]
+            what = f"{path} exists, of other settings, data or weights"
+            raise UsageError(f"{what} ({', '.join(changed)}); give --overwrite, or another --output_file")
         with open(path, "rb+") as file:  # a kill may have cut the last line short
             file.truncate(file.read().rfind(b"\n") + 1)
         rows = read_predictions(path)

@@ -152,17 +152,17 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
 
 def check_task(s: EvaluationSettings, r: Refusals) -> str | None:
     """The task, None with embeddings; adds to `r` what is wrong with it."""
-    by_name, known = dataset_name(s.input_file or ""), ", ".join(TASKS)
+    by_name = dataset_name(s.input_file or "")
     task = s.task or (by_name if by_name != "text" else None)  # a usual name for data of any task
     if s.embeds or not s.input_file:
         return None
     if task not in TASKS:
         unknown = f"{s.task} is not known" if s.task else f"cannot be inferred from the name {s.input_file}"
-        r.append(f"--task {unknown}; give one of {known} (text: compare the texts)")
-        return None
-    r.only_if(not TASKS[task].choices, "max_new_tokens", f"task {task} generates nothing")
-    likelihoods = s.engine == "vllm" and bool(TASKS[task].choices)
-    r.refuse(likelihoods, f"--engine vllm: task {task} compares likelihoods; give --engine transformers")
+        r.append(f"--task {unknown}; give one of {', '.join(TASKS)} (text: compare the texts)")
+    elif TASKS[task].choices:
+        r.only_if(False, "max_new_tokens", f"task {task} generates nothing")
+        likelihoods = "compares likelihoods; give --engine transformers"
+        r.refuse(s.engine == "vllm", f"--engine vllm: task {task} {likelihoods}")
     return task
 
 
@@ -176,23 +176,24 @@ def check_output(s: EvaluationSettings, r: Refusals) -> str | None:
         output = str(Path(s.model_name) / "eval" / dataset_name(s.input_file or "") / file)
     needed = bool(s.model_name) and (s.similarity or s.t_sne or not s.embeds)
     r.refuse(needed and not output, f"--output_file is missing: {s.model_name} is not a run folder, which has one")
-    used = {Path(path).resolve() for path in (s.input_file, s.score_only) if path}
-    for name, path in (("output_file", output), ("export_embeddings", s.export_embeddings)):
-        r.refuse(bool(path) and Path(path).resolve() in used, f"--{name} {path} is also used by another flag")
-        used |= {Path(path).resolve()} if path else set()
+    files = [Path(path).resolve() for path in (s.input_file, s.score_only, output, s.export_embeddings) if path]
+    twice = "--input_file, --score_only, --output_file and --export_embeddings must be different files"
+    r.refuse(len(set(files)) < len(files), twice)
     taken = output is not None and Path(output).name == "metrics.json"
-    r.refuse(taken, f"--output_file {output}: metrics.json is the name of the file beside it")
+    r.refuse(taken, f"--output_file {output}: metrics.json is written next to it")
     return output
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
 
 
-def run_folder(name: str) -> Path | None:
-    """The run folder that a model folder is or, merged, belongs to; None for any other model."""
-    folder = Path(name)
+def run_records(name: str | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """run.json and args.json of the run that a model folder is or, merged, belongs to; None for any other model."""
+    folder = Path(name or "")
     folder = folder.parent if folder.name == "merged" else folder
-    return folder if (folder / "run.json").is_file() else None
+    if not (folder / "run.json").is_file():
+        return None
+    return read_json(folder / "run.json"), read_json(folder / "args.json")
 
 
 def check_run(name: str, s: EvaluationSettings) -> dict[str, Any]:
@@ -200,24 +201,20 @@ def check_run(name: str, s: EvaluationSettings) -> dict[str, Any]:
 
     Raises UsageError if the run is not finished, or was trained in another format or with another split.
     """
-    run = run_folder(name)
-    if run is None:
+    record, trained = run_records(name) or ({}, {})
+    if not record:
         return {}
-    record, trained = read_json(run / "run.json"), read_json(run / "args.json")
-    status = record.get("status")
-    if status != "finished":
-        raise UsageError(f"--model_name {name}: the run is {status}, not finished; repeat its command with --resume")
+    if record["status"] != "finished":
+        raise UsageError(f"--model_name {name}: the run is {record['status']}, not finished; resume it with --resume")
     if trained["plain"] != s.plain:
         raise UsageError(f"--model_name {name} was trained with{'' if trained['plain'] else 'out'} --plain")
-    split = (trained["eval_split"], trained["split_seed"])
-    if s.process_split and trained["data_file"] and split != (s.test_size, s.split_seed):
-        raise UsageError(f"--model_name {name} was split by --test_size {split[0]} --split_seed {split[1]}")
-    complete = bool(trained["data_file"] and s.input_file) and not (s.process_split or s.nosplit_data)
-    if complete and data_sha256(s.input_file) in record.get("data_sha256", {}).values():
-        raise UsageError(
-            f"--model_name {name} was trained on a part of {s.input_file}: give --process_split test, "
-            "or --nosplit_data for all of its examples"
-        )
+    share, seed = trained["eval_split"], trained["split_seed"]
+    if trained["data_file"] and s.process_split and (share, seed) != (s.test_size, s.split_seed):
+        raise UsageError(f"--model_name {name} was split by --test_size {share} --split_seed {seed}")
+    if trained["data_file"] and not (s.process_split or s.nosplit_data):
+        if data_sha256(s.input_file) in record["data_sha256"].values():
+            how = "give --process_split test, or --nosplit_data for all of its examples"
+            raise UsageError(f"--model_name {name} was trained on a part of {s.input_file}: {how}")
     turn = trained["system"]
     if s.fields and trained.get("text_field") and turn != s.system and not s.plain:
         how = "out a system turn; leave out --system" if turn is None else f" --system {shlex.quote(turn)}"
@@ -227,13 +224,10 @@ def check_run(name: str, s: EvaluationSettings) -> dict[str, Any]:
 
 def notes_on(s: EvaluationSettings, examples: list[Example], checksum: str) -> list[str]:
     """What a reader of the scores must know about these examples and those that the run was trained on."""
-    run = run_folder(s.model_name) if s.model_name else None
-    if run is None:
-        return []
-    record, trained, notes = read_json(run / "run.json"), read_json(run / "args.json"), []
+    (record, trained), notes = run_records(s.model_name) or ({}, {}), []
     if record.get("data_sha256", {}).get(trained.get("train_file")) == checksum:
         notes.append(f"{s.input_file} has the examples that the run was trained on")
-    turn, turns = record.get("system_turn", ...), {example.system for example in examples}
-    if turn is not ... and turns != {turn} and not s.plain:  # --plain renders no system turn
+    turn = record.get("system_turn", ...)
+    if turn is not ... and {example.system for example in examples} != {turn} and not s.plain:
         notes.append(f"the examples' system turn is not the one that the run was trained with ({turn!r})")
     return notes

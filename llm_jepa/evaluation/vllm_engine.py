@@ -12,10 +12,9 @@ import json
 import os
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,95 +41,69 @@ def versions() -> dict[str, str]:
     try:
         command = [interpreter(), "-I", str(WORKER), "--versions"]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        found = json.loads(done.stdout) if done.returncode == 0 else {}
-    except (OSError, ValueError):
-        found = {}
-    if "vllm" not in found:
+        found = json.loads(done.stdout)
+        return {"vllm": found["vllm"]} | {f"vllm_{name}": found[name] for name in ("torch", "transformers")}
+    except (OSError, ValueError, KeyError):
         how = "run `bash setup.sh --vllm`, or set VLLM_PYTHON to the Python of an environment that has it"
-        raise UsageError(f"--engine vllm: {interpreter()} has no vLLM; {how}")
-    return {name if name == "vllm" else f"vllm_{name}": version for name, version in found.items()}
+        raise UsageError(f"--engine vllm: {interpreter()} has no vLLM; {how}") from None
 
 
-@dataclass(frozen=True)
-class RemoteModel:
-    """A model that vLLM loads: its name, and the configurations that prompts and stop tokens depend on."""
+def describe(name: str, revision: str | None, dtype: str) -> SimpleNamespace:
+    """A model that vLLM loads: its name, revision, dtype, config and generation_config.
 
-    name: str
-    revision: str | None
-    dtype: str
-    config: Any
-    generation_config: GenerationConfig
-
-
-def describe(name: str, revision: str | None, dtype: str, renderer: Renderer) -> RemoteModel:
-    """Raises UsageError if the model is an adapter or has fewer embeddings than its tokenizer has tokens."""
-    if (Path(name) / "adapter_config.json").is_file():  # vLLM's adapters have no rows of added tokens
-        raise UsageError(f"--engine vllm: {name} is an adapter; give it merged (finetune.py --merge: {name}/merged)")
+    Raises UsageError if it has no config, as adapters: vLLM would load them without the embeddings of added tokens.
+    """
     config = load_config(name, revision)
     try:
         generation = GenerationConfig.from_pretrained(name, revision=revision)
     except OSError:  # there is no such file; transformers does the same
         generation = GenerationConfig.from_model_config(config)
-    tokens, rows = len(renderer.tokenizer), config.get_text_config().vocab_size
-    if tokens > rows:  # the transformers engine draws them at random
-        raise UsageError(f"--engine vllm: {name} has {rows} embeddings for {tokens} tokens of its tokenizer")
-    return RemoteModel(name, revision, dtype.removeprefix("torch."), config, generation)
+    return SimpleNamespace(name=name, revision=revision, dtype=dtype, config=config, generation_config=generation)
 
 
-class Worker:
-    """The process of vllm_worker.py, with one JSON value per line both ways. Ends with the block it is used in."""
+@contextlib.contextmanager
+def start_worker() -> Iterator[subprocess.Popen]:
+    """The process of vllm_worker.py, which exchanges one JSON value per line. It ends with the block."""
+    # With its own session, an interrupt reaches only this process, which then ends the worker's process group.
+    process = subprocess.Popen(
+        [interpreter(), "-I", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        encoding="utf-8", errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+        process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(SECONDS_TO_END)
 
-    def __enter__(self) -> Worker:
-        # With its own session, an interrupt reaches only this process, which then ends the worker's process group.
-        self.process = subprocess.Popen(
-            [interpreter(), "-I", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            encoding="utf-8", errors="replace", start_new_session=True,
-        )  # fmt: skip
-        threading.Thread(target=self._end_children, daemon=True).start()
-        return self
 
-    def _end_children(self) -> None:
-        # Processes that outlive the worker keep its pipe open, so `receive` would never see its end.
-        self.process.wait()
-        self._signal(signal.SIGKILL)
+def send(process: subprocess.Popen, value: Any) -> None:
+    """Sends a line. If the worker has ended, `receive` raises."""
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(value) + "\n")
+        process.stdin.flush()
 
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
 
-    def __exit__(self, kind: Any, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        if kind is not None:
-            self._signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(SECONDS_TO_END)
-        self._signal(signal.SIGKILL)
-        self.process.wait()
-        self.process.stdout.close()
-
-    def send(self, value: Any) -> None:
-        """Sends a line. If nobody reads any more, `receive` raises."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(value) + "\n")
-            self.process.stdin.flush()
-
-    def receive(self) -> dict[str, Any]:
-        """The next line's object. Raises OSError if the worker has ended or printed something else."""
-        line = self.process.stdout.readline()
-        try:
-            return json.loads(line)
-        except ValueError:
-            reason = f"unexpected output {line.strip()[:80]!r}" if line else "it ended; its messages are above"
-            raise OSError(f"vLLM failed: {reason}") from None
+def receive(process: subprocess.Popen) -> dict[str, Any]:
+    """The next line's object. Raises OSError if the worker has ended or printed something else."""
+    line = process.stdout.readline()
+    try:
+        return json.loads(line)
+    except ValueError:
+        reason = f"unexpected output {line.strip()[:80]!r}" if line else "it ended; its messages are above"
+        raise OSError(f"vLLM failed: {reason}") from None
 
 
 @contextlib.contextmanager
 def started(
-    model: RemoteModel, renderer: Renderer, examples: list[Example], prompts: list[list[int]], *, max_new_tokens: int,
-    tensor_parallel_size: int,
+    model: SimpleNamespace, renderer: Renderer, examples: list[Example], prompts: list[list[int]],
+    max_new_tokens: int, tensor_parallel_size: int,
 ) -> Iterator[Callable[..., Responses]]:  # fmt: skip
-    """Starts vLLM and loads the model. Gives a function like `generation.generate` with only `done` and `share`.
+    """Starts vLLM and loads the model. Yields a function of `done` and `share` as in `generation.respond`.
 
     Raises UsageError if vLLM cannot load the model; the function raises OSError if vLLM fails later.
     """
@@ -142,18 +115,18 @@ def started(
         "skip_tokenizer_init": True, "generation_config": "vllm",  # not the model's own settings
         "enforce_eager": not torch.cuda.is_available(),  # compiling on a CPU costs more than it gains
     }  # fmt: skip
-    with Worker() as worker:
-        worker.send(arguments)
+    with start_worker() as worker:
+        send(worker, arguments)
         try:
-            worker.receive()
+            receive(worker)
         except OSError as error:
             raise UsageError(f"--model_name {model.name} cannot be loaded by vLLM: {error}") from None
 
         def responses(done: set[int], share: tuple[int, int]) -> Responses:
             left = {e.id: (e, p, room) for e, p, room in zip(examples, prompts, rooms, strict=True) if e.id not in done}
-            worker.send({"stop_token_ids": stops, "prompts": [(i, p, room) for i, (_, p, room) in left.items()]})
+            send(worker, {"stop_token_ids": stops, "prompts": [(i, p, room) for i, (_, p, room) in left.items()]})
             while left:
-                reply = worker.receive()
+                reply = receive(worker)
                 example, _, _ = left.pop(reply["id"])
                 yield [(example, to_generation(renderer, reply["tokens"], stops))]
 

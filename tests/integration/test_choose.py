@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import evaluate
-from llm_jepa.data.examples import Example, ExampleError, Problems
+from llm_jepa.data.examples import Example, Problems
 from llm_jepa.evaluation import generation
 from llm_jepa.evaluation.settings import EvaluationSettings
 
@@ -44,11 +44,12 @@ def expected(model, renderer, example: Example, choice: str) -> float:
     return sum(logits[t - 1, ids["input_ids"][t]].item() for t in answer)
 
 
-def chosen(model, encoder, examples, choices, batch_size, **options) -> dict[int, generation.Generation]:
+def chosen(model, encoder, examples, choices, batch_size, tokens_per_batch=0) -> dict[int, generation.Generation]:
     examples, encoded = generation.encode_choices(model.config, encoder, examples, choices, Problems())
+    batches = generation.batches(list(map(generation.forward_size, encoded)), batch_size, tokens_per_batch)
     with evaluate.label_logits(model, encoder.renderer.tokenizer.pad_token_id) as read:
-        batches = generation.choose(read, examples, encoded, choices, batch_size, **options)
-        return {e.id: g for batch in batches for e, g in batch}
+        found = generation.respond(examples, encoded, partial(generation.choose, read, choices), batches)
+        return {e.id: g for batch in found for e, g in batch}
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -94,13 +95,6 @@ def test_likelihoods_depend_on_the_first_token_of_a_long_prompt():
     assert one.log_likelihoods != pytest.approx(other.log_likelihoods, abs=1e-6)
 
 
-def test_prompt_over_the_context_is_refused():
-    model, encoder = load("llama3")
-    long = dataclasses.replace(EXAMPLES[0], user="w " * (model.config.max_position_embeddings + 1))
-    with pytest.raises(ExampleError, match="data:1: "):
-        generation.encode_choices(model.config, encoder, [long], LETTERS, Problems())
-
-
 def evaluated(model: Path, folder: Path, *flags: object):
     data = folder / "hellaswag_test.jsonl"
     write_rows(data, [message_row(e.user, LETTERS[e.id % 4], "Choose.") for e in EXAMPLES])
@@ -143,7 +137,7 @@ def test_likelihoods_that_are_not_finite_are_an_error(tmp_path):
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     done, rows = evaluated(folder, tmp_path)
-    assert done.code == 2 and "hellaswag_test.jsonl:" in done.err and "--dtype float32" in done.err
+    assert done.code == 2 and "--dtype float32" in done.err
     assert not rows and not (tmp_path / "metrics.json").exists()
 
 
