@@ -130,7 +130,7 @@ def reference_loss(pad_id: int, lbd: float) -> Callable:
     """The same loss computed as in the reference implementation, with three padded rows per example."""
 
     def padded(values: list[np.ndarray], fill: int) -> torch.Tensor:
-        rows = [F.pad(torch.as_tensor(v, dtype=torch.long), (0, PADDED - len(v)), value=fill) for v in values]
+        rows = [F.pad(torch.tensor(v, dtype=torch.long), (0, PADDED - len(v)), value=fill) for v in values]
         return torch.stack(rows).to(DEVICE)  # (3B, T)
 
     def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:

@@ -159,7 +159,7 @@ def spider(source: Source, problems: Problems, split: str = "by_database") -> Pa
     else:
         folder = spider_folder(path)
         files = [folder / name for name in ("train_spider.json", "dev.json")]
-        rows, license = map(json_rows, files), stated_license(folder / "README.txt")
+        rows, license = [json_rows(file) for file in files], stated_license(folder / "README.txt")
         source.entries += map(file_entry, files if path.is_dir() else [path])
     train, dev = (to_examples(part, convert, problems) for part in rows)
     if split == "random":
