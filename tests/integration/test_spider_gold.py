@@ -15,11 +15,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring.sql import ExecutionMatch
 
-SPIDER_ZIP = Path(__file__).resolve().parents[2] / "spider_data.zip"
 SAMPLE = 100  # queries per variant; those with repeated rows first
 MAX_COLUMNS = 5  # of a result, so at most 120 permutations
 
@@ -50,7 +50,7 @@ VARIANTS = {  # name → (query, least number of columns, outcomes that must occ
 @pytest.fixture(scope="module")
 def databases(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("spider")
-    with zipfile.ZipFile(SPIDER_ZIP) as archive:
+    with zipfile.ZipFile(ROOT / "spider_data.zip") as archive:
         archive.extractall(folder)
     return folder / "spider_data" / "database"
 
@@ -58,12 +58,8 @@ def databases(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def gold(databases) -> list[tuple[str, str, list[tuple]]]:
     """(query, db_id, rows) of every example."""
-    lines = [
-        line
-        for name in ("train", "dev")
-        for line in (databases.parent / f"{name}_gold.sql").open("r", encoding="utf-8")
-    ]
-    pairs = [tuple(line.rstrip("\n").split("\t")) for line in lines]
+    files = [databases.parent / f"{name}_gold.sql" for name in ("train", "dev")]
+    pairs = [line.split("\t") for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return [(query, db_id, run(databases, db_id, query)) for query, db_id in pairs]
 
 

@@ -8,15 +8,14 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "datasets"))
+DATASETS = ROOT / "datasets"
+sys.path.insert(0, str(DATASETS))
 
-import synth_grammar
-
-DATASETS = Path(synth_grammar.__file__).parent
+import synth_grammar  # noqa: E402
 
 
 @pytest.fixture(scope="module")

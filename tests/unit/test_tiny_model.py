@@ -2,16 +2,15 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny"
 PREDICTORS = [f"<|predictor_{k}|>" for k in range(1, 11)]
 SPECIAL = ["<|pad|>", "<|eot_id|>", "<|system|>", "<|user|>", "<|assistant|>", "<|perception|>", *PREDICTORS]
@@ -54,7 +53,6 @@ def test_template_trims_and_ends_each_turn():
     assistant = r"<|assistant|>([AEIOUaeiou]).*((dog){3,}).*<|eot_id|>"
     assert render([SYSTEM, USER, ASSISTANT]) == system + user + assistant
     assert render([SYSTEM, USER], add_generation_prompt=True) == system + user + "<|assistant|>"
-    assert render([USER, ASSISTANT, USER]) == user + assistant + user
     with pytest.raises(TemplateError, match="tool"):
         render([{"role": "tool", "content": "text"}])
 
