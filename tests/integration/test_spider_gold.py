@@ -1,12 +1,13 @@
-"""Execution match on spider_data.zip: every gold query against itself, and against variants judged by an oracle.
+"""spider_data.zip is consistent, and execution match on it: every gold query against itself, and against variants.
 
-The oracle runs both queries with Python's sqlite3 and compares their rows by the definition of the official test-suite
+An oracle runs both queries with Python's sqlite3 and compares their rows by the definition of the official test-suite
 evaluator (arXiv 2010.02840), trying every permutation of the columns.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import sqlite3
 import zipfile
@@ -81,6 +82,26 @@ def verdict(gold: list[tuple], predicted: list[tuple], ordered: bool) -> tuple[b
 def score(match: ExecutionMatch, predicted: str, query: str, db_id: str) -> tuple[bool, bool]:
     scores = match(predicted, Example(None, f"For db_id:[{db_id}]\n\nWhich?", query, "gold.sql:1", 1))
     return scores["execution"], scores["execution_ordered"]
+
+
+def test_splits_tables_and_gold_files_match_the_databases(databases, gold):
+    root = databases.parent
+    parts = [json.loads((root / f"{name}.json").read_text("utf-8")) for name in ("train_spider", "dev")]
+    tables = {entry["db_id"]: entry for entry in json.loads((root / "tables.json").read_text("utf-8"))}
+    assert list(map(len, parts)) == [500, 150]
+    assert [(x["query"], x["db_id"]) for part in parts for x in part] == [entry[:2] for entry in gold]
+    assert all(rows for _, _, rows in gold)
+    train, dev = ({example["db_id"] for example in part} for part in parts)
+    assert not train & dev and train | dev == tables.keys() == {path.name for path in databases.iterdir()}
+    for db_id, schema in tables.items():
+        names = [name for (name,) in run(databases, db_id, "SELECT name FROM sqlite_master WHERE type = 'table'")]
+        columns = [
+            [i, column] for i, name in enumerate(names)
+            for (column,) in run(databases, db_id, f"SELECT name FROM pragma_table_info('{name}')")
+        ]  # fmt: skip
+        assert schema["table_names_original"] == names
+        assert schema["column_names_original"] == [[-1, "*"], *columns]
+        assert run(databases, db_id, "PRAGMA foreign_key_check") == []
 
 
 def test_every_gold_query_equals_itself(databases, gold):

@@ -4,12 +4,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 TINY = ROOT / "models" / "tiny"
 PREDICTORS = [f"<|predictor_{k}|>" for k in range(1, 11)]
@@ -57,16 +56,10 @@ def test_template_trims_and_ends_each_turn():
         render([{"role": "tool", "content": "text"}])
 
 
-def test_configuration_matches_the_tokenizer_and_the_model_runs():
+def test_configuration_matches_the_tokenizer():
     config = AutoConfig.from_pretrained(TINY)
     assert (config.vocab_size, config.max_position_embeddings) == (len(TOKENIZER), TOKENIZER.model_max_length)
     assert (config.pad_token_id, config.eos_token_id) == (TOKENIZER.pad_token_id, TOKENIZER.eos_token_id)
-    model = AutoModelForCausalLM.from_config(config)
-    assert model.num_parameters() == 1_869_504 and {p.dtype for p in model.parameters()} == {torch.float32}
-    batch = TOKENIZER([render([USER]), render([ASSISTANT])], padding=True, return_tensors="pt")
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (R, T, V)
-    assert logits.shape == (*batch["input_ids"].shape, 512) and logits.isfinite().all()
 
 
 def test_make_tiny_writes_the_committed_files(tmp_path):
