@@ -64,7 +64,7 @@ def main() -> int:
 
     def continuous_batching() -> Texts:
         """transformers' continuous batching, with batch_size tokens per step on a CPU."""
-        # On a CPU the default cache takes 60 % of all memory, and 128 examples 7 to 43 s instead of 1.2 s.
+        # On a CPU the default cache uses 60 % of all memory, and 128 examples took 7 to 43 s instead of 1.2 s.
         blocks = -(-(max(map(len, prompts)) + args.max_new_tokens) // ContinuousBatchingConfig().page_size)
         small = {"num_blocks": args.batch_size * blocks, "max_batch_tokens": args.batch_size}
         sizes = ContinuousBatchingConfig(**(small if model.device.type == "cpu" else {}))

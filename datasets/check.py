@@ -26,7 +26,7 @@ pair_of = attrgetter("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Finding:
-    """The lines of one part that have a property. A leak is something of the train part that test also has."""
+    """The lines of one part that have a property. A leak is in the train part too."""
 
     what: str
     lines: list[int]  # of the test file if the finding compares both parts
