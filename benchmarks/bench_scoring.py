@@ -7,19 +7,13 @@ Each query runs twice, once as the gold query and once as a prediction with anot
 
 from __future__ import annotations
 
-import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
-from timing import interleave, percentiles, table, write
+from timing import ROOT, flag_parser, interleave, percentiles, report
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from llm_jepa.data.examples import Example, ExampleError  # noqa: E402
-from llm_jepa.files import sha256  # noqa: E402
-from llm_jepa.scoring.sql import execution_match, spider_databases  # noqa: E402
+from llm_jepa.data.examples import Example, ExampleError
+from llm_jepa.scoring.sql import execution_match, spider_databases
 
 
 def score_all(databases: Path, lines: list[str]) -> int:
@@ -38,19 +32,16 @@ def score_all(databases: Path, lines: list[str]) -> int:
 
 def main() -> None:
     """Prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__)
     parser.add_argument("--spider_path", type=Path, default=ROOT / "spider_data.zip", help="folder or zip of Spider")
     parser.add_argument("--gold", type=Path, required=True, help="file of gold queries")
-    parser.add_argument("--repeats", type=int, default=5, help="how often all are scored (default 5)")
-    parser.add_argument("--json", help="file for the results and their provenance")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each arm is timed (default 5)")
     args = parser.parse_args()
     databases = spider_databases(args.spider_path, ROOT / "datasets" / "spider_databases")
     lines = args.gold.read_text(encoding="utf-8").splitlines()
     score = partial(score_all, databases, lines)
-    seconds = interleave({"execution match": score}, args.repeats)
-    results = [{"arm": name, "queries": len(lines), "equal": score(), **percentiles(s)} for name, s in seconds.items()]
-    print(table(results))
-    write(args.json, {str(args.gold): sha256(args.gold)}, results=results)
+    seconds = interleave({"execution match": score}, args.repeats)["execution match"]
+    report(args, args.gold, [{"queries": len(lines), "equal": score(), **percentiles(seconds)}])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import importlib.util
 import json
 import statistics
@@ -27,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +34,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from timing import interleave, matmul_rate, percentiles, table, write
+from timing import DEVICE, ROOT, flag_parser, interleave, matmul_rate, percentiles, report
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import finetune  # noqa: E402
-from llm_jepa.data.examples import Problems, read_examples  # noqa: E402
-from llm_jepa.data.segments import Segment  # noqa: E402
-from llm_jepa.files import sha256  # noqa: E402
-from llm_jepa.training.checks import on_device  # noqa: E402
+import finetune
+from llm_jepa.data.examples import Problems, read_examples
+from llm_jepa.data.segments import Segment
+from llm_jepa.training.checks import on_device
 
 # About 5M parameters for a CPU, and the shape of Llama-3.2-1B.
 SHAPES = {
@@ -57,7 +52,9 @@ SHAPES = {
                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
                      "tie_word_embeddings": True, "rope_theta": 500000.0},
 }  # fmt: skip
+ARMS = ("reference's way", "additive", "packed", "packed, in_chat", "regular packed", "TRL padded", "TRL packed")
 PADDED = 512  # tokens of each of the reference's rows
+GROWTH = (1, 2, 4, 8)
 
 
 @dataclass
@@ -72,11 +69,10 @@ class Arm:
     bf16: bool
 
     def __post_init__(self) -> None:
-        fused = next(self.model.parameters()).is_cuda
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused or None)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=DEVICE == "cuda" or None)
 
     def __call__(self) -> None:
-        """Takes all steps."""
+        """Runs all steps."""
         for batch in self.batches:
             self.backward(batch)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -85,8 +81,7 @@ class Arm:
 
     def backward(self, batch: Any) -> None:
         """Forward and backward pass of one batch."""
-        device = next(self.model.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
             loss = self.loss(self.model, batch)
         loss.backward()
 
@@ -98,15 +93,34 @@ class Arm:
         self.optimizer.zero_grad()
         return float(counter.get_total_flops())
 
+    def peak_memory(self) -> float:
+        """Peak MB of the steps in addition to the model: gradients and optimizer state count. On a CPU: Linux only."""
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+        before = peak_bytes()
+        self()
+        return (peak_bytes() - before) / 1e6
 
-def ours(parts: finetune.Parts, model: torch.nn.Module, s: finetune.Settings) -> Callable:
+
+def peak_bytes() -> int:
+    """This process's peak memory since the reset."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1000 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
+def ours(parts: finetune.Parts, s: finetune.Settings) -> Callable:
     """The loss of finetune.py with the layout of `parts`."""
-    selector = finetune.LMHeadSelector(model)
+    selector = finetune.LMHeadSelector(parts.model)
+    terms = [(term, term.weight) for term in parts.terms]
 
     def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
-        batch = on_device(parts.collator(items), next(model.parameters()).device)
+        batch = on_device(parts.collator(items), DEVICE)
         lm_sum, states = selector.lm_sum(model, batch)
-        terms = [(term, term.weight) for term in parts.terms]
         return finetune.objective(lm_sum, states, batch["counts"].clamp(min=1), s.gamma, terms)[0]
 
     return loss
@@ -115,57 +129,48 @@ def ours(parts: finetune.Parts, model: torch.nn.Module, s: finetune.Settings) ->
 def reference_loss(pad_id: int, lbd: float) -> Callable:
     """The same loss computed as in the reference implementation, with three padded rows per example."""
 
+    def padded(values: list[np.ndarray], fill: int) -> torch.Tensor:
+        rows = [F.pad(torch.tensor(v, dtype=torch.long), (0, PADDED - len(v)), value=fill) for v in values]
+        return torch.stack(rows).to(DEVICE)  # (3B, T)
+
     def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
-        segments = [segment for kind in range(3) for segment in (item[kind] for item in items)]
-        device, n = next(model.parameters()).device, len(items)
-        ids = torch.full((3 * n, PADDED), pad_id)  # (3B, T)
-        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for r, segment in enumerate(segments):
-            tokens = torch.tensor(segment.ids, dtype=torch.long)
-            ids[r, : len(tokens)] = tokens
-            mask[r, : len(segment.ids)] = 1
-            chosen = torch.tensor(segment.labels)
-            labels[r, : len(chosen)][chosen] = tokens[chosen]
+        segments, n = [item[kind] for kind in range(3) for item in items], len(items)
         out = model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device),
-            output_hidden_states=True, use_cache=False,
-        )  # fmt: skip
-        views = torch.tensor([segment.view for segment in segments[n:]], device=device)
-        hidden = out.hidden_states[-1][n:].float()[torch.arange(2 * n, device=device), views]  # (2B, D)
+            input_ids=padded([x.ids for x in segments], pad_id),
+            attention_mask=padded([np.ones_like(x.ids) for x in segments], 0),
+            labels=padded([np.where(x.labels, x.ids, -100) for x in segments], -100),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        views = torch.tensor([segment.view for segment in segments[n:]], device=DEVICE)
+        hidden = out.hidden_states[-1][n:].float()[torch.arange(2 * n, device=DEVICE), views]  # (2B, D)
         return out.loss + lbd * (1 - F.cosine_similarity(hidden[:n], hidden[n:], dim=-1)).mean()
 
     return loss
 
 
 def trl_arm(args: argparse.Namespace, parts: finetune.Parts, packing: bool, folder: str) -> Arm:
-    """TRL's SFTTrainer on the same chats with labels on the answers and its own collator, loss and metrics."""
+    """TRL's SFTTrainer on the same tokens and labels with its own collator, loss and metrics."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    def turns(example: Any) -> dict[str, list]:
-        contents = {"system": example.system, "user": example.user, "assistant": example.assistant}
-        chat = [{"role": role, "content": content} for role, content in contents.items() if content]
-        return {"prompt": chat[:-1], "completion": chat[-1:]}
-
-    rows = args.steps * args.batch_size
+    items, bf16 = parts.train_set.items, args.dtype == "bfloat16"
     config = SFTConfig(
         output_dir=folder, per_device_train_batch_size=1 if packing else args.batch_size, packing=packing,
-        max_length=PADDED, report_to=[], bf16=args.dtype == "bfloat16", use_cpu=args.device == "cpu",
-        gradient_checkpointing=False, dataset_num_proc=1, disable_tqdm=True, seed=1, dataloader_pin_memory=False,
+        max_length=PADDED, report_to=[], bf16=bf16, use_cpu=DEVICE == "cpu", gradient_checkpointing=False,
+        completion_only_loss=True, disable_tqdm=True, seed=1, dataloader_pin_memory=False,
     )  # fmt: skip
-    model = copy.deepcopy(parts.model)
-    data = Dataset.from_list([turns(e) for e in parts.train_set.examples[:rows]])
-    trainer = SFTTrainer(
-        model=model, args=config, train_dataset=data, processing_class=parts.encoder.renderer.tokenizer
-    )
+    model, tokenizer = copy.deepcopy(parts.model), parts.encoder.renderer.tokenizer
+    data = Dataset.from_list([{"input_ids": x.ids, "completion_mask": x.labels.astype(int)} for x, *_ in items])
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
     trainer.accelerator.backward = lambda loss, **_: None  # Arm.backward calls loss.backward()
     model.train()
-    useful = sum(len(item[0].ids) for item in parts.train_set.items[:rows])
-    return Arm(model, batches, lambda m, b: trainer.compute_loss(m, dict(b)), rows, useful, args.dtype == "bfloat16")
+    useful = sum(len(chat.ids) for chat, *_ in items)
+    return Arm(model, batches, lambda m, b: trainer.compute_loss(m, dict(b)), len(items), useful, bf16)
 
 
-def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any] | None = None) -> Arm | None:
+def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any]) -> Arm | None:
     """The arm, or None if its package is not installed; arms with the same `shared` train one model."""
     regular = name.startswith(("regular", "TRL"))
     s = finetune.Settings(
@@ -176,49 +181,18 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
         skip_bad_examples=True,
     )  # fmt: skip
     parts = finetune.prepare(s, PartialState())
-    parts.train_set.items = parts.train_set.items[: args.steps * args.batch_size]
-    parts.model = (shared if shared is not None else {}).setdefault("model", parts.model)
-    parts.model.train()
-    if name.startswith("TRL"):
-        if importlib.util.find_spec("trl") is None:
-            return None
-        return trl_arm(args, parts, name == "TRL packed", folder)
-    items = parts.train_set.items
+    items = parts.train_set.items = parts.train_set.items[: args.steps * args.batch_size]
     if len(items) < args.steps * args.batch_size:
         raise SystemExit(f"{args.input_file} has only {len(items)} usable examples for {args.steps} steps")
+    parts.model = shared.setdefault("model", parts.model).train()
+    if name.startswith("TRL"):
+        installed = importlib.util.find_spec("trl") is not None
+        return trl_arm(args, parts, name == "TRL packed", folder) if installed else None
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
     pad = parts.encoder.renderer.tokenizer.pad_token_id
-    loss = reference_loss(pad, s.lbd) if name == "reference's way" else ours(parts, parts.model, s)
+    loss = reference_loss(pad, s.lbd) if name == "reference's way" else ours(parts, s)
     useful = sum(len(segment.ids) for item in items for segment in item)
     return Arm(parts.model, batches, loss, len(items), useful, args.dtype == "bfloat16")
-
-
-ARMS = ("reference's way", "additive", "packed", "packed, in_chat", "regular packed", "TRL padded", "TRL packed")
-
-
-def peak_memory_gpu(arm: Arm) -> float:
-    """Peak MB of an arm's steps in addition to its model; gradients and optimizer state count."""
-    arm.optimizer.zero_grad()
-    arm.optimizer.state.clear()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    arm()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-
-def peak_memory(name: str, args: argparse.Namespace, folder: str) -> float:
-    """The same on a CPU (Linux), in a process of its own."""
-    arm = arm_of(name, args, folder)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _peak_kilobytes()
-    arm()
-    return (_peak_kilobytes() - before) / 1e3
-
-
-def _peak_kilobytes() -> int:
-    """This process's peak memory since the reset."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def write_shape(args: argparse.Namespace, folder: str) -> None:
@@ -231,64 +205,34 @@ def write_shape(args: argparse.Namespace, folder: str) -> None:
     LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, **SHAPES[args.shape]).save_pretrained(folder)
 
 
-def flags() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input_file", default=str(ROOT / "datasets" / "synth_train.jsonl"), help="training examples")
-    parser.add_argument("--tokenizer", default=str(ROOT / "models" / "tiny"), help="tokenizer with a chat template")
-    parser.add_argument("--vocabulary", type=int, help="retrain the tokenizer on the examples with this size")
-    parser.add_argument("--shape", choices=SHAPES, default="5m", help="of the randomly initialized model (default 5m)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    parser.add_argument("--batch_size", type=int, default=16, help="examples per step (default 16)")
-    parser.add_argument("--steps", type=int, default=4, help="steps that are timed together (default 4)")
-    parser.add_argument("--repeats", type=int, default=5, help="how often each arm's steps are timed (default 5)")
-    parser.add_argument("--max_length", type=int, default=PADDED, help="longer examples are skipped (default 512)")
-    parser.add_argument("--tokens_per_row", type=int, default=0, help="of packed rows (default: finetune.py's)")
-    parser.add_argument("--attn_implementation", help="attention kernel of this project's arms")
-    parser.add_argument("--growth", metavar="PNG", help="measure growth instead and plot it to this file")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")
-    parser.add_argument("--json", help="file for the results and their provenance")
-    parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
-    return parser
-
-
-def results(args: argparse.Namespace, arms: dict[str, Arm], folder: str) -> Iterator[dict[str, Any]]:
+def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str, Any]]:
     """One row of the table per arm."""
-    seconds = interleave(arms, args.repeats)
-    rate = matmul_rate(args.device, getattr(torch, args.dtype))
-    rates = {name: arms[name].examples / statistics.median(times) for name, times in seconds.items()}
+    seconds, rate = interleave(arms, args.repeats), matmul_rate(getattr(torch, args.dtype))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    rates = {name: arm.examples / medians[name] for name, arm in arms.items()}
+    others = [name for name in ("reference's way", "TRL padded", "TRL packed") if name in arms]
+    usual = arms.get("regular packed")
     for name, arm in arms.items():
-        if args.device == "cuda":
-            memory = peak_memory_gpu(arm)
-        else:
+        memory = arm.peak_memory() if DEVICE == "cuda" else None
+        if memory is None:  # in a new process, whose memory no other arm has used
             command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
             memory = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        median = statistics.median(seconds[name])
-        usual = arms.get("regular packed")
-        share = usual and median / statistics.median(seconds["regular packed"]) / (arm.useful / usual.useful)
         yield {
             "arm": name,
             "examples/s": rates[name],
-            **{
-                f"× {other}": rates[name] / rates[other]
-                for other in ("reference's way", "TRL padded", "TRL packed")
-                if other in rates
-            },
-            "time/tokens": share,
-            "useful tokens/s": arm.useful / median,
-            "of matmul": arm.flops() / median / rate,
+            **{f"× {other}": rates[name] / rates[other] for other in others},
+            "time/tokens": usual and medians[name] / medians["regular packed"] / (arm.useful / usual.useful),
+            "useful tokens/s": arm.useful / medians[name],
+            "of matmul": arm.flops() / medians[name] / rate,
             "peak MB": memory,
             **{k: v / args.steps for k, v in percentiles(seconds[name]).items()},
         }
 
 
-GROWTH = (1, 2, 4, 8)
-
-
 def longer(item: tuple[Segment, ...], times: int) -> tuple[Segment, ...]:
     """The item with each of its segments repeated, in place of a longer text."""
     return tuple(
-        dataclasses.replace(
+        replace(
             x, ids=np.tile(x.ids, times), labels=np.tile(x.labels, times),
             view=None if x.view is None else x.view + len(x.ids) * (times - 1),
         )
@@ -297,64 +241,67 @@ def longer(item: tuple[Segment, ...], times: int) -> tuple[Segment, ...]:
 
 
 def growth(args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
-    """Times a packed step with more and with longer examples."""
-    args.steps = 8
-    arm, arms = arm_of("packed", args, folder), {}
-    for what, by in (("examples", 1), ("length", 0)):
-        for times in GROWTH:
-            batch = [item for part in arm.batches[: times if by else 1] for item in part]
-            batch = batch if by else [longer(item, times) for item in batch]
-            useful = sum(len(x.ids) for item in batch for x in item)
-            arms[f"{what} × {times}"] = dataclasses.replace(arm, batches=[batch], examples=len(batch), useful=useful)
-    seconds, lines = interleave(arms, args.repeats), []
-    for name, times in seconds.items():
-        first, median = seconds[name.split(" × ")[0] + " × 1"], statistics.median(times)
-        lines.append({
-            "step": name, "examples": arms[name].examples, "tokens": arms[name].useful,
-            "× time": median / statistics.median(first), "tokens/s": arms[name].useful / median, **percentiles(times),
-        })  # fmt: skip
-    return lines
-
-
-def draw(lines: list[dict[str, Any]], path: str) -> None:
-    """Plots time over tokens on logarithmic axes, with a line of proportional growth through each first point."""
+    """Times a packed step with more and with longer examples; plots its time over its tokens on logarithmic axes."""
     from matplotlib.figure import Figure
 
+    args.steps = max(GROWTH)
+    arm, arms = arm_of("packed", args, folder, {}), {}
+    for what in ("examples", "length"):
+        for times in GROWTH:
+            batch = [item for batch in arm.batches[:times] for item in batch]
+            batch = batch if what == "examples" else [longer(item, times) for item in arm.batches[0]]
+            useful = sum(len(x.ids) for item in batch for x in item)
+            arms[f"{what} × {times}"] = replace(arm, batches=[batch], examples=len(batch), useful=useful)
+    seconds = {name: percentiles(times) for name, times in interleave(arms, args.repeats).items()}
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for what, colour, mark in (("examples", "#0072B2", "o"), ("length", "#D55E00", "^")):
-        some = [line for line in lines if line["step"].startswith(what)]
-        tokens, times = [x["tokens"] for x in some], [1e3 * x["p50"] for x in some]
-        axes.loglog(tokens, times, color=colour, marker=mark, label=f"more {what}" if what == "examples" else "longer")
-        axes.loglog(tokens, [times[0] * t / tokens[0] for t in tokens], color=colour, ls=":", lw=1)
+    for what, color, mark in (("examples", "#0072B2", "o"), ("length", "#D55E00", "^")):
+        tokens = [arms[f"{what} × {times}"].useful for times in GROWTH]
+        ms = [1e3 * seconds[f"{what} × {times}"]["p50"] for times in GROWTH]
+        axes.loglog(tokens, ms, color=color, marker=mark, label=f"more {what}" if what == "examples" else "longer")
+        axes.loglog(tokens, [ms[0] * t / tokens[0] for t in tokens], color=color, ls=":", lw=1)
     axes.set(xlabel="tokens per step, views included", ylabel="time per step (ms, median)", title="A packed step")
     axes.plot([], [], color="grey", ls=":", lw=1, label="proportional to tokens")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(args.growth, dpi=150)
+    return [
+        {"step": name, "examples": arm.examples, "tokens": arm.useful,
+         "× time": seconds[name]["p50"] / seconds[name.split(" × ")[0] + " × 1"]["p50"],
+         "tokens/s": arm.useful / seconds[name]["p50"], **seconds[name]}
+        for name, arm in arms.items()
+    ]  # fmt: skip
 
 
 def main() -> None:
     """Prints the table and writes the JSON."""
-    args = flags().parse_args()
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = flag_parser(__doc__)
+    parser.add_argument("--input_file", default=str(ROOT / "datasets" / "synth_train.jsonl"), help="training examples")
+    parser.add_argument("--tokenizer", default=str(ROOT / "models" / "tiny"), help="tokenizer with a chat template")
+    parser.add_argument("--vocabulary", type=int, help="retrain the tokenizer on the examples with this size")
+    parser.add_argument("--shape", choices=SHAPES, default="5m", help="of the randomly initialized model (default 5m)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    parser.add_argument("--batch_size", type=int, default=16, help="examples per step (default 16)")
+    parser.add_argument("--steps", type=int, default=4, help="steps that are timed together (default 4)")
+    parser.add_argument("--max_length", type=int, default=PADDED, help="longer examples are skipped (default 512)")
+    parser.add_argument("--tokens_per_row", type=int, default=0, help="of packed rows (default: finetune.py's)")
+    parser.add_argument("--attn_implementation", help="attention kernel of this project's arms")
+    parser.add_argument("--growth", metavar="PNG", help="measure growth instead and plot it to this file")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")
+    parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=5, help="how often each arm is timed (default 5)")
+    args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         write_shape(args, folder)
         if args.memory_of:
-            return print(json.dumps(peak_memory(args.memory_of, args, folder)))
+            return print(arm_of(args.memory_of, args, folder, {}).peak_memory())
         if args.growth:
-            lines = growth(args, folder)
-            draw(lines, args.growth)
-            print(table(lines))
-            return write(args.json, {args.input_file: sha256(args.input_file)}, shape=vars(args), results=lines)
+            return report(args, args.input_file, growth(args, folder))
         shared: dict[str, Any] = {}
         arms = {name: arm for name in args.arms if (arm := arm_of(name, args, folder, shared))}
-        lines = list(results(args, arms, folder))
-        parameters = sum(p.numel() for p in next(iter(arms.values())).model.parameters())
-    print(table(lines))
-    shape = vars(args) | {"parameters": parameters}
-    write(args.json, {args.input_file: sha256(args.input_file)}, shape=shape, results=lines)
+        parameters = next(iter(arms.values())).model.num_parameters()
+        report(args, args.input_file, list(compare(args, arms)), parameters=parameters)
 
 
 if __name__ == "__main__":

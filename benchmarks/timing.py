@@ -1,7 +1,11 @@
-"""Shared by the benchmarks: interleaved timing, percentiles, a text table, a JSON file with provenance."""
+"""Shared by the benchmarks: interleaved timing, percentiles, a text table, a JSON file with provenance.
+
+Importing this module makes the repository's packages importable.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -12,10 +16,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-from llm_jepa.files import write_json  # noqa: E402
+from llm_jepa.files import sha256, write_json  # noqa: E402
 from llm_jepa.run_folder import provenance  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def flag_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the flag that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="file for the results and their provenance")
+    return parser
 
 
 def interleave(arms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -29,30 +43,25 @@ def interleave(arms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
         arms[name]()
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            _synchronise()
-            begin = time.perf_counter()
-            arms[name]()
-            _synchronise()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(measure(arms[name]))
     return seconds
 
 
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def measure(action: Callable[..., Any], *args: Any) -> float:
+    """Seconds of a call, including its work on the GPU."""
+    synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    synchronize()
+    begin = time.perf_counter()
+    action(*args)
+    synchronize()
+    return time.perf_counter() - begin
 
 
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
+def matmul_rate(dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the best of ten."""
-    n, times = 8192 if device == "cuda" else 2048, []
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(10):
-        begin = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return 2 * n**3 / min(times)
+    n = 8192 if DEVICE == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(measure(torch.matmul, a, b) for _ in range(10))
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -60,12 +69,9 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{p}": float(np.percentile(seconds, p)) for p in (20, 50, 80)}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows with the same keys as an aligned text table."""
-    return pd.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format)
-
-
-def write(path: str | None, data: dict[str, str], **results: Any) -> None:
-    """Writes the results with their provenance; `data`: checksums by path."""
-    if path:
-        write_json(Path(path), provenance(data) | results)
+def report(args: argparse.Namespace, data: str | Path, results: list[dict[str, Any]], **shape: Any) -> None:
+    """Prints the results as a table. Writes them to `args.json`, if given, with their provenance; `data`: a file."""
+    print(pd.DataFrame(results).to_string(index=False, float_format="{:.4g}".format))
+    if args.json:
+        record = provenance({str(data): sha256(data)}) | {"shape": vars(args) | shape, "results": results}
+        write_json(Path(args.json), record)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from llm_jepa.cli import UsageError
@@ -19,9 +20,13 @@ LOOSE = "ignoring case, spaces and Unicode form"
 DATABASE = re.compile(r"For db_id:\[([^]]*)\]\n\n")
 
 
+prompt_of = attrgetter("system", "user")
+pair_of = attrgetter("system", "user", "assistant")
+
+
 @dataclass(frozen=True)
 class Finding:
-    """The lines of one part that have a property. A leak is something of the train part that test also has."""
+    """The lines of one part that have a property. A leak is in the train part too."""
 
     what: str
     lines: list[int]  # of the test file if the finding compares both parts
@@ -47,34 +52,16 @@ def find_parts(target: str, data_dir: Path) -> dict[str, Path]:
     raise UsageError(f"{target}: no such file, and no {target}_train.jsonl or {target}_test.jsonl")
 
 
-def prompt_of(example: Example) -> tuple[str | None, str]:
-    """What a model reads."""
-    return example.system, example.user
-
-
-def pair_of(example: Example) -> tuple[str | None, str, str]:
-    """What a model reads and what it should answer."""
-    return example.system, example.user, example.assistant
-
-
 def database_of(example: Example) -> str | None:
     """The database of a Spider example, case-folded as SQLite file names may be; None for other examples."""
     match = DATABASE.match(example.user)
     return match and match[1].strip().casefold()
 
 
-def query_of(example: Example) -> tuple[str, str] | None:
-    """The database and SQL of a Spider example; None for other examples."""
-    database = database_of(example)
-    return None if database is None else (database, example.assistant)
-
-
-def normalized(text: str | None) -> str | None:
-    """A text in NFKC, case-folded, with each run of white space replaced by one space."""
-    if text is None:
-        return None
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(unicodedata.normalize("NFKC", folded).split())  # again, because folding can undo the form
+def normalized(texts: tuple[str | None, ...]) -> tuple[str, ...]:
+    """Texts in NFKC, case-folded, with each run of white space replaced by one space."""
+    folded = (unicodedata.normalize("NFKC", text or "").casefold() for text in texts)
+    return tuple(" ".join(unicodedata.normalize("NFKC", text).split()) for text in folded)  # folding can undo the form
 
 
 def repeats(examples: list[Example], key: Callable[[Example], Hashable]) -> list[int]:
@@ -102,23 +89,24 @@ def too_long(examples: list[Example], tokenizer_name: str, max_tokens: int) -> l
     from llm_jepa.model import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(tokenizer_name, predictors=False)
-        renderer = Renderer(tokenizer)
+        renderer = Renderer(load_tokenizer(tokenizer_name, predictors=False))
     except UsageError as error:
         raise UsageError(str(error).replace("--model_name", "--tokenizer")) from None
     texts = [renderer.chat(example).text for example in examples]
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    lengths = map(len, renderer.tokenizer(texts, add_special_tokens=False)["input_ids"])
     return [e.id for e, length in zip(examples, lengths, strict=True) if length > max_tokens]
 
 
-def check_part(part: str, examples: list[Example]) -> list[Finding]:
+def check_part(part: str, examples: list[Example], max_tokens: int, tokenizer: str | None) -> list[Finding]:
     """Findings within one part. None of them is a leak."""
     lines = {
-        f"{part}: repeated prompt and answer": repeats(examples, pair_of),
-        f"{part}: prompt with several answers": several_answers(examples),
-        f"{part}: answer in its own prompt": [e.id for e in examples if answer_in_prompt(e)],
+        "repeated prompt and answer": repeats(examples, pair_of),
+        "prompt with several answers": several_answers(examples),
+        "answer in its own prompt": [e.id for e in examples if answer_in_prompt(e)],
     }
-    return [Finding(what, found, len(examples)) for what, found in lines.items()]
+    if tokenizer:
+        lines[f"chat over {max_tokens} tokens"] = too_long(examples, tokenizer, max_tokens)
+    return [Finding(f"{part}: {what}", found, len(examples)) for what, found in lines.items()]
 
 
 def check_both(train: list[Example], test: list[Example]) -> list[Finding]:
@@ -130,27 +118,22 @@ def check_both(train: list[Example], test: list[Example]) -> list[Finding]:
 
     def nearly(key: Callable[[Example], tuple[str | None, ...]]) -> list[int]:
         identical = set(shared(key))
-        return [line for line in shared(lambda e: tuple(map(normalized, key(e)))) if line not in identical]
+        return [line for line in shared(lambda e: normalized(key(e))) if line not in identical]
 
-    found = {"test: prompt in train": shared(prompt_of), "test: prompt and answer in train": shared(pair_of)}
-    found[f"test: prompt in train, {LOOSE}"] = nearly(prompt_of)
-    found[f"test: prompt and answer in train, {LOOSE}"] = nearly(pair_of)
-    if any(database_of(example) is not None for example in (*train, *test)):
-        found["test: database and SQL in train"] = shared(query_of)
-        found["test: database in train"] = shared(database_of)
-    return [Finding(what, lines, len(test), leak=True) for what, lines in found.items()]
-
-
-def count_databases(train: list[Example], test: list[Example]) -> list[str]:
-    """A line on the databases of Spider examples; no line for other examples."""
-    names = [Counter(filter(None, map(database_of, part))) for part in (train, test)]
-    if not any(names):
-        return []
-    return [f"{len(names[0])} databases in train, {len(names[1])} in test, {len(names[0] & names[1])} in both"]
+    found = {
+        "prompt in train": shared(prompt_of),
+        "prompt and answer in train": shared(pair_of),
+        f"prompt in train, {LOOSE}": nearly(prompt_of),
+        f"prompt and answer in train, {LOOSE}": nearly(pair_of),
+    }
+    if any(map(database_of, (*train, *test))):
+        found["database and SQL in train"] = shared(lambda e: database_of(e) and (database_of(e), e.assistant))
+        found["database in train"] = shared(database_of)
+    return [Finding(f"test: {what}", lines, len(test), leak=True) for what, lines in found.items()]
 
 
 def manifest_mismatches(paths: Iterable[Path]) -> list[str]:
-    """A line for each file whose checksum differs from that in the manifest.json beside it.
+    """A line for each file whose checksum differs from that in the manifest.json of its folder.
 
     A process killed between two writes leaves train and test files of different versions.
     """
@@ -158,25 +141,19 @@ def manifest_mismatches(paths: Iterable[Path]) -> list[str]:
     for path in paths:
         manifest = path.parent / "manifest.json"
         entries = read_json(manifest).values() if manifest.exists() else ()
-        recorded = [file for entry in entries if (file := entry.get("files", {}).get(path.name))]
-        if any(file["sha256"] != sha256(path) for file in recorded):
+        recorded = [entry["files"][path.name]["sha256"] for entry in entries if path.name in entry.get("files", ())]
+        if any(checksum != sha256(path) for checksum in recorded):
             lines.append(f"{path}: checksum differs from manifest.json; prepare it again")
     return lines
 
 
 def check(paths: dict[str, Path], max_tokens: int, tokenizer: str | None) -> tuple[list[str], bool]:
-    """(lines of the report, whether there is a leak) for the files by part. Raises ExampleError, UsageError."""
+    """(lines of the report, whether there is a leak) for the files by part. Raises UsageError."""
     parts = {part: read_examples(str(path), Problems()) for part, path in paths.items()}
-    findings = [finding for part, examples in parts.items() for finding in check_part(part, examples)]
-    if tokenizer:
-        findings += [
-            Finding(f"{part}: chat over {max_tokens} tokens", too_long(examples, tokenizer, max_tokens), len(examples))
-            for part, examples in parts.items()
-        ]
     report = [f"{paths[part]}: {len(examples)} examples" for part, examples in parts.items()]
+    findings = [f for part, examples in parts.items() for f in check_part(part, examples, max_tokens, tokenizer)]
     if len(parts) == 2:
-        findings += check_both(parts["train"], parts["test"])
-        report += count_databases(parts["train"], parts["test"])
+        findings += check_both(**parts)
     report += map(str, findings)
     if not tokenizer:
         report.append("tokens were not counted; use --tokenizer FOLDER")

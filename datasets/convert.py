@@ -24,9 +24,6 @@ SEED = 42  # of `draw`, and of the published splits of deep-regex and Spider
 DRAWN_TRAIN, DRAWN_TEST = 8000, 2000  # examples drawn from larger datasets
 
 
-# ------------------------------------------------------------------------------------------------- one example
-
-
 def chat(system: str | None, user: Any, assistant: Any) -> dict[str, Any]:
     """An example in the project's file format."""
     turns = [("system", system), ("user", user), ("assistant", assistant)]
@@ -35,13 +32,13 @@ def chat(system: str | None, user: Any, assistant: Any) -> dict[str, Any]:
 
 def to_json(example: Example) -> dict[str, Any]:
     """The JSON object that an example is read from."""
+    chat_turns = chat(example.system, example.user, example.assistant)
     optional = {
         "text": example.text and [{"role": "user", "content": example.text}],
         "code": example.code and [{"role": "assistant", "content": example.code}],
         "answers": example.answers,
         "group": example.group,
     }
-    chat_turns = chat(example.system, example.user, example.assistant)
     return chat_turns | {name: value for name, value in optional.items() if value is not None}
 
 
@@ -82,37 +79,29 @@ class Parts:
     """
 
     train: list[Example]
-    test: list[Example]
+    test: list[Example] | None  # None: the dataset has no test part
     split: str
     published_split: str | None = None
     license: str | None = None
 
 
-# ------------------------------------------------------------------------------------------------ the datasets
-
 REGEX_SYSTEM = "Convert natural language to regular expression."
-DEEP_REGEX = "https://github.com/nicholaslocascio/deep-regex"
+DEEP_REGEX = "nicholaslocascio/deep-regex"
+DEEP_REGEX_FILES = f"folder with src.txt and targ.txt, from https://github.com/{DEEP_REGEX}"
 # The last commit that changed the files.
-DEEP_REGEX_RAW = (
-    DEEP_REGEX.replace("github.com", "raw.githubusercontent.com") + "/a48ac3b994e9b9f769abf100db84ba85ca8d4956"
-)
+DEEP_REGEX_RAW = f"https://raw.githubusercontent.com/{DEEP_REGEX}/a48ac3b994e9b9f769abf100db84ba85ca8d4956"
 
 
 def deep_regex(folder: str, source: Source, problems: Problems) -> Parts:
     """NL-RX-Synth or NL-RX-Turk: line i of targ.txt is the regular expression of line i of src.txt."""
-    descriptions, regexes = (
-        source.lines(
-            f"{DEEP_REGEX_RAW}/datasets/{folder}/{name}", name, f"{folder}/{name}", f"datasets/{folder}/{name}"
-        )
-        for name in ("src.txt", "targ.txt")
-    )
+    folder = f"{DEEP_REGEX_RAW}/datasets/{folder}"
+    descriptions, regexes = source.lines(f"{folder}/src.txt"), source.lines(f"{folder}/targ.txt")
     if len(descriptions) != len(regexes):
         raise ExampleError(f"{descriptions[-1][0]} and {regexes[-1][0]} are the last lines; the numbers must be equal")
     pairs = [(place, i, (d, r)) for (place, i, d), (_, _, r) in zip(descriptions, regexes, strict=True)]
     examples = to_examples(pairs, lambda pair: chat(REGEX_SYSTEM, *pair), problems)
-    train, test = split_examples(examples, 0.2, SEED)
     split = f"one in five at random, seed {SEED}"
-    return Parts(train, test, split, f"{split}: the published split")
+    return Parts(*split_examples(examples, 0.2, SEED), split, f"{split}: the published split")
 
 
 def synth(source: Source, problems: Problems) -> Parts:
@@ -120,14 +109,8 @@ def synth(source: Source, problems: Problems) -> Parts:
     if source.path is not None:
         return deep_regex("NL-RX-Synth", source, problems)
     source.entries.append({"generator": "synth_grammar.py"})
-    train, test = (
-        to_examples(
-            [("synth_grammar.py", i, pair) for i, pair in enumerate(pairs, start=1)],
-            lambda pair: chat(REGEX_SYSTEM, *pair),
-            problems,
-        )
-        for pairs in synth_grammar.draw_pairs()
-    )
+    rows = ([("synth_grammar.py", i, pair) for i, pair in enumerate(p, start=1)] for p in synth_grammar.draw_pairs())
+    train, test = (to_examples(part, lambda pair: chat(REGEX_SYSTEM, *pair), problems) for part in rows)
     return Parts(train, test, "every fifth pair is a test pair", license="Apache-2.0")
 
 
@@ -153,6 +136,8 @@ def gsm8k(source: Source, problems: Problems) -> Parts:
 
 SPIDER = "xlangai/spider:spider:{}@0c350918f3f29ec754f1181c65cdce76cd6c133c"
 SPIDER_ZIP = ROOT / "spider_data.zip"
+SPIDER_FILES = "spider_data.zip or the unpacked folder, from https://yale-lily.github.io/spider"
+SPIDER_COUNTS = {"by_database": (7000, 1034), "random": (6587, 1447)}
 
 
 def spider(source: Source, problems: Problems, split: str = "by_database") -> Parts:
@@ -168,24 +153,21 @@ def spider(source: Source, problems: Problems, split: str = "by_database") -> Pa
             raise ValueError("db_id, question and query must be non-empty strings")
         return chat("Convert natural language to SQL.", f"For db_id:[{db_id}]\n\n{question}", query)
 
-    def databases(examples: list[Example]) -> set[str]:
-        return {example.user.partition("\n")[0].removeprefix("For db_id:") for example in examples}
-
     path, license = source.path or (SPIDER_ZIP if SPIDER_ZIP.exists() else None), None
     if path is None:
         rows = [source.hub(SPIDER.format(part)) for part in ("train", "validation")]
     else:
         folder = spider_folder(path)
         files = [folder / name for name in ("train_spider.json", "dev.json")]
-        rows, license = map(json_rows, files), stated_license(folder / "README.txt")
+        rows, license = [json_rows(file) for file in files], stated_license(folder / "README.txt")
         source.entries += map(file_entry, files if path.is_dir() else [path])
     train, dev = (to_examples(part, convert, problems) for part in rows)
     if split == "random":
         train, dev = split_examples(train + dev, 0.18, SEED)
         text = f"18 % of train_spider.json and dev.json at random, seed {SEED}"
         return Parts(train, dev, text, f"{text}: the published split", license)
-    both = sorted(databases(train) & databases(dev))
-    if both:
+    first, second = ({example.user.partition("\n")[0] for example in part} for part in (train, dev))
+    if both := [line.removeprefix("For db_id:") for line in sorted(first & second)]:
         raise ExampleError(
             f"{path or SPIDER}: train_spider.json and dev.json share {len(both)} databases ({', '.join(both[:3])}), so "
             "the test databases would not be unseen; use --split random"
@@ -212,7 +194,7 @@ def paraphrase(source: Source, problems: Problems, train_rows: int = 0) -> Parts
     ]
     drawn = draw(pairs, train_rows)
     train = to_examples(drawn, lambda pair: chat(None, *pair[:2]) | {"group": str(pair[2])}, problems)
-    return Parts(train, [], f"{describe_draw([train_rows], 'the pairs')}; all for training")
+    return Parts(train, None, f"{describe_draw([train_rows], 'the pairs')}; all for training")
 
 
 SENTIMENT_SYSTEM = "Determine whether the comment is positive or negative"
@@ -220,14 +202,15 @@ ROTTEN_TOMATOES = "cornell-movie-review-data/rotten_tomatoes:{}@aa13bc287fa6fcab
 POLARITY = {"pos": "Good", "neg": "Bad"}
 
 
+def sentiment(answers: dict[str, str]) -> Callable[[Any], dict[str, Any]]:
+    """A function that converts a text with a label; `answers` by label."""
+    return lambda row: chat(SENTIMENT_SYSTEM, row["text"], answers[row["label"]])
+
+
 def rotten_tomatoes(source: Source, problems: Problems) -> Parts:
     """Sentences of Pang and Lee's polarity dataset, with the hub's train and test parts."""
-
-    def convert(row: Any) -> dict[str, Any]:
-        return chat(SENTIMENT_SYSTEM, row["text"], POLARITY[row["label"]])
-
-    parts = (to_examples(source.hub(ROTTEN_TOMATOES.format(p)), convert, problems) for p in ("train", "test"))
-    return Parts(*parts, "the hub's own")
+    rows = (source.hub(ROTTEN_TOMATOES.format(part)) for part in ("train", "test"))
+    return Parts(*(to_examples(part, sentiment(POLARITY), problems) for part in rows), "the hub's own")
 
 
 YELP = "Yelp/yelp_review_full:yelp_review_full:{}@c1f9ee939b7d05667af864ee1cb066393154bf85"
@@ -237,12 +220,8 @@ STARS = {"1 star": "Very Bad", "2 star": "Bad", "3 stars": "Mediocre", "4 stars"
 
 def yelp(source: Source, problems: Problems, train_rows: int = DRAWN_TRAIN, test_rows: int = DRAWN_TEST) -> Parts:
     """Yelp Review Full of arXiv 1509.01626: reviews with their stars in words."""
-
-    def convert(row: Any) -> dict[str, Any]:
-        return chat(SENTIMENT_SYSTEM, row["text"], STARS[row["label"]])
-
     counts = {"train": train_rows, "test": test_rows}
-    parts = (to_examples(draw(source.hub(YELP.format(p)), n), convert, problems) for p, n in counts.items())
+    parts = (to_examples(draw(source.hub(YELP.format(p)), n), sentiment(STARS), problems) for p, n in counts.items())
     return Parts(*parts, describe_draw(counts.values(), "the authors' parts"))
 
 
@@ -290,15 +269,12 @@ def hellaswag(source: Source, problems: Problems, train_rows: int = DRAWN_TRAIN,
     return Parts(*parts, describe_draw(counts.values(), "the training and the validation part"))
 
 
-# --------------------------------------------------------------------------------------------------- the table
-
-
 @dataclass(frozen=True)
 class Dataset:
     """An entry of DATASETS.
 
     `source` is the help text of --source, None for datasets that are only on the hub. `counts` are the published
-    numbers of examples of each part, by --split (or ""). `parts` must not be empty after conversion.
+    numbers of train and test examples, by --split (or "").
     """
 
     convert: Callable[..., Parts]
@@ -306,22 +282,15 @@ class Dataset:
     source: str | None = None
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ("train", "test")
 
 
 DRAWN = {"": (DRAWN_TRAIN, DRAWN_TEST)}
 DATASETS = {
-    "synth": Dataset(synth, "MIT", f"folder with NL-RX-Synth's src.txt and targ.txt, from {DEEP_REGEX}", DRAWN),
-    "turk": Dataset(turk, "MIT", f"folder with NL-RX-Turk's src.txt and targ.txt, from {DEEP_REGEX}", DRAWN),
+    "synth": Dataset(synth, "MIT", DEEP_REGEX_FILES, DRAWN),
+    "turk": Dataset(turk, "MIT", DEEP_REGEX_FILES, DRAWN),
     "gsm8k": Dataset(gsm8k, "MIT", None, {"": (7473, 1319)}),
-    "spider": Dataset(
-        spider,
-        "CC BY-SA 4.0",
-        "spider_data.zip or the unpacked folder, from https://yale-lily.github.io/spider",
-        {"by_database": (7000, 1034), "random": (6587, 1447)},
-        ("split",),
-    ),
-    "paraphrase": Dataset(paraphrase, "unknown", flags=("train_rows",), parts=("train",)),
+    "spider": Dataset(spider, "CC BY-SA 4.0", SPIDER_FILES, SPIDER_COUNTS, ("split",)),
+    "paraphrase": Dataset(paraphrase, "unknown", flags=("train_rows",)),
     "rotten_tomatoes": Dataset(rotten_tomatoes, "unknown", None, {"": (8530, 1066)}),
     "yelp": Dataset(yelp, "other (the Yelp dataset's agreement)", None, DRAWN, ("train_rows", "test_rows")),
     "nq_open": Dataset(nq_open, "CC BY-SA 3.0", None, {"": (DRAWN_TRAIN, 1769)}, ("train_rows",)),

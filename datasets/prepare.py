@@ -1,10 +1,7 @@
 """Prepares datasets: writes NAME_train.jsonl, NAME_test.jsonl and an entry of manifest.json, and checks examples.
 
-    python datasets/prepare.py synth                                # the project's own examples, generated
     python datasets/prepare.py gsm8k                                # from the hub, at a pinned commit
     python datasets/prepare.py turk --source deep-regex             # from a local copy of the authors' files
-    python datasets/prepare.py spider --split random                # from spider_data.zip
-    python datasets/prepare.py all --source downloads               # uses downloads/turk, downloads/spider … if present
     python datasets/prepare.py own --name mine --train_file mine.csv --test_size 0.1 --text_field ask --code_field sql
     python datasets/prepare.py check spider --tokenizer models/tiny --max_tokens 512
 
@@ -18,7 +15,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,11 @@ import check
 from convert import DATASETS, Dataset, Parts, to_json
 from sources import Source, file_entry, pinned
 
-from llm_jepa.cli import UsageError
+from llm_jepa.cli import UsageError, run_command
 from llm_jepa.data.examples import Example, ExampleError, Fields, Problems, is_hub, read_examples, split_examples
 from llm_jepa.files import read_json, sha256, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
-
-
-# ------------------------------------------------------------------------------------------------------- files
 
 
 def write_dataset(args: argparse.Namespace, name: str, parts: Parts, entry: dict[str, Any]) -> list[Path]:
@@ -43,43 +38,38 @@ def write_dataset(args: argparse.Namespace, name: str, parts: Parts, entry: dict
 
     Raises UsageError if a file with other examples would be replaced or removed, unless `args.overwrite`.
     """
-    by_path = {args.out_dir / f"{name}_{part}.jsonl": getattr(parts, part) for part in ("train", "test")}
+    args.out_dir.mkdir(exist_ok=True)
+    by_path = {args.out_dir / f"{name}_{part}.jsonl": getattr(parts, part) or [] for part in ("train", "test")}
     texts = {
         path: "".join(json.dumps(to_json(example), ensure_ascii=False) + "\n" for example in examples)
         for path, examples in by_path.items()
-        if examples
     }
-    changed = [path for path, text in texts.items() if not path.exists() or path.read_bytes() != text.encode()]
-    stale = [path for path in by_path if path not in texts and path.exists()]  # it would not match the new train part
-    replaced = [str(path) for path in (*changed, *stale) if path.exists()]
-    if replaced and not args.overwrite:
-        raise UsageError(f"{' and '.join(replaced)} would be replaced; use --overwrite or another --out_dir")
+    changed = [path for path, text in texts.items() if path.exists() and path.read_bytes() != text.encode()]
+    if changed and not args.overwrite:
+        raise UsageError(f"{' and '.join(map(str, changed))} would be replaced; use --overwrite or another --out_dir")
     manifest_path = args.out_dir / "manifest.json"
     manifest = read_json(manifest_path) if manifest_path.exists() else {}
-    for path in changed:
-        write_text(path, texts[path])
-    for path in stale:
-        path.unlink()
-    files = {path.name: {"rows": len(by_path[path]), "sha256": sha256(path)} for path in texts}
+    files = {}
+    for path, text in texts.items():
+        if not text:  # a test part that exists would not match the new train part
+            path.unlink(missing_ok=True)
+            continue
+        write_text(path, text)
+        files[path.name] = {"rows": len(by_path[path]), "sha256": sha256(path)}
+        print(f"{path}: {len(by_path[path])} examples")
     manifest[name] = {**entry, "split": parts.split, "files": files}
     write_json(manifest_path, dict(sorted(manifest.items())))
-    for path in texts:
-        print(f"{path}: {len(by_path[path])} examples")
-    return list(texts)
+    return [args.out_dir / file for file in files]
 
 
-# --------------------------------------------------------------------------------------------------- commands
-
-
-def prepare(name: str, args: argparse.Namespace, source_path: Path | None) -> None:
-    """Prepares one dataset of DATASETS. Raises ExampleError, UsageError, OSError."""
-    dataset = DATASETS[name]
-    problems, source = Problems(skip=args.skip_bad_examples), Source(source_path)
+def prepare(name: str, args: argparse.Namespace) -> None:
+    """Prepares one dataset of DATASETS from `args.source` or the hub. Raises UsageError, OSError."""
+    dataset, problems, source = DATASETS[name], Problems(skip=args.skip_bad_examples), Source(args.source)
     flags = {flag: getattr(args, flag) for flag in dataset.flags if hasattr(args, flag)}
     parts = dataset.convert(source, problems, **flags)
     skipped = problems.report()
-    for part in dataset.parts:
-        if not getattr(parts, part):
+    for part in ("train", "test"):
+        if getattr(parts, part) == []:
             raise ExampleError(f"no examples in the {part} part of {name}" + (f" ({skipped})" if skipped else ""))
     entry = {"licence": parts.license or dataset.license, "source": source.entries, "skipped": len(problems.found)}
     unexpected = {} if parts.license else unexpected_counts(dataset, parts, flags)
@@ -99,44 +89,41 @@ def prepare(name: str, args: argparse.Namespace, source_path: Path | None) -> No
 
 def unexpected_counts(dataset: Dataset, parts: Parts, flags: dict[str, Any]) -> dict[str, str]:
     """Part → "3000, not 7473" for each part whose count is not the published one and was not set by a flag."""
-    split = flags.get("split", next(iter(dataset.counts), ""))
-    counts = zip(dataset.parts, (len(parts.train), len(parts.test)), dataset.counts.get(split, ()), strict=False)
-    return {
-        part: f"{count}, not {published}"
-        for part, count, published in counts
-        if count != published and f"{part}_rows" not in flags
-    }
+    sizes = dataset.counts.get(flags.get("split", next(iter(dataset.counts), "")), ())
+    published = {p: n for p, n in zip(("train", "test"), sizes, strict=False) if f"{p}_rows" not in flags}
+    counts = {part: len(getattr(parts, part)) for part in published}
+    return {part: f"{n}, not {published[part]}" for part, n in counts.items() if n != published[part]}
 
 
-def prepare_all(args: argparse.Namespace) -> int:
-    """Prepares every dataset; a failure is reported and the others are still prepared. Returns the exit code."""
-    if args.source and not args.source.is_dir():
-        raise UsageError(f"--source {args.source}: no such folder")
-    failed = []
+def prepare_all(args: argparse.Namespace) -> None:
+    """Prepares every dataset. A failure is reported, the others are still prepared, and UsageError lists the failed."""
+    folder, failed = args.source, []
+    if folder and not folder.is_dir():
+        raise UsageError(f"--source {folder}: no such folder")
     for name, dataset in DATASETS.items():
-        path = args.source / name if args.source and dataset.source else None
+        args.source = folder / name if folder and dataset.source and (folder / name).exists() else None
         try:
-            prepare(name, args, path if path and path.exists() else None)
-        except (ExampleError, UsageError, OSError) as error:
+            prepare(name, args)
+        except (UsageError, OSError) as error:
             failed.append(name)
             print(f"prepare.py: error: {name}: {error}", file=sys.stderr)
     if failed:
-        print(f"prepare.py: error: not prepared: {', '.join(failed)}", file=sys.stderr)
-    return 2 if failed else 0
+        raise UsageError(f"not prepared: {', '.join(failed)}")
 
 
 def prepare_own(args: argparse.Namespace) -> None:
-    """Prepares a user's own examples. Raises ExampleError, UsageError, OSError."""
-    if not re.fullmatch(r"[\w.-]+", args.name) or args.name in DATASETS:
-        raise UsageError(f"--name {args.name}: use letters, digits, '_', '-' and '.', and no name of a known dataset")
-    if bool(args.text_field) != bool(args.code_field):
-        raise UsageError("--text_field and --code_field must be given together")
-    if args.system and not args.text_field:
-        raise UsageError("--system requires --text_field and --code_field")
-    if args.test_file and args.test_size:
-        raise UsageError("--test_file and --test_size exclude each other")
-    if args.split_seed is not None and not args.test_size:
-        raise UsageError("--split_seed requires --test_size")
+    """Prepares a user's own examples. Raises UsageError, OSError."""
+    wrong = {
+        f"--name {args.name}: use letters, digits, '_', '-' and '.', and no name of a known dataset": (
+            not re.fullmatch(r"[\w.-]+", args.name) or args.name in DATASETS
+        ),
+        "--text_field and --code_field must be given together": bool(args.text_field) != bool(args.code_field),
+        "--system requires --text_field and --code_field": args.system and not args.text_field,
+        "--test_file and --test_size exclude each other": args.test_file and args.test_size,
+        "--split_seed requires --test_size": args.split_seed is not None and not args.test_size,
+    }
+    if messages := [message for message, applies in wrong.items() if applies]:
+        raise UsageError("\n".join(messages))
     fields = Fields(args.text_field, args.code_field, args.system) if args.text_field else None
     problems, entries = Problems(skip=args.skip_bad_examples), []
 
@@ -146,16 +133,15 @@ def prepare_own(args: argparse.Namespace) -> None:
         entries.append(entry or file_entry(Path(path)))
         return examples
 
-    train, test, split = read(args.train_file), [], "all for training"
+    train, test, split = read(args.train_file), None, "all for training"
     if args.test_file:
         test, split = read(args.test_file), "the files' own"
     elif args.test_size:
         seed = 42 if args.split_seed is None else args.split_seed
         train, test = split_examples(train, args.test_size, seed)
         split = f"a share of {args.test_size:g} at random, seed {seed}"
-    flags = {flag: getattr(args, flag) for flag in ("text_field", "code_field", "system")}
-    entry = {"licence": "own", "source": entries, **{flag: value for flag, value in flags.items() if value}}
-    entry["skipped"] = len(problems.found)
+    flags = {flag: value for flag in ("text_field", "code_field", "system") if (value := getattr(args, flag))}
+    entry = {"licence": "own", "source": entries, **flags, "skipped": len(problems.found)}
     write_dataset(args, args.name, Parts(train, test, split), entry)
     if problems.found:
         print(problems.report())
@@ -164,24 +150,20 @@ def prepare_own(args: argparse.Namespace) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """Prints the report of `check`. Returns 1 for a leak without --allow or a file that manifest.json does not match.
 
-    Raises ExampleError, UsageError.
+    Raises UsageError.
     """
     given = [Path(target) for target in args.data]
     if args.max_tokens is not None and not args.tokenizer:
         raise UsageError("--max_tokens requires --tokenizer")
     if len(given) > 2:
-        raise UsageError("check takes a name, a file, or a train and a test file")
-    if len(given) == 2 or given[0].is_file():
-        paths = dict(zip(("train", "test"), given, strict=False))
-    else:
+        raise UsageError("check accepts a name, a file, or a train and a test file")
+    paths = dict(zip(("train", "test"), given, strict=False))
+    if len(given) == 1 and not given[0].is_file():
         paths = check.find_parts(args.data[0], HERE)
     lines, leak = check.check(paths, 512 if args.max_tokens is None else args.max_tokens, args.tokenizer)
     changed = check.manifest_mismatches(paths.values())
-    print("\n".join([*lines, *changed]))
-    return 1 if changed or (leak and not args.allow) else 0
-
-
-# ------------------------------------------------------------------------------------------------------- main
+    print(*lines, *changed, sep="\n")
+    return int(bool(changed) or (leak and not args.allow))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -189,30 +171,31 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", metavar="NAME", required=True)
+    commands = parser.add_subparsers(metavar="NAME", required=True)
     writing = argparse.ArgumentParser(add_help=False)
     writing.add_argument("--out_dir", type=Path, default=HERE, help="output folder (default: datasets/)")
     writing.add_argument("--overwrite", action="store_true", help="replace files that have other examples")
     writing.add_argument("--skip_bad_examples", action="store_true", help="skip, count and report bad examples")
 
-    def command(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, allow_abbrev=False, **options)
+    def command(name: str, work: Callable[[argparse.Namespace], int | None], text: str, *parents: Any) -> Any:
+        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False, parents=parents)
+        made.set_defaults(work=work)
+        return made
 
     for name, dataset in DATASETS.items():
         text = f"{dataset.convert.__doc__.splitlines()[0]} (license: {dataset.license})"
-        known = command(name, text, parents=[writing])
+        known = command(name, partial(prepare, name), text, writing)
+        known.set_defaults(source=None)
         if dataset.source:
             known.add_argument("--source", type=Path, help=dataset.source)
         for flag in dataset.flags:
-            if flag == "split":
-                known.add_argument("--split", choices=list(dataset.counts), default=argparse.SUPPRESS)
-            else:
-                text = f"{flag.split('_')[0]} examples to draw; 0: all"
-                known.add_argument(f"--{flag}", type=int, metavar="N", default=argparse.SUPPRESS, help=text)
-    everything = command("all", "every dataset; a failure does not stop the others", parents=[writing])
+            kind = {"choices": list(dataset.counts)} if flag == "split" else {"type": int, "metavar": "N"}
+            text = None if flag == "split" else f"{flag.split('_')[0]} examples to draw; 0: all"
+            known.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=text, **kind)
+    everything = command("all", prepare_all, "every dataset; a failure does not stop the others", writing)
     everything.add_argument("--source", type=Path, help="folder whose subfolder NAME is the --source of dataset NAME")
 
-    own = command("own", "examples of any JSONL, CSV or Parquet file or hub dataset", parents=[writing])
+    own = command("own", prepare_own, "examples of any JSONL, CSV or Parquet file or hub dataset", writing)
     own.add_argument("--name", required=True, help="of the files: NAME_train.jsonl, NAME_test.jsonl")
     own.add_argument("--train_file", required=True, help="file, or OWNER/NAME[:CONFIG]:SPLIT[@REVISION] of the hub")
     own.add_argument("--test_file", help="the same for the test examples")
@@ -222,9 +205,8 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument("--code_field", help="field of the Code view")
     own.add_argument("--system", help="system turn of every example (default: none)")
 
-    checking = command(
-        "check", "repeats, leaks between train and test, long chats, changed files; exit code 1 for a leak"
-    )
+    text = "repeats, leaks between train and test, long chats, changed files; exit code 1 for a leak"
+    checking = command("check", run_check, text)
     checking.add_argument("data", nargs="+", metavar="NAME|FILE", help="dataset, file, or a train and a test file")
     checking.add_argument("--max_tokens", type=int, help="longest chat that is not reported (default 512)")
     checking.add_argument("--tokenizer", help="model folder or hub name; without it tokens are not counted")
@@ -233,22 +215,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 `check` found something, 2 the command or its data is wrong."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "check":
-            return run_check(args)
-        args.out_dir.mkdir(exist_ok=True)
-        if args.command == "all":
-            return prepare_all(args)
-        if args.command == "own":
-            prepare_own(args)
-        else:
-            prepare(args.command, args, getattr(args, "source", None))
-    except (ExampleError, UsageError, OSError) as error:
-        parser.error(str(error))
-    return 0
+    """Exit code: 0 done, 1 `check` found something or a file cannot be written, 2 the command or its data is wrong."""
+    args = build_parser().parse_args(argv)
+    return run_command("prepare.py", lambda: args.work(args))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llm_jepa.data.examples import HUB, ExampleError, read_rows
-from llm_jepa.files import sha256
+from llm_jepa.files import read_json, sha256
 
 Row = tuple[str, int, Any]  # place (for messages), number counted from 1, value
 
@@ -41,31 +41,32 @@ def file_entry(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": sha256(path)}
 
 
+@dataclass
 class Source:
     """The raw data of one dataset: local files in `path` (--source), or without it the hub or a URL.
 
     `entries` lists for the manifest what was read.
     """
 
-    def __init__(self, path: Path | None = None):
-        self.path = path
-        self.entries: list[dict[str, str]] = []
+    path: Path | None = None
+    entries: list[dict[str, str]] = field(default_factory=list)
 
     def hub(self, address: str) -> Iterator[Row]:
         """The rows of a hub dataset. Raises ExampleError if it cannot be loaded."""
         address, entry = pinned(address)
         self.entries.append(entry)
-        for place, number, row in read_rows(address):
-            yield place, number, row()
+        yield from ((place, number, row()) for place, number, row in read_rows(address))
 
-    def lines(self, url: str, *names: str) -> list[Row]:
-        """The stripped lines of the first of the files `names` that --source has, or without --source of `url`.
+    def lines(self, url: str) -> list[Row]:
+        """The stripped lines of `url`, or with --source of the file with the last one, two or three parts of its path.
 
         Raises ExampleError if there is no such file, or if `url` cannot be downloaded.
         """
         if self.path is None:
             place, text = url, self._download(url)
         else:
+            parts = url.split("/")
+            names = ["/".join(parts[-depth:]) for depth in (1, 2, 3)]
             place = next((self.path / name for name in names if (self.path / name).is_file()), None)
             if place is None:
                 raise ExampleError(f"--source {self.path} has no {' and no '.join(names)}")
@@ -100,19 +101,14 @@ def spider_folder(path: Path) -> Path | zipfile.Path:
 
 
 def json_rows(path: Path | zipfile.Path) -> list[Row]:
-    """The entries of a JSON list. Raises ExampleError if it cannot be read or is not a list."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ExampleError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise ExampleError(f"{path}: cannot be read ({error})") from None
+    """The entries of a JSON list. Raises UsageError if it cannot be read or is not a list."""
+    entries = read_json(path)
     if not isinstance(entries, list):
         raise ExampleError(f"{path}: not a JSON list")
     return [(f"{path}: entry {i}", i, entry) for i, entry in enumerate(entries, start=1)]
 
 
 def stated_license(readme: Path | zipfile.Path) -> str | None:
-    """The license that a README states. The project's own Spider set states one, the official set does not."""
+    """The license in a README, which the project's own Spider set has and the official set does not."""
     stated = readme.is_file() and re.search(r"^License: ([\w.-]*\w)", readme.read_text(encoding="utf-8"), re.MULTILINE)
     return stated[1] if stated else None

@@ -6,9 +6,7 @@ The rules are those of arXiv 1608.03000.
 import random
 import re
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
-
-T = TypeVar("T")
+from typing import Any, NamedTuple
 
 SEED, PAIRS, TEST_EVERY = 160803000, 10_000, 5  # every fifth pair is a test pair: 8000 and 2000
 MAX_WORDS = 20  # a longer description is dropped
@@ -80,7 +78,7 @@ RULES = (
 )
 
 
-def choose(rng: random.Random, items: Sequence[tuple[T, int]]) -> T:
+def choose(rng: random.Random, items: Sequence[tuple[Any, int]]) -> Any:
     """Draws one item in proportion to its weight, the same one on every platform and Python version.
 
     Only the stream of `rng.random()` is guaranteed across versions. Sums of floats are not, so weights are integers.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
+
+from conftest import ROOT
 
 from llm_jepa.scoring.sandbox import Sandbox
 from llm_jepa.scoring.tasks import REGEX_SECONDS, REGEX_STATES
 
-SYNTH_TEST = Path(__file__).resolve().parents[2] / "datasets" / "synth_test.jsonl"
+SYNTH_TEST = ROOT / "datasets" / "synth_test.jsonl"
 REWRITES = [  # each keeps the language of any x
     "~(~({x}))",
     "~(~({x})|~(.*))",

@@ -1,12 +1,13 @@
-"""Execution match on spider_data.zip: every gold query against itself, and against variants judged by an oracle.
+"""spider_data.zip is consistent, and execution match on it: every gold query against itself, and against variants.
 
-The oracle runs both queries with Python's sqlite3 and compares their rows by the definition of the official test-suite
+An oracle runs both queries with Python's sqlite3 and compares their rows by the definition of the official test-suite
 evaluator (arXiv 2010.02840), trying every permutation of the columns.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import sqlite3
 import zipfile
@@ -15,11 +16,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring.sql import execution_match
 
-SPIDER_ZIP = Path(__file__).resolve().parents[2] / "spider_data.zip"
 SAMPLE = 100  # queries per variant; those with repeated rows first
 MAX_COLUMNS = 5  # of a result, so at most 120 permutations
 
@@ -50,7 +51,7 @@ VARIANTS = {  # name → (query, least number of columns, outcomes that must occ
 @pytest.fixture(scope="module")
 def databases(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("spider")
-    with zipfile.ZipFile(SPIDER_ZIP) as archive:
+    with zipfile.ZipFile(ROOT / "spider_data.zip") as archive:
         archive.extractall(folder)
     return folder / "spider_data" / "database"
 
@@ -58,12 +59,8 @@ def databases(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def gold(databases) -> list[tuple[str, str, list[tuple]]]:
     """(query, db_id, rows) of every example."""
-    lines = [
-        line
-        for name in ("train", "dev")
-        for line in (databases.parent / f"{name}_gold.sql").open("r", encoding="utf-8")
-    ]
-    pairs = [tuple(line.rstrip("\n").split("\t")) for line in lines]
+    files = [databases.parent / f"{name}_gold.sql" for name in ("train", "dev")]
+    pairs = [line.split("\t") for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return [(query, db_id, run(databases, db_id, query)) for query, db_id in pairs]
 
 
@@ -85,6 +82,26 @@ def verdict(gold: list[tuple], predicted: list[tuple], ordered: bool) -> tuple[b
 def score(match: execution_match, predicted: str, query: str, db_id: str) -> tuple[bool, bool]:
     scores = match(predicted, Example(None, f"For db_id:[{db_id}]\n\nWhich?", query, "gold.sql:1", 1))
     return scores["execution"], scores["execution_ordered"]
+
+
+def test_splits_tables_and_gold_files_match_the_databases(databases, gold):
+    root = databases.parent
+    parts = [json.loads((root / f"{name}.json").read_text("utf-8")) for name in ("train_spider", "dev")]
+    tables = {entry["db_id"]: entry for entry in json.loads((root / "tables.json").read_text("utf-8"))}
+    assert list(map(len, parts)) == [500, 150]
+    assert [(x["query"], x["db_id"]) for part in parts for x in part] == [entry[:2] for entry in gold]
+    assert all(rows for _, _, rows in gold)
+    train, dev = ({example["db_id"] for example in part} for part in parts)
+    assert not train & dev and train | dev == tables.keys() == {path.name for path in databases.iterdir()}
+    for db_id, schema in tables.items():
+        names = [name for (name,) in run(databases, db_id, "SELECT name FROM sqlite_master WHERE type = 'table'")]
+        columns = [
+            [i, column] for i, name in enumerate(names)
+            for (column,) in run(databases, db_id, f"SELECT name FROM pragma_table_info('{name}')")
+        ]  # fmt: skip
+        assert schema["table_names_original"] == names
+        assert schema["column_names_original"] == [[-1, "*"], *columns]
+        assert run(databases, db_id, "PRAGMA foreign_key_check") == []
 
 
 def test_every_gold_query_equals_itself(databases, gold):

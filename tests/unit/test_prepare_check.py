@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import call, message_row, write_rows
+from conftest import ROOT, call, message_row, write_rows
 from transformers import AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny"
 sys.path.insert(0, str(ROOT / "datasets"))
 
@@ -45,9 +43,6 @@ def test_repeats_several_answers_and_answers_in_prompts_are_no_leaks(tmp_path):
     assert done.findings["train: repeated prompt and answer"] == (False, 2, "3, 5")
     assert done.findings["train: prompt with several answers"] == (False, 2, "2, 4")
     assert done.findings["test: answer in its own prompt"] == (False, 2, "1, 3")
-
-
-def test_each_of_several_answers_is_searched_in_the_prompt(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [message_row("who is bob", "Al; Bob") | {"answers": ["Al", "Bob"]}])
     assert run(path).findings["train: answer in its own prompt"][1] == 1
 
@@ -79,7 +74,7 @@ def test_spider_databases_in_both_parts_are_leaks_in_any_case(tmp_path):
     train = [sql("Farm", "How many?", "SELECT 1"), sql("pets", "Who?", "SELECT 2"), ("what?", "4")]
     test = [sql("farm", "How much?", "SELECT 1"), sql("farm", "Which?", "SELECT 2"), sql("zoo", "Who?", "SELECT 2")]
     done = run(write_parts(tmp_path, train, test))
-    assert done.code == 1 and "2 databases in train, 2 in test, 1 in both" in done.out
+    assert done.code == 1
     assert done.findings["test: database and SQL in train"] == (True, 1, "1")
     assert done.findings["test: database in train"] == (True, 2, "1, 2")
     assert run(write_parts(tmp_path, train, test[2:])).code == 0
@@ -127,8 +122,3 @@ def test_wrong_usage_or_data_is_exit_code_2(argv, message, tmp_path, monkeypatch
     write_rows(tmp_path / "bad.jsonl", [message_row("q", "a"), {"messages": []}])
     done = run(*argv)
     assert done.code == 2 and message in done.err
-
-
-def test_synth_examples_have_no_leak():
-    done = run("synth")
-    assert done.code == 0 and not any(leak for leak, *_ in done.findings.values())

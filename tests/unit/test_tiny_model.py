@@ -2,16 +2,14 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
+from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny"
 PREDICTORS = [f"<|predictor_{k}|>" for k in range(1, 11)]
 SPECIAL = ["<|pad|>", "<|eot_id|>", "<|system|>", "<|user|>", "<|assistant|>", "<|perception|>", *PREDICTORS]
@@ -54,21 +52,14 @@ def test_template_trims_and_ends_each_turn():
     assistant = r"<|assistant|>([AEIOUaeiou]).*((dog){3,}).*<|eot_id|>"
     assert render([SYSTEM, USER, ASSISTANT]) == system + user + assistant
     assert render([SYSTEM, USER], add_generation_prompt=True) == system + user + "<|assistant|>"
-    assert render([USER, ASSISTANT, USER]) == user + assistant + user
     with pytest.raises(TemplateError, match="tool"):
         render([{"role": "tool", "content": "text"}])
 
 
-def test_configuration_matches_the_tokenizer_and_the_model_runs():
+def test_configuration_matches_the_tokenizer():
     config = AutoConfig.from_pretrained(TINY)
     assert (config.vocab_size, config.max_position_embeddings) == (len(TOKENIZER), TOKENIZER.model_max_length)
     assert (config.pad_token_id, config.eos_token_id) == (TOKENIZER.pad_token_id, TOKENIZER.eos_token_id)
-    model = AutoModelForCausalLM.from_config(config)
-    assert model.num_parameters() == 1_869_504 and {p.dtype for p in model.parameters()} == {torch.float32}
-    batch = TOKENIZER([render([USER]), render([ASSISTANT])], padding=True, return_tensors="pt")
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (R, T, V)
-    assert logits.shape == (*batch["input_ids"].shape, 512) and logits.isfinite().all()
 
 
 def test_make_tiny_writes_the_committed_files(tmp_path):
