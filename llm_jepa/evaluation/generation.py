@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -140,7 +141,66 @@ def to_generation(renderer: Renderer, tokens: list[int], stops: list[int]) -> Ge
     return Generation(text, "stop" if stopped else "length")
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that all prompts begin with (usually the system turn), and the model's cache after them (one row)."""
+
+    ids: list[int]
+    cache: DynamicCache
+
+
+MIN_PREFIX = 4  # tokens; copying the cache of a shorter prefix costs as much as computing it
 FIRST_ROUND = 8  # tokens
+
+
+def only_layers(cache: Any, *kinds: type) -> bool:
+    """Whether a cache has only layers of these kinds; rows of those below can be repeated and left out."""
+    return isinstance(cache, DynamicCache) and all(type(layer) in kinds for layer in cache.layers)
+
+
+@torch.no_grad()
+def shared_prefix(model: Any, prompts: list[list[int]], pad_id: int) -> Prefix | None:
+    """The tokens that all prompts begin with, encoded once, or None if they are few or the model cannot reuse them.
+
+    With a prefix, shorter prompts are padded after it. Outputs do not change if attention depends on the mask and the
+    positions only. They change if it counts cache entries (sliding windows, some ALiBi) or if layers carry a state
+    along the row, so the longest and the shortest prompt are tried.
+    """
+    ids = os.path.commonprefix([prompt[:-1] for prompt in prompts])  # at least one token remains to encode
+    if len(ids) < MIN_PREFIX or len(prompts) < 2:
+        return None
+    cache = DynamicCache(config=model.config)
+    cache = model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+    cache = getattr(cache, "past_key_values", None)
+    if not only_layers(cache, DynamicLayer):
+        return None
+    prefix = Prefix(ids, cache)
+    probe = [max(prompts, key=len), min(prompts, key=len)]
+    plain, reused = (last_logits(model, probe, pad_id, p) for p in (None, prefix))  # (2, V)
+    difference = ((reused - plain).norm(dim=-1) / plain.norm(dim=-1)).max().item()
+    return prefix if difference < (1e-4 if model.dtype == torch.float32 else 5e-2) else None
+
+
+def prompt_inputs(model: Any, prompts: list[list[int]], pad_id: int, prefix: Prefix | None) -> dict[str, Any]:
+    """Prompts as input_ids and attention_mask (B, T), padded on the left, or between the prefix and what follows."""
+    if prefix is None:
+        return padded(prompts, pad_id, model.device, "left")
+    rest = padded([prompt[len(prefix.ids) :] for prompt in prompts], pad_id, model.device, "left")
+    start = torch.tensor(prefix.ids, device=model.device).expand(len(prompts), -1)  # (B, prefix)
+    ids = torch.cat([start, rest["input_ids"]], dim=1)  # (B, T)
+    mask = torch.cat([torch.ones_like(start), rest["attention_mask"]], dim=1)  # (B, T)
+    cache = copy.deepcopy(prefix.cache)
+    cache.batch_repeat_interleave(len(prompts))
+    return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+
+
+def last_logits(model: Any, prompts: list[list[int]], pad_id: int, prefix: Prefix | None) -> torch.Tensor:
+    """Logits (B, V) of the first token after each prompt."""
+    # By `generate`, so that positions and masks are those of every later step.
+    one = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=pad_id, use_cache=True,
+                           output_logits=True, return_dict_in_generate=True)  # fmt: skip
+    with default_generation_config(model):
+        return model.generate(**prompt_inputs(model, prompts, pad_id, prefix), generation_config=one).logits[0].float()
 
 
 @contextlib.contextmanager
@@ -155,8 +215,9 @@ def default_generation_config(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def generate_tokens(
-    model: Any, pad_id: int, stops: list[int], prompts: list[list[int]], max_new_tokens: int
-) -> list[list[int]]:
+    model: Any, pad_id: int, stops: list[int], prompts: list[list[int]], max_new_tokens: int,
+    prefix: Prefix | None = None,
+) -> list[list[int]]:  # fmt: skip
     """Greedy tokens after each prompt, up to and including the first of `stops`, at most max_new_tokens (−1: any).
 
     Generation runs in rounds, each twice as long as the one before. Finished rows leave the batch between rounds, so
@@ -164,7 +225,7 @@ def generate_tokens(
     """
     room = max_lengths(model.config, prompts, max_new_tokens)
     rows: list[list[int]] = [[] for _ in prompts]
-    live, inputs, length = list(range(len(prompts))), padded(prompts, pad_id, model.device, "left"), FIRST_ROUND
+    live, inputs, length = list(range(len(prompts))), prompt_inputs(model, prompts, pad_id, prefix), FIRST_ROUND
     while live:
         width, least = inputs["input_ids"].shape[1], min(room[i] - len(rows[i]) for i in live)
         greedy = GenerationConfig(do_sample=False, max_new_tokens=min(length, least), eos_token_id=stops,
@@ -175,23 +236,24 @@ def generate_tokens(
             end = next((t + 1 for t, token in enumerate(tokens) if token in stops), None)
             rows[i] += tokens[:end]
         kept = [k for k, i in enumerate(live) if rows[i][-1] not in stops and len(rows[i]) < room[i]]
-        live, length, cache = [live[k] for k in kept], 2 * length, out.past_key_values
-        layers = (DynamicLayer, DynamicSlidingWindowLayer)  # rows of others, as recurrent states, cannot be left out
-        if live and isinstance(cache, DynamicCache) and all(type(layer) in layers for layer in cache.layers):
+        live, length = [live[k] for k in kept], 2 * length
+        if live and only_layers(out.past_key_values, DynamicLayer, DynamicSlidingWindowLayer):
             index = torch.tensor(kept, device=model.device)
-            cache.batch_select_indices(index)
+            out.past_key_values.batch_select_indices(index)
             ids, mask = out.sequences[index], inputs["attention_mask"][index]  # (B', T'), (B', T)
             mask = F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)  # (B', T')
-            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-        elif live:
-            inputs = padded([prompts[i] + rows[i] for i in live], pad_id, model.device, "left")
+            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": out.past_key_values}
+        elif live:  # for example a recurrent state: the rows are encoded again
+            inputs = prompt_inputs(model, [prompts[i] + rows[i] for i in live], pad_id, prefix)
     return rows
 
 
-def generate_batch(model: Any, renderer: Renderer, max_new_tokens: int, prompts: list[list[int]]) -> list[Generation]:
-    """Greedy responses to a batch of prompts."""
+def generate_batch(
+    model: Any, renderer: Renderer, prompts: list[list[int]], max_new_tokens: int, prefix: Prefix | None = None
+) -> list[Generation]:
+    """Greedy responses to a batch of prompts, which begin with the prefix if there is one."""
     stops = stop_ids(model.generation_config, renderer)
-    rows = generate_tokens(model, renderer.tokenizer.pad_token_id, stops, prompts, max_new_tokens)
+    rows = generate_tokens(model, renderer.tokenizer.pad_token_id, stops, prompts, max_new_tokens, prefix)
     return [to_generation(renderer, row, stops) for row in rows]
 
 
@@ -200,7 +262,8 @@ def generate(
 ) -> Responses:
     """Greedy responses batch by batch. Raises ExampleError if an example cannot be encoded."""
     examples, prompts = encode_prompts(model.config, renderer, examples, Problems())
-    response = partial(generate_batch, model, renderer, max_new_tokens)
+    prefix = shared_prefix(model, prompts, renderer.tokenizer.pad_token_id)
+    response = partial(generate_batch, model, renderer, max_new_tokens=max_new_tokens, prefix=prefix)
     return respond(examples, prompts, response, batches([len(p) for p in prompts], batch_size))
 
 

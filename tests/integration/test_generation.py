@@ -1,4 +1,4 @@
-"""Generation: batches and rounds change no response, and prompts are those of training."""
+"""Generation: batches, rounds and the shared prefix change no response, and prompts are those of training."""
 
 from __future__ import annotations
 
@@ -23,12 +23,17 @@ SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 LLAMA_LIKE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
 KINDS = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA_LIKE),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", LLAMA_LIKE | {"head_dim": 8}),
     "sliding_window": ("MistralForCausalLM", "MistralConfig", LLAMA_LIKE | {"sliding_window": 6}),
     "learned_positions": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}),
-    "alibi": ("BloomForCausalLM", "BloomConfig", SMALL | {"n_head": 4, "n_layer": 2}),
+    "alibi_by_mask": ("BloomForCausalLM", "BloomConfig", SMALL | {"n_head": 4, "n_layer": 2}),
+    "alibi_by_entry": (
+        "MptForCausalLM", "MptConfig",
+        {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+    ),
     "recurrent": ("MambaForCausalLM", "MambaConfig", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}),
 }  # fmt: skip
-PAD, STOPS = 0, [7, *range(40, 46)]
+PAD, PREFIX, STOPS = 0, [11, 12, 13, 14, 15, 16], [7, *range(40, 46)]
 
 
 @cache
@@ -46,7 +51,7 @@ def build(kind: str) -> torch.nn.Module:
 
 def random_prompts(n: int) -> list[list[int]]:
     rng = torch.Generator().manual_seed(1)
-    return [torch.randint(10, 90, (9 + 2 * i,), generator=rng).tolist() for i in range(n)]
+    return [PREFIX + torch.randint(20, 90, (3 + 2 * i,), generator=rng).tolist() for i in range(n)]
 
 
 @torch.no_grad()
@@ -61,13 +66,33 @@ def one_by_one(model: torch.nn.Module, prompt: list[int], steps: int, stops: lis
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("first_round", [1, 8])
-def test_batches_and_rounds_change_no_tokens(kind, first_round, monkeypatch):
+def test_batch_rounds_and_prefix_change_no_tokens(kind, first_round, monkeypatch):
     monkeypatch.setattr(generation, "FIRST_ROUND", first_round)
     model, prompts = build(kind), random_prompts(6)
+    prefix = generation.shared_prefix(model, prompts, PAD)
     want = [one_by_one(model, p, 24, STOPS) for p in prompts]
-    assert generation.generate_tokens(model, PAD, STOPS, prompts, 24) == want
+    assert generation.generate_tokens(model, PAD, STOPS, prompts, 24, prefix) == want
     if kind == "llama":
         assert len(set(map(len, want))) > 2, "the rows leave the batch at different times"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefix_is_reused_only_if_outputs_stay_equal(kind):
+    model, prompts = build(kind), random_prompts(4)
+    prefix = generation.shared_prefix(model, prompts, PAD)
+    assert (prefix is not None) == (kind not in ("sliding_window", "alibi_by_entry", "recurrent"))
+    if prefix:
+        assert prefix.ids == PREFIX
+        plain, reused = (generation.last_logits(model, prompts, PAD, p) for p in (None, prefix))
+        torch.testing.assert_close(reused, plain, rtol=1e-4, atol=1e-4)
+        assert prefix.cache.get_seq_length() == len(PREFIX), "the cache is copied, never extended"
+
+
+def test_prefix_leaves_a_token_of_each_prompt_and_is_not_short():
+    model = build("llama")
+    assert generation.shared_prefix(model, [[1, 2, 3, 4, 5], [1, 2, 3, 9, 9, 9]], PAD) is None
+    assert generation.shared_prefix(model, [PREFIX], PAD) is None
+    assert generation.shared_prefix(model, [PREFIX, [*PREFIX, 30]], PAD).ids == PREFIX[:-1]
 
 
 def test_finished_rows_leave_the_batch(monkeypatch):
@@ -83,7 +108,8 @@ def test_finished_rows_leave_the_batch(monkeypatch):
 
 def test_prompt_near_the_context_length_does_not_shorten_the_others():
     model = build("llama")
-    short, longest = [[*range(10, 10 + n)] for n in (8, 66, 74)], [30] * 124  # of 128 tokens
+    short = [[*PREFIX, *range(20, 20 + n)] for n in (2, 60, 68)]
+    longest = [*PREFIX, *([30] * 118)]  # 124 of 128 tokens
     got = generation.generate_tokens(model, PAD, [7], [*short, longest], 20)
     assert got == [one_by_one(model, p, 20, [7]) for p in short] + [one_by_one(model, longest, 4, [7])]
 
@@ -171,9 +197,9 @@ def stopping(tmp_path_factory):
         golden = GOLDEN / "models" / name
         model, renderer = load(golden)
         turn = end_of_turn(renderer)
-        responses = [one_by_one(model, prompt, STEPS, [turn]) for prompt in prompts_of(golden, EXAMPLES)]
-        counts = {t: sum(t in tokens for tokens in responses) for tokens in responses for t in tokens if t != turn}
-        stop = min(counts, key=lambda t: (abs(2 * counts[t] - len(responses)), t))
+        said = [one_by_one(model, prompt, STEPS, [turn]) for prompt in prompts_of(golden, EXAMPLES)]
+        counts = {t: sum(t in tokens for tokens in said) for tokens in said for t in tokens if t != turn}
+        stop = min(counts, key=lambda t: (abs(2 * counts[t] - len(said)), t))
         config = {"eos_token_id": [turn, stop]}
         folder = changed_copy(golden, tmp_path_factory.mktemp("models") / name, generation_config=config)
         folders[name] = folder, {turn, stop, renderer.tokenizer.eos_token_id}
@@ -187,6 +213,15 @@ def test_responses_equal_those_of_one_prompt_without_cache(name, batch_size, sto
     want = [expected(folder, e, stops) for e in EXAMPLES]
     assert generated(folder, batch_size) == want
     assert {g.stop_reason for g in want} == {"stop", "length"} and len({g.text for g in want}) > len(want) / 2
+
+
+def test_stop_token_counts_within_max_new_tokens(stopping):
+    folder, stops = stopping["llama3"]
+    model, _ = load(folder)
+    rows = [one_by_one(model, prompt, STEPS, stops) for prompt in prompts_of(folder, EXAMPLES)]
+    i = next(i for i, row in enumerate(rows) if row[-1] in stops and len(row) > 1)
+    for steps, reason in ((len(rows[i]), "stop"), (len(rows[i]) - 1, "length")):
+        assert generated(folder, 1, steps, [EXAMPLES[i]])[0].stop_reason == reason
 
 
 @pytest.mark.parametrize("max_new_tokens", [-1, 12])
@@ -205,7 +240,8 @@ def test_response_ends_at_the_context_length(max_new_tokens, stopping, tmp_path)
     [
         {"repetition_penalty": 5.0},
         {"do_sample": True, "temperature": 5.0, "top_k": 50, "top_p": 0.9, "num_return_sequences": 2},
-        {"num_beams": 3, "suppress_tokens": list(range(100, 400)), "no_repeat_ngram_size": 1},
+        {"num_beams": 3},
+        {"suppress_tokens": list(range(100, 400)), "no_repeat_ngram_size": 1},
         {"min_new_tokens": STEPS, "max_length": 3, "max_new_tokens": 2},
     ],
     ids=lambda config: next(iter(config)),
