@@ -278,8 +278,7 @@ def evaluate_embeddings(
         if path and path.exists() and not s.overwrite:
             raise UsageError(f"{path} exists; give --overwrite")
     model, encoder = load(s.model_name, s)
-    if s.skip_bad_examples:
-        examples = embeddings.usable(model, encoder, examples, problems)
+    examples, _, _ = embeddings.view_segments(model, encoder, examples, problems)
     report_skipped(problems, record)
     text, code = embeddings.embed(
         model, encoder, examples, s.batch_size, s.embedding_layer, s.embedding_pooling,

@@ -37,37 +37,31 @@ PARAPHRASE_SETS = 10  # as many as there are colors
 # ---------------------------------------------------------------------------------------------------------- embed
 
 
-def view_segments(model: Any, encoder: Encoder, examples: list[Example]) -> tuple[list[Segment], list[Segment]]:
-    """(Text views, Code views), in this order even if --reverse_pred trained on the Code view first.
+def view_segments(
+    model: Any, encoder: Encoder, examples: list[Example], problems: Problems
+) -> tuple[list[Example], list[Segment], list[Segment]]:
+    """(examples, Text views, Code views), in this order even if --reverse_pred trained on the Code view first.
 
-    Raises ExampleError for a view that cannot be rendered or is longer than the model's context.
+    Examples with a view that cannot be rendered or is longer than the model's context are added to `problems`. Raises
+    ExampleError if none is left.
     """
-    limit, views = context_length(model.config), encoder.views(examples)
+    limit, pairs, good = context_length(model.config), encoder.views(examples), []
     if encoder.text_view == "in_chat":
         chats = encoder.chats(examples)
         texts = [chat if isinstance(chat, ValueError) else chat.text_view for chat in chats]
-        views = [(text, code) for text, (_, code) in zip(texts, views, strict=True)]
-    for example, view in ((e, v) for e, pair in zip(examples, views, strict=True) for v in pair):
-        if isinstance(view, ValueError):
-            raise ExampleError(f"{example.source}: {view}")
-        if limit and len(view.ids) > limit:
-            raise ExampleError(f"{example.source}: a view has {len(view.ids)} tokens, the model's context {limit}")
-    first, second = (list(side) for side in zip(*views, strict=True))
-    return (second, first) if encoder.renderer.reverse_pred else (first, second)
-
-
-def usable(model: Any, encoder: Encoder, examples: list[Example], problems: Problems) -> list[Example]:
-    """The examples whose views can be encoded. Raises ExampleError for others unless `problems` skips them."""
-    good = []
-    for example in examples:
-        try:
-            view_segments(model, encoder, [example])
-            good.append(example)
-        except ExampleError as error:
-            problems.add(example.source, str(error).removeprefix(f"{example.source}: "))
+        pairs = [(text, code) for text, (_, code) in zip(texts, pairs, strict=True)]
+    for example, pair in zip(examples, pairs, strict=True):
+        reasons = [str(view) for view in pair if isinstance(view, ValueError)]
+        if not reasons and limit and (longest := max(len(view.ids) for view in pair)) > limit:
+            reasons = [f"a view has {longest} tokens, the model's context {limit}"]
+        if reasons:
+            problems.add(example.source, reasons[0])
+        else:
+            good.append((example, *(pair[::-1] if encoder.renderer.reverse_pred else pair)))
     if not good:
         raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
-    return good
+    examples, text, code = (list(column) for column in zip(*good, strict=True))
+    return examples, text, code
 
 
 def hidden_states(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int) -> torch.Tensor:
@@ -100,7 +94,7 @@ def embed(
 
     Raises ExampleError for a view that cannot be encoded, UsageError for a wrong layer or embeddings that overflow.
     """
-    text, code = view_segments(model, encoder, examples)
+    _, text, code = view_segments(model, encoder, examples, Problems())
     segments, pad = text + code, encoder.renderer.tokenizer.pad_token_id
     model.eval()
     parts, order = [], []
