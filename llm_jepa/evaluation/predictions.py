@@ -31,9 +31,12 @@ def read_predictions(path: Path) -> Predictions:
     """
     rows: dict[int, dict[str, Any]] = {}
     for number, row in read_jsonl(path):
-        row = row if isinstance(row, dict) else {}
-        good = type(row.get("id")) is int and isinstance(row.get("prediction"), str)
-        if not good or row.get("stop_reason") not in (None, "stop", "length"):
+        try:
+            good = type(row["id"]) is int and row.get("stop_reason") in (None, "stop", "length")
+            row["prediction"].encode("utf-8")  # fails on half a surrogate pair, which could not be written
+        except (ValueError, KeyError, TypeError, AttributeError):
+            good = False
+        if not good:
             what = "an integer id, a string prediction and, if any, a stop_reason of stop or length"
             raise UsageError(f"{path}:{number}: not a JSON object with {what}")
         if row["id"] in rows:

@@ -80,7 +80,7 @@ def test_two_processes_write_the_same_files_as_one(ranks, one, tmp_path):
     record = (  # one word for each batch: its process, once for each prompt
         "from llm_jepa.evaluation import generation\nimport os\ngenerate = generation.generate_batch\n"
         f"log = lambda batch: open({str(batches)!r}, 'a').write(os.environ['RANK'] * len(batch) + ' ')\n"
-        "generation.generate_batch = lambda *a: log(a[2]) and generate(*a)\n"
+        "generation.generate_batch = lambda *a: log(a[-1]) and generate(*a)\n"
     )
     codes, errors = ranks(2, *flags_of(data, tmp_path / "two"), *flags, before=record)
     assert codes == [0, 0], errors
@@ -113,7 +113,7 @@ def test_killed_processes_leave_what_any_number_resumes(ranks, processes, one, t
         assert codes == [0, 0], errors
     else:
         prompts, generate = [], generation.generate_batch
-        monkeypatch.setattr(generation, "generate_batch", lambda *a: prompts.extend(a[2]) or generate(*a))
+        monkeypatch.setattr(generation, "generate_batch", lambda *a: prompts.extend(a[-1]) or generate(*a))
         assert call("evaluate", *flags_of(data, out)).code == 0
         assert len(prompts) == len(USERS) - 4
     assert same_results(out, alone)

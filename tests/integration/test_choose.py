@@ -88,13 +88,6 @@ def test_batches_change_no_likelihood_and_letters_need_one_row(choices, monkeypa
         assert len(shapes) == batches if batches else all(r * t <= 500 or r == rows for r, t in shapes)
 
 
-def test_likelihoods_depend_on_the_first_token_of_a_long_prompt():
-    model, encoder = load("llama3")
-    pair = [dataclasses.replace(EXAMPLES[i], user=start + "word " * 150) for i, start in enumerate("AB")]
-    one, other = chosen(model, encoder, pair, LETTERS, 2).values()
-    assert one.log_likelihoods != pytest.approx(other.log_likelihoods, abs=1e-6)
-
-
 def evaluated(model: Path, folder: Path, *flags: object):
     data = folder / "hellaswag_test.jsonl"
     write_rows(data, [message_row(e.user, LETTERS[e.id % 4], "Choose.") for e in EXAMPLES])
