@@ -146,17 +146,14 @@ def remove_checkpoints(folder: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- main
 
 
-def was_restarted() -> bool:
-    """Whether torchrun has started this job before, on any node: each node counts only its own restarts."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    return count is not None and any(gather_object([count != "0"]))
-
-
 def resume_after_restart(s: LargeSettings) -> LargeSettings | None:
-    """The settings with --resume if torchrun has restarted a run of this job that had begun; None if it is finished.
+    """The settings, with --resume if torchrun has restarted this job and its run had begun; None if it is finished.
 
     Raises UsageError if the run failed in a way that a restart would repeat.
     """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # each node counts only its own
+    if restarts is None or not any(gather_object([restarts != "0"])):
+        return s
     folder = Path(s.output_dir)
     path = folder / "run.json"
     before = read_json(path) if path.is_file() else {}
@@ -175,8 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     settings, given = parse_flags(LargeSettings, __doc__, argv)
 
     def work(state: PartialState) -> None:
-        s = check_large_settings(settings, given, processes() > 1)
-        s = resume_after_restart(s) if was_restarted() else s
+        s = resume_after_restart(check_large_settings(settings, given, processes() > 1))
         if s is None:
             return
         sharded, device, dtype = s.sharding == "fsdp2", state.device, compute_dtype(s, state.device)

@@ -195,30 +195,23 @@ class Run:
 
     def is_trained(self) -> bool:
         """Whether the folder has this finished run. Raises UsageError if it belongs to another model or other data."""
-        arguments, wrong = self.folder / "args.json", ""
-        if arguments.exists() and read_json(arguments)["model_name"] != self.settings.model:
-            wrong = "was made with another model of this name"
-        elif is_finished(self.folder):
-            if sha256(self.train_file) not in read_json(self.folder / "run.json")["data_sha256"].values():
-                wrong = f"was not trained on this {self.train_file}"
-        if wrong:
-            raise UsageError(f"{self.folder} {wrong}; choose another RUNS_DIR")
-        return is_finished(self.folder)
+        if not is_finished(self.folder):
+            return False
+        settings, record = (read_json(self.folder / name) for name in ("args.json", "run.json"))
+        model, trained_on = self.settings.model, record["data_sha256"].values()
+        if settings["model_name"] != model or sha256(self.train_file) not in trained_on:
+            raise UsageError(f"{self.folder} is a run of another model or {self.train_file}; choose another RUNS_DIR")
+        return True
 
     def is_evaluated(self) -> bool:
         """Whether the folder has this evaluation. Raises UsageError if it has another one of the data set."""
-        path, wrong = self.folder / "eval" / self.dataset / "metrics.json", ""
+        path = self.folder / "eval" / self.dataset / "metrics.json"
         if not path.exists():
             return False
-        metrics = read_json(path)
-        if metrics["data_sha256"] != sha256(self.test_file):
-            wrong = f"was not made from this {self.test_file}"
-        elif metrics["settings"].get("max_examples"):
-            wrong = f"covers only --max_examples of {self.test_file}"
-        elif metrics["task"] != (self.settings.task or metrics["task"]):
-            wrong = f"is not of TASK '{self.settings.task}'"
-        if wrong:
-            raise UsageError(f"{path} {wrong}; remove {path.parent}")
+        metrics, task = read_json(path), self.settings.task
+        complete = metrics["data_sha256"] == sha256(self.test_file) and not metrics["settings"].get("max_examples")
+        if not complete or task not in ("", metrics["task"]):
+            raise UsageError(f"{path} is not of TASK '{task}' on all of {self.test_file}; remove {path.parent}")
         return True
 
 

@@ -70,7 +70,7 @@ def meta_model(name: str, revision: str | None = None) -> Any:
         config = AutoConfig.from_pretrained(name, revision=revision)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="counted")
-    except (*LOADING_ERRORS, StrictDataclassError, TypeError, AttributeError) as error:  # a config with wrong values
+    except (*LOADING_ERRORS, StrictDataclassError) as error:
         raise UsageError(f"--model_name {name}: not a causal language model ({first_line(error)})") from None
 
 

@@ -58,8 +58,8 @@ class Preflight:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, or in MiB if less than 1/8 GiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+    """Bytes in GiB."""
+    return f"{size / 2**30:.2g} GiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
 
 
 # ---------------------------------------------------------------------------------------------------- model and data
@@ -293,8 +293,6 @@ def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str],
         problems += disk_problems(s.output_dir, plan, s.runs, last.save_total_limit, last.keep_checkpoints)
         if not last.gradient_checkpointing:
             notes.append("activations that --no-gradient_checkpointing stores: the predicted memory is without them")
-    else:
-        notes.append("memory and disk space: they need a model and flags without errors")
     if enough and (s.nproc_per_node > 1 or s.device == "cuda"):
         problems += collective_problems(s.nproc_per_node, s.device, s.collective_limit)
     return list(dict.fromkeys(problems)), notes

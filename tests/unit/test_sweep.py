@@ -41,10 +41,8 @@ def test_of_equal_cells_the_smallest_learning_rate_k_and_lambda_is_picked(cell, 
     runs = [cell(15.0, seed, **dict(zip(sweep.SIGNS, first, strict=True))) for seed in (1, 2)]
     # The same mean, apart from rounding.
     runs += [cell(10.0 * seed, seed, **dict(zip(sweep.SIGNS, second, strict=True))) for seed in (1, 2)]
-    sweep.pick("jepa", runs[::order], tmp_path / "sweep.json")
-    arm = json.loads((tmp_path / "sweep.json").read_text())["arms"]["jepa"]
-    keys = [tuple(arm["cells"][i][name] for name in sweep.SIGNS) for i in (arm["picked"], *arm["equal"])]
-    assert keys == [first, second]
+    picked = sweep.pick("jepa", runs[::order], tmp_path / "sweep.json")
+    assert picked in [str(run.parents[1]) for run in runs[:2]]
 
 
 def test_the_mean_over_seeds_decides_and_the_file_lists_both_arms(cell, tmp_path, capsys):
@@ -56,11 +54,8 @@ def test_the_mean_over_seeds_decides_and_the_file_lists_both_arms(cell, tmp_path
     assert sweep.pick("jepa", regular + lucky + steady, file) == str(steady[0].parents[1])
     assert "lr=0.001 k=1 λ=2" in capsys.readouterr().err
     written = json.loads(file.read_text())
-    assert (written["score"], written["held_out"]) == ("dfa_equal", SPLIT | {"sha256": "5c44", "n": 2000})
-    arm = written["arms"]["jepa"]
-    assert (arm["picked"], arm["equal"], [cell["score"] for cell in arm["cells"]]) == (1, [], [0.545, 0.85])
-    best = arm["cells"][1]
-    assert (best["by_seed"], best["n_seeds"]) == ({"7": 0.84, "9": 0.86}, 2)
-    assert best["runs"] == [str(folder.parents[1]) for folder in steady]
-    assert best["others"][0] == {"exact": 0.16, "startswith": 0.9, "stop_rate": 1.0, "dfa_equal": 0.84}
-    assert set(written["arms"]["regular"]["cells"][0]) == {"learning_rate", *set(best) - set(sweep.SIGNS)}
+    assert (written["score"], written["held_out"]) == ("dfa_equal", SPLIT | {"n": 2000})
+    cells = [(cell["arm"], cell["lbd"], cell["score"]) for cell in written["cells"]]
+    assert cells == [("jepa", 1.0, 0.545), ("jepa", 2.0, 0.85), ("regular", 0.1, 0.7), ("regular", 0.1, 0.75)]
+    assert [run["run"] for run in written["runs"]] == [str(folder.parents[1]) for folder in regular + lucky + steady]
+    assert written["runs"][-1]["scores"] == {"exact": 0.14, "startswith": 0.9, "stop_rate": 1.0, "dfa_equal": 0.86}
