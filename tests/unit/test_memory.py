@@ -175,7 +175,7 @@ def test_command_prints_json_or_a_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", [None, "not JSON", '{"model_type": "vit"}', '{"model_type": "llama", "hidden_size": 0.5}']
+    "text", [None, "not JSON", '{"model_type": "vit"}', '{"model_type": "llama", "vocab_size": ""}']
 )
 def test_bad_model_is_reported(tmp_path, text):
     if text is not None:
