@@ -186,7 +186,7 @@ class Run:
         return kept
 
     def values(self) -> dict[str, Any]:
-        """The values of a template's names."""
+        """The values for a template."""
         lists = {"defaults": self.default_flags(), "flags": list(self.flags), "fields": self.fields()}
         lists |= {"resume": ["--resume"] * self.folder.exists(), "plain": ["--plain"] * ("--plain" in self.flags)}
         own = {name: str(getattr(self, name)) for name in ("seed", "train_file", "test_file", "name")}

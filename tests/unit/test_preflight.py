@@ -157,13 +157,13 @@ def port() -> int:
 
 
 def exchange(folders: list[Path], port: int, problems: list[list[str] | None], limit: float = 20.0) -> list:
-    """What each node gets from its own problems; a node whose problems are None does not come. Node 0 comes last."""
-    heard: dict[int, list[str]] = {}
+    """What each node gets from its own problems; a node whose problems are None is absent. Node 0 starts last."""
+    received: dict[int, list[str]] = {}
 
     def run(node: int) -> None:
         s = Preflight(output_dir=str(folders[node % len(folders)]), nnodes=len(problems), node_rank=node,
                       master_port=port, join_limit=limit)  # fmt: skip
-        heard[node] = preflight.problems_of_all_nodes(problems[node], s)
+        received[node] = preflight.problems_of_all_nodes(problems[node], s)
 
     threads = [threading.Thread(target=run, args=(node,)) for node, own in enumerate(problems) if own is not None]
     for thread in reversed(threads):
@@ -171,13 +171,13 @@ def exchange(folders: list[Path], port: int, problems: list[list[str] | None], l
         time.sleep(0.1)
     for thread in threads:
         thread.join(60)
-    return [heard[node] for node in sorted(heard)]
+    return [received[node] for node in sorted(received)]
 
 
 def test_nodes_get_the_problems_of_all(tmp_path, port):
     for problems in (["a"], []):  # twice: the port is free again at once
-        heard = exchange([tmp_path], port, [problems, [], problems])
-        assert heard == [[f"node {node}: {p}" for node in (0, 2) for p in problems]] * 3
+        received = exchange([tmp_path], port, [problems, [], problems])
+        assert received == [[f"node {node}: {p}" for node in (0, 2) for p in problems]] * 3
     assert list(tmp_path.iterdir()) == []
 
 
@@ -189,13 +189,13 @@ def test_nodes_without_a_shared_folder(tmp_path, port):
     assert first == second and len(first) == 1 and first[0].startswith(f"node 1: {folders[1]} ")
 
 
-def test_node_that_does_not_come(tmp_path, port):
+def test_absent_node_is_reported(tmp_path, port):
     first, second = exchange([tmp_path], port, [["x"], [], None], limit=2.0)
     assert first == second and len(first) == 2 and first[0] == "node 0: x"
     assert first[1].startswith("node 2: ") and f":{port}" in first[1]
 
 
-def test_port_of_another_program(tmp_path, monkeypatch):
+def test_port_in_use_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "GRACE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
