@@ -4,20 +4,10 @@
     torchrun --nproc_per_node 8 finetune8bh200.py …                                               all GPUs of a node
 
 The method, its flags and the run folder are finetune.py's; this file changes only how the parameters are stored. With
-several processes FSDP2 shards parameters, gradients and optimizer states. The main process reads the parameters once
-and distributes the shards. Checkpoints are sharded too, and training can resume from them with another number of
-processes (at least two). At the end one complete model is saved and the checkpoints are removed. If torchrun restarts
-the job (--max-restarts), training resumes from the last complete checkpoint.
-
-Memory of full fine-tuning in bytes per parameter, divided by the number of processes:
-
-    master weights     4 (float32) or 2 (--param_dtype bfloat16)
-    gradients          the same
-    AdamW's moments    twice the master weights; 2 with an 8-bit optimizer
-    gathered           2 (bfloat16) for two decoder layers and the output layer; on one GPU for all, by autocast
-
-and in addition one hidden state per layer and token (activations are recomputed) and 2^26 logits. For 8.03e9 parameters
-this is 128 GB in float32, 96 GB with an 8-bit optimizer and autocast's copies on one GPU, 16 GB on each of eight.
+several processes FSDP2 shards parameters, gradients and optimizer states, and checkpoints are sharded too. Training can
+resume from them with another number of processes (at least two). At the end one complete model is saved and the
+checkpoints are removed. If torchrun restarts the job (--max-restarts), training resumes from the last complete
+checkpoint. `python -m llm_jepa.memory` predicts the memory; its --help has the formula.
 """
 
 from __future__ import annotations
@@ -156,17 +146,14 @@ def remove_checkpoints(folder: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- main
 
 
-def was_restarted() -> bool:
-    """Whether torchrun has started this job before, on any node: each node counts only its own restarts."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    return count is not None and any(gather_object([count != "0"]))
-
-
 def resume_after_restart(s: LargeSettings) -> LargeSettings | None:
-    """The settings with --resume if torchrun has restarted a run of this job that had begun; None if it is finished.
+    """The settings, with --resume if torchrun has restarted this job and its run had begun; None if it is finished.
 
     Raises UsageError if the run failed in a way that a restart would repeat.
     """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # each node counts only its own
+    if restarts is None or not any(gather_object([restarts != "0"])):
+        return s
     folder = Path(s.output_dir)
     path = folder / "run.json"
     before = read_json(path) if path.is_file() else {}
@@ -185,8 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     settings, given = parse_flags(LargeSettings, __doc__, argv)
 
     def work(state: PartialState) -> None:
-        s = check_large_settings(settings, given, processes() > 1)
-        s = resume_after_restart(s) if was_restarted() else s
+        s = resume_after_restart(check_large_settings(settings, given, processes() > 1))
         if s is None:
             return
         sharded, device, dtype = s.sharding == "fsdp2", state.device, compute_dtype(s, state.device)

@@ -40,10 +40,10 @@ PAPER_FLAGS = {
     "--max_grad_norm": "1", "--dtype": "auto",
 }  # fmt: skip
 MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024"}  # data sets with examples of more than 512 tokens
-FIELD_FLAGS = ("--text_field", "--code_field", "--system")  # flags that the evaluation needs too
-RUN_FLAGS = ("--output_dir", "--dry_run")
-SETTING_FLAGS = ("--train_file", "--data_file", "--model_name", "--learning_rate", "--num_epochs", "--last_token",
-                 "--predictors", "--lbd", "--finetune_seed", "--regular")  # fmt: skip
+# Flags that the evaluation needs too, with the number of their words.
+FIELD_FLAGS = {"--text_field": 2, "--code_field": 2, "--system": 2, "--skip_bad_examples": 1}
+REFUSED_FLAGS = ("--train_file", "--data_file", "--model_name", "--learning_rate", "--num_epochs", "--last_token",
+                 "--predictors", "--lbd", "--finetune_seed", "--regular", "--output_dir", "--dry_run")  # fmt: skip
 NUMBER, WHOLE, COUNT = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", r"(?:0|[1-9]\d*)", r"[1-9]\d*"
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 
@@ -98,26 +98,19 @@ class Settings:
     @classmethod
     def read(cls, command: str, given: list[str], environment: Mapping[str, str]) -> Settings:
         """Arguments win over variables, those over defaults; '' and '-' are not given. Raises UsageError."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        arguments = dict(zip(fields, given, strict=False))
-
-        def value(name: str, default: str) -> str:
-            field = fields[name]
-            variables = field.metadata["variables"]
-            values = [arguments.get(name, ""), *(environment.get(v, "") for v in variables), default]
-            found = next((v for v in values if v not in ("", "-")), "")
-            if not re.fullmatch(field.metadata["pattern"], found):
-                raise UsageError(f"{variables[0]} cannot be '{found}' (see --help)")
-            return found
-
-        model = value("model", cls.model).removesuffix("/")
-        defaults = {name: field.default for name, field in fields.items()}
-        defaults |= (TINY_DEFAULTS if model == TINY else {}) | ({"epochs": "4"} if environment.get("PROTOCOL") else {})
+        defaults = {"epochs": "4"} if environment.get("PROTOCOL") else {}
         if command == "run_pretrain":
             defaults["datasets"] = "rotten_tomatoes,yelp"
-        found = {name: value(name, default) for name, default in defaults.items()} | {"model": model}
-        found["finetune_lr"] = found["finetune_lr"] or found["learning_rate"]
-        found["finetune_epochs"] = found["finetune_epochs"] or found["epochs"]
+        found: dict[str, str] = {}
+        for field, argument in itertools.zip_longest(dataclasses.fields(cls), given, fillvalue=""):
+            names, default = field.metadata["variables"], defaults.get(field.name, field.default)
+            values = [argument, *(environment.get(name, "") for name in names), default]
+            value = next((v for v in values if v not in ("", "-")), "").removesuffix("/")
+            if not re.fullmatch(field.metadata["pattern"], value):
+                raise UsageError(f"{names[0]} cannot be '{value}' (see --help)")
+            if field.name == "model" and value == TINY:
+                defaults = TINY_DEFAULTS | defaults
+            found[field.name] = value
         found["seeds"] = ALL_SEEDS if found["seeds"] == "all" else found["seeds"]
         return cls(**found)
 
@@ -185,16 +178,15 @@ class Run:
 
     def fields(self) -> list[str]:
         """Those of the user's flags that say how examples are read."""
-        kept, words = [], iter(self.flags)
-        for word in words:
-            if word.partition("=")[0] in FIELD_FLAGS:
-                kept += [word] if "=" in word else [word, *itertools.islice(words, 1)]
-            elif word == "--skip_bad_examples":
-                kept.append(word)
+        kept: list[str] = []
+        for at, word in enumerate(self.flags):
+            name, equals, _ = word.partition("=")
+            words = FIELD_FLAGS.get(name, 0)
+            kept += self.flags[at : at + (min(words, 1) if equals else words)]
         return kept
 
     def values(self) -> dict[str, Any]:
-        """The values of a template's names."""
+        """The values for a template."""
         lists = {"defaults": self.default_flags(), "flags": list(self.flags), "fields": self.fields()}
         lists |= {"resume": ["--resume"] * self.folder.exists(), "plain": ["--plain"] * ("--plain" in self.flags)}
         own = {name: str(getattr(self, name)) for name in ("seed", "train_file", "test_file", "name")}
@@ -203,13 +195,12 @@ class Run:
 
     def is_trained(self) -> bool:
         """Whether the folder has this finished run. Raises UsageError if it belongs to another model or other data."""
-        arguments, record = self.folder / "args.json", self.folder / "run.json"
-        if arguments.exists() and read_json(arguments)["model_name"] != self.settings.model:
-            raise UsageError(f"{self.folder} was made with another model of this name; choose another RUNS_DIR")
         if not is_finished(self.folder):
             return False
-        if sha256(self.train_file) not in read_json(record)["data_sha256"].values():
-            raise UsageError(f"{self.folder} was not trained on this {self.train_file}; choose another RUNS_DIR")
+        settings, record = (read_json(self.folder / name) for name in ("args.json", "run.json"))
+        model, trained_on = self.settings.model, record["data_sha256"].values()
+        if settings["model_name"] != model or sha256(self.train_file) not in trained_on:
+            raise UsageError(f"{self.folder} is a run of another model or {self.train_file}; choose another RUNS_DIR")
         return True
 
     def is_evaluated(self) -> bool:
@@ -217,13 +208,10 @@ class Run:
         path = self.folder / "eval" / self.dataset / "metrics.json"
         if not path.exists():
             return False
-        metrics = read_json(path)
-        if metrics["data_sha256"] != sha256(self.test_file):
-            raise UsageError(f"{path} was not made from this {self.test_file}; remove {path.parent}")
-        if metrics["settings"].get("max_examples"):
-            raise UsageError(f"{path} covers only --max_examples of {self.test_file}; remove {path.parent}")
-        if self.settings.task and metrics["task"] != self.settings.task:
-            raise UsageError(f"{path} is not of TASK '{self.settings.task}'; remove {path.parent}")
+        metrics, task = read_json(path), self.settings.task
+        complete = metrics["data_sha256"] == sha256(self.test_file) and not metrics["settings"].get("max_examples")
+        if not complete or task not in ("", metrics["task"]):
+            raise UsageError(f"{path} is not of TASK '{task}' on all of {self.test_file}; remove {path.parent}")
         return True
 
 
@@ -254,11 +242,7 @@ def partition(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 class CommandFailed(Exception):
-    """A command failed or a signal arrived: the driver ends with this exit code."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
+    """A command failed or a signal arrived: (message, exit code of the driver)."""
 
 
 class Driver:
@@ -267,25 +251,24 @@ class Driver:
     def __init__(self, script: str, templates: Mapping[str, str], arguments: list[str]):
         self.templates = templates
         self.command, *words = arguments or [""]
-        commands = ["run_regular", "run_jepa", "compare"]
-        commands += [
-            name for name, need in (("run_pretrain", "train_plain"), ("sweep", "train_cell")) if need in templates
-        ]
+        needs = {"run_regular": "train_regular", "run_jepa": "train_jepa", "compare": "train_jepa"}
+        needs |= {"run_pretrain": "train_plain", "sweep": "train_cell"}
+        commands = [name for name, template in needs.items() if template in templates]
         if self.command not in commands:
             raise UsageError(f"unknown function '{self.command}', expected one of {', '.join(commands)} (see --help)")
         given, rest = partition(words)
         self.flags, self.later = map(tuple, partition(rest))
         self.both_arms = self.command in ("compare", "sweep")
+        self.arms = ["regular", "jepa"] if self.both_arms else [self.command.removeprefix("run_")]
         limit = 2 if self.both_arms else 9
         if len(given) > limit:
             raise UsageError(f"too many arguments: {self.command} accepts {limit}, the next is '{given[limit]}'")
         if "--" in rest and self.command in ("run_regular", "run_jepa"):
             raise UsageError("a second -- is only for run_pretrain, compare and sweep")
+        refused = (*REFUSED_FLAGS, "--tokens_per_batch") if self.both_arms else REFUSED_FLAGS
         for flag in (word.partition("=")[0] for word in self.flags + self.later):
-            if flag in RUN_FLAGS or (flag == "--tokens_per_batch" and self.both_arms):
-                raise UsageError(f"{flag} is not for {script} {self.command}")
-            if flag in SETTING_FLAGS:
-                raise UsageError(f"{flag} is set by an argument or a variable (see --help)")
+            if flag in refused:
+                raise UsageError(f"{flag} cannot follow -- in {script} {self.command} (see --help)")
         if self.both_arms:
             dataset, model = (*given, "", "")[:2]
             given = [model, *[""] * 6, dataset]
@@ -308,13 +291,13 @@ class Driver:
     def chains(self) -> list[list[Run]]:
         """The runs in the order in which they start; each chain runs in sequence."""
         s, names = self.settings, items(self.settings.datasets)
-        methods = ["regular", "jepa"] if self.both_arms else [self.command.removeprefix("run_")]
-        if methods != ["pretrain"]:
-            return [[self.make_run(m, seed, name, s)] for seed in items(s.seeds) for m in methods for name in names]
+        if self.command != "run_pretrain":
+            return [[self.make_run(m, seed, name, s)] for seed in items(s.seeds) for m in self.arms for name in names]
         chains = []
         for seed in items(s.seeds):
             base = Run(s, s.pretrain_arm, s.pretrain_dataset, seed, self.flags, "pretrain", s.model == TINY)
-            after = replace(s, model=str(base.folder), learning_rate=s.finetune_lr, epochs=s.finetune_epochs)
+            after = replace(s, model=str(base.folder), learning_rate=s.finetune_lr or s.learning_rate,
+                            epochs=s.finetune_epochs or s.epochs)  # fmt: skip
             runs = [Run(after, "regular", name, seed, self.later, "plain", base.tiny) for name in names]
             chains.append([base, *runs])
         return chains
@@ -330,21 +313,22 @@ class Driver:
 
     def pick(self) -> None:
         """Sets the learning rate, k and λ to those of the best cells on held-out examples."""
-        s, folder = self.settings, self.report_folder()
+        s, file = self.settings, self.report_folder() / "sweep.json"
         done: list[Run] = []
 
         def best(method: str, grid: list[Settings]) -> Settings:
-            seeds, (dataset,) = items(s.sweep_seeds), items(s.datasets)
             cells = [self.make_run(method, seed, dataset, cell, "cell") for cell in grid for seed in seeds]
             self.run_all([[cell] for cell in cells])
             done.extend(cells)
-            picked = sweep.pick(method, [run.folder for run in done], folder / "sweep.json")
+            picked = sweep.pick(method, [run.folder / "eval" / run.dataset for run in done], file)
             return next(run.settings for run in cells if str(run.folder) == picked)
 
-        grid = [replace(s, learning_rate=r, runs_dir=str(folder / "cells")) for r in items(s.learning_rates)]
+        seeds, (dataset,) = items(s.sweep_seeds), items(s.datasets)
+        s = replace(self.settings, runs_dir=str(file.parent / "cells"))
+        grid = [replace(s, learning_rate=rate) for rate in items(s.learning_rates)]
         picked = best("regular", grid)
         grid = [replace(picked, predictors=k, lbd=lbd) for k in items(s.grid_k) for lbd in items(s.grid_lbd)]
-        self.settings = replace(best("jepa", grid), runs_dir=s.runs_dir)
+        self.settings = replace(best("jepa", grid), runs_dir=self.settings.runs_dir)
 
     # ------------------------------------------------------------------------------------------ running commands
 
@@ -365,17 +349,13 @@ class Driver:
 
     def preflight(self) -> None:
         """Checks the node, the model and the disk, unless all runs are finished."""
-        s = self.settings
-        left = [run for (run,) in self.chains() if not is_finished(run.folder)]
-        names = items(s.datasets)
+        s, runs = self.settings, [run for (run,) in self.chains()]
+        longest = {run.method: run for run in sorted(runs, key=lambda run: int(MAX_LENGTH.get(run.dataset, 0)))}
         arms = {"regular": ["--regular"], "jepa": ["--predictors", s.predictors, "--lbd", s.lbd]}
-        lengths = [MAX_LENGTH[name] for name in names if name in MAX_LENGTH]
-        shared = ["--pretrain"] * (s.model == TINY) + (["--max_length", max(lengths, key=int)] if lengths else [])
-        flags: list[str] = []
-        for arm in arms if self.both_arms else [self.command.removeprefix("run_")]:
-            flags += ["--", *arms[arm], *shared, *self.flags, *(self.later if arm == "jepa" else ())]
-        files = ",".join(f"datasets/{name}_{part}.jsonl" for name in names for part in ("train", "test"))
-        values = vars(s) | {"data_files": files, "left": str(len(left)), "arms": flags}
+        flags = [["--", *arms[arm], *longest[arm].default_flags(), *longest[arm].flags] for arm in self.arms]
+        files = ",".join(dict.fromkeys(file for run in runs for file in (run.train_file, run.test_file)))
+        left = sum(not is_finished(run.folder) for run in runs)
+        values = vars(s) | {"data_files": files, "left": str(left), "arms": sum(flags, [])}
         if left and (code := self.call(fill(self.templates["preflight"], values))[0]):
             raise CommandFailed("not ready (see above)", code)
 
@@ -399,31 +379,27 @@ class Driver:
         return runs
 
     def run_chain(self, chain: list[Run]) -> None:
-        """Trains and evaluates runs and prints a line for each, until anything has failed."""
+        """Does what is not done of each run and prints its line, until anything has failed."""
         try:
             for run in chain:
                 if self.stopping:
                     return
-                self.run_steps(run)
+                done = ["training"] if run.is_trained() else self.execute("train", run)
+                if run.kind == "pretrain" or self.settings.node_rank != "0":
+                    continue
+                done += ["evaluation"] if run.is_evaluated() else self.execute("evaluate", run)
+                code, line = self.call(["-m", "llm_jepa.report", "--line", str(run.folder)], stdout=subprocess.PIPE)
+                if code:
+                    raise CommandFailed(f"{run.folder} cannot be read", code)
+                print(line.rstrip() + (f"  (done before: {', '.join(done)})" if done else ""), flush=True)
         except BaseException:
             if not self.stopping:  # else a consequence of another failure
                 self.stopping = True  # at once, so that no other chain starts
                 raise
 
-    def run_steps(self, run: Run) -> None:
-        """Trains and evaluates a run as far as that is not done, and prints its line."""
-        done = ["training"] if run.is_trained() else self.execute("train", run)
-        if run.kind == "pretrain" or self.settings.node_rank != "0":
-            return
-        done += ["evaluation"] if run.is_evaluated() else self.execute("evaluate", run)
-        code, line = self.call(["-m", "llm_jepa.report", "--line", str(run.folder)], stdout=subprocess.PIPE)
-        if code:
-            raise CommandFailed(f"{run.folder} cannot be read", code)
-        print(line.rstrip() + (f"  (done before: {', '.join(done)})" if done else ""), flush=True)
-
     def words(self, step: str, run: Run) -> list[str]:
         """A command line of a run; cells of a sweep read the two parts of the train file."""
-        kind = f"pretrain_{run.method}" if run.kind == "pretrain" else "plain" if run.kind == "plain" else run.method
+        kind = {"pretrain": f"pretrain_{run.method}", "plain": "plain"}.get(run.kind, run.method)
         text = self.templates[step if step == "check" else f"{step}_{kind}"]
         if run.kind == "cell":
             text = text.replace("--train_file {train_file}", self.templates["train_cell"])
@@ -444,21 +420,21 @@ class Driver:
             time.sleep(1)
         if not code and is_finished(run.folder):
             return []
-        what = f"{'training' if step == 'train' else 'evaluation'} of seed {run.seed} ended " + (
-            f"with exit code {code}" if code else "unfinished"
-        )
-        tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-5:] if log else []
-        raise CommandFailed("\n".join([f"{what}: {run.folder}" + f", log {log}" * bool(log), *tail]), code or 1)
+        message = f"{step} of seed {run.seed} ended with exit code {code}, unfinished: {run.folder}"
+        if log:
+            lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+            message = "\n".join([f"{message}, log {log}", *lines[-5:]])
+        raise CommandFailed(message, code or 1)
 
     def call(self, words: list[str], stdout: int | None = None, log: Path | None = None) -> tuple[int, str]:
         """Runs Python with these arguments; its exit code and, if stdout is a pipe, its output."""
-        jobs, cores = int(self.settings.jobs), os.cpu_count() or 1
         # Threads that wait actively make a step several times slower as soon as another process needs a core.
         variables = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+        processes = int(self.settings.jobs)
         if "llm_jepa.large.launch" in words:
-            variables["OMP_NUM_THREADS"] = str(max(1, cores // jobs // int(self.settings.nproc)))
-        elif jobs > 1:
-            variables.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+            processes *= int(self.settings.nproc)
+        if processes > 1:
+            variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         with self.starting, open(log, "ab") if log else contextlib.nullcontext() as output:
             if self.stopping:
                 raise CommandFailed("stopped", 1)
@@ -500,8 +476,9 @@ def main(argv: list[str] | None = None) -> int:
             return driver.work()
         except CommandFailed as error:
             driver.stop()
-            print(f"{script}: {error}", file=sys.stderr)
-            return error.code
+            message, code = error.args
+            print(f"{script}: {message}", file=sys.stderr)
+            return code
 
     return run_command(script, work)
 

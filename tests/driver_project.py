@@ -119,11 +119,8 @@ def pretend(script: str, argv: list[str], score) -> str:
         run, data = Path(flag(argv, "--output_dir")), flag(argv, "--train_file") or flag(argv, "--data_file")
         run.mkdir(parents=True, exist_ok=True)
         args = {"model_name": flag(argv, "--model_name"), "regular": "--regular" in argv}
-        args |= {
-            "finetune_seed": int(flag(argv, "--finetune_seed")),
-            "learning_rate": float(flag(argv, "--learning_rate")),
-        }
-        args |= {"predictors": int(flag(argv, "--predictors") or 0), "lbd": float(flag(argv, "--lbd") or 0.1)}
+        numbers = {"finetune_seed": int, "learning_rate": float, "predictors": int, "lbd": float}
+        args |= {name: read(flag(argv, f"--{name}") or 0) for name, read in numbers.items()}
         args |= {"data_file": flag(argv, "--data_file"), "eval_split": 0.2, "split_seed": 42}
         (run / "args.json").write_text(json.dumps(args))
         (run / "run.json").write_text(json.dumps({"status": "finished", "data_sha256": {data: sha256(data)}}))
@@ -133,7 +130,6 @@ def pretend(script: str, argv: list[str], score) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         value = score(SimpleNamespace(**json.loads((run / "args.json").read_text())))
         metrics = {"task": flag(argv, "--task") or "synth", "n": 4, "score": "exact", "scores": [], "exact": value}
-        metrics |= {"startswith": 1.0, "stop_rate": 1.0, "data_sha256": sha256(data)}
-        metrics |= {"settings": {"process_split": flag(argv, "--process_split")}}
+        metrics |= {"startswith": 1.0, "stop_rate": 1.0, "data_sha256": sha256(data), "settings": {}}
         (folder / "metrics.json").write_text(json.dumps(metrics))
     return f"line of {argv[-1]}\n" if "--line" in argv else ""

@@ -30,11 +30,12 @@ LoRA the adapter. The ten embeddings of predictor tokens that a full model gains
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
+import pandas
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.autograd.graph import saved_tensors_hooks
@@ -62,23 +63,6 @@ class MemoryFlags(LargeSettings):
     json: bool = flag(False, "print one JSON object", PLAN)
 
 
-class ParameterInfo(NamedTuple):
-    """One parameter: its size, and what happens to it."""
-
-    numel: int
-    first_dim: int
-    bytes: float  # per element
-    trained: bool
-    unit: int  # of FSDP: number of the decoder layer, HEAD or EMBEDDING
-    quantized: bool
-    embedding: bool  # bitsandbytes keeps its moments in float32
-    autocast: bool  # a matrix of which autocast makes a bfloat16 copy
-
-    def shard(self, gpus: int) -> int:
-        """Elements on the GPU with the most."""
-        return -(-self.first_dim // gpus) * (self.numel // self.first_dim)
-
-
 def meta_model(name: str, revision: str | None = None) -> Any:
     """The model in bfloat16 on the meta device, without an adapter. Raises UsageError if it cannot be built."""
     AttentionInterface.register("counted", counted_attention)
@@ -86,7 +70,7 @@ def meta_model(name: str, revision: str | None = None) -> Any:
         config = AutoConfig.from_pretrained(name, revision=revision)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="counted")
-    except (*LOADING_ERRORS, StrictDataclassError, TypeError, AttributeError) as error:  # a config with wrong values
+    except (*LOADING_ERRORS, StrictDataclassError) as error:
         raise UsageError(f"--model_name {name}: not a causal language model ({first_line(error)})") from None
 
 
@@ -136,78 +120,58 @@ def layer_activations(decoder: Any, layer: Any, tokens: int) -> int:
     return sum(storage.nbytes() for storage in stored.values())
 
 
-def adapted(model: Any, rank: int, predictors: int) -> Any:
-    """The model with the adapter that the training adds."""
-    tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda tokens: list(range(len(tokens))))
-    with torch.device("meta"):
-        return add_adapter(model, tokenizer, rank=rank, dropout=0.0, predictors=predictors, plain=False)
+def parameter_table(model: Any, trained_model: Any, s: LargeSettings) -> pandas.DataFrame:
+    """One row per parameter of `trained_model`, which is `model`, or with LoRA wraps it.
 
-
-def parameter_infos(model: Any, trained_model: Any, s: LargeSettings) -> list[ParameterInfo]:
-    """Every parameter of `trained_model`, which is `model`, or with LoRA wraps it."""
+    numel, length (of the first dimension), bytes (per element), trained, unit (of FSDP: number of the decoder layer,
+    HEAD or EMBEDDING), quantized, embedding (bitsandbytes keeps its moments in float32), autocast (a matrix of which
+    autocast makes a bfloat16 copy).
+    """
     unit = {id(p): i for i, layer in enumerate(decoder_layers(model)) for p in layer.parameters()}
     head, embedding = (f().weight for f in (model.get_output_embeddings, model.get_input_embeddings))
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     base = {id(m.weight) for m in model.get_decoder().modules() if type(m) is torch.nn.Linear} - {id(head)}
     width = 2 if s.lora or s.param_dtype == "bfloat16" else 4
-    infos = []
+    rows = []
     for p in trained_model.parameters():
-        trained = p.requires_grad
-        quantized = s.load_in_4bit and not trained and id(p) in base
-        infos.append(
-            ParameterInfo(
-                numel=p.numel(),
-                first_dim=len(p) if p.dim() else 1,
-                bytes=0.5 + 4 / 64 if quantized else 4 if s.lora and trained else width,
-                trained=trained,
-                unit=unit.get(id(p), EMBEDDING if p is embedding and p is not head else HEAD),
-                quantized=quantized,
-                embedding=p is embedding,
-                autocast=width == 4 and trained and id(p) in linear,
-            )
-        )
-    return infos
+        quantized = s.load_in_4bit and not p.requires_grad and id(p) in base
+        row = {"numel": p.numel(), "length": len(p) if p.dim() else 1, "trained": p.requires_grad}
+        row["bytes"] = 0.5 + 4 / 64 if quantized else 4 if s.lora and p.requires_grad else width
+        row["unit"] = unit.get(id(p), EMBEDDING if p is embedding and p is not head else HEAD)
+        row |= {"quantized": quantized, "embedding": p is embedding}
+        rows.append(row | {"autocast": width == 4 and p.requires_grad and id(p) in linear})
+    return pandas.DataFrame(rows)
 
 
-def moments(p: ParameterInfo, elements: int, optim: str) -> float:
-    """Bytes of AdamW's two moments for this number of elements of a trained parameter."""
+def moments(trained: pandas.DataFrame, elements: pandas.Series, optim: str) -> float:
+    """Bytes of AdamW's two moments for these numbers of elements of the trained parameters."""
     if "8bit" not in optim:
-        return 2 * elements * p.bytes
-    if p.embedding or p.numel < 4096:
-        return 8 * elements
-    return 2 * (elements + 4 * -(-elements // 256))
+        return (2 * elements * trained.bytes).sum()
+    full = trained.embedding | (trained.numel < 4096)
+    return (8 * elements).where(full, 2 * (elements + 4 * -(-elements // 256))).sum()
 
 
-def unit_sums(infos: list[ParameterInfo], size: Callable[[ParameterInfo], float]) -> dict[int, float]:
-    """The sum of `size` over each FSDP unit."""
-    sums: dict[int, float] = {HEAD: 0, EMBEDDING: 0}
-    for p in infos:
-        sums[p.unit] = sums.get(p.unit, 0) + size(p)
-    return sums
-
-
-def gpu_plan(
-    infos: list[ParameterInfo], optim: str, gpus: int, parts: int, hidden: int, working: int
-) -> dict[str, int]:
+def gpu_plan(table: pandas.DataFrame, optim: str, gpus: int, parts: int, hidden: int, working: int) -> dict[str, int]:
     """Bytes on the GPU with the most, if `gpus` store the weights in `parts` shards; and of its checkpoint file."""
-    trained = [p for p in infos if p.trained]
-    elements = unit_sums(trained, lambda p: p.numel)
-    gathered = unit_sums(infos, lambda p: p.numel * (p.bytes if p.quantized else 2))
-    end = max(gathered.pop(HEAD), gathered.pop(EMBEDDING))
-    copies = sum(2 * p.numel for p in infos if p.autocast)
-    buckets = sum(p.numel * p.bytes for p in trained) if gpus > 1 else 0
-    gradients = sum(p.shard(parts) * p.bytes for p in trained)
-    optimizer = sum(moments(p, p.shard(parts), optim) for p in trained)
+    shard = -(-table.length // parts) * (table.numel // table.length)  # elements on the GPU with the most
+    trained = table[table.trained]
+    gathered = (table.numel * table.bytes.where(table.quantized, 2)).groupby(table.unit).sum()
+    end = max(gathered.get(HEAD, 0), gathered.get(EMBEDDING, 0))
+    weights = shard * table.bytes
     need = {
-        "weights": sum(p.shard(parts) * p.bytes for p in infos),
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "gathered": end + sum(sorted(gathered.values())[-2:]) if parts > 1 else copies,
-        "reduced": 6 * max(elements.values()) if parts > 1 else buckets,
+        "weights": weights.sum(),
+        "gradients": weights[table.trained].sum(),
+        "optimizer": moments(trained, shard[table.trained], optim),
+        "gathered": 2 * table.numel[table.autocast].sum(),
+        "reduced": (trained.numel * trained.bytes).sum() if gpus > 1 else 0,
         "hidden": hidden,
         "working": working,
     }
-    need |= {"peak": MARGIN * sum(need.values()) + RESERVE, "checkpoint_shard": gradients + optimizer}
+    if parts > 1:
+        need["gathered"] = end + gathered[gathered.index >= 0].nlargest(2).sum()
+        need["reduced"] = 6 * trained.groupby("unit").numel.sum().max()
+    need["peak"] = MARGIN * sum(need.values()) + RESERVE
+    need["checkpoint_shard"] = need["gradients"] + need["optimizer"]
     return {"gpus": gpus} | {name: int(size) for name, size in need.items()}
 
 
@@ -226,9 +190,16 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
     config, layers = model.config.get_text_config(), decoder_layers(model)
     tied = config.tie_word_embeddings
     copies = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=tied) == "ddp"
-    trained_model = adapted(model, s.lora_rank, 0 if s.regular else s.predictors) if s.lora else model
-    infos = parameter_infos(model, trained_model, s)
-    trained = [p for p in infos if p.trained]
+    trained_model = model
+    if s.lora:
+        tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda tokens: list(range(len(tokens))))
+        predictors = 0 if s.regular else s.predictors
+        with torch.device("meta"):
+            trained_model = add_adapter(
+                model, tokenizer, rank=s.lora_rank, dropout=0.0, predictors=predictors, plain=False
+            )
+    table = parameter_table(model, trained_model, s)
+    trained = table[table.trained]
     tokens = s.tokens_per_batch or s.batch_size * s.max_length * (1 if s.regular else 2)  # views are parts of the chat
     states, mask = (len(layers) + 1) * tokens * config.hidden_size, 3 * tokens * min(tokens, 4096)
     logits = min(tokens, max(1, MAX_LOGITS // config.vocab_size)) * config.vocab_size
@@ -236,14 +207,14 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
     for n in gpus:
         parts = 1 if copies else n
         width = 2 if parts > 1 or s.lora or s.param_dtype == "bfloat16" else 4
-        on.append(gpu_plan(infos, optim(n), n, parts, states * width + mask, working))
+        on.append(gpu_plan(table, optim(n), n, parts, states * width + mask, working))
     return {
         "model": s.model_name,
-        "parameters": sum(p.numel for p in infos if not (s.lora and p.trained)),
-        "trainable": sum(p.numel for p in trained),
+        "parameters": int((table[~table.trained] if s.lora else table).numel.sum()),
+        "trainable": int(trained.numel.sum()),
         "tokens": tokens,
-        "checkpoint": int(sum(p.numel * p.bytes + moments(p, p.numel, optim(max(gpus))) for p in trained)),
-        "saved_model": int(sum(p.numel * p.bytes for p in (trained if s.lora else infos))),
+        "checkpoint": int((trained.numel * trained.bytes).sum() + moments(trained, trained.numel, optim(max(gpus)))),
+        "saved_model": int((trained.numel * trained.bytes).sum() if s.lora else (table.numel * table.bytes).sum()),
         "on": on,
     }
 
@@ -259,20 +230,19 @@ def plan_table(p: dict[str, Any]) -> str:
     return "\n".join([*lines, "on disk: {:.1f} GiB per checkpoint, {:.1f} GiB the saved model".format(*sizes)])
 
 
-def print_plan(argv: list[str] | None) -> None:
-    """Prints a plan. Raises UsageError for a wrong model or flag."""
-    s, given = parse_flags(MemoryFlags, __doc__, argv)
-    gpus = [int(n) if n.isdigit() else 0 for n in s.gpus.split(",")]
-    wrong = Refusals(given)
-    wrong.refuse(not s.model_name, "--model_name is missing")
-    wrong.only_if(s.lora, "load_in_4bit", "only with --lora")
-    wrong.refuse(min(gpus) < 1, f"--gpus {s.gpus}: give positive numbers separated by commas")
-    if wrong:
-        raise UsageError("\n".join(wrong))
-    found = plan(s, gpus)
-    print(json.dumps(found) if s.json else plan_table(found))
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0, or 2 for a wrong model or flag."""
-    return run_command("memory", lambda: print_plan(argv))
+    """Prints a plan. Exit codes: 0, or 2 for a wrong model or flag."""
+
+    def work() -> None:
+        s, given = parse_flags(MemoryFlags, __doc__, argv)
+        gpus = [int(n) if n.isdigit() else 0 for n in s.gpus.split(",")]
+        wrong = Refusals(given)
+        wrong.refuse(not s.model_name, "--model_name is missing")
+        wrong.only_if(s.lora, "load_in_4bit", "only with --lora")
+        wrong.refuse(min(gpus) < 1, f"--gpus {s.gpus}: give positive numbers separated by commas")
+        if wrong:
+            raise UsageError("\n".join(wrong))
+        found = plan(s, gpus)
+        print(json.dumps(found) if s.json else plan_table(found))
+
+    return run_command("memory", work)

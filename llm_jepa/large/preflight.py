@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -58,8 +58,8 @@ class Preflight:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, or in MiB if less than 1/8 GiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+    """Bytes in GiB."""
+    return f"{size / 2**30:.2g} GiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
 
 
 # ---------------------------------------------------------------------------------------------------- model and data
@@ -67,39 +67,34 @@ def gib(size: float) -> str:
 
 def model_folder(name: str, revision: str | None) -> Path | None:
     """The folder of a model's files, in the hub's cache for a hub model; None if it is not on this node."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from transformers.utils import cached_file
 
-    if Path(name).is_dir():
-        return Path(name)
-    with contextlib.suppress(HFValidationError):  # a path that does not exist
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-        return Path(found).parent if isinstance(found, str) else None
-    return None
+    try:
+        found = cached_file(name, "config.json", revision=revision, local_files_only=True)
+    except OSError:
+        return None
+    return Path(found).parent if found else None
 
 
 def weight_problems(folder: Path) -> list[str]:
     """Checks that every file of the weights is complete and has the tensors that the index lists."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    tensors: dict[str, set[str]] = {single.name: set()}
-    if index.is_file():
-        try:
-            tensors = {}
-            for tensor, file in read_json(index)["weight_map"].items():
-                tensors.setdefault(file, set()).add(tensor)
-        except UsageError as error:
-            return [f"{error}; download it again"]
-    elif not single.is_file():
+    if not (single.is_file() or index.is_file()):
         return [f"{folder} has neither {single.name} nor {index.name}: download the weights, or use --pretrain"]
+    files: dict[str, set[str]] = {} if index.is_file() else {single.name: set()}
     problems = []
-    for path, names in ((folder / file, names) for file, names in sorted(tensors.items())):
+    try:
+        for tensor, file in read_json(index)["weight_map"].items() if index.is_file() else ():
+            files.setdefault(file, set()).add(tensor)
+    except UsageError as error:
+        problems.append(f"{error}; download it again")
+    for file, tensors in sorted(files.items()):
         try:
-            with safe_open(path, "pt") as file:  # compares the file's size with its header
-                missing = names - set(file.keys())
-            if missing:
-                problems.append(f"{path} lacks {len(missing)} tensors of {index.name}; download it again")
+            with safe_open(folder / file, "pt") as opened:  # compares the file's size with its header
+                if missing := tensors - set(opened.keys()):
+                    problems.append(f"{folder / file} lacks {len(missing)} tensors of {index.name}; download it again")
         except (SafetensorError, OSError) as error:
-            problems.append(f"{path} is missing or incomplete ({first_line(error)}); download it again")
+            problems.append(f"{folder / file} is missing or incomplete ({first_line(error)}); download it again")
     return problems
 
 
@@ -109,10 +104,10 @@ def model_problems(name: str, revision: str | None, pretrain: bool) -> list[str]
 
     folder = model_folder(name, revision)
     if folder is None:
-        download = f"{name} --revision {revision}" if revision else name
+        download = f".venv/bin/hf download {name}" + (f" --revision {revision}" if revision else "")
         return [
-            f"{name} is neither a folder nor downloaded: run `.venv/bin/hf download {download} --exclude 'original/*'` "
-            "(for a gated model, first request access on its page and run `.venv/bin/hf auth login`)"
+            f"{name} is neither a model folder nor downloaded: run `{download} --exclude 'original/*'` (for a gated "
+            "model, first request access on its page and run `.venv/bin/hf auth login`)"
         ]
     problems = [] if pretrain else weight_problems(folder)
     try:
@@ -122,20 +117,10 @@ def model_problems(name: str, revision: str | None, pretrain: bool) -> list[str]
     return problems
 
 
-def training_flags(s: Preflight, flags: list[str]) -> tuple[Any, set[str]]:
-    """(settings of a training with these flags, names of the flags). Exits with 2 if they cannot be parsed."""
-    from llm_jepa.large.settings import LargeSettings
-
-    training, given = parse_flags(LargeSettings, "", flags)
-    train_file = s.data_files.split(",")[0] or "examples.jsonl"
-    return replace(training, model_name=s.model_name, revision=s.revision, train_file=train_file), given
-
-
 def data_problems(files: str) -> list[str]:
     """Checks that every data file exists and is not empty."""
-    paths = [Path(name) for name in files.split(",") if name]
-    missing = [path for path in paths if not (path.is_file() and path.stat().st_size)]
-    return [f"{path} does not exist or is empty; see datasets/README.md" for path in missing]
+    missing = [name for name in files.split(",") if name and not (Path(name).is_file() and Path(name).stat().st_size)]
+    return [f"{name} does not exist or is empty; see datasets/README.md" for name in missing]
 
 
 # -------------------------------------------------------------------------------------------------------------- disk
@@ -214,73 +199,79 @@ def collective_problems(processes: int, device: str, limit: float) -> list[str]:
 
 
 def exchange(problems: list[str], s: Preflight, address: str, marker: Path) -> list[str]:
-    """The problems of all nodes, through a store of node 0. Raises DistError if node 0 cannot be reached.
+    """The problems of all nodes, collected by node 0. Raises DistError if node 0 cannot be reached.
 
     `marker`: a file in the folder of the runs; that of node 0 must be visible to all nodes.
     """
     ends, limit = time.monotonic() + s.join_limit, timedelta(seconds=s.join_limit)
     store = dist.TCPStore(s.master_addr, s.master_port, None, s.node_rank == 0, limit, wait_for_workers=False)
-    if s.node_rank == 0:
-        store.set("marker", marker.name if marker.exists() else "")
-    elif not (marker.parent / store.get("marker").decode()).exists():
-        problems = [*problems, f"{marker.parent} is not the folder of node 0: use a folder that all nodes share"]
-    store.set(f"problems {s.node_rank}", json.dumps(problems))
-    found = []
-    for node in range(s.nnodes):
+    if s.node_rank:
+        if not (marker.parent / store.get("marker").decode()).exists():
+            problems = [*problems, f"{marker.parent} is not the folder of node 0: use a folder that all nodes share"]
+        store.set(f"problems {s.node_rank}", json.dumps(problems))
+        store.set_timeout(limit + timedelta(seconds=GRACE / 2))
+        found = json.loads(store.get("all"))
+        store.set(f"done {s.node_rank}", "")
+        return found
+    store.set("marker", marker.name if marker.exists() else "")
+    found, others = [f"node 0: {p}" for p in problems], range(1, s.nnodes)
+    for node in others:
         try:
             store.wait([f"problems {node}"], timedelta(seconds=max(0.1, ends - time.monotonic())))
-        except dist.DistStoreError:  # the other nodes wait for the same key
+            found += [f"node {node}: {p}" for p in json.loads(store.get(f"problems {node}"))]
+        except dist.DistStoreError:
             absent = f"did not connect to {address} within {s.join_limit:g} s: run the same command there with"
-            store.set(f"problems {node}", json.dumps([f"{absent} NODE_RANK={node}, and check that the port is open"]))
-        found += [f"node {node}: {p}" for p in json.loads(store.get(f"problems {node}"))]
-    store.set(f"done {s.node_rank}", "")
-    if s.node_rank == 0:
-        with contextlib.suppress(dist.DistError):  # the store must live until the other nodes have read it
-            store.wait([f"done {node}" for node in range(s.nnodes)], timedelta(seconds=GRACE / 2))
+            found.append(f"node {node}: {absent} NODE_RANK={node}, and check that the port is open")
+    store.set("all", json.dumps(found))
+    with contextlib.suppress(dist.DistError):  # the store must live until the other nodes have read it
+        store.wait([f"done {node}" for node in others], timedelta(seconds=GRACE / 2))
     return found
 
 
 def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
     """Exchanges the problems of all nodes within --join_limit; what prevents that is a problem of this node."""
-    address, result = f"MASTER_ADDR:MASTER_PORT {s.master_addr}:{s.master_port}", []
-    absent = (
-        f"node 0 did not respond at {address} within {s.join_limit:g} s: run the same command there with NODE_RANK=0"
-    )
+    address = f"MASTER_ADDR:MASTER_PORT {s.master_addr}:{s.master_port}"
+    absent = f"node 0 did not respond at {address} within {s.join_limit:g} s: run the same command there with"
+    found = [f"node {s.node_rank}: {p}" for p in [*problems, f"{absent} NODE_RANK=0"]]
     marker = Path(s.output_dir) / f".preflight-{s.node_rank}-{os.getpid()}.tmp"
 
     def work() -> None:
         try:
-            result.append(exchange(problems, s, address, marker))
+            found[:] = exchange(problems, s, address, marker)
         except dist.DistError as error:
-            busy = f"cannot listen at {address} ({first_line(error)}): set another MASTER_PORT"
-            result.append([f"node {s.node_rank}: {p}" for p in [*problems, absent if s.node_rank else busy]])
+            if s.node_rank == 0:
+                found[-1] = f"node 0: cannot listen at {address} ({first_line(error)}): set another MASTER_PORT"
 
     print(f"preflight: waiting for {s.nnodes} nodes at {address}, at most {s.join_limit:g} s", file=sys.stderr)
-    # torch waits without limit for the reply of another program at the port, so it runs in a thread.
-    thread = threading.Thread(target=work, daemon=True)
     with contextlib.suppress(OSError):  # folder_problems has reported it
         marker.touch()
+    # torch waits without limit for the reply of another program at the port, so it runs in a thread.
+    thread = threading.Thread(target=work, daemon=True)
     try:
         thread.start()
         thread.join(s.join_limit + GRACE)
     finally:
         with contextlib.suppress(OSError):
             marker.unlink()
-    return result[0] if result else [f"node {s.node_rank}: {p}" for p in [*problems, absent]]
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- main
 
 
-def local_problems(s: Preflight, trainings: list[tuple[Any, set[str]]]) -> tuple[list[str], list[str]]:
-    """(problems of this node, what could not be checked); `trainings`: settings and names of the flags given."""
+def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str], list[str]]:
+    """(problems of this node, what could not be checked); `trainings`: the flags of each set."""
     from llm_jepa.large import memory
-    from llm_jepa.large.settings import check_large_settings
+    from llm_jepa.large.settings import LargeSettings, check_large_settings
 
-    notes, plan, gpus, last = [], None, s.nproc_per_node * s.nnodes, trainings[-1][0]
-    problems = model_problems(s.model_name, s.revision, last.pretrain)
-    if model_folder(s.model_name, s.revision):
-        for training, given in trainings:
+    notes, plan, gpus = [], None, s.nproc_per_node * s.nnodes
+    shared = ["--model_name", s.model_name, "--train_file", s.data_files.split(",")[0] or "examples.jsonl"]
+    shared += ["--revision", s.revision] if s.revision else []
+    parsed = [parse_flags(LargeSettings, "", [*shared, *flags]) for flags in trainings]
+    last = parsed[-1][0]
+    problems = model_problems(s.model_name, last.revision, last.pretrain)
+    if model_folder(s.model_name, last.revision):
+        for training, given in parsed:
             try:
                 plan = None
                 plan = memory.plan(check_large_settings(training, given, gpus > 1), [gpus])
@@ -302,8 +293,6 @@ def local_problems(s: Preflight, trainings: list[tuple[Any, set[str]]]) -> tuple
         problems += disk_problems(s.output_dir, plan, s.runs, last.save_total_limit, last.keep_checkpoints)
         if not last.gradient_checkpointing:
             notes.append("activations that --no-gradient_checkpointing stores: the predicted memory is without them")
-    else:
-        notes.append("memory and disk space: they need a model and flags without errors")
     if enough and (s.nproc_per_node > 1 or s.device == "cuda"):
         problems += collective_problems(s.nproc_per_node, s.device, s.collective_limit)
     return list(dict.fromkeys(problems)), notes
@@ -319,9 +308,8 @@ def preflight(argv: list[str]) -> int:
     wrong.refuse(not 0 < s.master_port < 65536, f"--master_port {s.master_port} is not in 1 to 65535")
     if wrong:
         raise UsageError("\n".join(wrong))
-    problems, notes = local_problems(s, [training_flags(s, flags) for flags in arms or [[]]])
-    if s.nnodes > 1:
-        problems = problems_of_all_nodes(problems, s)
+    problems, notes = local_problems(s, arms or [[]])
+    problems = problems_of_all_nodes(problems, s) if s.nnodes > 1 else problems
     lines = [f"not checked: {note}" for note in notes] + [f"missing: {problem}" for problem in problems]
     for line in lines if problems else [*lines, "nothing is missing"]:
         print(f"preflight: {line}", file=sys.stderr)

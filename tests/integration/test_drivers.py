@@ -1,4 +1,4 @@
-"""run.sh and llm_jepa/driver.py: which runs there are, where they go, what is skipped, how they end."""
+"""run.sh and llm_jepa/driver.py: run folders, settings, refusals, skipped and resumed steps, exit codes, signals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from llm_jepa import driver
 from llm_jepa.files import read_json
 
 ONE = {"SEEDS": "4"}
-TINY_JEPA = "runs/synth-tiny-jepa-lr1e-3-lbd1-k1-e2-s4"
 SWEEP = Path("reports/synth-tiny-sweep-val0.2-42-e2")
 
 
@@ -73,7 +72,6 @@ PAPER = {
 }  # fmt: skip
 SETTINGS = [
     ("run_jepa", {}, TINY | {"predictors": 1, "lbd": 1.0, "finetune_seed": 4, "regular": False, "max_length": 512}),
-    ("run_regular", {}, TINY | {"regular": True}),
     ("run_jepa org/M", {}, {"learning_rate": 2e-5, "num_epochs": 4, "batch_size": 4, "pretrain": False}),
     ("run_jepa org/M - - -3 0 - .5", {}, {"last_token": -3, "predictors": 0, "lbd": 0.5}),
     ("run_regular - - - - - - - yelp", {}, {"max_length": 2048}),
@@ -81,12 +79,10 @@ SETTINGS = [
     ("run_jepa -- --max_steps 7", {}, {"max_steps": 7, "num_epochs": 4.0}),
     ("run_jepa", {"PROTOCOL": "paper"}, PAPER | {"learning_rate": 1e-3, "pretrain": True}),
     ("run_jepa org/M", {"PROTOCOL": "paper", "EPOCHS": "7"}, PAPER | {"learning_rate": 2e-5, "num_epochs": 7}),
-    ("run_regular", {"PROTOCOL": "paper"}, PAPER | {"reference_grad_scale": False}),
-    ("run_jepa -- --batch_size 2 --lm_labels=answer", {"PROTOCOL": "paper"},
-     PAPER | {"batch_size": 2, "lm_labels": "answer"}),
-    ("run_jepa -- --tokens_per_batch 4096", {"PROTOCOL": "paper"}, PAPER | {"tokens_per_batch": 4096}),
+    ("run_regular", {"PROTOCOL": "paper"}, PAPER | {"reference_grad_scale": False, "regular": True}),
+    ("run_jepa -- --tokens_per_batch 4096 --lm_labels=answer", {"PROTOCOL": "paper"},
+     PAPER | {"tokens_per_batch": 4096, "lm_labels": "answer"}),
     ("run_jepa -- --grad_accum 1", {"PROTOCOL": "paper"}, PAPER | {"grad_accum": 1, "reference_grad_scale": False}),
-    ("run_jepa -- --grad_accum=16", {"PROTOCOL": "paper"}, PAPER | {"grad_accum": 16}),
 ]  # fmt: skip
 
 
@@ -96,20 +92,15 @@ def test_settings_of_the_training(project, arguments, variables, expected):
     assert {name: found[name] for name in expected} == expected
 
 
-SEEDS = [("5", "", "5"), ("5,6,5", "", "5 6"), ("all", "5", driver.ALL_SEEDS), ("-", "6, 5", "6 5"),
-         ("-", "", "82 23 37 84 4")]  # fmt: skip
+SEEDS = [("5,6,5", "", "5 6"), ("all", "5", driver.ALL_SEEDS), ("-", "6, 5", "6 5"), ("-", "", "82 23 37 84 4")]
 
 
 @pytest.mark.parametrize(("given", "variable", "seeds"), SEEDS)
-def test_seeds(project, given, variable, seeds):
-    done = project.run("run_jepa", *"-----", given, SEEDS=variable)
-    assert [run.rpartition("-s")[2] for run in done.runs] == seeds.split()
-
-
-def test_datasets_run_in_sequence_for_each_seed(project):
-    done = project.run("run_regular", *"-----", "82,23", "-", "synth,turk")
+def test_seeds_and_datasets_run_in_sequence(project, given, variable, seeds):
+    done = project.run("run_jepa", *"-----", given, "-", "synth,turk", SEEDS=variable)
+    assert [run.rpartition("-s")[2] for run in done.runs] == [seed for seed in seeds.split() for _ in "12"]
     files = [flag(argv, "--train_file") for argv in done.trained]
-    assert files == ["datasets/synth_train.jsonl", "datasets/turk_train.jsonl"] * 2
+    assert files == ["datasets/synth_train.jsonl", "datasets/turk_train.jsonl"] * len(seeds.split())
     assert [flag(argv, "--input_file") for argv in done.evaluated] == [f.replace("train", "test") for f in files]
 
 
@@ -118,21 +109,16 @@ WRONG = [
     ("", {}, "unknown function"),
     ("run_jepa - - - - - - - - - tenth", {}, "tenth"),
     ("sweep synth m third", {}, "third"),
-    ("run_jepa - fast", {}, "fast"),
     ("run_jepa - - - - 1.5", {}, "1.5"),
     ("run_jepa - - - - - 82,x3", {}, "82,x3"),
     ("run_jepa - - - - - - - nothing", {}, "datasets/nothing_train.jsonl"),
     ("run_jepa - - - - - - - ../synth", {}, "../synth"),
     ("run_jepa", {"EPOCHS": "many"}, "EPOCHS"),
-    ("run_jepa", {"NPROC": "0"}, "NPROC"),
-    ("run_jepa", {"PROTOCOL": "mine"}, "PROTOCOL"),
     ("run_pretrain", {"ARM": "both"}, "ARM"),
     ("run_pretrain", {"PRETRAIN_DATASET": "none"}, "none_train.jsonl"),
     ("compare synth,turk", {}, "one data set"),
     ("sweep", {"GRID_K": "1 x"}, "GRID_K"),
-    ("sweep", {"EVAL_SPLIT": "2"}, "EVAL_SPLIT"),
     ("run_jepa -- --output_dir x", {}, "--output_dir"),
-    ("run_jepa -- --lbd 4", {}, "--lbd"),
     ("run_jepa -- --finetune_seed=5", {}, "--finetune_seed"),
     ("sweep -- -- --tokens_per_batch=64", {}, "--tokens_per_batch"),
     ("run_jepa -- --lora -- --lora", {}, "second --"),
@@ -152,9 +138,7 @@ def test_help_lists_the_variables_and_the_protocol(project):
     assert all(f"{name} {value}" in shown for name, value in driver.PAPER_FLAGS.items())
     assert all(f"{name} {value}" in text for name, value in driver.TINY_FLAGS.items())
     values = [driver.TINY_DEFAULTS["learning_rates"], *(f.default for f in driver.dataclasses.fields(driver.Settings))]
-    missing = [word for word in VARIABLES + values if word not in text]
-    assert set(missing) <= {"NNODES", "NODE_RANK"}  # of run8bh200.sh
-    assert max(map(len, text.splitlines())) <= 130
+    assert {word for word in VARIABLES + values if word not in text} <= {"NNODES", "NODE_RANK"}  # of run8bh200.sh
 
 
 def test_shell_scripts_have_valid_syntax():
@@ -175,10 +159,7 @@ def test_finished_steps_are_skipped(project):
     assert again.out.splitlines() == [line + note for line, note in zip(first.out.splitlines(), notes, strict=True)]
 
 
-CHANGES = ["train", "test", "model", "task", "max_examples"]
-
-
-@pytest.mark.parametrize("changed", CHANGES)
+@pytest.mark.parametrize("changed", ["train", "test", "model", "task", "max_examples"])
 def test_a_run_with_other_inputs_is_refused(project, changed):
     (run,) = project.run("run_jepa", "one/M", **ONE).runs
     metrics = Path(run, "eval/synth/metrics.json")
@@ -192,13 +173,13 @@ def test_a_run_with_other_inputs_is_refused(project, changed):
     assert (f"datasets/synth_{changed}.jsonl" if changed in ("train", "test") else run) in done.err
 
 
-def test_an_unfinished_run_is_resumed(project):
-    def interrupted(script: str, argv: list[str]) -> int:
+def test_an_interrupted_run_is_resumed(project):
+    def interrupt(script: str, argv: list[str]) -> int:
         if script == "finetune":
             Path(flag(argv, "--output_dir")).mkdir(parents=True)
         return 7 * (script == "finetune")
 
-    first = project.run("run_jepa", trouble=interrupted, **ONE)
+    first = project.run("run_jepa", trouble=interrupt, **ONE)
     assert first.code == 7 and not resolved(first.trained[0])["resume"]
     again = project.run("run_jepa", **ONE)
     assert again.code == 0 and resolved(again.trained[0])["resume"]
@@ -206,11 +187,11 @@ def test_an_unfinished_run_is_resumed(project):
 
 @pytest.mark.parametrize(("step", "code"), [("finetune", 7), ("evaluate", 3)])
 def test_a_failing_step_ends_the_driver_with_its_exit_code(project, step, code):
-    def trouble(script: str, argv: list[str]) -> int:
+    def fail(script: str, argv: list[str]) -> int:
         run = flag(argv, "--output_dir") or flag(argv, "--model_name") or ""
         return code * (script == step and run.endswith("-s23"))
 
-    done = project.run("run_jepa", trouble=trouble)
+    done = project.run("run_jepa", trouble=fail)
     assert done.code == code and "seed 23" in done.err and f"exit code {code}" in done.err
     assert [run.rpartition("-s")[2] for run in done.runs] == ["82", "23"] and done.out.count("\n") == 1
 
@@ -218,7 +199,7 @@ def test_a_failing_step_ends_the_driver_with_its_exit_code(project, step, code):
 def test_a_training_that_is_not_marked_finished_is_an_error(project):
     project.patch.setattr(driver, "is_finished", lambda folder: False)
     done = project.run("run_jepa", **ONE)
-    assert done.code == 1 and "unfinished" in done.err and done.evaluated == []
+    assert done.code == 1 and done.runs[0] in done.err and done.evaluated == []
 
 
 def test_test_data_that_cannot_be_scored_is_refused_before_training(project):
@@ -232,7 +213,7 @@ def test_test_data_that_cannot_be_scored_is_refused_before_training(project):
 
 
 def test_flags_about_examples_reach_the_evaluation(project):
-    flags = ["--text_field", "--system", "--code_field=b", "--system", "Be brief.\nPlease.", "--skip_bad_examples"]
+    flags = ["--text_field", "a", "--code_field=b", "--system", "Be brief.\nPlease.", "--skip_bad_examples"]
     done = project.run("run_regular", "--", *flags, "--weight_decay", "0.1", "--plain", **ONE)
     (evaluation,), (check,) = done.evaluated, done.checked
     for argv in (evaluation, check):
@@ -272,15 +253,6 @@ def test_sweep_picks_on_held_out_examples_and_reads_the_test_data_last(project):
     assert again.trained == again.evaluated == [] and again.reports == done.reports
 
 
-def test_the_mean_over_sweep_seeds_decides(project):
-    def score(run) -> float:
-        return 0.9 if (run.finetune_seed, run.learning_rate) == (7, 1e-3) else 250 * run.learning_rate
-
-    grid = {"GRID_K": "0", "GRID_LBD": "1", "LEARNING_RATES": "1e-3 2e-3", "SWEEP_SEED": "9 7 5"}
-    done = project.run("sweep", score=score, **grid, **ONE)
-    assert done.runs[-1] == "runs/synth-tiny-jepa-lr2e-3-lbd1-k0-e2-s4"
-
-
 def test_a_failing_run_ends_a_sweep_and_the_same_command_resumes_it(project):
     grid = {"GRID_K": "0 1", "GRID_LBD": "1", "LEARNING_RATES": "1e-3"} | ONE
     done = project.run("sweep", trouble=lambda _, argv: 7 * ("-k1-" in (flag(argv, "--output_dir") or "")), **grid)
@@ -318,11 +290,10 @@ def test_compare_and_sweep_with_real_runs(project):
     assert {k for k in jepa if jepa[k] != regular[k]} == {"regular", "predictors", "lbd", "output_dir"}
     assert label_tokens(done.runs[0]) == label_tokens(done.runs[1])
     done = project.run("sweep", real=True, **grid)
-    assert len(done.runs) == 2 and sum(label_tokens(done.runs[0])) < sum(
-        label_tokens("runs/" + Path(jepa["output_dir"]).name)
-    )
+    assert done.code == 0 and len(done.runs) == 2
+    assert sum(label_tokens(done.runs[0])) < sum(label_tokens(f"runs/{Path(jepa['output_dir']).name}"))
     found = read_json(next(Path("reports").glob("*sweep*")) / "sweep.json")
-    assert found["score"] == "dfa_equal" and found["held_out"]["n"] == 8 and done.code == 0
+    assert found["score"] == "dfa_equal" and found["held_out"]["n"] == 8
     assert done.out.count("(done before: training, evaluation)") == 2, "the picked settings are those of compare"
 
 

@@ -1,4 +1,4 @@
-"""The memory plan: counts compared with known models and peft, bytes with tensors that really exist."""
+"""The memory plan: counts compared with known models and peft, bytes with allocated tensors."""
 
 from __future__ import annotations
 
@@ -63,13 +63,6 @@ def test_adapter_has_the_parameters_of_the_training(tmp_path):
     assert regular["parameters"] == plan(model)["parameters"]
 
 
-def test_8b_adapter_by_hand(tmp_path):
-    found = plan(config_folder(tmp_path, **LLAMA_8B), lora=True, lora_rank=16, predictors=1)
-    sides = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)  # q, o; k, v; gate, up, down
-    assert found["trainable"] == 32 * 16 * sides + 4096
-    assert found["on"][0]["weights"] == 2 * 8_030_261_248 + 4 * found["trainable"]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_bytes_of_a_trained_model(tmp_path, dtype, tied):
@@ -130,10 +123,9 @@ def test_fsdp_shards_every_first_dimension(tmp_path, gpus):
                                                        (True, {}, False)])  # fmt: skip
 def test_ddp_copies_are_on_every_gpu(tmp_path, tied, more, sharded):
     model = config_folder(tmp_path, **TINY | {"tie_word_embeddings": tied})
-    flags = {"lora": True, "optim": "adamw_torch_fused"} | more
-    one, eight = plan(model, 1, 8, **flags)["on"]
+    one, eight = plan(model, 1, 8, lora=True, **more)["on"]
     assert (eight["weights"] < one["weights"]) == sharded
-    copies = plan(model, 8, **flags, sharding="ddp")["on"][0]
+    copies = plan(model, 8, lora=True, sharding="ddp", **more)["on"][0]
     assert copies["weights"] == one["weights"] and copies["reduced"] == one["gradients"]
     assert sharded or eight == copies
 
@@ -141,11 +133,10 @@ def test_ddp_copies_are_on_every_gpu(tmp_path, tied, more, sharded):
 def test_default_optimizer_of_one_gpu_has_eight_bits(tmp_path):
     model = config_folder(tmp_path, **TINY)
     default, eight, full = (
-        [one["optimizer"] for one in plan(model, 1, 2, optim=o)["on"]]
-        for o in ("auto", "adamw_bnb_8bit", "adamw_torch")
+        [one["optimizer"] for one in plan(model, 1, 2, optim=optim)["on"]]
+        for optim in ("auto", "adamw_bnb_8bit", "adamw_torch")
     )
     assert default == [eight[0], full[1]] and eight[0] < full[0]
-    assert plan(model, lora=True)["on"] == plan(model, lora=True, optim="adamw_torch")["on"]
 
 
 def test_activations_by_hand(tmp_path):
@@ -158,9 +149,7 @@ def test_activations_by_hand(tmp_path):
     slope = (many - few) / 256
     assert few == 256 * slope, "weights are counted"
     norms = 2 * (4 * d + 4 + 2 * d + 2 * d)  # in float32, root mean square, in bfloat16, times the weight
-    attention = (
-        2 * (3 * heads + heads) + 4 * 4
-    )  # queries, repeated keys and values, output; a float for each of 4 heads
+    attention = 2 * (3 * heads + heads) + 4 * 4  # queries, repeated keys and values, output; a float for each head
     mlp = 4 * 2 * i  # gate, its activation, up, their product
     angles = 2 * 2 * 16
     assert slope == pytest.approx(norms + attention + mlp + angles, rel=0.05)
@@ -186,7 +175,7 @@ def test_command_prints_json_or_a_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", [None, "{}", "not JSON", '{"model_type": "vit"}', '{"model_type": "llama", "hidden_size": "x"}']
+    "text", [None, "not JSON", '{"model_type": "vit"}', '{"model_type": "llama", "vocab_size": ""}']
 )
 def test_bad_model_is_reported(tmp_path, text):
     if text is not None:
