@@ -131,10 +131,7 @@ def predict(
                 prefix = None
                 if s.engine == "transformers":
                     prefix = generation.shared_prefix(model, encoded, renderer.tokenizer.pad_token_id)
-
-                def response(prompts: list[list[int]]) -> list[generation.Generation]:
-                    return generation.generate_batch(model, renderer, prompts, s.max_new_tokens, prefix)
-
+                response = partial(generation.generate_batch, model, renderer, s.max_new_tokens, prefix)
                 lengths = [len(prompt) for prompt in encoded]
             batches = generation.batches(lengths, s.batch_size, s.tokens_per_batch)
             responses = partial(generation.respond, examples, encoded, response, batches)

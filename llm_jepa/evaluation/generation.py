@@ -249,7 +249,7 @@ def generate_tokens(
 
 
 def generate_batch(
-    model: Any, renderer: Renderer, prompts: list[list[int]], max_new_tokens: int, prefix: Prefix | None = None
+    model: Any, renderer: Renderer, max_new_tokens: int, prefix: Prefix | None, prompts: list[list[int]]
 ) -> list[Generation]:
     """Greedy responses to a batch of prompts, which begin with the prefix if there is one."""
     stops = stop_ids(model.generation_config, renderer)
@@ -263,7 +263,7 @@ def generate(
     """Greedy responses batch by batch. Raises ExampleError if an example cannot be encoded."""
     examples, prompts = encode_prompts(model.config, renderer, examples, Problems())
     prefix = shared_prefix(model, prompts, renderer.tokenizer.pad_token_id)
-    response = partial(generate_batch, model, renderer, max_new_tokens=max_new_tokens, prefix=prefix)
+    response = partial(generate_batch, model, renderer, max_new_tokens, prefix)
     return respond(examples, prompts, response, batches([len(p) for p in prompts], batch_size))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas
 
+from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json, write_json
 
 SIGNS = {"learning_rate": "lr", "predictors": "k", "lbd": "λ"}  # the settings of a grid, in the order of preference
@@ -21,7 +22,7 @@ SIGNS = {"learning_rate": "lr", "predictors": "k", "lbd": "λ"}  # the settings 
 def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
     """The first run folder of an arm's best cell; writes the cells of both arms to a JSON file and prints this arm's.
 
-    `evaluations`: the folders RUN/eval/DATASET.
+    `evaluations`: the folders RUN/eval/DATASET. Raises UsageError if none is of this arm.
     """
     runs: list[dict[str, Any]] = []
     for folder in evaluations:
@@ -33,6 +34,8 @@ def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
         runs.append(one | grid | {"score": metrics[metrics["score"]], "scores": scores})
     cells = pandas.DataFrame(runs).groupby(["arm", *SIGNS]).agg(score=("score", "mean"), run=("run", "first"))
     cells = cells.round({"score": 12})  # equal means stay equal in floating point
+    if arm not in cells.index.get_level_values("arm"):
+        raise UsageError(f"none of the runs is of the arm {arm}")
     own = cells.loc[[arm]]  # in the order of preference
     picked, name = own.run[own.score.idxmax()], metrics["score"]
     held_out = {name: settings[name] for name in ("data_file", "eval_split", "split_seed")} | {"n": metrics["n"]}

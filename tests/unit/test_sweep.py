@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import JEPA, REGULAR, synthetic_run
 
+from llm_jepa import sweep as sweep_command
 from llm_jepa.reports import sweep
 
 SPLIT = {"data_file": "datasets/synth_train.jsonl", "eval_split": 0.2, "split_seed": 42}
@@ -59,3 +60,13 @@ def test_the_mean_over_seeds_decides_and_the_file_lists_both_arms(cell, tmp_path
     assert cells == [("jepa", 1.0, 0.545), ("jepa", 2.0, 0.85), ("regular", 0.1, 0.7), ("regular", 0.1, 0.75)]
     assert [run["run"] for run in written["runs"]] == [str(folder.parents[1]) for folder in regular + lucky + steady]
     assert written["runs"][-1]["scores"] == {"exact": 0.14, "startswith": 0.9, "stop_rate": 1.0, "dfa_equal": 0.86}
+
+
+def test_command_picks_among_run_folders(cell, tmp_path, capsys):
+    runs = [cell(score, lbd=lbd).parents[1] for lbd, score in ((1.0, 50.0), (2.0, 60.0))]
+    output = ("--output_file", str(tmp_path / "sweep.json"))
+    assert sweep_command.main(["--pick", "jepa", *output, *map(str, runs)]) == 0
+    assert capsys.readouterr().out == f"{runs[1]}\n"
+    for arm, run, mentioned in (("regular", runs[0], "regular"), ("jepa", tmp_path / "none", "none")):
+        assert sweep_command.main(["--pick", arm, *output, str(run)]) == 2
+        assert mentioned in capsys.readouterr().err
