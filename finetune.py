@@ -6,7 +6,8 @@ L_LM is the mean over label tokens, d the mean over pairs of views. h_text and h
 views' view tokens: the last content token, or the last predictor token if --predictors is above 0.
 
     python finetune.py --train_file datasets/synth_train.jsonl --model_name models/tiny --pretrain \\
-        --predictors 1 --lbd 1 --learning_rate 2e-3 --num_epochs 3 --batch_size 16 --grad_accum 1
+        --predictors 1 --lbd 1 --learning_rate 1e-3 --num_epochs 2 --batch_size 8 --grad_accum 1 \\
+        --warmup_steps 0.05 --adam_beta2 0.98
 
 This file is the method from top to bottom: layouts and masks, forward, losses, trainer, main. An example becomes
 segments (llm_jepa/data/segments.py): the chat, on which L_LM is computed, and its two views. Segments are placed in

@@ -3,12 +3,13 @@
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
-# The commands. For each seed and data set llm_jepa/driver.py fills in the values in braces and runs the commands that are
-# not done yet. A flag whose value is empty is left out. Four names are lists of flags, which may be empty:
-#   {defaults}  of the embedded model, of PROTOCOL=paper and of data sets with long examples
+# The commands. For each seed and dataset llm_jepa/driver.py replaces the names in braces by their values and runs the
+# commands that are not finished yet. It omits a flag whose value is empty. These names are lists of flags:
+#   {defaults}  flags of the tiny model, of PROTOCOL=paper and of datasets with long examples
 #   {resume}    --resume if the run folder exists
 #   {flags}     the user's flags after --
-#   {fields}    those of them that say how examples are read: --text_field, --code_field, --system, --skip_bad_examples
+#   {fields}    the user's flags that set how examples are read: --text_field, --code_field, --system, --skip_bad_examples
+#   {plain}     --plain if it is one of the user's flags
 run_regular() { # regular fine-tuning
   template train_regular finetune.py --train_file {train_file} --model_name {model} --learning_rate {learning_rate} \
     --num_epochs {epochs} --finetune_seed {seed} --regular {defaults} --output_dir {run} {resume} {flags}
@@ -35,7 +36,7 @@ run_pretrain() { # pretraining in one of two arms, then regular fine-tuning, all
     --plain --startswith
 }
 
-sweep() { # the cells of the grid read a part of the train file each, in place of --train_file and --input_file
+sweep() { # the cells of the grid use these flags instead of --train_file and --input_file
   template train_cell --data_file {train_file} --eval_split {eval_split} --split_seed {split_seed} --eval_strategy no
   template evaluate_cell --input_file {train_file} --process_split test --test_size {eval_split} --split_seed {split_seed}
 }
@@ -51,57 +52,63 @@ usage: bash run.sh run_jepa|run_regular|run_pretrain [ARGUMENT…] [-- FLAG…]
        bash run.sh run_pretrain [ARGUMENT…] -- FLAG… -- FLAG…
        bash run.sh compare|sweep [DATASET] [MODEL] [-- FLAG… [-- FLAG…]]
 For each seed: trains on datasets/DATASET_train.jsonl, evaluates on datasets/DATASET_test.jsonl and prints a line. At the
-end: mean ± sd. Finished steps are skipped, interrupted ones are resumed. Paths are relative to the project folder.
+end: prints mean ± sd. Finished trainings and evaluations are skipped, interrupted ones are resumed. Paths are relative to
+the project folder.
 
 run_pretrain pretrains the model's architecture from random weights on PRETRAIN_DATASET without the chat format, with the
 JEPA loss or (ARM=regular) without it. Then it fine-tunes that model on each DATASET without the JEPA loss and evaluates
 by startswith. FLAGs before the second -- go to the pretraining, FLAGs after it to the fine-tuning.
 
-compare runs both arms on the same seeds, so with the same data order, and writes a report. FLAGs after the second -- go
-only to the JEPA arm: bash run.sh compare -- --lora -- --jepa_ratio 0.5
+compare trains both arms with the same seeds, which also gives them the same data order, and writes a report (10 trainings).
+FLAGs after the second -- go only to the JEPA arm: bash run.sh compare -- --lora -- --jepa_ratio 0.5
 
-sweep first picks the settings on a held-out share EVAL_SPLIT of the train file, drawn with SPLIT_SEED. It trains each of
-LEARNING_RATES without the JEPA loss, with SWEEP_SEED. With the best of them by the task score it trains each k of GRID_K
-with each λ of GRID_LBD. Of equal cells the smallest learning rate, k and λ is picked. Then it trains both arms with the
-picked settings on the complete train file and reports them as compare does. The scores of all cells are in sweep.json.
+sweep first picks the settings on a held-out fraction EVAL_SPLIT of the train file, drawn with SPLIT_SEED. It trains each
+learning rate of LEARNING_RATES without the JEPA loss, with SWEEP_SEED. With the learning rate of the best primary score it
+trains each k of GRID_K with each λ of GRID_LBD. Of settings with equal scores it picks the smallest learning rate, k and λ.
+Then it trains both arms with the picked settings on the complete train file and reports them as compare does. By default
+these are 34 trainings. The scores of all settings are in sweep.json.
 
-Arguments, all optional, in this order ('-' is the default). The variable in brackets sets the default:
+Arguments, all optional, in this order ('-' selects the default). The variable in brackets sets the default:
   model          [MODEL]        models/tiny, from random weights (--pretrain), with
                                 --batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98
-  learning rate  [LR]           2e-5; 1e-3 for models/tiny; LEARNING_RATE is the same variable
-  epochs         [EPOCHS]       4; 2 for models/tiny; --max_steps among the FLAGs replaces it
+  learning rate  [LR]           2e-5; 1e-3 for models/tiny; LEARNING_RATE is another name of the variable
+  epochs         [EPOCHS]       4; 2 for models/tiny; a FLAG --max_steps replaces it
   last_token     [LAST_TOKEN]   view token as an index from the view's end; default: found by finetune.py
   predictors     [PREDICTORS]   1
   seed           [SEEDS]        one, several with commas, or all (default): 82 23 37 84 4
   lbd            [LBD]          1
   dataset        [DATASET]      synth; run_pretrain: rotten_tomatoes,yelp; one or several with commas
   output folder  [RUNS_DIR]     runs: contains the run folders
-run_regular accepts the same list and ignores last_token, predictors and lbd. compare and sweep accept only DATASET and
-MODEL; variables set the rest. FLAGs go to finetune.py and become part of the run folder's name:
+run_regular accepts the same arguments and ignores last_token, predictors and lbd. compare and sweep accept only DATASET and
+MODEL; variables set the others. FLAGs go to finetune.py, and the name of the run folder has a hash of them:
   bash run.sh run_jepa -- --lora --lora_rank 64
-Unless you give it, --max_length is 1024 for gsm8k and 2048 for yelp, which have examples of more than 512 tokens.
+The default of --max_length is 1024 for gsm8k and 2048 for yelp, which have examples of more than 512 tokens.
 
 PROTOCOL=paper trains as published. It sets
   --lm_labels reference --max_length 512 --batch_size 4 --grad_accum 4 --lr_scheduler_type linear
   --warmup_steps 0 --weight_decay 0 --adam_beta2 0.999 --max_grad_norm 1 --dtype auto
 and 4 epochs, and in the JEPA arm --reference_grad_scale. Tokenizers without a pad token use eos. dtype auto is bfloat16 if
-the GPU supports it. Seeds, k, λ and learning rates are the defaults above; the published 8 GPUs are NPROC=8. Your own
-arguments and FLAGs win. Run folders are marked -paper.
+the GPU supports it. Seeds, k, λ and learning rates are the defaults above. Set NPROC=8 for the published 8 GPUs. Your own
+arguments and FLAGs override these settings. The names of the run folders contain -paper.
 
 More variables:
   NPROC             training processes, one per GPU (1); evaluation uses one process
-  JOBS              runs at a time (1), which share the cores; with several, and in compare and sweep, each run writes its
-                    output to RUNS_DIR/.logs/RUN.log, and one that fails ends the others
-  TASK              how to score a data set whose name is no task (evaluate.py --task)
-  PYTHON_BIN        interpreter to use; default: setup.sh creates .venv
-  ARM               run_pretrain: jepa or regular (jepa); PRETRAIN_DATASET (paraphrase); FINETUNE_LR and FINETUNE_EPOCHS
-                    of the fine-tuning (those of the pretraining)
+  JOBS              runs at a time (1), which share the cores. With several, and in compare and sweep, each run writes its
+                    output to RUNS_DIR/.logs/RUN.log, and a run that fails ends the others
+  TASK              task that scores a dataset without the name of a task (evaluate.py --task)
+  PYTHON_BIN        interpreter to use; default: that of .venv, which setup.sh creates
+  ARM               run_pretrain: arm of the pretraining, jepa or regular (jepa)
+  PRETRAIN_DATASET  run_pretrain: dataset of the pretraining (paraphrase)
+  FINETUNE_LR       run_pretrain: learning rate of the fine-tuning (that of the pretraining)
+  FINETUNE_EPOCHS   run_pretrain: epochs of the fine-tuning (those of the pretraining)
   REPORTS_DIR       compare, sweep: folder of the reports (reports)
   ALLOW             compare, sweep: settings in which the arms may differ besides the method (report --allow)
-  GRID_K, GRID_LBD  sweep: 0 1 2 3 4 and .5 1 2 4
-  LEARNING_RATES    sweep: 1e-5 2e-5 4e-5 8e-5; for models/tiny 5e-4 1e-3 2e-3 4e-3
-  SWEEP_SEED        sweep: 42; the mean over several decides
-  EVAL_SPLIT        sweep: 0.2; SPLIT_SEED (42)
+  GRID_K            sweep: values of k (0 1 2 3 4)
+  GRID_LBD          sweep: values of λ (.5 1 2 4)
+  LEARNING_RATES    sweep: learning rates (1e-5 2e-5 4e-5 8e-5; for models/tiny 5e-4 1e-3 2e-3 4e-3)
+  SWEEP_SEED        sweep: seed of the trainings that pick the settings (42); with several, their mean score decides
+  EVAL_SPLIT        sweep: held-out fraction of the train file (0.2)
+  SPLIT_SEED        sweep: seed of this split (42)
 HELP
 }
 
@@ -120,7 +127,7 @@ drive() { # the script's arguments: runs them with all templates
 
 templates=()
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
-  [[ " $* " != *" --help "* ]] || { usage; exit; }
+  [[ " $* " != *" "@(-h|--help)" "* ]] || { usage; exit; }
   unset NNODES NODE_RANK # of run8bh200.sh
   run_regular && run_jepa && run_pretrain && sweep && launchers
   drive "$@"

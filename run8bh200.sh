@@ -36,41 +36,42 @@ usage() {
   cat <<'HELP'
 usage: bash run8bh200.sh [run_jepa|run_regular [ARGUMENT…] [-- FLAG…]]
        bash run8bh200.sh compare [DATASET] [MODEL] [-- FLAG… [-- FLAG…]]
-For each seed: trains on all GPUs of all nodes, evaluates on those of the first node and prints a line. At the end: mean ± sd
-or, for compare, a report. The default is compare: both arms of meta-llama/Llama-3.1-8B-Instruct on synth over the seeds
-82 23 37 84 4. Before the first training the preflight reports everything that is missing. Finished steps are skipped,
-interrupted ones are resumed. Ctrl-C ends all processes of this node.
+For each seed: trains on all GPUs of all nodes, evaluates on all GPUs of the first node and prints a line. At the end:
+prints mean ± sd, and for compare writes a report. The default is compare: both arms of meta-llama/Llama-3.1-8B-Instruct on
+synth over the seeds 82 23 37 84 4. Before the first training the preflight reports all problems. Finished trainings and
+evaluations are skipped, interrupted ones are resumed. Ctrl-C ends all processes of this node.
 
-Arguments, all optional, in this order ('-' is the default). The variable in brackets sets the default:
+Arguments, all optional, in this order ('-' selects the default). The variable in brackets sets the default:
   model          [MODEL]        meta-llama/Llama-3.1-8B-Instruct
   learning rate  [LR]           2e-5
   epochs         [EPOCHS]       4
-  last_token     [LAST_TOKEN]   view token as an index from the view's end; default: found by the training
+  last_token     [LAST_TOKEN]   view token as an index from the view's end; default: found by the training script
   predictors     [PREDICTORS]   0, the paper's value for this model on synth
   seed           [SEEDS]        one, several with commas, or all (default): 82 23 37 84 4
   lbd            [LBD]          2, the paper's value for this model on synth
   dataset        [DATASET]      synth; one or several with commas
-  output folder  [RUNS_DIR]     runs: contains the run folders; all nodes must see it
-FLAGs go to the training, those after a second -- only to the JEPA arm, and those that memory.py knows also to the
-preflight: --lora, --batch_size …
+  output folder  [RUNS_DIR]     runs: contains the run folders; all nodes need access to it
+FLAGs go to the training, and FLAGs after a second -- only to the JEPA arm. The preflight also gets the flags that affect
+the memory, for example --lora and --batch_size.
 
 Variables of a node. Under SLURM the job sets the defaults:
   NPROC          processes, one per GPU (number of GPUs)
-  NNODES         nodes; each of them runs the same command (SLURM_NNODES, else 1)
-  NODE_RANK      index of this node; required if NNODES > 1. Node 0 evaluates and reports (SLURM_NODEID). The progress of
-                 the training appears on the node that torchrun ranks first
+  NNODES         number of nodes; each of them runs the same command (SLURM_NNODES, else 1)
+  NODE_RANK      index of this node (SLURM_NODEID); required if NNODES > 1. Node 0 evaluates and writes the report. The node
+                 that torchrun ranks first shows the progress of the training
   MASTER_ADDR    first node (the first of SLURM_JOB_NODELIST); required if NNODES > 1
-  MASTER_PORT    its port for the rendezvous (29500; under SLURM 20000 + job id modulo 10000)
+  MASTER_PORT    port of the first node for the rendezvous (29500; under SLURM 20000 + job id modulo 10000)
   MAX_RESTARTS   restarts from the last complete checkpoint after a process or node has failed (3)
   NODE_TIMEOUT   seconds that nodes wait for each other, including the evaluation on the first one (7200)
-  PREFLIGHT=no   skips the preflight; JOIN_LIMIT: seconds for which it waits for the other nodes (600)
+  PREFLIGHT=no   skips the preflight
+  JOIN_LIMIT     seconds that the preflight waits for the other nodes (600)
   DEVICE=cpu     runs without GPUs: DEVICE=cpu NPROC=2 MODEL=models/tiny bash run8bh200.sh run_jepa
   TRAINER        training script (finetune8bh200.py)
-PROTOCOL=paper, TASK, PYTHON_BIN, REPORTS_DIR and ALLOW are those of run.sh; see its --help.
+PROTOCOL=paper, TASK, PYTHON_BIN, REPORTS_DIR and ALLOW are explained in `bash run.sh --help`.
 
 One node:    bash run8bh200.sh
              bash run8bh200.sh run_jepa - 2e-5 4 - 0 all 2 synth /data/runs
-Two nodes:   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash run8bh200.sh      # the same on the other one with NODE_RANK=1
+Two nodes:   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash run8bh200.sh      # NODE_RANK=1 on the second node
 SLURM:       sbatch --nodes 2 run8bh200.sbatch run_jepa
 LoRA:        bash run8bh200.sh run_jepa -- --lora --lora_rank 64
 HELP
@@ -120,7 +121,7 @@ node_variables() {
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
-  [[ " $* " != *" --help "* ]] || { usage; exit; }
+  [[ " $* " != *" "@(-h|--help)" "* ]] || { usage; exit; }
   node_variables
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # each restart gets a new store, without the addresses of dead processes
   run_regular && run_jepa && launchers

@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
-# Runs the experiments of RESULTS.md. Finished runs are skipped and interrupted runs are resumed.
+# Runs the experiments of the section Findings of RESULTS.md. Finished runs are skipped, interrupted runs are resumed.
 #
-#     bash experiments/findings.sh EXPERIMENT…        on this project's SYNTH examples, models/tiny, five seeds
+#     bash experiments/findings.sh EXPERIMENT…
+#
+# The experiments use this project's SYNTH examples and five seeds, and models/tiny except for `pretrained`:
 #
 # labels      regular and JEPA (k = 1, λ = 1), with published and corrected labels, from random weights
-# stopping    the same from a model that was trained on 500 examples and has learned to stop, on the other 7500 examples
+# stopping    the same on 7500 examples, from a model that has learned to stop on the other 500 examples
 # controls    regular, JEPA, JEPA with λ = 0, and JEPA with each Text paired with the Code of another example
 # data        regular, JEPA (k chosen on held-out training examples) and STP on 500, 1000, 2000 and 8000 examples, with
-#             equal numbers of steps
-# pretrained  the labels and arms of `labels` on SmolLM2-135M-Instruct (MODEL: its folder), with 500 training and 300
-#             test examples
+#             about 1000 steps each
+# pretrained  the arms of `labels` with SmolLM2-135M-Instruct (MODEL: its folder), on 500 training and 300 test examples
 #
-# The environment variables JOBS, SEEDS and PYTHON_BIN are those of run.sh. Reports are written to reports/.
+# The environment variables JOBS, SEEDS and PYTHON_BIN are those of run.sh. Reports are written to reports/. After
+# `stopping`, experiments/plot_labels.py draws experiments/labels.png.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON_BIN:-.venv/bin/python} tiny=models/tiny
-flags=(--batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98) # those of run.sh for models/tiny
+flags=(--batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98) # the flags of run.sh for models/tiny
 
 fail() { echo "findings.sh: error: $1" >&2 && exit 2; }
 
@@ -51,7 +53,7 @@ controls() {
   no_pad_runs compare # the runs of `labels`
   LBD=0 no_pad_runs run_jepa
   DATASET=placebo no_pad_runs run_jepa
-  for run in runs/placebo-tiny-no-pad-jepa-*; do # scored on the same examples as the others
+  for run in runs/placebo-tiny-no-pad-jepa-*; do # evaluates on the same examples as in the other runs
     [ -f "$run/eval/synth/metrics.json" ] || "$python" evaluate.py --model_name "$run" --input_file datasets/synth_test.jsonl
   done
   corrected=$(printf '%s\n' --pretrain "${flags[@]}" | sha256sum | cut -c1-8) # run.sh names runs with this hash of the flags
@@ -74,7 +76,7 @@ data() {
   for n in 500 2000 8000 1000; do
     dataset=first$n
     subset "$dataset" --first "$n"
-    export EPOCHS=$((8000 / n)) DATASET=$dataset # 1000 steps
+    export EPOCHS=$((8000 / n)) DATASET=$dataset # 1000 steps of 8 examples (1008 with 500 examples)
     bash run.sh sweep
     bash run.sh run_regular -- --stp geodesic
     "$python" -m llm_jepa.report runs/"$dataset"-tiny-*-e"$EPOCHS"-s* --output_dir "reports/data-$n"

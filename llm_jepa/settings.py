@@ -32,15 +32,17 @@ class Settings:
         "training examples: a file, or with --text_field a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]",
         DATA,
     )
-    data_file: str | None = flag(None, "the same, split into training and held-out examples", DATA)
+    data_file: str | None = flag(None, "one file that is split into training and held-out examples", DATA)
     eval_split: float = flag(0.2, "fraction of --data_file held out", DATA)
     split_seed: int = flag(42, "seed of the --data_file or --val_fraction split", DATA)
     eval_file: str | None = flag(None, "held-out examples", DATA)
     val_fraction: float = flag(0.0, "fraction of --train_file held out, instead of --eval_file", DATA)
-    text_field: str | None = flag(None, "field of the Text view in any JSONL, CSV, Parquet or hub data", DATA)
+    text_field: str | None = flag(
+        None, "field of the Text view in JSONL, CSV, Parquet or hub data of another form", DATA
+    )
     code_field: str | None = flag(None, "field of the Code view in such data", DATA)
     system: str | None = flag(None, "system turn of such data; default: none", DATA)
-    max_length: int = flag(512, "maximum length of a chat or view in tokens; longer is an error, never cut", DATA)
+    max_length: int = flag(512, "maximum length of a chat or view in tokens; a longer one is an error", DATA)
     skip_bad_examples: bool = flag(False, "skip bad examples, count and report them", DATA)
     streaming: bool = flag(False, "read and tokenize --train_file during training, for data larger than memory", DATA)
     preprocessing_num_workers: int = flag(
@@ -49,8 +51,13 @@ class Settings:
 
     model_name: str | None = flag(None, "model folder or hub name", MODEL)
     revision: str | None = flag(None, "commit of a hub model", MODEL)
-    pretrain: bool = flag(False, "start from random parameters in the model's shape", MODEL)
-    lora: bool = flag(False, "train a LoRA adapter, and the embedding and output rows of added tokens", MODEL)
+    pretrain: bool = flag(False, "train the architecture of --model_name from random parameters", MODEL)
+    lora: bool = flag(
+        False,
+        "train a LoRA adapter and the embeddings of the predictor tokens (with --plain also the embedding and output "
+        "rows of the turn tokens)",
+        MODEL,
+    )
     lora_rank: int = flag(16, "rank of the adapter; alpha is twice the rank", MODEL)
     lora_dropout: float = flag(0.1, "dropout before the adapter", MODEL)
     merge: bool = flag(False, "also write the model with the adapter merged in, to OUTPUT_DIR/merged", MODEL)
@@ -69,95 +76,98 @@ class Settings:
     last_token: int | None = flag(
         None, "view token as an index from the view's end (-1 the last); default: the last content token", METHOD
     )
-    jepa_l2: bool = flag(False, "distance ‖a−b‖₂ instead of 1 − cosine", METHOD)
-    jepa_mse: bool = flag(False, "mean squared difference instead of 1 − cosine", METHOD)
-    infonce: bool = flag(False, "contrast a text with the codes of its micro-batch, temperature 0.07", METHOD)
+    jepa_l2: bool = flag(False, "distance ‖a − b‖₂ between the views instead of 1 − cosine", METHOD)
+    jepa_mse: bool = flag(False, "mean squared difference between the views instead of 1 − cosine", METHOD)
+    infonce: bool = flag(
+        False, "InfoNCE loss instead of 1 − cosine, over the pairs of a micro-batch, at temperature 0.07", METHOD
+    )
     front_pred: bool = flag(False, "predictor tokens before the view's content", METHOD)
     reverse_pred: bool = flag(False, "the assistant turn is the first view and gets the predictor tokens", METHOD)
     text_view: Literal["alone", "in_chat"] = flag(
         "alone",
-        "where the Text view is read: encoded alone, or after the user turn of the chat itself, which saves its "
-        "tokens (a variant of the method; its Text view also sees the system turn)",
+        "where the Text view is read. alone: in its own segment; in_chat: at the end of the chat's user turn, which "
+        "needs fewer tokens (a variant of the method, in which the Text view also attends to the system turn)",
         METHOD,
     )
     jepa_ratio: float = flag(1.0, "fraction of examples that get the JEPA term (1 − the paper's LD rate)", METHOD)
     stp: Literal["geodesic", "patch"] | None = flag(
         None,
-        "add Semantic Tube Prediction, also to --regular: geodesic is 1 − cos(h_t − h_r, h_r − h_s) of random tokens "
-        "s < r < t, patch is 1 − cosine between the changes along a random span and along the rest of the chat",
+        "add the loss of Semantic Tube Prediction, with the JEPA loss or with --regular. geodesic: "
+        "1 − cos(h_t − h_r, h_r − h_s) for random tokens s < r < t; patch: 1 − the cosine between the change of the "
+        "hidden state along a random span and the change along the rest of the chat",
         METHOD,
     )
     stp_lbd: float = flag(0.02, "weight of the --stp loss; 0 turns it off", METHOD)
-    stp_spans: int = flag(1, "--stp: random triples or spans per example", METHOD)
+    stp_spans: int = flag(1, "--stp: number of random triples or spans per example", METHOD)
     stp_part: Literal["content", "user", "answer", "chat"] = flag(
         "content", "--stp: the part of the chat that spans are drawn from; content: user turn and answer", METHOD
     )
-    stp_max_length: int = flag(0, "--stp: maximum span length, or tokens from s to t; 0: no limit", METHOD)
-    stp_warmup: float = flag(0.0, "--stp: linear warm-up of its weight in steps; below 1 a fraction of all", METHOD)
-    stp_min_lbd: float = flag(0.0, "--stp_warmup: the weight that it starts from", METHOD)
+    stp_max_length: int = flag(0, "--stp: maximum tokens of a span, or from s to t; 0: no limit", METHOD)
+    stp_warmup: float = flag(0.0, "--stp: linear warm-up of its weight in steps; below 1: a fraction of all", METHOD)
+    stp_min_lbd: float = flag(0.0, "--stp_warmup: weight at the start of the warm-up", METHOD)
     stp_layer: int = flag(
-        -1, "--stp: hidden states to read: 0 the embedding layer … -1 the last, after the norm", METHOD
+        -1, "--stp: layer that is read; 0: the embedding layer, -1: the last, after the final norm", METHOD
     )
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
-        None, "label tokens of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
+        None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
     plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
     reference_grad_scale: bool = flag(
         False,
-        "normalize each micro-batch by itself and do not divide their sum, as in the published JEPA trainer: loss and "
-        "gradients are about --grad_accum times those of the regular arm",
+        "divide each micro-batch's loss by its own counts and sum the micro-batches, as in the published JEPA trainer: "
+        "loss and gradients are about --grad_accum times those of the regular arm",
         METHOD,
     )
     train_all: bool = flag(
         False, "every token is a label; with --plain the chat is only the user text", METHOD, "--trainall"
     )
 
-    batch_size: int = flag(4, "examples per micro-batch and device", BATCH)
+    batch_size: int = flag(4, "examples per micro-batch of each process", BATCH)
     tokens_per_batch: int = flag(
         0,
-        "tokens per micro-batch and device, views included, instead of --batch_size: as many examples as have that "
-        "many on average, at least one",
+        "micro-batches of about this many tokens per process, views included, instead of --batch_size examples; "
+        "each has at least one example",
         BATCH,
     )
     grad_accum: int = flag(4, "micro-batches per optimizer step", BATCH)
     layout: Literal["packed", "separate", "additive"] | None = flag(
-        None, "how segments share rows; does not change the numbers; default packed", BATCH
+        None, "how segments share rows, which does not change the losses; default packed", BATCH
     )
     additive_mask: bool = flag(False, "the same as --layout additive", BATCH)
     tokens_per_row: int = flag(
-        0, "packed: tokens per row; 0: 256 on a CPU, 4096 on a GPU, one row with flash attention", BATCH
+        0, "--layout packed: tokens per row; 0: 256 on a CPU, 4096 on a GPU, one row with flash attention", BATCH
     )
     dataloader_num_workers: int | None = flag(
         None, "processes that prepare batches; default 2 on a GPU (1 with --streaming), else 0", BATCH
     )
 
     learning_rate: float = flag(2e-5, "peak learning rate", OPTIM)
-    num_epochs: float = flag(4.0, "passes over the training examples", OPTIM)
+    num_epochs: float = flag(4.0, "number of epochs", OPTIM)
     max_steps: int = flag(-1, "optimizer steps, instead of --num_epochs", OPTIM)
     weight_decay: float = flag(0.0, "AdamW's weight decay", OPTIM)
-    warmup_steps: float = flag(0.0, "linear warm-up in steps; below 1 a fraction of all steps", OPTIM)
+    warmup_steps: float = flag(0.0, "linear warm-up in steps; below 1: a fraction of all steps", OPTIM)
     lr_scheduler_type: str = flag("linear", "schedule of transformers (linear, cosine, constant …)", OPTIM)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: no clipping", OPTIM)
     optim: str = flag("adamw_torch_fused", "optimizer of transformers", OPTIM)
     adam_beta2: float = flag(0.999, "AdamW's second beta", OPTIM)
     finetune_seed: int = flag(42, "seed of random parameters, data order and loss dropout", OPTIM)
-    same_flop: bool = flag(False, "take as many steps as cost what regular fine-tuning costs in --num_epochs", OPTIM)
+    same_flop: bool = flag(False, "train with the FLOPs that regular fine-tuning needs for --num_epochs", OPTIM)
 
     output_dir: str | None = flag(None, "run folder; default runs/<dataset>-<model>-<method>-…", RUN)
     resume: bool = flag(False, "resume from the last complete checkpoint of the run folder", RUN)
     overwrite: bool = flag(False, "replace an existing run folder", RUN)
-    dry_run: int = flag(0, "score the first N examples as one micro-batch, print a JSON object, write nothing", RUN)
+    dry_run: int = flag(0, "compute the losses of the first N examples, print one JSON object and write nothing", RUN)
     eval_strategy: Literal["epoch", "steps", "no"] | None = flag(
-        None, "when held-out examples are scored; default epoch if there are any", RUN
+        None, "when held-out examples are evaluated; default epoch if there are any", RUN
     )
     eval_steps: int = flag(500, "steps between evaluations with --eval_strategy steps", RUN)
-    eval_generate: int = flag(0, "also generate for N held-out examples, at most 128 tokens, and log exact match", RUN)
+    eval_generate: int = flag(0, "also generate for N held-out examples, at most 128 tokens each; log exact match", RUN)
     save_strategy: Literal["epoch", "steps", "no"] | None = flag(
-        None, "when checkpoints are saved; default epoch, with --streaming steps", RUN
+        None, "when checkpoints are saved; default epoch, or steps with --streaming", RUN
     )
     save_steps: int = flag(500, "steps between checkpoints with --save_strategy steps", RUN)
     save_total_limit: int = flag(1, "number of complete checkpoints to keep", RUN)
-    logging_steps: int = flag(1, "steps per line of metrics.jsonl", RUN)
+    logging_steps: int = flag(1, "optimizer steps per line of metrics.jsonl", RUN)
     report_to: str = flag("none", "none, tensorboard, wandb, trackio, or several with commas", RUN)
     track_flop: bool = flag(False, "log floating-point operations to metrics.jsonl (slower)", RUN)
 

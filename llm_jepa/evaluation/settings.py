@@ -22,7 +22,9 @@ class EvaluationSettings:
     """Every flag of evaluate.py."""
 
     model_name: str | None = flag(None, "run folder, adapter folder, model folder or hub name", MODEL)
-    original_model_name: str | None = flag(None, "base of an adapter; the model before fine-tuning", MODEL)
+    original_model_name: str | None = flag(
+        None, "base model of an adapter; --split_tune_untune: model before fine-tuning", MODEL
+    )
     revision: str | None = flag(None, "commit of a hub model", MODEL)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "precision of parameters and computation; auto: bfloat16 if the GPU supports it", MODEL
@@ -30,27 +32,29 @@ class EvaluationSettings:
     attn_implementation: str | None = flag(None, "attention kernel of transformers", MODEL)
     load_in_8bit: bool = flag(False, "parameters in 8 bits (needs the package bitsandbytes)", MODEL)
     load_in_4bit: bool = flag(False, "parameters in 4 bits (needs the package bitsandbytes)", MODEL)
-    device_map: str | None = flag(None, "spread the model over devices (auto, balanced …) instead of one", MODEL)
+    device_map: str | None = flag(None, "distribute the model over devices (auto, balanced …)", MODEL)
     engine: Literal["transformers", "vllm"] = flag(
-        "transformers", "what generates; vllm: in its own environment, made by setup.sh --vllm", MODEL
+        "transformers", "program that generates; vllm needs the environment that setup.sh --vllm creates", MODEL
     )
     tensor_parallel_size: int = flag(1, "--engine vllm: GPUs that share the model's layers", MODEL)
 
     input_file: str | None = flag(
         None,
-        "examples to evaluate: a file, or with the two fields a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]",
+        "examples to evaluate: a file, or with --text_field a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]",
         DATA,
     )
-    text_field: str | None = flag(None, "field of the Text view in JSONL, CSV, Parquet or hub data of any form", DATA)
+    text_field: str | None = flag(
+        None, "field of the Text view in JSONL, CSV, Parquet or hub data of another form", DATA
+    )
     code_field: str | None = flag(None, "field of the Code view in such data", DATA)
     system: str | None = flag(None, "system turn of such data; default: none", DATA)
-    task: str | None = flag(None, f"how to score ({', '.join(TASKS)}); default: from the file's base name", DATA)
-    spider_path: str = flag("spider_data.zip", "task spider: folder or zip of Spider, with its databases", DATA)
+    task: str | None = flag(None, f"how to score ({', '.join(TASKS)}); default: by the file's base name", DATA)
+    spider_path: str = flag("spider_data.zip", "task spider: folder or zip file of Spider with its databases", DATA)
     nosplit_data: bool = flag(False, "use the complete file, even if the run was trained on a part of it", DATA)
     process_split: Literal["train", "test"] | None = flag(
-        None, "use one part of a file that finetune.py got as --data_file", DATA
+        None, "use one part of a file that finetune.py read as --data_file", DATA
     )
-    test_size: float = flag(0.2, "--process_split: share of the test part (--eval_split of finetune.py)", DATA)
+    test_size: float = flag(0.2, "--process_split: fraction of the test part (--eval_split of finetune.py)", DATA)
     split_seed: int = flag(42, "--process_split: seed of the split", DATA)
     max_examples: int = flag(0, "use the first N examples; 0: all", DATA)
     skip_bad_examples: bool = flag(False, "skip bad examples, count and report them", DATA)
@@ -58,37 +62,43 @@ class EvaluationSettings:
     batch_size: int = flag(64, "prompts in a batch", GENERATION)
     tokens_per_batch: int = flag(
         0,
-        "instead of --batch_size: as many prompts in a batch as have this many tokens when padded, at least one",
+        "batches of at most this many tokens, padding included, instead of --batch_size prompts; each has at least "
+        "one prompt",
         GENERATION,
     )
-    max_new_tokens: int = flag(128, "longest response in tokens; -1: up to the model's context", GENERATION)
+    max_new_tokens: int = flag(128, "maximum length of a response in tokens; -1: up to the model's context", GENERATION)
     plain: bool = flag(False, "no chat format: user<|perception|>", GENERATION)
-    startswith: bool = flag(False, "startswith is the headline score instead of exact", GENERATION, "--statswith")
+    startswith: bool = flag(False, "startswith is the primary score instead of the task's", GENERATION, "--statswith")
 
-    similarity: bool = flag(False, "embed the views and measure their similarity; generates nothing", EMBEDDING)
+    similarity: bool = flag(False, "embed the views and measure their similarity, without generating", EMBEDDING)
     t_sne: bool = flag(False, "embed the views and draw them in two dimensions", EMBEDDING)
     t_sne_type: Literal["in_n_out", "paraphrase", "rotten_tomatoes"] = flag(
         "in_n_out",
-        "groups of --t_sne: Text and Code views, the Text views of the ten largest sets of paraphrases, or the Text "
-        "views by the class that is their answer",
+        "--t_sne: what is drawn in different colors. in_n_out: Text and Code views; paraphrase: the Text views of the "
+        "ten largest sets of paraphrases; rotten_tomatoes: the Text views of each class",
         EMBEDDING,
     )
     export_embeddings: str | None = flag(None, "embed the views and write them to this safetensors file", EMBEDDING)
     embedding_layer: int = flag(
-        -1, "hidden states to read: 0 the embedding layer … -1 the last layer, after the final norm", EMBEDDING
+        -1, "layer that is read; 0: the embedding layer, -1: the last, after the final norm", EMBEDDING
     )
     embedding_pooling: Literal["last", "mean", "cls"] = flag(
-        "last", "last: the view token, as in training; mean: of all tokens; cls: the first", EMBEDDING
+        "last", "last: the view token, as in training; mean: the mean of all tokens; cls: the first token", EMBEDDING
     )
 
     output_file: str | None = flag(
-        None, "predictions, or figures of --similarity; default RUN/eval/<dataset>/predictions.jsonl", OUTPUT
+        None,
+        "file of the predictions or of the results of --similarity; default in RUN/eval/<dataset>/; required if the "
+        "model is not a run folder",
+        OUTPUT,
     )
     overwrite: bool = flag(False, "replace existing predictions", OUTPUT)
-    score_only: str | None = flag(None, "score this file (one JSON object per line: id, prediction), no model", OUTPUT)
-    score_gold: bool = flag(False, "score the data's own answers, no model; writes nothing", OUTPUT)
+    score_only: str | None = flag(None, "score this file of predictions (JSON lines with id and prediction)", OUTPUT)
+    score_gold: bool = flag(False, "score the data's own answers, without a model; writes nothing", OUTPUT)
     split_tune_untune: bool = flag(
-        False, "also evaluate --original_model_name; scores apart for examples it got right and wrong", OUTPUT
+        False,
+        "also evaluate --original_model_name, and report separate scores for the examples that it got right and wrong",
+        OUTPUT,
     )
 
     @property

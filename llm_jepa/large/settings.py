@@ -22,18 +22,19 @@ class LargeSettings(Settings):
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass", MODEL)
     param_dtype: Literal["float32", "bfloat16"] = flag(
         "float32",
-        "precision of the master weights, their gradients and AdamW's moments. bfloat16 halves the memory, but "
-        "updates smaller than 1/256 of a weight are lost, and with --adam_beta2 above 0.99 AdamW's second moment "
+        "precision of the trained parameters, their gradients and AdamW's moments. bfloat16 halves the memory, but "
+        "updates smaller than 1/256 of a parameter are lost, and with --adam_beta2 above 0.99 AdamW's second moment "
         "cannot decrease",
         MODEL,
     )
     sharding: Literal["fsdp2", "ddp"] | None = flag(
         None,
-        "with several processes, fsdp2 shards weights, gradients and optimizer states; ddp keeps a full copy in each "
-        "process. Default fsdp2; ddp with --load_in_4bit, or with --lora on a model with tied embeddings",
+        "for several processes: fsdp2 shards parameters, gradients and optimizer states; ddp keeps a full copy in each "
+        "process. Default fsdp2, but ddp with --load_in_4bit, or with --lora on a model with tied embeddings. "
+        "--eval_generate, --same_flop and --torch_compile are refused with fsdp2",
         MODEL,
     )
-    load_in_4bit: bool = flag(False, "QLoRA: store the frozen weights in 4 bits", MODEL)
+    load_in_4bit: bool = flag(False, "QLoRA: frozen parameters in 4 bits (needs the package bitsandbytes)", MODEL)
     keep_checkpoints: bool = flag(
         False, "keep checkpoints after training (by default only the final model is kept)", RUN
     )
