@@ -1,7 +1,7 @@
 """Prediction files: one JSON object with an `id` per line, written batch by batch.
 
 While predictions.jsonl grows, predictions.jsonl.settings.json beside it records what is writing it, so that the same
-command resumes after an interruption. metrics.json takes that file's place when predictions.jsonl is complete. With
+command resumes after an interruption. metrics.json replaces that file when predictions.jsonl is complete. With
 several processes the main one gathers and writes the rows of all.
 """
 
@@ -115,7 +115,7 @@ def collect(
         open(path, "a", encoding="utf-8") if main else contextlib.nullcontext() as file,
         tqdm(total=total, initial=len(done), unit="example", disable=not main) as bar,
     ):
-        while True:  # a process without batches left takes part until all have finished
+        while True:  # a process without batches left participates until all have finished
             with agreed():
                 batch = next(batches, None)
             gathered = [batch for batch in gather_object([batch]) if batch is not None]

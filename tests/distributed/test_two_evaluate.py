@@ -65,8 +65,8 @@ def one(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("one")
     data = write_rows(folder / "synth_test.jsonl", [message_row(user, "a") for user in USERS])
     assert call("evaluate", *flags_of(data, folder / "first")).code == 0
-    said = [row["prediction"].strip() or "?" for row in lines(folder / "first" / "p.jsonl")]
-    write_rows(data, [message_row(user, said[i] if i % 2 else "a") for i, user in enumerate(USERS)])
+    responses = [row["prediction"].strip() or "?" for row in lines(folder / "first" / "p.jsonl")]
+    write_rows(data, [message_row(user, responses[i] if i % 2 else "a") for i, user in enumerate(USERS)])
     assert call("evaluate", *flags_of(data, folder / "out")).code == 0
     assert 0 < json.loads((folder / "out" / "metrics.json").read_text())["exact"] < 1
     return data, folder / "out"
@@ -92,18 +92,18 @@ def test_two_processes_write_the_same_files_as_one(ranks, one, tmp_path):
 
 
 def test_torchrun_writes_the_same_files_as_one_process(one, tmp_path):
-    data, alone = one
+    data, single = one
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "evaluate.py"]
     command = [str(c) for c in (sys.executable, *torchrun, *flags_of(data, tmp_path / "out"))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert same_results(tmp_path / "out", alone)
+    assert same_results(tmp_path / "out", single)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_processes_leave_what_any_number_resumes(ranks, processes, one, tmp_path, monkeypatch):
-    data, alone = one
+    data, single = one
     out = tmp_path / "out"
     codes, errors = ranks(2, *flags_of(data, out), before=KILLED)
     assert -9 in codes, errors
@@ -116,7 +116,7 @@ def test_killed_processes_leave_what_any_number_resumes(ranks, processes, one, t
         monkeypatch.setattr(generation, "generate_batch", lambda *a: prompts.extend(a[-1]) or generate(*a))
         assert call("evaluate", *flags_of(data, out)).code == 0
         assert len(prompts) == len(USERS) - 4
-    assert same_results(out, alone)
+    assert same_results(out, single)
 
 
 @pytest.mark.parametrize("flags", [("--device_map", "auto"), ("--max_new_tokens", 7)], ids=["flag", "output"])

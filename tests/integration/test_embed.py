@@ -105,11 +105,11 @@ def test_layers_and_poolings_equal_those_of_a_view_without_batch(layer, pooling)
     model, encoder = loaded(TINY)[0], encoder_of(TINY, predictors=1)
 
     @torch.no_grad()
-    def alone(view) -> torch.Tensor:
+    def unbatched(view) -> torch.Tensor:
         states = model(torch.tensor(view.ids)[None], output_hidden_states=True).hidden_states
         return pool(states[layer][0], view.view)
 
-    want = [torch.stack([alone(view) for view in side]) for side in zip(*encoder.views(EXAMPLES), strict=True)]
+    want = [torch.stack([unbatched(view) for view in side]) for side in zip(*encoder.views(EXAMPLES), strict=True)]
     close(embeddings.embed(model, encoder, EXAMPLES, 3, layer, pooling), want)
     for sizes in ({"batch_size": 1}, {"batch_size": 100}, {"batch_size": 64, "tokens_per_batch": 200}):
         close(embeddings.embed(model, encoder, EXAMPLES, layer=layer, pooling=pooling, **sizes), want)

@@ -74,9 +74,9 @@ def model(tmp_path_factory) -> Path:
     loaded, encoder = evaluate.load(str(MODEL), EvaluationSettings(dtype="float32"))
     examples = read_examples(str(data), Problems())
     _, prompts = generation.encode_prompts(loaded.config, encoder.renderer, examples, Problems())
-    said = generation.generate_tokens(loaded, 0, [], prompts, STEPS)
-    counts = {t: sum(t in tokens for tokens in said) for tokens in said for t in tokens}
-    stop = min(counts, key=lambda t: (abs(2 * counts[t] - len(said)), t))
+    responses = generation.generate_tokens(loaded, 0, [], prompts, STEPS)
+    counts = {t: sum(t in tokens for tokens in responses) for tokens in responses for t in tokens}
+    stop = min(counts, key=lambda t: (abs(2 * counts[t] - len(responses)), t))
     return changed_copy(MODEL, folder / "stops", "generation_config.json", eos_token_id=[4, stop])
 
 
@@ -88,8 +88,8 @@ def data(tmp_path_factory, model) -> Path:
     assert score(model, path, folder / "first" / "p.jsonl").code == 0
     rows = []
     for i, row in enumerate(lines(folder / "first" / "p.jsonl")):
-        said = row["prediction"].strip()
-        answer = [said or "?", said[:2].strip() or "?", "something else"][i % 3]
+        responses = row["prediction"].strip()
+        answer = [responses or "?", responses[:2].strip() or "?", "something else"][i % 3]
         rows.append(message_row(USERS[i], answer, "Write."))
     return write_rows(path, rows)
 
@@ -111,9 +111,9 @@ def test_metrics_and_table_summarize_the_predictions(model, data, finished):
     examples, rows, metrics = read_examples(str(data), Problems()), lines(folder / "p.jsonl"), metrics_of(folder)
     assert [row["id"] for row in rows] == list(range(1, len(USERS) + 1))
     for row, example in zip(rows, examples, strict=True):
-        said, answer = row["prediction"].strip(), example.assistant.strip()
-        assert (row["exact"], row["startswith"]) == (said == answer, said.startswith(answer))
-        assert row["dfa_equal"] == (said == answer)  # these answers are no regular expressions
+        responses, answer = row["prediction"].strip(), example.assistant.strip()
+        assert (row["exact"], row["startswith"]) == (responses == answer, responses.startswith(answer))
+        assert row["dfa_equal"] == (responses == answer)  # these answers are no regular expressions
     n, hits = len(rows), {name: sum(row[name] for row in rows) for name in ("dfa_equal", "exact", "startswith")}
     hits["stop_rate"] = sum(row["stop_reason"] == "stop" for row in rows)
     assert 0 < hits["exact"] < hits["startswith"] < n and 0 < hits["stop_rate"] < n
@@ -149,7 +149,7 @@ def test_stop_rate_needs_a_stop_reason_in_every_row(reasons, rate, data, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "bad, named",
+    "bad, expected",
     [
         (b'{"prediction": "x"}', "p.jsonl:3"),
         (b'{"id": "3", "prediction": "x"}', "p.jsonl:3"),
@@ -166,13 +166,13 @@ def test_stop_rate_needs_a_stop_reason_in_every_row(reasons, rate, data, tmp_pat
         (b'{"id": 3, "prediction": "x"}\n{"id": 99, "prediction": "x"}', ": 99 …"),
     ],
 )
-def test_score_only_refuses_predictions_for_other_examples(bad, named, data, tmp_path):
+def test_score_only_refuses_predictions_for_other_examples(bad, expected, data, tmp_path):
     given = gold_predictions(tmp_path / "p.jsonl", data)
     rows = given.read_bytes().splitlines()
     given.write_bytes(b"\n".join([*rows[:2], bad, *rows[3:]]) + b"\n")
     before = snapshot(tmp_path)
     done = score_file(given, data)
-    assert done.code == 2 and named in done.err and str(given) in done.err
+    assert done.code == 2 and expected in done.err and str(given) in done.err
     assert snapshot(tmp_path) == before
 
 
@@ -356,7 +356,7 @@ def test_finished_evaluation_is_replaced_only_with_overwrite(model, data, tmp_pa
     ],
     ids=["blank", "not JSON", "no messages", "not UTF-8", "too long", "missing"],
 )
-def test_bad_data_is_named_and_loses_no_results(content, place, model, data, tmp_path):
+def test_bad_data_is_reported_and_loses_no_results(content, place, model, data, tmp_path):
     rows = tmp_path / "synth_test.jsonl"
     if content is not None:
         rows.write_bytes(data.read_bytes().split(b"\n")[0] * bool(content.strip()) + b"\n" + content)
@@ -385,7 +385,7 @@ def test_examples_over_the_context_are_skipped_on_request(kind, model, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "headless", "no weights", "no tokenizer", "no template", "nowhere"])
-def test_broken_model_is_named_and_loses_no_results(damage, data, finished, tmp_path):
+def test_broken_model_is_reported_and_loses_no_results(damage, data, finished, tmp_path):
     folder, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(finished[0], out)
     shutil.copytree(MODEL, folder)
@@ -445,11 +445,11 @@ WRONG_FLAGS = {
 
 @pytest.mark.parametrize("case", WRONG_FLAGS)
 def test_wrong_flags_are_refused_together(case):
-    flags, named = WRONG_FLAGS[case]
+    flags, expected = WRONG_FLAGS[case]
     with pytest.raises(UsageError) as error:
         processes = 2 if case == "torchrun" else 1
         check_evaluation_settings(EvaluationSettings(**{"input_file": "synth_test.jsonl"} | flags), processes)
-    assert [name for name in named if name not in str(error.value)] == []
+    assert [name for name in expected if name not in str(error.value)] == []
 
 
 # ------------------------------------------------------------------------------------------------- run folders, splits
@@ -493,10 +493,10 @@ def test_adapter_and_merged_model_give_the_same_responses(data, tmp_path):
     run = trained(tmp_path / "run", "--train_file", GOLDEN / "regex_rows.jsonl", "--lora", "--merge")
     for name, folder in (("adapter", run), ("merged", run / "merged"), ("base", MODEL)):
         assert score(folder, data, tmp_path / name / "p.jsonl").code == 0
-    said = {
+    responses = {
         name: [r["prediction"] for r in lines(tmp_path / name / "p.jsonl")] for name in ("adapter", "merged", "base")
     }
-    assert said["adapter"] == said["merged"] != said["base"]
+    assert responses["adapter"] == responses["merged"] != responses["base"]
 
 
 @pytest.mark.parametrize("share, seed", [(0.2, 42), (0.5, 7)])
@@ -527,9 +527,9 @@ def test_file_split_for_training_needs_a_part_or_consent(tmp_path):
 
 def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, finished, tmp_path, monkeypatch):
     assert score(MODEL, data, tmp_path / "golden" / "p.jsonl").code == 0
-    rows, said = lines(data), lines(tmp_path / "golden" / "p.jsonl")
+    rows, responses = lines(data), lines(tmp_path / "golden" / "p.jsonl")
     for i in (2, 5, 8):  # examples that the model gets wrong
-        rows[i]["messages"][2]["content"] = said[i]["prediction"]
+        rows[i]["messages"][2]["content"] = responses[i]["prediction"]
     data = write_rows(tmp_path / "synth_test.jsonl", rows)
     out, flags = tmp_path / "out", ("--split_tune_untune", "--original_model_name", MODEL)
     interrupted(model, data, out / "p.jsonl", monkeypatch, 5, *flags)  # four batches each
@@ -539,7 +539,7 @@ def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, fini
         done = score(model, data, out / "p.jsonl", *flags)
     assert done.code == 0 and sum(sizes) == len(USERS) - 3, done.err
     metrics, tuned, untuned = metrics_of(out), lines(out / "p.jsonl"), lines(out / "untuned" / "p.jsonl")
-    assert [row["prediction"] for row in untuned] == [row["prediction"] for row in said]
+    assert [row["prediction"] for row in untuned] == [row["prediction"] for row in responses]
     assert [row["prediction"] for row in tuned] == [row["prediction"] for row in lines(finished[0] / "p.jsonl")]
     right = {row["id"] for row in untuned if row["exact"]}
     assert {3, 6, 9} <= right and len(right) < len(USERS) and metrics["untuned"]["exact"] == len(right) / len(USERS)
