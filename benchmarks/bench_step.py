@@ -52,7 +52,7 @@ SHAPES = {
                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
                      "tie_word_embeddings": True, "rope_theta": 500000.0},
 }  # fmt: skip
-ARMS = ("reference's way", "additive", "packed", "packed, in_chat", "regular packed", "TRL padded", "TRL packed")
+ARMS = ("reference layout", "additive", "packed", "packed, in_chat", "regular packed", "TRL padded", "TRL packed")
 PADDED = 512  # tokens of each of the reference's rows
 GROWTH = (1, 2, 4, 8)
 
@@ -190,7 +190,7 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
         return trl_arm(args, parts, name == "TRL packed", folder) if installed else None
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
     pad = parts.encoder.renderer.tokenizer.pad_token_id
-    loss = reference_loss(pad, s.lbd) if name == "reference's way" else ours(parts, s)
+    loss = reference_loss(pad, s.lbd) if name == "reference layout" else ours(parts, s)
     useful = sum(len(segment.ids) for item in items for segment in item)
     return Arm(parts.model, batches, loss, len(items), useful, args.dtype == "bfloat16")
 
@@ -210,7 +210,7 @@ def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str
     seconds, rate = interleave(arms, args.repeats), matmul_rate(getattr(torch, args.dtype))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     rates = {name: arm.examples / medians[name] for name, arm in arms.items()}
-    others = [name for name in ("reference's way", "TRL padded", "TRL packed") if name in arms]
+    others = [name for name in ("reference layout", "TRL padded", "TRL packed") if name in arms]
     usual = arms.get("regular packed")
     for name, arm in arms.items():
         memory = arm.peak_memory() if DEVICE == "cuda" else None

@@ -22,7 +22,7 @@ GAMMA, LBD, PREDICTORS = 1.0, 1.0, 2
 
 
 def load() -> tuple:
-    """The embedded model with random parameters, and its tokenizer, which has the predictor tokens."""
+    """The tiny model with random parameters, and its tokenizer, which has the predictor tokens."""
     torch.manual_seed(42)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY), dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(TINY)

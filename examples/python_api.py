@@ -2,7 +2,7 @@
 
     python examples/python_api.py OUTPUT_DIR
 
-Trains the embedded model for a few steps, so its scores are near 0.
+Trains the tiny model for a few steps, so its scores are near 0.
 """
 
 import sys

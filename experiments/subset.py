@@ -1,4 +1,4 @@
-"""Write a subset of a data set, or the shuffled-pair placebo, for an experiment.
+"""Write a subset of a dataset, or the shuffled-pair placebo, for an experiment.
 
     python experiments/subset.py datasets/synth_train.jsonl datasets/first500_train.jsonl --first 500
     python experiments/subset.py datasets/synth_train.jsonl datasets/placebo_train.jsonl --shuffle_views 0

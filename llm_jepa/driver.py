@@ -1,4 +1,4 @@
-"""Runs the commands of run.sh and run8bh200.sh for all seeds and data sets, several at a time if JOBS is larger than 1.
+"""Runs the commands of run.sh and run8bh200.sh for all seeds and datasets, several at a time if JOBS is larger than 1.
 
 The shell scripts pass their command lines as templates, for instance `finetune.py --train_file {train_file} {flags}`. A
 word `{name}` is replaced by the value of that name, or by several words if the value is a list. A flag whose value is
@@ -39,7 +39,7 @@ PAPER_FLAGS = {
     "--lr_scheduler_type": "linear", "--warmup_steps": "0", "--weight_decay": "0", "--adam_beta2": "0.999",
     "--max_grad_norm": "1", "--dtype": "auto",
 }  # fmt: skip
-MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024"}  # data sets with examples of more than 512 tokens
+MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024"}  # datasets with examples of more than 512 tokens
 # Flags that the evaluation needs too, with the number of their words.
 FIELD_FLAGS = {"--text_field": 2, "--code_field": 2, "--system": 2, "--skip_bad_examples": 1}
 REFUSED_FLAGS = ("--train_file", "--data_file", "--model_name", "--learning_rate", "--num_epochs", "--last_token",
@@ -135,7 +135,7 @@ class Run:
     seed: str
     flags: tuple[str, ...] = ()  # of the user, for finetune.py
     kind: str = ""  # cell: of a sweep, on held-out examples; pretrain and plain: the two steps of run_pretrain
-    tiny: bool = False  # whether the embedded model's flags are the default, also after its pretraining
+    tiny: bool = False  # whether the tiny model's flags are the default, also after its pretraining
 
     @property
     def train_file(self) -> str:
@@ -160,7 +160,7 @@ class Run:
         return Path(self.settings.runs_dir, self.name)
 
     def default_flags(self) -> list[str]:
-        """Flags of the model, the protocol and the data set that the user's flags do not replace."""
+        """Flags of the model, the protocol and the dataset that the user's flags do not replace."""
         given = {flag.partition("=")[0] for flag in self.flags}
         defaults = dict(PAPER_FLAGS if self.settings.protocol else TINY_FLAGS if self.tiny else {})
         if self.dataset in MAX_LENGTH:
@@ -204,7 +204,7 @@ class Run:
         return True
 
     def is_evaluated(self) -> bool:
-        """Whether the folder has this evaluation. Raises UsageError if it has another one of the data set."""
+        """Whether the folder has this evaluation. Raises UsageError if it has another one of the dataset."""
         path = self.folder / "eval" / self.dataset / "metrics.json"
         if not path.exists():
             return False
@@ -274,7 +274,7 @@ class Driver:
             given = [model, *[""] * 6, dataset]
         self.settings = Settings.read(self.command, given, os.environ)
         if self.both_arms and len(items(self.settings.datasets)) > 1:
-            raise UsageError(f"{self.command} accepts one data set, not '{self.settings.datasets}'")
+            raise UsageError(f"{self.command} accepts one dataset, not '{self.settings.datasets}'")
         for run in itertools.chain(*self.chains()):
             for file in [run.train_file] + [run.test_file] * (run.kind != "pretrain"):
                 if not Path(file).exists():

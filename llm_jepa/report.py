@@ -7,7 +7,7 @@
 Runs that differ in anything but their seed are different arms and are never averaged together. Runs that are missing,
 unfinished, not evaluated or damaged are reported on stderr and skipped (exit code 1).
 
-The files compare the arms of each data set with a reference arm, by seed: the regular arm, or the one given by
+The files compare the arms of each dataset with a reference arm, by seed: the regular arm, or the one given by
 --against. Arms that differ in more than the method are not compared; the differences are listed (exit code 1).
 """
 

@@ -1,4 +1,4 @@
-"""Group results into arms and compare each data set's arms with a reference arm, seed by seed.
+"""Group results into arms and compare each dataset's arms with a reference arm, seed by seed.
 
 Runs that differ in more than their seed are different arms. Two arms are compared if only the method differs
 (METHOD_SETTINGS), or if the user allows the other differences.
@@ -24,7 +24,7 @@ UNKNOWN_CODE = {"git_commit": None, "git_dirty": True}  # equal values do not sh
 
 @dataclass
 class Table:
-    """The arms of a data set by label, the reference first, and their comparisons with the reference."""
+    """The arms of a dataset by label, the reference first, and their comparisons with the reference."""
 
     dataset: str
     arms: dict[str, list[Result]]
@@ -40,7 +40,7 @@ class Table:
 
 
 def arms_by_dataset(results: list[Result]) -> dict[str, dict[str, list[Result]]]:
-    """The arms of each data set by label, in the order of their first results."""
+    """The arms of each dataset by label, in the order of their first results."""
     datasets: dict[str, dict[str, list[Result]]] = {}
     for result in results:
         datasets.setdefault(result.dataset, {}).setdefault(result.arm(), []).append(result)
@@ -48,7 +48,7 @@ def arms_by_dataset(results: list[Result]) -> dict[str, dict[str, list[Result]]]
 
 
 def label_arms(arms: list[list[Result]]) -> dict[str, list[Result]]:
-    """The arms of a data set by a short label: method, λ, k, and each value that at most half of the arms have."""
+    """The arms of a dataset by a short label: method, λ, k, and each value that at most half of the arms have."""
     described, labels = [arm[0].settings for arm in arms], []
     for own in described:
         regular = own.get("regular")
@@ -139,9 +139,9 @@ def compare_arm(table: Table, label: str, allow: set[str]) -> None:
 
 
 def compare_arms(results: list[Result], against: str | None, allow: set[str]) -> tuple[list[Table], list[str]]:
-    """A table per data set, and why arms are not compared or data sets have no table.
+    """A table per dataset, and why arms are not compared or datasets have no table.
 
-    Raises UsageError if no data set has a table or if a name in `allow` is unknown.
+    Raises UsageError if no dataset has a table or if a name in `allow` is unknown.
     """
     known = {name for r in results for name in (*r.settings, *r.environment)}
     known |= {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}

@@ -33,7 +33,7 @@ def hub_id(name: str) -> str | None:
 
 
 def data_name(path: str) -> str:
-    """The base name of a data file, because its folder is private; the full name of a hub data set."""
+    """The base name of a data file, because its folder is private; the full name of a hub dataset."""
     return path if HUB.fullmatch(path) else Path(path).name
 
 

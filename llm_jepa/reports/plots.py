@@ -1,6 +1,6 @@
 """Figures: those of a report, drawn as SVG without a display, and the t-SNE plots of evaluate.py.
 
-`draw` returns a data set's figures and one line for each figure without data, with the command that creates the data.
+`draw` returns a dataset's figures and one line for each figure without data, with the command that creates the data.
 Arms and groups differ in color and in marker. matplotlib, pandas and scikit-learn are imported when something is drawn.
 """
 
@@ -64,7 +64,7 @@ class Drawn:
 
 
 def draw(table: Table) -> Drawn:
-    """All figures of a data set."""
+    """All figures of a dataset."""
     import matplotlib
 
     drawn = Drawn()

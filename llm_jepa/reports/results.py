@@ -1,4 +1,4 @@
-"""Read run folders: one Result per run and data set that it was evaluated on."""
+"""Read run folders: one Result per run and dataset that it was evaluated on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENVIRONMENT = ("git_commit", "git_dirty", "versions", "device", "threads", "proc
 
 @dataclass(frozen=True)
 class Result:
-    """Scores of one run on one data set; `columns` maps a heading to scores in percent and to time in seconds."""
+    """Scores of one run on one dataset; `columns` maps a heading to scores in percent and to time in seconds."""
 
     run: Path
     seed: int
@@ -64,7 +64,7 @@ def arm_settings(run: Path) -> dict[str, Any]:
 
 
 def read_run(run: Path) -> list[Result]:
-    """The results of a run, one per data set.
+    """The results of a run, one per dataset.
 
     Raises UsageError if the run is missing, unfinished or not evaluated, KeyError if one of its files lacks a key.
     """

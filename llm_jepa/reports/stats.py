@@ -177,10 +177,10 @@ def describe(c: Comparison) -> str:
         outcome = (stops if c.score == "stop_rate" else ("scores lower", "scores higher"))[c.mean > 0]
         return f"{c.arm} {outcome} than {c.reference}: {test}"
     uncorrected = f" (uncorrected: {format_p(c.p_two_sided)})" if c.p_two_sided <= LEVEL else ""
-    missed = f"a true difference below {c.detectable:.2f} points would be missed more than one time in five"
+    detectable = f"the smallest difference that is detected with 80 % power is {c.detectable:.2f} points"
     if c.detectable > 100:
-        missed = f"{c.n} seeds with this variance can hardly show any difference"
-    return f"no difference shown: {test}{uncorrected}; {missed}"
+        detectable = f"{c.n} seeds with this variance can hardly show any difference"
+    return f"no significant difference: {test}{uncorrected}; {detectable}"
 
 
 def stopping_note(c: Comparison, comparisons: list[Comparison]) -> str:

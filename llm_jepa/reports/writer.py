@@ -86,7 +86,7 @@ def run_rows(table: Table) -> list[list[str]]:
 
 
 def dataset_json(table: Table, drawn: Drawn) -> dict[str, Any]:
-    """All numbers of a data set, and all settings and versions of the runs."""
+    """All numbers of a dataset, and all settings and versions of the runs."""
     return {
         "dataset": table.dataset,
         "reference": table.reference,

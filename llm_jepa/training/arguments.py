@@ -27,7 +27,7 @@ def training_arguments(
     default_workers = (1 if s.streaming else 2) if device.type == "cuda" else 0
     arguments = TrainingArguments(
         output_dir=s.output_dir,
-        # The items of the data set are complete micro-batches.
+        # The items of the dataset are complete micro-batches.
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=s.grad_accum,

@@ -116,7 +116,7 @@ WRONG = [
     ("run_jepa", {"EPOCHS": "many"}, "EPOCHS"),
     ("run_pretrain", {"ARM": "both"}, "ARM"),
     ("run_pretrain", {"PRETRAIN_DATASET": "none"}, "none_train.jsonl"),
-    ("compare synth,turk", {}, "one data set"),
+    ("compare synth,turk", {}, "one dataset"),
     ("sweep", {"GRID_K": "1 x"}, "GRID_K"),
     ("run_jepa -- --output_dir x", {}, "--output_dir"),
     ("run_jepa -- --finetune_seed=5", {}, "--finetune_seed"),

@@ -27,7 +27,7 @@ BETTER = {82: 95.50, 23: 79.90, 37: 91.90, 84: 95.95, 4: 78.90}
 
 @pytest.fixture
 def report(tmp_path, capsys, monkeypatch):
-    """Writes a report of the runs without figures: (exit code, its data sets by name, stderr)."""
+    """Writes a report of the runs without figures: (exit code, its datasets by name, stderr)."""
     monkeypatch.setattr(writer, "draw", lambda table: Drawn())
 
     def write(runs: list[str], *flags: str) -> tuple[int, dict[str, dict], str]:
@@ -155,7 +155,7 @@ def test_two_regular_arms_need_a_reference(tmp_path, report):
     code, found, err = report(runs)
     assert code == 2 and not found and "regular; regular learning_rate 0.002" in err and "--against" in err
     code, found, err = report(runs + synthetic_arm(tmp_path, "turk", REGULAR, FEW, dataset="turk"))
-    assert code == 1 and list(found) == ["turk"] and "synth: " in err  # other data sets are reported
+    assert code == 1 and list(found) == ["turk"] and "synth: " in err  # other datasets are reported
 
 
 @pytest.mark.parametrize("against", ["k=1", "jepa-s82", "RUN"])
