@@ -111,7 +111,7 @@ def test_verdicts_of_gain_and_loss():
 def test_verdict_without_difference_has_the_detectable_difference():
     (c,) = concluded(compare("JEPA", "regular", "exact", JEPA, REGULAR))
     assert c.verdict.startswith("no significant difference: +0.75 points [−1.26, 2.76], n = 5, p = 0.36")
-    assert f"below {detectable(c.sd, 5):.2f} points" in c.verdict
+    assert f"{detectable(c.sd, 5):.2f} points" in c.verdict
     assert power(c.detectable, c.sd, 5, LEVEL) == pytest.approx(0.8, abs=1e-3)
     (wide,) = concluded(comparison([-5.0, 9.0]))
     assert wide.detectable > 100 and f"{wide.detectable:.2f}" not in wide.verdict
