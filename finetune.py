@@ -15,7 +15,8 @@ rows (the layout). The output layer receives the hidden states of labels only; t
 tokens and span points. All losses are sums that are divided by the counts of the complete optimizer step.
 
 With --text_view in_chat the chat also contains the Text view: predictor tokens at its end (the branch) attend to the
-chat up to the end of the user turn (the stem). A path is the tokens at which --stp reads a chat.
+chat up to the end of the user turn (the stem). A path is the sequence of tokens of a chat whose
+hidden states --stp reads.
 
 Letters in shape comments: R rows, T tokens in a row, D hidden size, V vocabulary, N label tokens, P pairs, S spans of
 K points each, G segments and runs of padding.
@@ -50,6 +51,7 @@ from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, Segment, end_of_turn
 from llm_jepa.data.spans import POINTS
 from llm_jepa.data.streaming import SegmentStream
+from llm_jepa.distributed import agreed
 from llm_jepa.evaluation.generation import exact_match
 from llm_jepa.model import (
     MAX_LOGITS,
@@ -122,8 +124,8 @@ class Collator:
     input_ids      (R, T)
     position_ids   (R, T)     restart at 0 in each segment and in padding; a branch continues the stem's positions
     segment_ids    (R, T)     number of the token's segment in its row, −1 for padding
-    branches       (2, R, T)  two bounds: in its segment a token attends to columns before the first and from the second
-                              on; both are 0 if there is no restriction besides causality
+    branches       (2, R, T)  columns a and b: in its segment a token attends, causally, to columns < a and >= b;
+                              a = b = 0: to all
     label_at       (2, N)     row and column of the hidden state that predicts each label
     label_ids      (N,)
     view_at        (2, 2, P)  row and column of the first view (of the Text, unless --reverse_pred) and of the second
@@ -471,7 +473,7 @@ class JepaTrainer(StepTrainer):
 
 @dataclass
 class Parts:
-    """The loaded parts of a run. Of a stream `train_set` has only the first examples."""
+    """The loaded parts of a run. With --streaming `train_set` has only the first examples."""
 
     train_set: SegmentDataset
     stream: SegmentStream | None
@@ -636,9 +638,10 @@ def fine_tune(
     is_main = state.is_main_process
     say = partial(print, file=sys.stderr, flush=True) if is_main else lambda text: None
     with contextlib.closing(RunFolder(s.output_dir, dataclasses.asdict(s))) as run:
-        if not s.dry_run:
-            run.check(s.resume, s.overwrite)
-        parts = prepare(s, state, load)
+        with agreed():
+            if not s.dry_run:
+                run.check(s.resume, s.overwrite)
+            parts = prepare(s, state, load)
         if half is not None:
             parts.inspect(half)
         if parts.problems.found:
@@ -655,10 +658,10 @@ def fine_tune(
         add_stop_token(parts.model.generation_config, stop)
         record = start_record(s, parts.train_set, parts.problems)
         state.wait_for_everyone()  # every process has checked the folder before the main process fills it
-        if is_main:
-            say(start_block(s, parts.model, renderer, parts.train_set, len(parts.held_out or ())))
-            run.start(s.overwrite, record)
-        state.wait_for_everyone()
+        with agreed():
+            if is_main:
+                say(start_block(s, parts.model, renderer, parts.train_set, len(parts.held_out or ())))
+                run.start(s.overwrite, record)
 
         try:
             checkpoint = last_checkpoint(run.path, say) if s.resume else None

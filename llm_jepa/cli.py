@@ -119,7 +119,7 @@ class Refusals(list):
 def run_command(
     name: str, work: Callable[[], int | None], speaks: Callable[[], bool] = lambda: True, hint: str = ""
 ) -> int:
-    """Runs a command's work; an error that the user can mend becomes one line on stderr. Returns the exit code.
+    """Runs a command's work; an error that the user can fix becomes one line on stderr. Returns the exit code.
 
     0 finished (or what `work` returns), 1 failed, 2 wrong usage or data, 130 interrupted. Other exceptions are bugs in
     the program and keep their traceback. `speaks`: whether this process prints what every process finds. `hint`: text

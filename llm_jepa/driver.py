@@ -443,7 +443,8 @@ class Driver:
                 env=variables, process_group=0,
             )  # fmt: skip
         printed = process.communicate()[0] or ""
-        return process.returncode, printed
+        code = process.returncode if process.returncode >= 0 else 128 - process.returncode  # as a shell reports signals
+        return code, printed
 
     def stop(self) -> None:
         """Ends all processes that were started, also those of torchrun."""

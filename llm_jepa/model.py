@@ -60,6 +60,7 @@ def load_pretrained(name: str, **options: Any) -> Any:
 
 def load_config(name: str, revision: str | None = None) -> Any:
     """The model's configuration. Raises UsageError if there is none or the folder contains an adapter."""
+    check_name(name)
     if (Path(name) / "adapter_config.json").is_file():
         raise UsageError(f"--model_name {name} is an adapter; give its merged model (finetune.py --merge)")
     try:
@@ -74,7 +75,7 @@ def context_length(config: Any) -> int | None:
 
 
 def without_weights(config: Any, **options: Any) -> Any:
-    """A model whose parameters come from another process: their memory is reserved and never touched, so it costs none.
+    """A model whose parameters another process sends. Their memory is reserved but not written, so it uses no RAM yet.
 
     They are not on torch's meta device, because accelerate identifies parameters by their addresses.
     """

@@ -156,7 +156,9 @@ class Settings:
     output_dir: str | None = flag(None, "run folder; default runs/<dataset>-<model>-<method>-…", RUN)
     resume: bool = flag(False, "resume from the last complete checkpoint of the run folder", RUN)
     overwrite: bool = flag(False, "replace an existing run folder", RUN)
-    dry_run: int = flag(0, "compute the losses of the first N examples, print one JSON object and write nothing", RUN)
+    dry_run: int | None = flag(
+        None, "compute the losses of the first N examples, print one JSON object and write nothing", RUN
+    )
     eval_strategy: Literal["epoch", "steps", "no"] | None = flag(
         None, "when held-out examples are evaluated; default epoch if there are any", RUN
     )
@@ -289,6 +291,7 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.refuse(liger and not gpu, "--use_liger_kernel needs a GPU")
     r.only_if(not r.given & {"num_epochs", "same_flop"}, "max_steps", "not together with --num_epochs or --same_flop")
     r.refuse(s.resume and s.overwrite, "give one of --resume and --overwrite")
+    r.refuse(s.dry_run == 0, "--dry_run 0 would score nothing; leave it out to train")
     r.only_if(not s.dry_run, "resume overwrite", "not with --dry_run, which writes nothing")
     try:
         get_scheduler(s.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1)

@@ -19,6 +19,11 @@ KINDS = ("chat", "text_view", "code_view")
 EXAMPLES_PER_PROCESS = 10_000  # fewer are not worth a process of their own
 
 
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def encode_columns(columns: dict[str, list], encoder: Encoder) -> dict[str, list]:
     """Encodes a batch of `Dataset.map`: columns of texts to columns of token ids, labels, shapes and errors."""
     texts = [dict(zip(TEXTS, values, strict=True)) for values in zip(*(columns[n] for n in TEXTS), strict=True)]
@@ -39,7 +44,7 @@ def encode_columns(columns: dict[str, list], encoder: Encoder) -> dict[str, list
 def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) -> Any:
     """A `datasets.Dataset` with the columns of `encode_columns`, one row per example.
 
-    `processes`: 0 means one for each EXAMPLES_PER_PROCESS examples, at most the number of cores.
+    `processes`: 0 means one for each EXAMPLES_PER_PROCESS examples, at most this process's share of the cores.
     """
     import datasets
 
@@ -49,9 +54,10 @@ def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) ->
         features=datasets.Features(dict.fromkeys(TEXTS, text)),
     )
     encoded = {name: datasets.LargeList(datasets.Value(kind)) for name, kind in numbers.items()} | {"error": text}
-    processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, os.cpu_count() or 1)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun that share this node's cores
+    processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, max(1, available_cores() // local))
     bar_shown = datasets.is_progress_bar_enabled()
-    if len(examples) < EXAMPLES_PER_PROCESS:  # done before a bar could be read
+    if len(examples) < EXAMPLES_PER_PROCESS or os.environ.get("LOCAL_RANK", "0") != "0":  # too short for a bar
         datasets.disable_progress_bars()
     try:
         with no_tokenizer_threads() if processes > 1 else contextlib.nullcontext():
@@ -154,7 +160,7 @@ class MicroBatches(torch.utils.data.Sampler):
         """`lengths`: tokens of each example."""
         self.lengths, self.seed, self.shuffle, self.batch_size, self.tokens = lengths, seed, shuffle, batch_size, tokens
         self.epoch, self.processes = 0, processes
-        # At most one micro-batch per example: in a step of empty ones AdamW's moments alone would move the parameters.
+        # At most one micro-batch per example: in a step without examples only AdamW's moments would change them.
         count = min(math.ceil(lengths.sum() / tokens), len(lengths)) if tokens else math.ceil(len(lengths) / batch_size)
         self._count = math.ceil(count / processes) * processes
 

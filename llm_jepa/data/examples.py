@@ -23,7 +23,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from llm_jepa.cli import UsageError
+from llm_jepa.cli import UsageError, first_line
 from llm_jepa.files import jsonl_lines, parse_json, sha256
 
 ROLES = (["system", "user", "assistant"], ["user", "assistant"])
@@ -152,10 +152,19 @@ def _csv_rows(path: str) -> Rows:
         csv.field_size_limit(2**31 - 1)  # characters in a cell
         reader = csv.DictReader(file, strict=True)
         try:
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names):
+                raise ExampleError(f"{path}:1: a field name occurs twice in {', '.join(names)}")
             for number, row in enumerate(reader, start=1):
-                yield f"{path}:{reader.line_num}", number, lambda row=row: row
+                yield f"{path}:{reader.line_num}", number, lambda row=row: _complete(row)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ExampleError(f"{path}: not CSV after line {reader.line_num} ({error})") from None
+
+
+def _complete(row: dict[str | None, Any]) -> dict[str, Any]:
+    if None in row or None in row.values():
+        raise ValueError("the row has more or fewer cells than the first line")
+    return row
 
 
 def _parquet_rows(path: str) -> Rows:
@@ -168,7 +177,7 @@ def _parquet_rows(path: str) -> Rows:
             for number, row in enumerate(rows, start=1):
                 yield f"{path}: row {number}", number, lambda row=row: row
     except pyarrow.ArrowException as error:
-        raise ExampleError(f"{path}: not Parquet ({str(error).splitlines()[0]})") from None
+        raise ExampleError(f"{path}: not Parquet ({first_line(error)})") from None
 
 
 def _hub_rows(path: str, streaming: bool = False) -> Rows:
@@ -181,7 +190,7 @@ def _hub_rows(path: str, streaming: bool = False) -> Rows:
             place["name"], place["config"], split=place["split"], revision=place["revision"], streaming=streaming
         )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise ExampleError(f"{path}: cannot be loaded from the hub ({str(error).splitlines()[0]})") from None
+        raise ExampleError(f"{path}: cannot be loaded from the hub ({first_line(error)})") from None
     labels = {name: kind for name, kind in (data.features or {}).items() if isinstance(kind, ClassLabel)}
     for number, row in enumerate(data, start=1):
         names = {k: kind.int2str(row[k]) for k, kind in labels.items() if row[k] is not None and row[k] >= 0}
@@ -235,7 +244,7 @@ def data_sha256(path: str, streaming: bool = False) -> str:
         try:
             commit = HfApi().dataset_info(place["name"], revision=place["revision"]).sha
         except (OSError, ValueError) as error:
-            raise ExampleError(f"{path}: the hub does not report its commit ({str(error).splitlines()[0]})") from None
+            raise ExampleError(f"{path}: the hub does not report its commit ({first_line(error)})") from None
         return hashlib.sha256(f"{path.partition('@')[0]}@{commit}".encode()).hexdigest()
     digest = hashlib.sha256()
     for _, _, row in read_rows(path):

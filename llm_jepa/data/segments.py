@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -189,6 +190,6 @@ class Encoder:
 
 def end_of_turn(renderer: Renderer) -> int | None:
     """Id of the special token that ends the assistant turn, None if the template has none."""
-    encoder = Encoder(dataclasses.replace(renderer, train_all=False), jepa=False)
+    encoder = Encoder(dataclasses.replace(renderer, train_all=False), max_length=sys.maxsize, jepa=False)
     segment = encoder.chats([Example(None, "a", "b", "the chat template", 0)])[0]
     return None if isinstance(segment, ValueError) else int(segment.ids[segment.labels][-1])

@@ -45,7 +45,10 @@ class SegmentStream(torch.utils.data.IterableDataset):
     def first(self, count: int) -> list[Example]:
         """The first usable examples in file order, at most `count`. Raises ExampleError."""
         encoded = (pair for block in self._blocks() for row in block for pair in self._encoded([row]))
-        examples = list(itertools.islice((example for example, item in encoded if item is not None), count))
+        try:
+            examples = list(itertools.islice((example for example, item in encoded if item is not None), count))
+        except OSError as error:
+            raise ExampleError(f"{self.path}: cannot be read ({error.strerror or error})") from None
         if not examples:
             raise ExampleError(f"{self.path}: no usable example")
         self.problems.found = {}  # met again by the micro-batches

@@ -70,7 +70,7 @@ def meta_model(name: str, revision: str | None = None) -> Any:
         config = AutoConfig.from_pretrained(name, revision=revision)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="counted")
-    except (*LOADING_ERRORS, StrictDataclassError) as error:
+    except (*LOADING_ERRORS, StrictDataclassError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UsageError(f"--model_name {name}: not a causal language model ({first_line(error)})") from None
 
 
@@ -235,9 +235,12 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         s, given = parse_flags(MemoryFlags, __doc__, argv)
-        gpus = [int(n) if n.isdigit() else 0 for n in s.gpus.split(",")]
+        gpus = [int(n) if n.strip().isdigit() else 0 for n in s.gpus.split(",")]
         wrong = Refusals(given)
         wrong.refuse(not s.model_name, "--model_name is missing")
+        for name in ("lora_rank", "batch_size", "max_length", "save_total_limit"):
+            wrong.refuse(getattr(s, name) < 1, f"--{name} {getattr(s, name)} is not positive")
+        wrong.refuse(s.tokens_per_batch < 0, f"--tokens_per_batch {s.tokens_per_batch} is negative")
         wrong.only_if(s.lora, "load_in_4bit", "only with --lora")
         wrong.refuse(min(gpus) < 1, f"--gpus {s.gpus}: give positive numbers separated by commas")
         if wrong:

@@ -86,8 +86,8 @@ def weight_problems(folder: Path) -> list[str]:
     try:
         for tensor, file in read_json(index)["weight_map"].items() if index.is_file() else ():
             files.setdefault(file, set()).add(tensor)
-    except UsageError as error:
-        problems.append(f"{error}; download it again")
+    except (UsageError, KeyError, AttributeError, TypeError) as error:  # not JSON, or not an index
+        problems.append(f"{index} is damaged ({first_line(error)}); download it again")
     for file, tensors in sorted(files.items()):
         try:
             with safe_open(folder / file, "pt") as opened:  # compares the file's size with its header
@@ -100,8 +100,12 @@ def weight_problems(folder: Path) -> list[str]:
 
 def model_problems(name: str, revision: str | None, pretrain: bool) -> list[str]:
     """Checks the weights (unless they will be random, `pretrain`) and the tokenizer."""
-    from llm_jepa.model import load_tokenizer
+    from llm_jepa.model import check_name, load_tokenizer
 
+    try:
+        check_name(name)
+    except UsageError as error:
+        return [str(error)]
     folder = model_folder(name, revision)
     if folder is None:
         download = f".venv/bin/hf download {name}" + (f" --revision {revision}" if revision else "")
@@ -304,6 +308,8 @@ def preflight(argv: list[str]) -> int:
     s, _ = parse_flags(Preflight, __doc__, first[1:])
     wrong = Refusals(set())
     wrong.refuse(not s.model_name, "--model_name is missing")
+    for name in ("runs", "nproc_per_node", "nnodes", "join_limit", "collective_limit"):
+        wrong.refuse(getattr(s, name) <= 0, f"--{name} {getattr(s, name)} is not positive")
     wrong.refuse(not 0 <= s.node_rank < s.nnodes, f"--node_rank {s.node_rank} is not in 0 to {s.nnodes - 1}")
     wrong.refuse(not 0 < s.master_port < 65536, f"--master_port {s.master_port} is not in 1 to 65535")
     if wrong:

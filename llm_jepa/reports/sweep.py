@@ -17,17 +17,29 @@ from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json, write_json
 
 SIGNS = {"learning_rate": "lr", "predictors": "k", "lbd": "λ"}  # the settings of a grid, in the order of preference
+SPLIT = ("data_file", "eval_split", "split_seed")
 
 
 def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
     """The first run folder of an arm's best cell; writes the cells of both arms to a JSON file and prints this arm's.
 
-    `evaluations`: the folders RUN/eval/DATASET. Raises UsageError if none is of this arm.
+    `evaluations`: the folders RUN/eval/DATASET. Raises UsageError if none is of this arm, or if
+    they are not evaluations of finished runs on the same held-out examples.
     """
     runs: list[dict[str, Any]] = []
+    splits: list[list[Any]] = []
     for folder in evaluations:
         run, metrics = folder.parent.parent, read_json(folder / "metrics.json")
         settings = read_json(run / "args.json")
+        if (
+            read_json(run / "run.json").get("status") != "finished"
+            or metrics["settings"].get("process_split") != "test"
+        ):
+            raise UsageError(f"{run} is not finished, or not scored on held-out examples of its train file")
+        split = [metrics[name] for name in ("score", "n", "data_sha256")] + [settings[name] for name in SPLIT]
+        if split != (splits or [split])[0]:
+            raise UsageError(f"{run} was scored on other examples, or by another score, than {runs[0]['run']}")
+        splits.append(split)
         scores = {name: metrics[name] for name in ("exact", "startswith", "stop_rate", *metrics["scores"])}
         grid = {name: settings[name] for name in SIGNS}
         one = {"arm": "regular" if settings["regular"] else "jepa", "seed": settings["finetune_seed"], "run": str(run)}
@@ -38,7 +50,7 @@ def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
         raise UsageError(f"none of the runs is of the arm {arm}")
     own = cells.loc[[arm]]  # in the order of preference
     picked, name = own.run[own.score.idxmax()], metrics["score"]
-    held_out = {name: settings[name] for name in ("data_file", "eval_split", "split_seed")} | {"n": metrics["n"]}
+    held_out = {name: settings[name] for name in SPLIT} | {"n": metrics["n"]}
     found = {"score": name, "held_out": held_out, "cells": cells.reset_index().to_dict("records"), "runs": runs}
     output_file.parent.mkdir(parents=True, exist_ok=True)
     write_json(output_file, found)

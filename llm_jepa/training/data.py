@@ -16,7 +16,7 @@ from llm_jepa.settings import Settings
 
 
 class Data(NamedTuple):
-    """Training and held-out examples. Of a stream `train_set` holds the first examples."""
+    """Training and held-out examples. With --streaming `train_set` has only the first examples."""
 
     train_set: SegmentDataset
     stream: SegmentStream | None

@@ -72,7 +72,8 @@ def start_record(s: Settings, train_set: SegmentDataset, problems: Problems) -> 
 
 def last_checkpoint(run: Path, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to resume from, the same on every process."""
-    # One process decides: if the file system shows another one less, they would wait for each other forever.
+    # The main process decides. On a shared file system processes can see different checkpoints, and would then wait for
+    # each other forever.
     (checkpoints,) = broadcast_object_list([complete_checkpoints(run)])
     damaged = sorted({p.name for p in run.glob("checkpoint-*")} - {p.name for p in checkpoints})
     if damaged:

@@ -139,3 +139,15 @@ def test_file_takes_precedence_over_hub_dataset(tmp_path, monkeypatch):
     (tmp_path / "owner").mkdir()
     write(tmp_path / "owner" / "name:test", PAIRS)
     assert not is_hub("owner/name:test") and len(read("owner/name:test")) == len(PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [("ask,sql,note\nq1,SELECT a\nFROM b,n3\n", ":2"), ("ask,sql,ask\nq1,SELECT a,q2\n", ":1")],
+    ids=["unquoted newline", "field twice"],
+)
+def test_csv_rows_that_are_not_complete_are_errors(tmp_path, text, place):
+    file = tmp_path / "pairs.csv"
+    file.write_text(text)
+    with pytest.raises(ExampleError, match=f"{file}{place}"):
+        read_examples(str(file), Problems(), Fields("ask", "sql"))

@@ -59,7 +59,12 @@ def test_labels_are_answer_and_end_of_turn_token_and_no_prompt_token(name):
         assert end_of_turn(e.renderer) == label_ids[-1]
 
 
-@pytest.mark.parametrize("name", ALL)
+def test_end_of_turn_is_found_after_a_long_preamble():
+    template = tokenizer("chatml").chat_template
+    long = with_template("{{ 'word ' * 3000 }}" + template)
+    assert end_of_turn(long.renderer) == end_of_turn(with_template(template).renderer) is not None
+
+
 def test_answer_text_excludes_end_of_turn_token(name):
     without = encoder(name, lm_labels="answer_text").chats(EXAMPLES)
     for a, b in zip(encoder(name).chats(EXAMPLES), without, strict=True):

@@ -10,6 +10,8 @@ import pytest
 from synthetic_runs import JEPA, REGULAR, synthetic_run
 
 from llm_jepa import sweep as sweep_command
+from llm_jepa.cli import UsageError
+from llm_jepa.files import read_json, write_json
 from llm_jepa.reports import sweep
 
 SPLIT = {"data_file": "datasets/synth_train.jsonl", "eval_split": 0.2, "split_seed": 42}
@@ -20,10 +22,16 @@ def cell(tmp_path):
     """Makes the evaluation of a run on held-out examples; `score` in percent."""
     numbers = itertools.count()
 
-    def make(score: float, seed: int = 42, arm: dict = JEPA, **settings: object) -> Path:
+    def make(
+        score: float, seed: int = 42, arm: dict = JEPA, evaluation: dict | None = None, **settings: object
+    ) -> Path:
         # `exact` does not decide and has the opposite order.
         scores = {"dfa_equal": score, "exact": 100 - score}
-        return synthetic_run(tmp_path / f"run-{next(numbers)}", arm | SPLIT | settings, seed, scores) / "eval/synth"
+        folder = synthetic_run(tmp_path / f"run-{next(numbers)}", arm | SPLIT | settings, seed, scores) / "eval/synth"
+        metrics = read_json(folder / "metrics.json")
+        metrics["settings"] |= {"process_split": split}
+        write_json(folder / "metrics.json", metrics)
+        return folder
 
     return make
 
@@ -70,3 +78,9 @@ def test_command_picks_among_run_folders(cell, tmp_path, capsys):
     for arm, run, mentioned in (("regular", runs[0], "regular"), ("jepa", tmp_path / "none", "none")):
         assert sweep_command.main(["--pick", arm, *output, str(run)]) == 2
         assert mentioned in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", [{"split": "train"}, {"split_seed": 43}])
+def test_cells_of_other_examples_are_refused(cell, tmp_path, other):
+    with pytest.raises(UsageError, match="run-1"):
+        sweep.pick("jepa", [cell(50.0), cell(60.0, lbd=2.0, **other)], tmp_path / "sweep.json")
