@@ -130,6 +130,7 @@ def pretend(script: str, argv: list[str], score) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         value = score(SimpleNamespace(**json.loads((run / "args.json").read_text())))
         metrics = {"task": flag(argv, "--task") or "synth", "n": 4, "score": "exact", "scores": [], "exact": value}
-        metrics |= {"startswith": 1.0, "stop_rate": 1.0, "data_sha256": sha256(data), "settings": {}}
+        metrics |= {"startswith": 1.0, "stop_rate": 1.0, "data_sha256": sha256(data)}
+        metrics["settings"] = {"process_split": flag(argv, "--process_split")}
         (folder / "metrics.json").write_text(json.dumps(metrics))
     return f"line of {argv[-1]}\n" if "--line" in argv else ""

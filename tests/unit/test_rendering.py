@@ -65,6 +65,7 @@ def test_end_of_turn_is_found_after_a_long_preamble():
     assert end_of_turn(long.renderer) == end_of_turn(with_template(template).renderer) is not None
 
 
+@pytest.mark.parametrize("name", ALL)
 def test_answer_text_excludes_end_of_turn_token(name):
     without = encoder(name, lm_labels="answer_text").chats(EXAMPLES)
     for a, b in zip(encoder(name).chats(EXAMPLES), without, strict=True):

@@ -22,9 +22,7 @@ def cell(tmp_path):
     """Makes the evaluation of a run on held-out examples; `score` in percent."""
     numbers = itertools.count()
 
-    def make(
-        score: float, seed: int = 42, arm: dict = JEPA, evaluation: dict | None = None, **settings: object
-    ) -> Path:
+    def make(score: float, seed: int = 42, arm: dict = JEPA, split: str = "test", **settings: object) -> Path:
         # `exact` does not decide and has the opposite order.
         scores = {"dfa_equal": score, "exact": 100 - score}
         folder = synthetic_run(tmp_path / f"run-{next(numbers)}", arm | SPLIT | settings, seed, scores) / "eval/synth"
