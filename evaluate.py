@@ -53,7 +53,7 @@ from llm_jepa.scoring.tasks import TASKS, Scorer
 from llm_jepa.training.checks import on_device
 
 HERE = Path(__file__).resolve().parent
-MIN_GOLD_SCORE = 0.9  # of the data's own answers; in published datasets a few do not count as right
+MIN_GOLD_SCORE = 0.9  # of the data's own answers; published datasets contain a few wrong answers
 
 # ----------------------------------------------------------------------------------------------------------- load
 

@@ -43,11 +43,13 @@ def to_json(example: Example) -> dict[str, Any]:
 
 
 def to_examples(rows: Iterable[Row], convert: Callable[[Any], dict[str, Any]], problems: Problems) -> list[Example]:
-    """Converts and checks each row. Rows for which `convert` raises ValueError are added to `problems`."""
+    """Converts and checks each row. Rows of another form than `convert` expects are added to `problems`."""
     examples = []
     for place, number, row in rows:
         try:
             examples.append(parse_messages(convert(row), place, number))
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            problems.add(place, f"not a row of this dataset ({type(error).__name__}: {error})")
         except ValueError as error:
             problems.add(place, str(error))
     return examples

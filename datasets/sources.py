@@ -71,7 +71,10 @@ class Source:
             if place is None:
                 raise ExampleError(f"--source {self.path} has no {' and no '.join(names)}")
             self.entries.append(file_entry(place))
-            text = place.read_text(encoding="utf-8")
+            try:
+                text = place.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ExampleError(f"{place}: not UTF-8 ({error})") from None
         lines = text.removesuffix("\n").split("\n")
         return [(f"{place}:{number}", number, line.strip()) for number, line in enumerate(lines, start=1)]
 

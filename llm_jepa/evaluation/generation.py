@@ -218,7 +218,7 @@ def generate_tokens(
     model: Any, pad_id: int, stops: list[int], prompts: list[list[int]], max_new_tokens: int,
     prefix: Prefix | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """Greedy tokens after each prompt, up to and including the first of `stops`, at most max_new_tokens (−1: any).
+    """Greedy tokens after each prompt, up to and including the first of `stops`, at most max_new_tokens (−1: no limit).
 
     Generation runs in rounds, each twice as long as the one before. Finished rows leave the batch between rounds, so
     that a long response does not keep the short ones in it.

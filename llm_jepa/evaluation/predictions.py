@@ -60,7 +60,10 @@ def write_predictions(path: Path, rows: Predictions) -> Predictions:
 def check_free(path: Path, overwrite: bool) -> None:
     """Raises UsageError if the folder has the metrics of another predictions file, or of this one without overwrite."""
     metrics = path.with_name("metrics.json")
-    owner = Path(read_json(metrics)["settings"]["output_file"]).name if metrics.exists() else None
+    try:
+        owner = Path(read_json(metrics)["settings"]["output_file"]).name if metrics.exists() else None
+    except (KeyError, TypeError):
+        owner = "another program's file"
     if owner and (owner != path.name or not overwrite):
         how = "give --output_file FOLDER/predictions.jsonl" + (", or --overwrite" if owner == path.name else "")
         raise UsageError(f"{metrics} exists, from a finished evaluation that wrote {owner}; {how}")
@@ -85,8 +88,9 @@ def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> Predi
         before, now = read_json(record) if record.exists() else {}, json.loads(json.dumps(identity))
         if before != now:
             old, new = before.get("settings", {}), now["settings"]
-            changed = [f"--{name} {old[name]}, now {new[name]}" for name in old if old[name] != new.get(name)]
-            what = f"{path} exists, of other settings, data or weights"
+            changed = [f"--{name} {old[name]}, now {new.get(name)}" for name in old if old[name] != new.get(name)]
+            changed += [name for name in now if name != "settings" and now[name] != before.get(name)]
+            what = f"{path} exists and was written with other settings, data or weights"
             raise UsageError(f"{what} ({', '.join(changed)}); give --overwrite, or another --output_file")
         with open(path, "rb+") as file:  # a kill may have cut the last line short
             file.truncate(file.read().rfind(b"\n") + 1)

@@ -113,7 +113,9 @@ class EvaluationSettings:
 
 
 SINGLE_PROCESS = "device_map score_only score_gold similarity t_sne export_embeddings"
-NEEDS_MODEL = "plain dtype engine split_tune_untune similarity t_sne export_embeddings"
+NEEDS_MODEL = ("plain dtype engine split_tune_untune similarity t_sne export_embeddings revision attn_implementation "
+               "load_in_8bit load_in_4bit device_map batch_size tokens_per_batch max_new_tokens "
+               "original_model_name")  # fmt: skip
 NOT_VLLM = ("attn_implementation load_in_8bit load_in_4bit device_map batch_size tokens_per_batch similarity t_sne "
             "export_embeddings")  # fmt: skip
 
@@ -128,6 +130,7 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
     r.refuse(not s.input_file, "--input_file is missing")
     r.refuse(sources != 1, "give one of --model_name, --score_only and --score_gold")
     r.only_if(bool(s.model_name) or sources != 1, NEEDS_MODEL, "only with --model_name")
+    r.only_if(not s.score_gold, "output_file overwrite", "not with --score_gold, which writes nothing")
     r.only_if(processes == 1, SINGLE_PROCESS, "not under torchrun, which distributes generation only")
     r.refuse(vllm and processes > 1, "--engine vllm: not under torchrun; for several GPUs give --tensor_parallel_size")
     r.only_if(not vllm, NOT_VLLM, "not with --engine vllm")
@@ -141,7 +144,7 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
     r.only_if(not s.embeds, "startswith split_tune_untune", "not with --similarity, --t_sne, --export_embeddings")
     r.only_if(s.embeds, "embedding_layer embedding_pooling", "only with --similarity, --t_sne or --export_embeddings")
     r.only_if(s.t_sne, "t_sne_type", "only with --t_sne")
-    r.only_if(s.similarity or s.t_sne or not s.embeds, "output_file", "not with only --export_embeddings")
+    r.only_if(s.similarity or s.t_sne or not s.embeds, "output_file", "not if --export_embeddings is the only output")
     r.only_if(not s.tokens_per_batch, "batch_size", "not with --tokens_per_batch")
     for name, least in (("batch_size", 1), ("tensor_parallel_size", 1), ("tokens_per_batch", 0), ("max_examples", 0)):
         value = getattr(s, name)

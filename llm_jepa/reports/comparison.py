@@ -106,7 +106,8 @@ def find_reference(table: Table, against: str | None) -> str | None:
     if against:
         rule = f"--against {against} matches"
         runs = {label: [r.run for r in arm] for label, arm in table.arms.items()}
-        found = [a for a in runs if against in a or any(against in r.name or r == Path(against) for r in runs[a])]
+        found = [label for label, folders in runs.items() if Path(against) in folders]  # a folder wins over a part
+        found = found or [a for a in runs if against in a or any(against in r.name for r in runs[a])]
     else:
         rule = "the reference is the regular arm, and there are"
         found = [label for label, arm in table.arms.items() if is_regular(arm[0].settings)]

@@ -87,8 +87,9 @@ def evaluation_results(evaluations: dict[str, dict]) -> list[EvalResult]:
 def write_card(run: Path, overwrite: bool, license: str | None = None, repo: str | None = None) -> Path:
     """Writes the card. Raises UsageError if the run is unfinished, or if there is a card that was not written here."""
     path, record, s = run / "README.md", read_json(run / "run.json"), read_json(run / "args.json")
-    if record["status"] != "finished":
-        raise UsageError(f"{run}: {record['status']}, not finished")
+    status = record.get("status") if isinstance(record, dict) else None
+    if status != "finished":
+        raise UsageError(f"{run}: {status or 'damaged run.json'}, not finished")
     evaluations = {path.parent.name: read_json(path) for path in sorted(run.glob("eval/*/metrics.json"))}
     if path.exists() and not overwrite and not is_replaceable(path.read_text(encoding="utf-8", errors="replace")):
         raise UsageError(f"{path} exists and was not written by model_card.py; give --overwrite to replace it")

@@ -181,7 +181,7 @@ def mean_score(arm: list[Result], score: str) -> float:
 def training_steps(table: Table, damaged: list[str]) -> Iterator[tuple[str, Result, pandas.DataFrame]]:
     """(arm, result, training steps) of every run that has metrics.jsonl; damaged files are added to the list.
 
-    The steps have the columns of CURVES and flops. One that was repeated after a resume counts once, the last time.
+    The steps have the columns of CURVES and flops. If a step was repeated after a resume, only its last row is kept.
     """
     import pandas
 
@@ -191,10 +191,10 @@ def training_steps(table: Table, damaged: list[str]) -> Iterator[tuple[str, Resu
             continue
         try:  # evaluations and the summary at the end have no lm_loss
             rows = [row for _, row in read_jsonl(path) if "lm_loss" in row]
-        except UsageError as error:
-            damaged.append(str(error))
+            steps = pandas.DataFrame(rows, columns=["step", *CURVES, "flops"]).astype(float)
+        except (UsageError, TypeError, ValueError) as error:
+            damaged.append(str(error) if isinstance(error, UsageError) else f"{path}: damaged ({error})")
             continue
-        steps = pandas.DataFrame(rows, columns=["step", *CURVES, "flops"]).astype(float)
         yield arm, result, steps.drop_duplicates("step", keep="last").sort_values("step")
 
 
@@ -291,11 +291,11 @@ def read_embeddings(result: Result) -> tuple[np.ndarray, np.ndarray, str]:
     path = result.run / "eval" / result.dataset / EMBEDDINGS
     try:
         with safe_open(path, framework="np") as file:
-            metadata = file.metadata()
+            metadata = file.metadata() or {}
             text, code = (file.get_tensor(name).astype(np.float64) for name in ("text", "code"))
     except SafetensorError as error:
         raise UsageError(f"{path}: cannot be read ({error})") from None
-    if metadata["data_sha256"] != result.settings["test_data"]:
+    if metadata.get("data_sha256") != result.settings["test_data"]:
         raise UsageError(f"{path}: not of the examples of {path.with_name('metrics.json')}")
     return text, code, f"{len(text)} pairs, layer {metadata['layer']}, pooling {metadata['pooling']}"
 

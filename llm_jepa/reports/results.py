@@ -109,8 +109,11 @@ def read_runs(runs: list[Path]) -> tuple[list[Result], list[str]]:
     for run in runs:
         try:
             found = read_run(run)
-        except (UsageError, KeyError) as error:
-            problems.append(f"{run}: damaged, its files have no {error}" if isinstance(error, KeyError) else str(error))
+        except UsageError as error:
+            problems.append(str(error))
+            continue
+        except (KeyError, TypeError, AttributeError) as error:
+            problems.append(f"{run}: damaged ({type(error).__name__}: {error})")
             continue
         for result in found:
             first = results.setdefault((result.arm(), result.seed), result)

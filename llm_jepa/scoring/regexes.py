@@ -15,9 +15,9 @@ A backslash escapes any character except letters and digits.
 
 from __future__ import annotations
 
-import functools
 import re
 from bisect import bisect_left
+from collections.abc import Callable
 from itertools import accumulate
 
 import automata.base.config
@@ -169,14 +169,14 @@ def automaton(steps: list[tuple], alphabet: frozenset[str], names: dict[Symbols,
             if (most or least + 1) * (len(x.states) + 1) > max_states:
                 raise Failure("states")
             rest = [x.kleene_star()] if most is None else [x.option()] * (most - least)
-            stack.append(functools.reduce(NFA.concatenate, [x] * least + rest or [empty]))
+            stack.append(_join(NFA.concatenate, [x] * least + rest or [empty]))
         else:
             operands = [stack.pop() for _ in range(arguments[0])][::-1]
             if sum(len(x.states) + 1 for x in operands) > max_states:
                 raise Failure("states")
             if operation in "~&":  # x & y is ~(~x | ~y)
                 operands = [_complement(x, max_states) for x in operands]
-            x = functools.reduce(NFA.concatenate if operation == "concatenate" else NFA.union, operands)
+            x = _join(NFA.concatenate if operation == "concatenate" else NFA.union, operands)
             stack.append(_complement(x, max_states) if operation == "&" else x)
     return _determinize(stack.pop(), max_states)
 
@@ -185,6 +185,14 @@ def _one_symbol(alphabet: frozenset[str], names: list[str]) -> NFA:
     """The NFA of one symbol, which is any of the letters."""
     paths = {0: {name: {1} for name in names}}
     return NFA(states={0, 1}, input_symbols=alphabet, transitions=paths, initial_state=0, final_states={1})
+
+
+def _join(operation: Callable[[NFA, NFA], NFA], operands: list[NFA]) -> NFA:
+    """Joins neighbors, then the results: joining copies both operands, so a long list must not grow one by one."""
+    while len(operands) > 1:
+        pairs = zip(operands[::2], operands[1::2], strict=False)
+        operands = [operation(x, y) for x, y in pairs] + operands[len(operands) // 2 * 2 :]
+    return operands[0]
 
 
 def _complement(nfa: NFA, max_states: int) -> NFA:

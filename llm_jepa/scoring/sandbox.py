@@ -70,7 +70,13 @@ class Sandbox(contextlib.AbstractContextManager):
 
         Raises Failure if the function raised one, exceeded a limit, or ended the child.
         """
-        reply = json.loads(self._exchange(json.dumps([self.seconds, *arguments]).encode() + b"\n"))
+        request = json.dumps([self.seconds, *arguments]).encode() + b"\n"
+        try:
+            reply = json.loads(self._exchange(request))
+        except Failure as failure:
+            if failure.reason != "crash":
+                raise
+            reply = json.loads(self._exchange(request))  # the child may have been killed from outside
         if "failure" in reply:
             raise Failure(reply["failure"])
         return reply["result"]

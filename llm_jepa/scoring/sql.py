@@ -138,31 +138,60 @@ def results_match(gold: Rows, predicted: Rows, ordered: bool) -> bool:
     """
     if len(gold) != len(predicted) or (gold and len(gold[0]) != len(predicted[0])):
         return False
-    gold_columns, columns = (list(zip(*rows, strict=True)) for rows in (gold, predicted))
+    if not gold:
+        return True
     if ordered:
-        return Counter(gold_columns) == Counter(columns)
-    # Like the official evaluator, this compares the rows as multisets of values before it searches a permutation.
-    bags = (Counter(frozenset(Counter(row).items()) for row in rows) for rows in (gold, predicted))
-    if next(bags) != next(bags):
-        return False
-    numbers: dict[tuple, int] = {}  # of different partial rows
+        return Counter(zip(*gold, strict=True)) == Counter(zip(*predicted, strict=True))
+    return Counter(gold) == Counter(predicted) or _permuted_match(gold, predicted)
 
-    def extended(partial: list[int], column: tuple) -> list[int]:
-        return [numbers.setdefault(key, len(numbers)) for key in zip(partial, column, strict=True)]
 
-    def search(gold_partial: list[int], partial: list[int], free: frozenset[int]) -> bool:
-        """Assigns predicted columns to gold's from left to right, while every partial row occurs as often in both."""
-        if not free:
-            return True
-        gold_partial = extended(gold_partial, gold_columns[-len(free)])
-        wanted = Counter(gold_partial)
-        for i in {columns[i]: i for i in free}.values():  # equal columns are tried once
-            candidate = extended(partial, columns[i])
-            if Counter(candidate) == wanted and search(gold_partial, candidate, free - {i}):
-                return True
-        return False
+def _permuted_match(gold: Rows, predicted: Rows) -> bool:
+    """Whether some permutation of the columns makes the rows the same multiset, by color refinement.
 
-    return search([-1] * len(gold), [-1] * len(gold), frozenset(range(len(columns))))
+    A row's color says how often it occurs and which values it has in columns of each color; a column's color says which
+    values it has in rows of each color. Colors are refined until none changes; equal results have the same colors. If
+    different columns share a color, one of gold's is marked and paired with each predicted one that looks the same when
+    marked. Without refinement, the search over permutations is exponential in the number of columns.
+    """
+    colors: dict[tuple, int] = {}  # the same for both results
+    tables = [(list(rows), list(zip(*rows, strict=True))) for rows in (Counter(gold), Counter(predicted))]
+
+    def recolored(old: list, lines: list[tuple], across: list) -> list[int]:
+        counts = (frozenset(Counter(zip(across, line, strict=True)).items()) for line in lines)
+        return [colors.setdefault(key, len(colors)) for key in zip(old, counts, strict=True)]
+
+    def refined(side: int, of_rows: list, of_columns: list) -> tuple[tuple, list, list]:
+        """(what is seen of the result, the rows' colors, the columns' colors)"""
+        (rows, columns), seen = tables[side], 0
+        while (now := len(set(of_rows)) + len(set(of_columns))) > seen:
+            seen = now
+            of_columns = recolored(of_columns, columns, of_rows)
+            of_rows = recolored(of_rows, rows, of_columns)
+        return (tuple(sorted(of_rows)), tuple(sorted(of_columns))), of_rows, of_columns
+
+    def marked(side: int, of_rows: list, of_columns: list, color: int) -> list[tuple]:
+        """The result refined with one column of the color marked, for each of them; equal columns count once."""
+        shades = {column: i for i, column in enumerate(tables[side][1]) if of_columns[i] == color}
+        return [refined(side, of_rows, [*of_columns[:i], "marked", *of_columns[i + 1 :]]) for i in shades.values()]
+
+    def match(ours: tuple[tuple, list, list], theirs: tuple[tuple, list, list]) -> bool:
+        """For two results that look the same."""
+        shades = Counter(color for color, _ in set(zip(ours[2], tables[0][1], strict=True)))
+        color, several = min(((c, n) for c, n in shades.items() if n > 1), key=lambda cn: cn[1], default=(0, 1))
+        if several == 1:
+            return True  # columns of a color are equal, so rows of a color are
+        our_choices, their_choices = marked(0, *ours[1:], color), marked(1, *theirs[1:], color)
+        seen = Counter(choice[0] for choice in our_choices)
+        if seen != Counter(choice[0] for choice in their_choices):
+            return False
+        rarest = min(our_choices, key=lambda choice: seen[choice[0]])
+        return any(match(rarest, choice) for choice in their_choices if choice[0] == rarest[0])
+
+    ours, theirs = (
+        refined(side, [("times", n) for n in Counter(rows).values()], ["column"] * len(rows[0]))
+        for side, rows in enumerate((gold, predicted))
+    )
+    return ours[0] == theirs[0] and match(ours, theirs)
 
 
 def example_database(databases: Path, example: Example) -> Path:
@@ -178,6 +207,9 @@ def example_database(databases: Path, example: Example) -> Path:
     path = databases / header[1] / f"{header[1]}.sqlite"
     if not path.is_file():
         raise ExampleError(f"{example.source}: db_id {header[1]!r}: there is no {path} (--spider_path)")
+    log = path.with_name(f"{path.name}-wal")
+    if log.is_file() and log.stat().st_size:  # a read-only, immutable connection would not see its changes
+        raise ExampleError(f"{example.source}: {log} has changes that are not in the database; close what writes it")
     return path
 
 
@@ -190,7 +222,7 @@ def execution_match(databases: Path, seconds: float = 10.0) -> Iterator[Scorer]:
     the gold query's with the prefix `gold_`. The scorer raises ExampleError for a missing or unknown db_id.
     """
     with Sandbox("llm_jepa.scoring.sql:execute", seconds) as sandbox:
-        # One result can take 100 MB, six times its size in MAX_RESULT. Repeated queries are close to each other.
+        # A result can take 100 MB, six times its counted size, so only four are kept; equal queries are close together.
         @functools.lru_cache(maxsize=4)
         def run(database: str, query: str) -> Rows | Failure:
             try:
@@ -238,6 +270,6 @@ def spider_databases(path: Path, cache: Path) -> Path:
             archive.extractall(temporary, names)
             with contextlib.suppress(OSError):  # another process was faster
                 os.rename(Path(temporary, names[0]).parents[1], target)
-    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: encrypted
         raise UsageError(f"{path}: cannot be unpacked ({error})") from None
     return target

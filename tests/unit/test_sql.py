@@ -17,7 +17,14 @@ from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example, ExampleError
 from llm_jepa.files import sha256
 from llm_jepa.scoring.sandbox import Failure, Sandbox
-from llm_jepa.scoring.sql import execute, execution_match, is_ordered, results_match, spider_databases
+from llm_jepa.scoring.sql import (
+    example_database,
+    execute,
+    execution_match,
+    is_ordered,
+    results_match,
+    spider_databases,
+)
 
 SCRIPT = """
 CREATE TABLE singer (id INTEGER PRIMARY KEY, name TEXT, age INTEGER);
@@ -297,3 +304,21 @@ def test_path_without_databases_is_an_error_with_the_path(database, tmp_path):
         with pytest.raises(UsageError, match=f"^{tmp_path / name}: "):
             spider_databases(tmp_path / name, tmp_path / "cache")
         assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").iterdir())
+
+
+def test_database_with_an_unmerged_log_is_refused(database):
+    log = database.with_name(f"{database.name}-wal")
+    log.write_bytes(b"changes")
+    with pytest.raises(ExampleError, match=log.name):
+        example_database(database.parents[1], example("SELECT 1"))
+    log.write_bytes(b"")
+    assert example_database(database.parents[1], example("SELECT 1")) == database
+
+
+def test_symmetric_results_match_quickly():
+    # Rows are the edges of two 12-cycles over columns; only the order of the columns differs.
+    rows = [tuple(int(c in (r, (r + 1) % 12)) for c in range(12)) for r in range(12)]
+    shuffled = [tuple(row[5 * c % 12] for c in range(12)) for row in rows]
+    assert results_match(rows, shuffled, ordered=False)
+    paths = [tuple(int(c in (r, (r + 1) % 6 + 6 * (r // 6))) for c in range(12)) for r in range(12)]
+    assert not results_match(rows, paths, ordered=False)
