@@ -533,8 +533,7 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
     model = load(s, tokenizer, device)
     # A dense mask is quadratic in the row, so short rows are faster on a CPU; flash kernels want one long row.
     tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
-    # --torch_compile compiles each shape, so it gets few row lengths.
-    multiple, points = 64 if s.torch_compile else 1, POINTS.get(s.stp_variant, 0)
+    multiple, points = 64 if s.torch_compile else 1, POINTS.get(s.stp_variant, 0)  # 64: few shapes to compile
     collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, multiple, points)
     selector = LMHeadSelector(model, s.stp_layer if s.stp_variant else -1)
     return Parts(*data, encoder, model, selector, collator, auxiliary_terms(s), s.torch_compile)
