@@ -141,7 +141,8 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
     r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
     r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
     r.refuse(s.split_tune_untune and not s.original_model_name, "--split_tune_untune: only with --original_model_name")
-    r.only_if(not s.embeds, "startswith split_tune_untune", "not with --similarity, --t_sne, --export_embeddings")
+    generating = "task spider_path max_new_tokens startswith split_tune_untune"
+    r.only_if(not s.embeds, generating, "not with --similarity, --t_sne, --export_embeddings")
     r.only_if(s.embeds, "embedding_layer embedding_pooling", "only with --similarity, --t_sne or --export_embeddings")
     r.only_if(s.t_sne, "t_sne_type", "only with --t_sne")
     r.only_if(s.similarity or s.t_sne or not s.embeds, "output_file", "not if --export_embeddings is the only output")
@@ -172,7 +173,9 @@ def check_task(s: EvaluationSettings, r: Refusals) -> str | None:
     if task not in TASKS:
         unknown = f"{s.task} is not known" if s.task else f"cannot be inferred from the name {s.input_file}"
         r.append(f"--task {unknown}; give one of {', '.join(TASKS)} (text: compare the texts)")
-    elif TASKS[task].choices:
+        return task
+    r.only_if(TASKS[task].needs_databases, "spider_path", f"not with task {task}")
+    if TASKS[task].choices:
         r.only_if(False, "max_new_tokens", f"task {task} generates nothing")
         likelihoods = "compares likelihoods; give --engine transformers"
         r.refuse(s.engine == "vllm", f"--engine vllm: task {task} {likelihoods}")

@@ -438,6 +438,9 @@ WRONG_FLAGS = {
                   ["--export_embeddings must"]),
     "torchrun": ({"device_map": "auto", "score_only": "p", "similarity": True, "t_sne": True},
                  ["--device_map, --score_only, --similarity, --t_sne: not under torchrun"]),
+    "generating": ({"model_name": str(MODEL), "similarity": True, "output_file": "o", "task": "text"},
+                   ["--task"]),
+    "databases": ({"score_only": "p", "spider_path": "x"}, ["--spider_path"]),
     "metrics": ({"score_only": "p", "output_file": "a/metrics.json"}, ["--output_file a/metrics.json"]),
     "input": ({"score_only": "p", "output_file": "./synth_test.jsonl"}, ["--output_file"]),
 }  # fmt: skip
