@@ -279,7 +279,7 @@ def evaluate(s: EvaluationSettings) -> None:
             examples = split_examples(examples, s.test_size, s.split_seed)[s.process_split == "test"]
         examples = examples[: s.max_examples or None]
         settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "overwrite"}
-        identity = {"settings": settings, "data_sha256": data_sha256(s.input_file)}
+        identity = {"settings": settings, "data_sha256": data_sha256(s.input_file, s.fields)}
         if s.task and (databases := databases_of(s)):
             identity["databases_sha256"] = folder_sha256(databases)
         if s.output_file and not s.embeds:

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llm_jepa.cli import UsageError
 
+READ_ERRORS = (OSError, EOFError, zlib.error)  # the last two: of compressed files
+
+
+@contextlib.contextmanager
+def names_file(path: str | Path) -> Iterator[None]:
+    """Adds the path to an OSError that names no file, as that of a write to an open file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file atomically: after an interruption it is complete or as before."""
+    """Writes a file atomically: after an interruption or an error it is complete or as before."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with names_file(path), open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,26 +60,34 @@ def read_json(path: Path) -> Any:
         raise UsageError(f"{path}: cannot be read ({error})") from None
 
 
+def open_data(path: str | Path) -> IO[bytes]:
+    """Opens a file for reading; one whose name ends in .gz is decompressed."""
+    return gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb")
+
+
 def jsonl_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """(number, bytes) of each line of a JSONL file that is not blank, counted from 1. A byte order mark is dropped.
 
     Lines end at newlines only: text mode would also split at a U+2028 inside a JSON string.
     """
-    with open(path, "rb") as file:
+    with open_data(path) as file:
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
                 yield number, line
 
 
-def parse_json(line: bytes) -> Any:
-    """The value on a line of JSON. Raises ValueError with the reason, without file and line."""
+def parse_json(data: bytes) -> Any:
+    """The value of a line or file of JSON. Raises ValueError with the reason, and with a line other than the first."""
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(data.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
+        number, byte = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
+        of = f"line {number}" if number > 1 else "the line"
+        raise ValueError(f"not UTF-8 (byte {byte} of {of})") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+        place = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"not JSON ({error.msg} at {place}column {error.colno})") from None
     except RecursionError:
         raise ValueError("not JSON that can be read (nested too deeply)") from None
 
@@ -72,8 +100,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
                 yield number, parse_json(line)
             except ValueError as error:
                 raise UsageError(f"{path}:{number}: {error}") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except READ_ERRORS as error:
+        raise UsageError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def sha256(path: str | Path) -> str:

@@ -6,30 +6,34 @@ An example is a pair of views with an optional system turn, stored as one JSON o
                   {"role": "user", "content": "…"},
                   {"role": "assistant", "content": "…"}]}
 
-or as two fields of any JSONL, CSV or Parquet file or hub dataset (`Fields`).
+or as two fields of any JSON, CSV or Parquet file or hub dataset (`Fields`).
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 
 from llm_jepa.cli import UsageError, first_line
-from llm_jepa.files import jsonl_lines, parse_json, sha256
+from llm_jepa.files import READ_ERRORS, jsonl_lines, open_data, parse_json, sha256
 
 ROLES = (["system", "user", "assistant"], ["user", "assistant"])
-HUB = re.compile(
-    r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:@[]+))?:(?P<split>[^:@[]+(\[[^]]*\])?)(@(?P<revision>[\w.-]+))?"
+OPTIONAL = ("text", "code", "answers", "group")  # of an example in the project's own format, besides its messages
+HUB = re.compile(  # a revision can have slashes, as refs/pr/1
+    r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:@[/]+))?:(?P<split>[^:@[/]+(\[[^]]*\][^:@[/]*)*)(@(?P<revision>[^:\s]+))?"
 )
+FORMATS = "a file is UTF-8 text with one JSON object per line or a JSON array of them, or .csv, .tsv or .parquet"
 
 
 class ExampleError(UsageError, ValueError):
@@ -142,22 +146,69 @@ def parse_example(row: Any, source: str, number: int, fields: Fields | None) -> 
 Rows = Iterator[tuple[str, int, Callable[[], Any]]]  # place, number, and a function that returns the row or raises
 
 
-def _jsonl_rows(path: str) -> Rows:
-    for number, line in jsonl_lines(path):
-        yield f"{path}:{number}", number, lambda line=line: parse_json(line)
+def columns_of(fields: Fields | None) -> tuple[str, ...]:
+    """The columns that `parse_example` reads."""
+    return (fields.text, fields.code) if fields else ("messages", *OPTIONAL)
 
 
-def _csv_rows(path: str) -> Rows:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+def _used(path: str, names: list[str], columns: Sequence[str] | None) -> list[str]:
+    """Which of the columns there are; all without `columns`. Raises ExampleError if one is missing."""
+    missing = [c for c in columns or () if c not in names]
+    if set(missing) - set(OPTIONAL) or missing == list(columns or [None]):
+        there = ", ".join(map(repr, names)) or "none"
+        raise ExampleError(f"{path}: no field {missing[0]!r} (there are {there}; see --text_field, --code_field)")
+    return [name for name in columns or names if name in names]
+
+
+def _json_rows(path: str, columns: Sequence[str] | None) -> Rows:
+    lines = jsonl_lines(path)
+    first, line = next(lines, (0, b""))
+    if line.lstrip().startswith(b"["):
+        with open_data(path) as file:
+            data = file.read().removeprefix(b"\xef\xbb\xbf")
+        try:
+            rows = parse_json(data)
+        except ValueError as error:
+            raise ExampleError(f"{path}: {error}") from None
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}: entry {number}", number, lambda row=row: row
+    elif line:
+        yield f"{path}:{first}", first, lambda: _parse_first(line)
+        for number, text in lines:
+            yield f"{path}:{number}", number, lambda text=text: parse_json(text)
+
+
+def _parse_first(line: bytes) -> Any:
+    """The value on a file's first line. It fails for a file in another format, so the error lists the formats."""
+    try:
+        return parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"{error}; {FORMATS}") from None
+
+
+def _csv_rows(path: str, columns: Sequence[str] | None, delimiter: str = ",") -> Rows:
+    def lines(file: Iterator[str]) -> Iterator[str]:
+        for number, line in enumerate(file, start=1):
+            if re.search("[\udc80-\udcff]", line) or "\0" in line:  # bytes that cannot be decoded
+                kind = (
+                    "UTF-16"
+                    if "\0" in line or line.startswith(("\udcff\udcfe", "\udcfe\udcff"))
+                    else "another encoding"
+                )
+                raise ExampleError(f"{path}:{number}: not UTF-8 but {kind}; save the file as UTF-8")
+            yield line
+
+    binary = open_data(path)
+    with io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         csv.field_size_limit(2**31 - 1)  # characters in a cell
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(lines(file), strict=True, delimiter=delimiter)
         try:
             names = reader.fieldnames or []
-            if len(set(names)) < len(names):
-                raise ExampleError(f"{path}:1: a field name occurs twice in {', '.join(names)}")
+            if twice := [name for name in columns or names if names.count(name) > 1]:
+                raise ExampleError(f"{path}:1: the field {twice[0]!r} occurs twice in {', '.join(names)}")
             for number, row in enumerate(reader, start=1):
                 yield f"{path}:{reader.line_num}", number, lambda row=row: _complete(row)
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise ExampleError(f"{path}: not CSV after line {reader.line_num} ({error})") from None
 
 
@@ -167,20 +218,24 @@ def _complete(row: dict[str | None, Any]) -> dict[str, Any]:
     return row
 
 
-def _parquet_rows(path: str) -> Rows:
+def _parquet_rows(path: str, columns: Sequence[str] | None) -> Rows:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+            used = _used(path, file.schema_arrow.names, columns)
+            batches = (batch.select(used) for batch in file.iter_batches(columns=used))
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, start=1):
                 yield f"{path}: row {number}", number, lambda row=row: row
-    except pyarrow.ArrowException as error:
-        raise ExampleError(f"{path}: not Parquet ({first_line(error)})") from None
+    except ExampleError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise ExampleError(f"{path}: not Parquet that can be read ({first_line(error)})") from None
 
 
-def _hub_rows(path: str, streaming: bool = False) -> Rows:
+def _hub_rows(path: str, columns: Sequence[str] | None, streaming: bool = False) -> Rows:
     from datasets import ClassLabel, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -191,6 +246,8 @@ def _hub_rows(path: str, streaming: bool = False) -> Rows:
         )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ExampleError(f"{path}: cannot be loaded from the hub ({first_line(error)})") from None
+    if data.column_names:  # unknown for some streams
+        data = data.select_columns(_used(path, data.column_names, columns))
     labels = {name: kind for name, kind in (data.features or {}).items() if isinstance(kind, ClassLabel)}
     for number, row in enumerate(data, start=1):
         names = {k: kind.int2str(row[k]) for k, kind in labels.items() if row[k] is not None and row[k] >= 0}
@@ -202,14 +259,20 @@ def is_hub(path: str) -> bool:
     return HUB.fullmatch(path) is not None and not Path(path).exists()
 
 
-def read_rows(path: str, streaming: bool = False) -> Rows:
-    """The rows of a JSONL, CSV or Parquet file (by its ending) or a hub dataset, in order.
+def read_rows(path: str, columns: Sequence[str] | None = None, streaming: bool = False) -> Rows:
+    """The rows of a JSON, CSV, TSV or Parquet file (by its ending) or a hub dataset, in order.
 
-    Files are read row by row. A hub dataset is downloaded first, or with `streaming` read row by row.
+    Columns that are not in `columns` are read only where the format needs it. Files are read row by row, but a JSON
+    array is read at once. A hub dataset is downloaded first, or with `streaming` read row by row. Raises ExampleError.
     """
-    if is_hub(path):
-        return _hub_rows(path, streaming)
-    return {".csv": _csv_rows, ".parquet": _parquet_rows}.get(Path(path).suffix.lower(), _jsonl_rows)(path)
+    csv_rows = {".csv": _csv_rows, ".tsv": partial(_csv_rows, delimiter="\t"), ".parquet": _parquet_rows}
+    ending = Path(path.lower().removesuffix(".gz")).suffix
+    try:
+        yield from (
+            _hub_rows(path, columns, streaming) if is_hub(path) else csv_rows.get(ending, _json_rows)(path, columns)
+        )
+    except READ_ERRORS as error:
+        raise ExampleError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def read_examples(path: str, problems: Problems, fields: Fields | None = None) -> list[Example]:
@@ -219,20 +282,17 @@ def read_examples(path: str, problems: Problems, fields: Fields | None = None) -
     and for a bad row unless `problems` skips those.
     """
     examples = []
-    try:
-        for source, number, row in read_rows(path):
-            try:
-                examples.append(parse_example(row(), source, number, fields))
-            except ValueError as error:
-                problems.add(source, str(error))
-    except OSError as error:
-        raise ExampleError(f"{path}: cannot be read ({error.strerror or error})") from None
+    for source, number, row in read_rows(path, columns_of(fields)):
+        try:
+            examples.append(parse_example(row(), source, number, fields))
+        except ValueError as error:
+            problems.add(source, str(error))
     if not examples:
         raise ExampleError(f"{path}: no examples in the file" + (f" ({problems.report()})" if problems.found else ""))
     return examples
 
 
-def data_sha256(path: str, streaming: bool = False) -> str:
+def data_sha256(path: str, fields: Fields | None = None, streaming: bool = False) -> str:
     """Hexadecimal SHA-256 of a data file or of a hub dataset's rows; with `streaming` of its name and commit instead.
 
     Raises ExampleError if the hub does not report the commit.
@@ -247,7 +307,7 @@ def data_sha256(path: str, streaming: bool = False) -> str:
             raise ExampleError(f"{path}: the hub does not report its commit ({first_line(error)})") from None
         return hashlib.sha256(f"{path.partition('@')[0]}@{commit}".encode()).hexdigest()
     digest = hashlib.sha256()
-    for _, _, row in read_rows(path):
+    for _, _, row in read_rows(path, columns_of(fields)):
         digest.update(json.dumps(row(), sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
@@ -269,5 +329,5 @@ def split_examples(examples: list[Example], share: float, seed: int) -> tuple[li
 
 def dataset_name(path: str) -> str:
     """A data file's base name without its part, datasets/synth_test.jsonl → synth, or a hub dataset's NAME."""
-    stem = HUB.fullmatch(path)["name"].split("/")[1] if is_hub(path) else Path(path).stem
+    stem = HUB.fullmatch(path)["name"].split("/")[1] if is_hub(path) else Path(path.removesuffix(".gz")).stem
     return next((stem.removesuffix(p) for p in ("_train", "_test", "_dev", "_val") if stem.endswith(p)), stem)

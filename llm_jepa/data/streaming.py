@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from llm_jepa.data.batching import no_tokenizer_threads
-from llm_jepa.data.examples import Example, ExampleError, Fields, Problems, parse_example, read_rows
+from llm_jepa.data.examples import Example, ExampleError, Fields, Problems, columns_of, parse_example, read_rows
 from llm_jepa.data.segments import Encoder, Item
 
 BLOCK = 8192  # examples that are shuffled together
@@ -45,10 +45,7 @@ class SegmentStream(torch.utils.data.IterableDataset):
     def first(self, count: int) -> list[Example]:
         """The first usable examples in file order, at most `count`. Raises ExampleError."""
         encoded = (pair for block in self._blocks() for row in block for pair in self._encoded([row]))
-        try:
-            examples = list(itertools.islice((example for example, item in encoded if item is not None), count))
-        except OSError as error:
-            raise ExampleError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+        examples = list(itertools.islice((example for example, item in encoded if item is not None), count))
         if not examples:
             raise ExampleError(f"{self.path}: no usable example")
         self.problems.found = {}  # met again by the micro-batches
@@ -60,9 +57,6 @@ class SegmentStream(torch.utils.data.IterableDataset):
                 yield from self._micro_batches()
             except ExampleError as error:
                 yield from itertools.repeat(error)
-            except OSError as error:
-                reason = f"{self.path}: cannot be read ({error.strerror or error})"
-                yield from itertools.repeat(ExampleError(reason))
 
     def _micro_batches(self) -> Iterator[tuple[list[Item], Place, dict[str, str]]]:
         batch, size, last = [], 0, self.place
@@ -76,7 +70,7 @@ class SegmentStream(torch.utils.data.IterableDataset):
             size, last = size + length, place
 
     def _blocks(self) -> Iterator[list[tuple[str, int, Callable[[], Any]]]]:
-        rows = read_rows(self.path, streaming=True)
+        rows = read_rows(self.path, columns_of(self.fields), streaming=True)
         while block := list(itertools.islice(rows, BLOCK)):
             yield block
 

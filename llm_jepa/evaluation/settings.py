@@ -228,7 +228,7 @@ def check_run(name: str, s: EvaluationSettings) -> dict[str, Any]:
     if trained["data_file"] and s.process_split and (share, seed) != (s.test_size, s.split_seed):
         raise UsageError(f"--model_name {name} was split by --test_size {share} --split_seed {seed}")
     if trained["data_file"] and not (s.process_split or s.nosplit_data):
-        if data_sha256(s.input_file) in record["data_sha256"].values():
+        if data_sha256(s.input_file, s.fields) in record["data_sha256"].values():
             how = "give --process_split test, or --nosplit_data for all of its examples"
             raise UsageError(f"--model_name {name} was trained on a part of {s.input_file}: {how}")
     turn = trained["system"]
