@@ -63,7 +63,7 @@ from llm_jepa.model import (
     load_model,
     load_tokenizer,
 )
-from llm_jepa.run_folder import RunFolder
+from llm_jepa.run_folder import RunFolder, complete_checkpoints
 from llm_jepa.settings import Settings, check_settings, is_flash
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.callbacks import Bar, MetricsCallback
@@ -71,7 +71,7 @@ from llm_jepa.training.checks import inspect_model, on_device
 from llm_jepa.training.data import load_data
 from llm_jepa.training.describe import final_record, first_example, last_checkpoint, start_block, start_record
 from llm_jepa.training.flops import flop_share
-from llm_jepa.training.process import full_disk_is_an_error, run_training
+from llm_jepa.training.process import run_training, write_errors
 from llm_jepa.training.trainer import StepTrainer
 
 # ---------------------------------------------------------------------------------------------- layouts and masks
@@ -625,14 +625,13 @@ def build_trainer(
 
 def fine_tune(
     s: Settings, state: PartialState, *, load: Callable = load_on_device, half: bool | None = False,
-    callbacks: Callable[[Parts], list[TrainerCallback]] = lambda parts: [],
-    clean_up: Callable[[], None] = lambda: None, **trainer_options: Any,
+    callbacks: Callable[[Parts], list[TrainerCallback]] = lambda parts: [], **trainer_options: Any,
 ) -> None:  # fmt: skip
     """A complete run: checks everything, starts the run folder, trains, saves.
 
     The keyword arguments are what a large model does differently: how it is loaded, whether its parameters are in half
-    precision (None: they are going to be sharded, so a callback checks the first examples), additional callbacks, what
-    a finished run removes, and the `trainer_options` of build_trainer.
+    precision (None: they are going to be sharded, so a callback checks the first examples), additional callbacks, and
+    the `trainer_options` of build_trainer.
     """
     is_main = state.is_main_process
     say = partial(print, file=sys.stderr, flush=True) if is_main else lambda text: None
@@ -655,16 +654,16 @@ def fine_tune(
         renderer = parts.encoder.renderer
         stop = end_of_turn(renderer) if s.lm_labels != "answer_text" else None
         add_stop_token(parts.model.generation_config, stop)
-        record = start_record(s, parts.train_set, parts.problems)
         state.wait_for_everyone()  # every process has checked the folder before the main process fills it
         with agreed():
             if is_main:
+                record = start_record(s, parts.train_set, parts.problems)
                 say(start_block(s, parts.model, renderer, parts.train_set, len(parts.held_out or ())))
                 run.start(s.overwrite, record)
 
         try:
             checkpoint = last_checkpoint(run.path, say) if s.resume else None
-            with full_disk_is_an_error(s.output_dir):
+            with write_errors(s.output_dir):
                 trainer.train_from(checkpoint)
                 trainer.save_model()
                 if s.merge and is_main:
@@ -673,6 +672,8 @@ def fine_tune(
         except BaseException as error:
             bar.close()
             if is_main:
+                if isinstance(error, OSError):  # the disk may be full
+                    run.remove_checkpoints(keep=complete_checkpoints(run.path))
                 interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
                 repeats = isinstance(error, (UsageError, FloatingPointError))
                 with contextlib.suppress(OSError):  # a full disk must not hide the error itself
@@ -681,7 +682,8 @@ def fine_tune(
         facts = final_record(trainer)
         if is_main:
             run.update("finished", **facts)
-            clean_up()
+            if not s.keep_checkpoints:
+                run.remove_checkpoints()
             if s.streaming and parts.problems.found:
                 say(parts.problems.report())
             shown = ", ".join(f"{name} {value:.4g}" for name, value in facts["final"].items())

@@ -13,7 +13,6 @@ checkpoint. `python -m llm_jepa.memory` predicts the memory; its --help has the 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -137,12 +136,6 @@ def full_model(s: LargeSettings, device: torch.device, tokenizer: Any) -> Any:
     return load_model(s.model_name, s.revision, tokenizer, attn_implementation=s.attn_implementation, dtype=dtype)
 
 
-def remove_checkpoints(folder: str) -> None:
-    """Removes a finished run's checkpoints, each three times as large as its model."""
-    for path in Path(folder).glob("checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 # ----------------------------------------------------------------------------------------------------------- main
 
 
@@ -182,7 +175,6 @@ def main(argv: list[str] | None = None) -> int:
             load=load,
             half=None if sharded and not s.dry_run else in_half and not s.dry_run,
             callbacks=lambda parts: [CheckSharded(parts, dtype != torch.float32)] if sharded else [],
-            clean_up=(lambda: None) if s.keep_checkpoints else partial(remove_checkpoints, s.output_dir),
             trainer_class=partial(LargeTrainer, full_model=partial(full_model, s, device)),
             make_arguments=sharded_arguments if sharded else training_arguments,
             bf16=uses_bfloat16(s, device) and s.param_dtype == "float32",

@@ -63,7 +63,9 @@ def build_parser(settings: type, doc: str) -> FlagParser:
         kind, choices = _value_type(types[f.name])
         shown = "" if no_default(f) else f" (default {f.default})"
         options: dict[str, Any] = {"dest": f.name, "help": (f.metadata["help"] + shown).replace("%", "%%")}
-        if kind is bool:
+        if kind is bool and str in typing.get_args(types[f.name]):  # a switch that also accepts a value
+            options.update(nargs="?", const=True, metavar=f.metadata["group"].upper())
+        elif kind is bool:
             options["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
         else:
             options.update(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
@@ -72,10 +74,19 @@ def build_parser(settings: type, doc: str) -> FlagParser:
 
 
 def parse_flags(settings: type, doc: str, argv: list[str] | None = None) -> tuple[Any, set[str]]:
-    """(settings, names of the flags that were given with another value than their default)."""
-    given = vars(build_parser(settings, doc).parse_args(argv))
+    """(settings, names of the flags that were given with another value than their default).
+
+    `--resume RUN` adds the settings that `settings.stored` finds in the run's folder; flags that were given win.
+    """
+    parser = build_parser(settings, doc)
+    given, stored = vars(parser.parse_args(argv)), {}
+    if isinstance(given.get("resume"), str):
+        try:
+            stored, given["resume"] = settings.stored(given), True
+        except UsageError as error:
+            parser.error(str(error))
     defaults = {f.name: f.default for f in dataclasses.fields(settings)}
-    return settings(**given), {name for name, value in given.items() if value != defaults[name]}
+    return settings(**(stored | given)), {name for name, value in given.items() if value != defaults[name]}
 
 
 def flag_table(settings: type, beyond: type | None = None) -> str:

@@ -6,7 +6,7 @@ checkpoints and `eval/<dataset>/`. Nothing about a run is read from printed outp
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from llm_jepa.files import read_json, write_json
 
 CHECKPOINT_MARK = "complete.json"
 # Settings that change no number: a resumed run may change them, and they do not distinguish arms.
-VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "logging_steps",
-            "dataloader_num_workers", "preprocessing_num_workers"}  # fmt: skip
+VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "keep_checkpoints",
+            "logging_steps", "dataloader_num_workers", "preprocessing_num_workers",
+            "use_default_data_collator", "unmask_assistant_special_tokens"}  # the last two set lm_labels  # fmt: skip
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")
 
 
@@ -66,10 +68,11 @@ def processes() -> int:
 
 
 def launch_id() -> str | None:
-    """Identifies this torchrun job, the same in each of its restarts."""
+    """Identifies this torchrun job, the same in each of its restarts: a hash, which names no machine."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     # Without a rendezvous id, which torchrun calls "none", its process on this node identifies the job.
-    return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
+    name = f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
+    return name and hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 class RunFolder:
@@ -89,6 +92,11 @@ class RunFolder:
         """Raises UsageError if the folder exists and neither flag allows that, or if it belongs to another run."""
         if resume and not self.path.exists():
             raise UsageError(f"--resume: there is no run folder {self.path}")
+        parent = self.path
+        while not os.path.lexists(parent):
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"--output_dir {self.path}: {parent} is not a folder that can be written to")
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not (resume or overwrite):
@@ -132,10 +140,11 @@ class RunFolder:
 
     def start(self, overwrite: bool, record: dict[str, Any]) -> None:
         """Makes the folder and writes args.json and run.json with status `running`. A resumed run keeps its history."""
-        self._lock()
-        if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        folder = self.path.resolve()  # a link to a folder stays
+        self._lock(folder)
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
         previous = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
         if previous.get("status") == "finished":  # by another process, after `check`
             raise UsageError(f"--resume: {self.path} is finished")
@@ -147,24 +156,38 @@ class RunFolder:
         write_json(self.path / "args.json", self.settings)
         write_json(self.path / "run.json", self.record)
 
-    def _lock(self) -> None:
+    def _lock(self, folder: Path) -> None:
         """Keeps every other process out of the folder until `close`. Raises UsageError if one is using it.
 
-        The lock file is next to the folder, which --overwrite replaces, and ends with the process.
+        The lock file is next to the folder, which --overwrite replaces. The lock ends with the process.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock_file = open(self.path.with_name(f".{self.path.name}.lock"), "a")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path = folder.with_name(f".{folder.name}.lock")
+        file = open(path, "a")  # closed in `close`
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"--output_dir {self.path} is in use by another process") from None
-        except OSError:  # a file system without locks
-            return
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            in_use = not os.path.samestat(os.fstat(file.fileno()), path.stat())  # removed by another since the open
+        except (BlockingIOError, FileNotFoundError):
+            in_use = True
+        except (OSError, ImportError):  # a file system or a system without locks
+            in_use = False
+        if in_use:
+            file.close()
+            raise UsageError(f"--output_dir {self.path} is in use by another process")
+        self._lock_file = file
 
     def close(self) -> None:
-        """Releases the lock."""
+        """Removes the lock file and releases the lock."""
         if self._lock_file is not None:
+            Path(self._lock_file.name).unlink(missing_ok=True)
             self._lock_file.close()
+
+    def remove_checkpoints(self, keep: Iterable[Path] = ()) -> None:
+        """Removes all checkpoints but those to keep; one is three times as large as the model."""
+        for path in set(self.path.glob("checkpoint-*")) - set(keep):
+            shutil.rmtree(path, ignore_errors=True)
 
     def update(self, status: str, **facts: Any) -> None:
         """Records the status of the run: `running`, `finished`, `failed` or `interrupted`."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import get_scheduler
@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from llm_jepa.cli import Refusals, UsageError, first_line, flag
 from llm_jepa.data.examples import Fields, dataset_name
+from llm_jepa.files import read_json
 from llm_jepa.run_folder import VOLATILE
 
 DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimization", "Run"
@@ -111,6 +112,15 @@ class Settings:
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
+    use_default_data_collator: bool = flag(
+        False,
+        "flag of the reference implementation: --lm_labels answer_text, or answer with "
+        "--unmask_assistant_special_tokens",
+        METHOD,
+    )
+    unmask_assistant_special_tokens: bool = flag(
+        False, "flag of the reference implementation: without --use_default_data_collator --lm_labels reference", METHOD
+    )
     plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
     reference_grad_scale: bool = flag(
         False,
@@ -154,7 +164,11 @@ class Settings:
     same_flop: bool = flag(False, "train with the FLOPs that regular fine-tuning needs for --num_epochs", OPTIM)
 
     output_dir: str | None = flag(None, "run folder; default runs/<dataset>-<model>-<method>-…", RUN)
-    resume: bool = flag(False, "resume from the last complete checkpoint of the run folder", RUN)
+    resume: bool | str = flag(
+        False,
+        "resume from the last complete checkpoint of the run folder; with the folder as value no other flag is needed",
+        RUN,
+    )
     overwrite: bool = flag(False, "replace an existing run folder", RUN)
     dry_run: int | None = flag(
         None, "compute the losses of the first N examples, print one JSON object and write nothing", RUN
@@ -169,6 +183,9 @@ class Settings:
     )
     save_steps: int = flag(500, "steps between checkpoints with --save_strategy steps", RUN)
     save_total_limit: int = flag(1, "number of complete checkpoints to keep", RUN)
+    keep_checkpoints: bool = flag(
+        False, "keep checkpoints after training (by default only the final model is kept)", RUN
+    )
     logging_steps: int = flag(1, "optimizer steps per line of metrics.jsonl", RUN)
     report_to: str = flag("none", "none, tensorboard, wandb, trackio, or several with commas", RUN)
     track_flop: bool = flag(False, "log floating-point operations to metrics.jsonl (slower)", RUN)
@@ -177,6 +194,24 @@ class Settings:
     def fields(self) -> Fields | None:
         """The fields of the views, None for data in the project's own format."""
         return Fields(self.text_field, self.code_field, self.system) if self.text_field else None
+
+    @property
+    def label_scope(self) -> str | None:
+        """The value of --lm_labels that the flags ask for, also by the reference implementation's flags."""
+        scopes = {(True, False): "answer_text", (True, True): "answer", (False, True): "reference"}
+        return scopes.get((self.use_default_data_collator, self.unmask_assistant_special_tokens), self.lm_labels)
+
+    @classmethod
+    def stored(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the run that `--resume RUN` in the given flags names. Raises UsageError if it is none."""
+        run = Path(given["resume"])
+        if not (run / "args.json").is_file():
+            raise UsageError(f"--resume {run} is not a run folder (it has no args.json)")
+        if Path(given.get("output_dir", run)).resolve() != run.resolve():
+            raise UsageError(f"--resume {run}: not with --output_dir {given['output_dir']}")
+        known = {f.name for f in dataclasses.fields(cls)} - {"resume", "overwrite", "dry_run"}
+        settings = {name: value for name, value in read_json(run / "args.json").items() if name in known}
+        return settings | {"output_dir": given["resume"]}
 
     @property
     def jepa(self) -> bool:
@@ -260,8 +295,11 @@ def check_method(s: Settings, r: Refusals) -> None:
     r.refuse(not 0 <= s.predictors <= 10, f"--predictors {s.predictors} is not in 0 to 10")
     r.refuse(s.last_token is not None and s.last_token >= 0, f"--last_token {s.last_token} is not negative")
     r.refuse(not 0 <= s.jepa_ratio <= 1, f"--jepa_ratio {s.jepa_ratio} is not in 0 to 1")
-    partial = s.lm_labels in ("answer", "answer_text")
-    r.refuse(s.train_all and partial, f"--lm_labels {s.lm_labels}: not with --train_all")
+    upstream = "--use_default_data_collator or --unmask_assistant_special_tokens"
+    other = s.lm_labels not in (None, s.label_scope)
+    r.refuse(other, f"--lm_labels {s.lm_labels}: not with {upstream}, here the same as --lm_labels {s.label_scope}")
+    partial = s.label_scope in ("answer", "answer_text")
+    r.refuse(s.train_all and partial, f"--lm_labels {s.label_scope}: not with --train_all")
     if s.text_view == "in_chat":
         r.only_if(False, "front_pred reverse_pred last_token", "not with --text_view in_chat")
         r.refuse(s.plain and s.train_all, "--text_view in_chat: not with --plain --train_all, whose chat has no answer")
@@ -349,7 +387,9 @@ def resolve(s: Settings) -> Settings:
         s,
         layout=s.layout_or_default,
         additive_mask=s.layout_or_default == "additive",
-        lm_labels=s.lm_labels or ("all" if s.train_all else "answer"),
+        lm_labels=s.label_scope or ("all" if s.train_all else "answer"),
+        use_default_data_collator=False,
+        unmask_assistant_special_tokens=False,
         eval_strategy=s.eval_strategy or ("no" if not held_out else "steps" if s.streaming else "epoch"),
         save_strategy=s.save_strategy or ("steps" if s.streaming else "epoch"),
     )

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from llm_jepa.cli import UsageError
 from llm_jepa.distributed import agreed
-from llm_jepa.files import read_json, read_jsonl, write_json, write_text
+from llm_jepa.files import names_file, read_json, read_jsonl, write_json, write_text
 
 Predictions = list[dict[str, Any]]
 
@@ -116,6 +116,7 @@ def collect(
     done = broadcast_object_list([{row["id"] for row in rows}])[0]
     batches = rows_of(done, (state.process_index, n))
     with (
+        names_file(path),
         open(path, "a", encoding="utf-8") if main else contextlib.nullcontext() as file,
         tqdm(total=total, initial=len(done), unit="example", disable=not main) as bar,
     ):

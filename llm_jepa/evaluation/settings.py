@@ -68,6 +68,9 @@ class EvaluationSettings:
     )
     max_new_tokens: int = flag(128, "maximum length of a response in tokens; -1: up to the model's context", GENERATION)
     plain: bool = flag(False, "no chat format: user<|perception|>", GENERATION)
+    unmask_assistant_special_tokens: bool = flag(
+        False, "flag of the reference implementation, without effect: no prompt gets a second BOS token", GENERATION
+    )
     startswith: bool = flag(False, "startswith is the primary score instead of the task's", GENERATION, "--statswith")
 
     similarity: bool = flag(False, "embed the views and measure their similarity, without generating", EMBEDDING)
@@ -161,7 +164,7 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
     task, output = check_task(s, r), check_output(s, r)
     if r:
         raise UsageError("\n".join(r))
-    return dataclasses.replace(s, task=task, output_file=output)
+    return dataclasses.replace(s, task=task, output_file=output, unmask_assistant_special_tokens=False)
 
 
 def check_task(s: EvaluationSettings, r: Refusals) -> str | None:

@@ -10,7 +10,7 @@ import torch
 
 from llm_jepa.cli import Refusals, UsageError, flag
 from llm_jepa.model import load_config
-from llm_jepa.settings import MODEL, OPTIM, RUN, Settings, check_settings
+from llm_jepa.settings import MODEL, OPTIM, Settings, check_settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,9 +35,6 @@ class LargeSettings(Settings):
         MODEL,
     )
     load_in_4bit: bool = flag(False, "QLoRA: frozen parameters in 4 bits (needs the package bitsandbytes)", MODEL)
-    keep_checkpoints: bool = flag(
-        False, "keep checkpoints after training (by default only the final model is kept)", RUN
-    )
     optim: str = flag(
         "auto",
         "optimizer of transformers; auto: adamw_bnb_8bit for full fine-tuning on one GPU, else adamw_torch_fused",

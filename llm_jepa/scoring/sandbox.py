@@ -136,7 +136,7 @@ def serve(function: str, memory: int) -> None:
     for output in (1, 2):
         os.dup2(devnull, output)
     for limit, value in (("RLIMIT_AS", memory), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
-        with contextlib.suppress(ValueError, OSError):  # not every system has every limit
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # not every system has every limit
             resource.setrlimit(getattr(resource, limit), (value, value))
     print(READY, file=replies, flush=True)
     for request in sys.stdin.buffer:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers.utils import logging as transformers_logging
 
 from llm_jepa.cli import first_line, run_command
 from llm_jepa.distributed import process_group
+from llm_jepa.files import names_file
 
 
 def run_training(name: str, work: Callable[[PartialState], None]) -> int:
@@ -39,16 +41,22 @@ def run_training(name: str, work: Callable[[PartialState], None]) -> int:
 
 
 @contextlib.contextmanager
-def full_disk_is_an_error(folder: str) -> Iterator[None]:
-    """Turns what torch and safetensors raise on a full disk into an OSError that names --output_dir."""
+def write_errors(folder: str) -> Iterator[None]:
+    """Makes an OSError that names a file or `folder` of every error that a refused write raises.
+
+    The system refuses with an OSError. Safetensors and torch.save raise errors of their own instead, and sharded
+    checkpoints one that contains those of all processes.
+    """
     try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or error.filename:
+        with names_file(folder):
+            yield
+        return
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+    except SafetensorError as error:
+        cause = error
+    except RuntimeError as error:
+        if traceback.extract_tb(error.__traceback__)[-1].filename != torch.serialization.__file__:
             raise
-        raise OSError(f"{first_line(error)} (--output_dir {folder})") from None
-    except (SafetensorError, RuntimeError) as error:
-        if not any(text in str(error) for text in ("No space left", "inline_container")):  # safetensors' and torch's
-            raise
-        message = f"cannot write to --output_dir {folder}; is its disk full? ({first_line(error)})"
-        raise OSError(message) from None
+        cause = error
+    raise OSError(f"{folder}: {first_line(cause)}")
