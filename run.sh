@@ -127,7 +127,7 @@ drive() { # the script's arguments: runs them with all templates
 
 templates=()
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
-  [[ " $* " != *" "@(-h|--help)" "* ]] || { usage; exit; }
+  case " $* " in *" -h "* | *" --help "*) usage && exit ;; esac
   unset NNODES NODE_RANK # of run8bh200.sh
   run_regular && run_jepa && run_pretrain && sweep && launchers
   drive "$@"

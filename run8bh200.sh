@@ -121,7 +121,7 @@ node_variables() {
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
-  [[ " $* " != *" "@(-h|--help)" "* ]] || { usage; exit; }
+  case " $* " in *" -h "* | *" --help "*) usage && exit ;; esac
   node_variables
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # each restart gets a new store, without the addresses of dead processes
   run_regular && run_jepa && launchers

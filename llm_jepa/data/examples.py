@@ -265,11 +265,11 @@ def read_rows(path: str, columns: Sequence[str] | None = None, streaming: bool =
     Columns that are not in `columns` are read only where the format needs it. Files are read row by row, but a JSON
     array is read at once. A hub dataset is downloaded first, or with `streaming` read row by row. Raises ExampleError.
     """
-    csv_rows = {".csv": _csv_rows, ".tsv": partial(_csv_rows, delimiter="\t"), ".parquet": _parquet_rows}
+    readers = {".csv": _csv_rows, ".tsv": partial(_csv_rows, delimiter="\t"), ".parquet": _parquet_rows}
     ending = Path(path.lower().removesuffix(".gz")).suffix
     try:
         yield from (
-            _hub_rows(path, columns, streaming) if is_hub(path) else csv_rows.get(ending, _json_rows)(path, columns)
+            _hub_rows(path, columns, streaming) if is_hub(path) else readers.get(ending, _json_rows)(path, columns)
         )
     except READ_ERRORS as error:
         raise ExampleError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None

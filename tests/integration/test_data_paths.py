@@ -94,7 +94,8 @@ def test_resumed_stream_equals_uninterrupted_stream_bit_for_bit(tmp_path, monkey
     monkeypatch.setattr(streaming, "CHUNK", 2)
     data = write_rows(tmp_path / "data.jsonl", [*EXAMPLES[:16], {"messages": []}])
     flags = (*JEPA, *size, "--jepa_ratio", 0.5, "--lora", "--lora_dropout", 0.3, "--streaming", "--skip_bad_examples",
-             "--grad_accum", 1, "--max_steps", 8, "--save_steps", 5, "--save_total_limit", 9)  # fmt: skip
+             "--grad_accum", 1, "--max_steps", 8, "--save_steps", 5, "--save_total_limit", 9,
+             "--keep_checkpoints")  # fmt: skip
     straight = train(data, tmp_path / "straight", *flags)
     run = train(data, interrupted(straight, 5, tmp_path / "run"), *flags, "--resume")
     same_weights(straight, run)
@@ -103,7 +104,7 @@ def test_resumed_stream_equals_uninterrupted_stream_bit_for_bit(tmp_path, monkey
 
 
 def test_stream_is_not_resumed_by_another_number_of_processes(data, trained, tmp_path):
-    flags = (*JEPA, "--streaming", "--max_steps", 4, "--save_steps", 2, "--save_total_limit", 9)
+    flags = (*JEPA, "--streaming", "--max_steps", 4, "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
     run = interrupted(trained(*flags), 2, tmp_path / "run")
     place = run / "checkpoint-2" / "stream-0.json"
     place.write_text(json.dumps({"place": [0, 0, 3], "processes": 2}))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -25,7 +28,6 @@ from conftest import (
     weights,
     write_rows,
 )
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune
@@ -130,7 +132,7 @@ def test_loss_dropout_depends_on_seed_epoch_and_example_only(trained):
 
 # ---------------------------------------------------------------------------------------------------------- resume
 
-SAVED = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9)
+SAVED = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
 
 
 @pytest.mark.parametrize(
@@ -179,29 +181,101 @@ def test_resume_with_other_settings_or_data_is_refused(data, trained, tmp_path):
     train(data, run, *JEPA, *SAVED, "--resume", code=2)
 
 
+def test_run_is_resumed_by_its_folder_only(data, trained, tmp_path):
+    straight = trained(*JEPA, *SAVED, "--jepa_ratio", 0.5)
+    run = interrupted(straight, 4, tmp_path / "moved run")
+    args = (run / "args.json").read_bytes()
+    other = tmp_path / "other"
+    for flags, mentioned in (
+        (["--resume", run, "--lbd", 0.1], "--lbd 1.0"),  # the default is a given value too
+        (["--resume", run, "--output_dir", other], str(other)),
+        (["--resume", run, "--overwrite"], "--overwrite"),
+        (["--resume", run / "checkpoint-4"], "checkpoint-4"),
+        (["--resume", data], str(data)),
+    ):
+        done = call("finetune", *flags)
+        assert done.code == 2 and mentioned in done.err and done.err.count("\n") == 1, flags
+    assert (run / "args.json").read_bytes() == args and not other.exists()
+    same = ("--lbd", 1, "--train_file", data, "--logging_steps", 1, "--save_total_limit", 1)
+    done = call("finetune", "--resume", run, *same)
+    assert done.code == 0 and "resuming from checkpoint-4" in done.err, done.err
+    same_weights(straight, run)
+    assert column(run, "loss") == column(straight, "loss")
+    assert call("finetune", "--resume", run).code == 2  # it is finished
+
+
+def test_finished_run_keeps_only_model_and_records(data, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr("socket.gethostname", lambda: "name-of-the-host")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "target").mkdir()
+    run = train(data, tmp_path / "link", *JEPA, *SAVED[:-1])
+    assert not list(tmp_path.glob(".*")), "a lock file"
+    for file in run.rglob("*"):
+        assert not file.match("checkpoint-*/*") and not file.name.startswith(("optimizer", "scheduler", "rng_state"))
+        assert file.is_dir() or b"name-of-the-host" not in file.read_bytes(), file
+    same_weights(run, trained(*JEPA, *SAVED))
+    train(data, run, *JEPA, *SAVED, "--overwrite")
+    assert run.is_symlink() and len(complete_checkpoints(tmp_path / "target")) == 3
+
+
+def too_large(trainer, folder, save):
+    """Saves under a limit on the size of files."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        save(trainer, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def disk_full(trainer, folder, save):
+    """Saves the optimizer's state to a device that is full."""
+    (Path(folder) / "optimizer.pt").symlink_to("/dev/full")
+    save(trainer, folder)
+
+
+def no_quota(trainer, folder, save):
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
 @pytest.mark.parametrize(
-    "error",
-    [
-        OSError(28, "No space left on device"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
-    ],
-    ids=["os", "safetensors", "torch"],
+    ("method", "failing"),
+    [("_save", too_large), ("_save_optimizer_and_scheduler", disk_full), ("_save_rng_state", no_quota)],
 )
-def test_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch, error):
-    real = finetune.JepaTrainer._save_optimizer_and_scheduler
+def test_refused_write_is_one_line_and_leaves_the_last_checkpoint(
+    data, trained, tmp_path, monkeypatch, method, failing
+):
+    run, real = tmp_path / "run", getattr(finetune.JepaTrainer, method)
 
-    def full(self, folder):
-        if "checkpoint-4" in folder:
-            raise error
-        real(self, folder)
+    def save(self, folder, *args, **kwargs):
+        if "checkpoint-4" in str(folder):
+            failing(self, folder, real)
+        else:
+            real(self, folder, *args, **kwargs)
 
-    monkeypatch.setattr(finetune.JepaTrainer, "_save_optimizer_and_scheduler", full)
-    run = tmp_path / "run"
-    done = start(data, run, "--regular", *SAVED)
-    assert done.code == 1 and f"--output_dir {run}" in done.err and "Traceback" not in done.err
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.JepaTrainer, method, save)
+        done = start(data, run, *JEPA, *SAVED)
+    last = done.err.splitlines()[-1]
+    assert done.code == 1 and str(run) in last and "Traceback" not in done.err, done.err
     assert read_json(run / "run.json")["status"] == "failed"
-    assert [p.name for p in complete_checkpoints(run)] == ["checkpoint-2"]
+    assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    if failing is too_large:
+        assert call("finetune", "--resume", run).code == 0
+        same_weights(trained(*JEPA, *SAVED), run)
+
+
+@pytest.mark.parametrize("bad", ["a file", "below a file", "a dangling link"])
+def test_folder_that_cannot_be_made_is_refused_at_once(data, tmp_path, bad):
+    file, link = tmp_path / "file name", tmp_path / "link"
+    file.write_text("mine")
+    link.symlink_to(tmp_path / "nowhere")
+    out = {"a file": file, "below a file": file / "run", "a dangling link": link}[bad]
+    for flags in ((), ("--overwrite",)):
+        done = start(data, out, "--regular", *flags)
+        assert done.code == 2 and "--output_dir" in done.err and str(out) in done.err, done.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file name", "link"] and file.read_text() == "mine"
 
 
 # ------------------------------------------------------------------------------------------------- kinds of models

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import zlib
 
 import datasets
+import pyarrow as pa
 import pytest
 from conftest import message_row, write_rows
+from pyarrow import parquet
 
 from llm_jepa.data.examples import (
     Example,
@@ -28,11 +32,17 @@ FIELDS = Fields("question", "code")
 def write(path, pairs):
     """Writes the fields question and code, and another one, in the format of the file's ending."""
     columns = {"other": ["1"] * len(pairs), "question": [q for q, _ in pairs], "code": [c for _, c in pairs]}
-    if path.suffix == ".parquet":
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(write(path.with_suffix(""), pairs).read_bytes()))
+    elif path.suffix == ".json":
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        path.write_text("\ufeff\n" + json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    elif path.suffix == ".parquet":
         datasets.Dataset.from_dict(columns).to_parquet(path)
-    elif path.suffix == ".csv":
+    elif path.suffix in (".csv", ".tsv"):
         with open(path, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
+            delimiter = "," if path.suffix == ".csv" else "\t"
+            csv.writer(file, delimiter=delimiter).writerows([columns, *zip(*columns.values(), strict=True)])
     else:
         write_rows(path, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
     return path
@@ -42,7 +52,8 @@ def read(path, fields: Fields | None = FIELDS, problems: Problems | None = None)
     return read_examples(str(path), problems or Problems(), fields)
 
 
-@pytest.mark.parametrize("name", ["mine.jsonl", "mine.txt", "mine.csv", "mine.parquet"])
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.txt", "mine.csv", "mine.parquet", "mine.json", "mine.tsv",
+                                  "mine_test.jsonl.gz", "mine.json.gz", "mine.csv.gz"])  # fmt: skip
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_fields_become_views(name, system, tmp_path):
     path = write(tmp_path / name, PAIRS)
@@ -50,11 +61,15 @@ def test_fields_become_views(name, system, tmp_path):
     assert [(e.system, e.user, e.assistant, e.id) for e in examples] == [
         (system, q, c, i) for i, (q, c) in enumerate(PAIRS, start=1)
     ]
+    assert dataset_name(str(path)) == "mine"
     with pytest.raises(ExampleError, match=f"{name}.*'answer'.*'code'"):
         read(path, Fields("question", "answer"))
 
 
-@pytest.mark.parametrize(("name", "place"), [("mine.jsonl", ":2"), ("mine.csv", ":3"), ("mine.parquet", ": row 2")])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("mine.jsonl", ":2"), ("mine.csv", ":3"), ("mine.parquet", ": row 2"), ("mine.json", ": entry 2")],
+)
 def test_empty_value_is_reported_by_place_or_skipped(name, place, tmp_path):
     path = write(tmp_path / name, [PAIRS[0], ("q", " "), PAIRS[2]])
     with pytest.raises(ExampleError, match=f"{name}{place}: .*'code'"):
@@ -75,12 +90,49 @@ def test_empty_value_is_reported_by_place_or_skipped(name, place, tmp_path):
         ("mine.csv", b"", ""),
         ("mine.parquet", b"PAR1 not really", ""),
         ("mine.jsonl", json.dumps({"question": "q", "code": 7}).encode(), ":1: .*'code'"),
+        ("mine.csv", 'question,code\na,b\n"c\nd",é\n'.encode("latin-1"), ":4: .*UTF-8"),
+        ("mine.csv", "question,code\na,b\n".encode("utf-16"), ":1: .*UTF-16"),
+        ("mine.tsv", "question\tcode\na\tb\n".encode("utf-16-be"), ":1: .*UTF-16"),
+        ("mine.json", '[\n{"question": "é"}]'.encode("latin-1"), ": .*UTF-8.*line 2"),
+        ("mine.json", b'[\n{"question": "a"},\n{"code": }]', ": .*line 3"),
+        ("mine.json", b'{\n"rows": []}', ":1: .*array"),
+        ("mine.xlsx", b"PK\3\4\xff\xff", ":1: .*csv"),
+        ("mine.jsonl", '{"question": "é", "code": "b"}'.encode("utf-16"), ":1: .*UTF-8"),
+        ("mine.csv.gz", b"question,code\na,b\n", ""),
+        ("mine.json.gz", gzip.compress(b"[1, 2]" * 99)[:20], ""),
+        ("mine.jsonl.gz", gzip.compress(b"{}")[:10] + zlib.compress(b"x") + b"12345678", ""),
     ],
 )
 def test_damaged_file_is_reported_by_place(name, content, place, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ExampleError, match=f"{name}{place}"):
         read(tmp_path / name)
+
+
+def test_columns_that_are_not_used_are_not_read(tmp_path):
+    path, table = tmp_path / "wide.parquet", pa.table({"question": ["a", "b"], "code": ["c", "d"]})
+    unusable = {
+        "far": pa.array([2**55, None], pa.timestamp("ms")),
+        "zone": pa.array([1, None], pa.timestamp("us", tz="Mars/Phobos")),
+        "bytes": pa.array([b"\xff", b"\xfe"], pa.binary()).view(pa.string()),
+        "question.part": pa.array([2**55, 1], pa.timestamp("ms")),
+    }
+    for name, column in unusable.items():
+        table = table.append_column(name, column)
+    parquet.write_table(table, path)
+    assert [(e.user, e.assistant) for e in read(path)] == [("a", "c"), ("b", "d")]
+    for name in unusable:
+        with pytest.raises(ExampleError, match=path.name):
+            read(path, Fields("question", name))
+    with pytest.raises(ExampleError, match="'messages'.*'question'.*--text_field"):
+        read(path, None)
+    own = pa.Table.from_pylist([message_row("u", "a")]).append_column("far", pa.array([2**55], pa.timestamp("ms")))
+    parquet.write_table(own, path)
+    assert [e.user for e in read(path, None)] == ["u"]
+    (tmp_path / "twice.csv").write_text("question,,code,\na,1,c,2\n")
+    assert [e.user for e in read(tmp_path / "twice.csv")] == ["a"]
+    mixed = [{"question": "a", "code": "c", "x": x} for x in ("a", {"y": 1}, [1, None], None)]
+    assert len(read(write_rows(tmp_path / "mixed.jsonl", mixed))) == len(mixed)
 
 
 def test_parquet_can_contain_the_projects_own_format(tmp_path):
@@ -96,6 +148,8 @@ def hub(monkeypatch):
     label = datasets.ClassLabel(names=["Bad", "Good"])
     features = datasets.Features({"comment": datasets.Value("string"), "label": label})
     rows = datasets.Dataset.from_dict({"comment": ["fine", "dull"], "label": [1, 0]}, features=features)
+    far = pa.array([2**55, 1], pa.timestamp("ms"))  # cannot be converted
+    rows = datasets.concatenate_datasets([rows, datasets.Dataset(pa.table({"when": far}))], axis=1)
 
     def load_dataset(name, config, *, split, revision, streaming):
         calls.append((name, config, split, revision))
@@ -114,6 +168,8 @@ def hub(monkeypatch):
         ("owner/films:plain_text:train", ("owner/films", "plain_text", "train", None)),
         ("owner/films:main:train@0a1b2c", ("owner/films", "main", "train", "0a1b2c")),
         ("owner/films:train[:100]@0a1b2c", ("owner/films", None, "train[:100]", "0a1b2c")),
+        ("owner/films:train@refs/pr/3", ("owner/films", None, "train", "refs/pr/3")),
+        ("owner/films:main:train[:9]+test[5:]@user/a@b", ("owner/films", "main", "train[:9]+test[5:]", "user/a@b")),
     ],
 )
 def test_hub_dataset_is_given_by_name_config_split_and_revision(path, call, hub):
@@ -127,14 +183,16 @@ def test_hub_dataset_is_given_by_name_config_split_and_revision(path, call, hub)
 def test_missing_hub_dataset_is_an_error_and_checksum_depends_on_content(hub):
     with pytest.raises(ExampleError, match="owner/none:test"):
         read("owner/none:test")
-    first = data_sha256("owner/films:test")
-    assert first == data_sha256("owner/films:train") and len(first) == 64
-    assert data_sha256("owner/films:odd") != first
+    fields = Fields("comment", "label")
+    first = data_sha256("owner/films:test", fields)
+    assert first == data_sha256("owner/films:train@refs/pr/3", fields) and len(first) == 64
+    assert data_sha256("owner/films:odd", fields) != first
 
 
 def test_file_takes_precedence_over_hub_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert not any(map(is_hub, ("data/rows.jsonl", "rows.jsonl", str(tmp_path / "rows.jsonl"), "./a/b.csv")))
+    assert not any(map(is_hub, ("data/rows.jsonl", "rows.jsonl", str(tmp_path / "rows.jsonl"), "./a/b.csv",
+                                  "data/run:1/rows.jsonl")))  # fmt: skip
     assert is_hub("owner/name:test")
     (tmp_path / "owner").mkdir()
     write(tmp_path / "owner" / "name:test", PAIRS)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json, sha256, write_json
-from llm_jepa.run_folder import CHECKPOINT_MARK, RunFolder, complete_checkpoints, mark_checkpoint, provenance
+from llm_jepa.run_folder import CHECKPOINT_MARK, RunFolder, complete_checkpoints, launch_id, mark_checkpoint, provenance
 
 
 def checkpoint(run: Path, step: int, mark: bool = True) -> None:
@@ -43,6 +47,34 @@ def test_json_is_written_atomically_and_damage_is_reported(tmp_path):
         read_json(path)
 
 
+@pytest.mark.parametrize("reason", ["EFBIG", "ENOSPC"])
+def test_refused_write_names_the_file_and_keeps_it(tmp_path, reason):
+    path, limits = tmp_path / "run.json", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_json(path, {"a": 1})
+    if reason == "ENOSPC":
+        (tmp_path / "run.json.tmp").symlink_to("/dev/full")
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            write_json(path, {"a": "b" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == getattr(errno, reason) and str(path) in str(error.value)
+    assert read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["run.json"]
+
+
+def test_job_is_identified_without_a_name_of_the_machine(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "alices-laptop")
+    found = {}
+    for name in ("none", "none", "alices-laptop:29500", "other"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        assert found.setdefault(name, launch_id()) == launch_id()
+    assert len({*found.values()}) == 3 and "alice" not in "".join(found.values())
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert launch_id() is None
+
+
 def test_provenance_records_commit_versions_and_data(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text("abc")
@@ -63,5 +95,9 @@ def test_run_folder_is_locked_until_closed(tmp_path):
         with pytest.raises(UsageError, match=str(run)):
             RunFolder(str(run), {}).start(overwrite, record)
     assert {p: p.read_bytes() for p in run.iterdir()} == before
+    waiting = open(tmp_path / ".run.lock", "a")  # opened before it is removed
     first.close()
-    RunFolder(str(run), {}).start(False, record)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    with waiting:
+        fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a file that is gone: keeps nobody out
+        RunFolder(str(run), {}).start(False, record)

@@ -16,9 +16,10 @@ from llm_jepa.cli import UsageError, parse_flags
 FINETUNE = """train_file eval_file data_file eval_split split_seed model_name output_dir max_length batch_size
 grad_accum learning_rate num_epochs finetune_seed regular predictors lbd gamma last_token lora lora_rank pretrain plain
 train_all trainall additive_mask jepa_l2 jepa_mse infonce front_pred reverse_pred
-jepa_ratio track_flop same_flop""".split()
+jepa_ratio track_flop same_flop use_default_data_collator unmask_assistant_special_tokens""".split()
 EVALUATE = """model_name original_model_name input_file output_file nosplit_data split_tune_untune max_new_tokens
-max_examples plain startswith statswith test_size split_seed process_split""".split()
+max_examples plain startswith statswith test_size split_seed process_split
+unmask_assistant_special_tokens""".split()
 
 
 def resolve(*argv: object) -> finetune.Settings:
@@ -50,6 +51,22 @@ def test_default_folder_depends_on_every_setting_that_changes_numbers():
         assert resolve(*same.split()).output_dir == folders[arms.index(arm)]
 
 
+@pytest.mark.parametrize(
+    ("flags", "scope"),
+    [
+        ("", "answer"),
+        ("--use_default_data_collator", "answer_text"),
+        ("--use_default_data_collator --unmask_assistant_special_tokens", "answer"),
+        ("--unmask_assistant_special_tokens", "reference"),
+        ("--unmask_assistant_special_tokens --train_all", "reference"),
+        ("--use_default_data_collator --lm_labels answer_text", "answer_text"),
+    ],
+)
+def test_label_flags_of_the_reference_implementation_are_scopes(flags, scope):
+    both, named = resolve(*flags.split()), resolve("--lm_labels", scope, *["--train_all"] * ("--train_all" in flags))
+    assert both == named and both.lm_labels == scope
+
+
 # Flags, and the flags that the message must mention (by default the first one).
 REFUSED = {
     "--regular --lbd 1 --infonce": "--lbd --infonce --regular",
@@ -65,6 +82,9 @@ REFUSED = {
     "--jepa_ratio 1.5": "",
     "--lbd inf": "",
     "--train_all --lm_labels answer": "--lm_labels",
+    "--use_default_data_collator --lm_labels reference": "--lm_labels --use_default_data_collator",
+    "--unmask_assistant_special_tokens --lm_labels answer": "--lm_labels --unmask_assistant_special_tokens",
+    "--use_default_data_collator --train_all": "--train_all",
     "--additive_mask --layout packed": "--additive_mask --layout",
     "--additive_mask --regular": "",
     "--layout additive --regular": "",
