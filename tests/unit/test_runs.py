@@ -9,10 +9,14 @@ import resource
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json, sha256, write_json
 from llm_jepa.run_folder import CHECKPOINT_MARK, RunFolder, complete_checkpoints, launch_id, mark_checkpoint, provenance
+from llm_jepa.training.process import write_errors
 
 
 def checkpoint(run: Path, step: int, mark: bool = True) -> None:
@@ -62,6 +66,43 @@ def test_refused_write_names_the_file_and_keeps_it(tmp_path, reason):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == getattr(errno, reason) and str(path) in str(error.value)
     assert read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["run.json"]
+
+
+def save_sharded(path):
+    raise CheckpointException("save", {0: (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), None)})
+
+
+def write_open_file(path):
+    with open(path, "wb") as file:
+        file.write(b"x" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: torch.save({"a": torch.ones(9999)}, path),
+        lambda path: torch.save({}, path.with_name("absent") / "file"),
+        lambda path: save_file({"a": torch.ones(9999)}, path),
+        save_sharded,
+        write_open_file,
+    ],
+    ids=["torch", "no folder", "safetensors", "sharded", "file"],
+)
+def test_every_error_of_a_refused_write_names_the_folder_in_one_line(tmp_path, save):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError) as error, write_errors(str(tmp_path)):
+            save(tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    for bug in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("x"), UsageError("x")):
+        with pytest.raises(type(bug)), write_errors(str(tmp_path)):
+            raise bug
 
 
 def test_job_is_identified_without_a_name_of_the_machine(monkeypatch):
