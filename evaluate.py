@@ -51,6 +51,7 @@ from llm_jepa.run_folder import provenance
 from llm_jepa.scoring.sql import example_database, spider_databases
 from llm_jepa.scoring.tasks import TASKS, Scorer
 from llm_jepa.training.checks import on_device
+from llm_jepa.training.process import write_errors
 
 HERE = Path(__file__).resolve().parent
 MIN_GOLD_SCORE = 0.9  # of the data's own answers; published datasets contain a few wrong answers
@@ -290,7 +291,8 @@ def evaluate(s: EvaluationSettings) -> None:
     for note in record["notes"] if PartialState().is_main_process else ():
         print(f"evaluate.py: note: {note}", file=sys.stderr)
     if s.embeds:
-        evaluate_embeddings(s, examples, record, problems)
+        with write_errors(s.output_file or s.export_embeddings):
+            evaluate_embeddings(s, examples, record, problems)
     elif s.score_gold:
         report_skipped(problems, record)
         check_gold(examples, s)

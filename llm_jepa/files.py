@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from llm_jepa.cli import UsageError
+from llm_jepa.cli import UsageError, first_line
 
 READ_ERRORS = (OSError, EOFError, zlib.error)  # the last two: of compressed files
 
@@ -60,6 +60,11 @@ def read_json(path: Path) -> Any:
         raise UsageError(f"{path}: cannot be read ({error})") from None
 
 
+def read_error(error: Exception) -> str:
+    """Why a file cannot be read, without its name."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 def open_data(path: str | Path) -> IO[bytes]:
     """Opens a file for reading; one whose name ends in .gz is decompressed."""
     return gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb")
@@ -77,17 +82,16 @@ def jsonl_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def parse_json(data: bytes) -> Any:
-    """The value of a line or file of JSON. Raises ValueError with the reason, and with a line other than the first."""
+def parse_json(data: bytes, hint: str = "") -> Any:
+    """The value of a line or file of JSON. Raises ValueError with the reason, a line other than the first, and hint."""
     try:
-        return json.loads(data.decode("utf-8").rstrip())
+        return json.loads(data.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         number, byte = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
-        of = f"line {number}" if number > 1 else "the line"
-        raise ValueError(f"not UTF-8 (byte {byte} of {of})") from None
+        raise ValueError(f"not UTF-8 (byte {byte} of {f'line {number}' if number > 1 else 'the line'}){hint}") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"not JSON ({error.msg} at {place}column {error.colno})") from None
+        raise ValueError(f"not JSON ({error.msg} at {place}column {error.colno}){hint}") from None
     except RecursionError:
         raise ValueError("not JSON that can be read (nested too deeply)") from None
 
@@ -101,7 +105,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
             except ValueError as error:
                 raise UsageError(f"{path}:{number}: {error}") from None
     except READ_ERRORS as error:
-        raise UsageError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise UsageError(f"{path}: cannot be read ({read_error(error)})") from None
 
 
 def sha256(path: str | Path) -> str:

@@ -92,9 +92,7 @@ class RunFolder:
         """Raises UsageError if the folder exists and neither flag allows that, or if it belongs to another run."""
         if resume and not self.path.exists():
             raise UsageError(f"--resume: there is no run folder {self.path}")
-        parent = self.path
-        while not os.path.lexists(parent):
-            parent = parent.parent
+        parent = next(p for p in (self.path, *self.path.parents) if os.path.lexists(p))
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise UsageError(f"--output_dir {self.path}: {parent} is not a folder that can be written to")
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
@@ -168,14 +166,13 @@ class RunFolder:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            in_use = not os.path.samestat(os.fstat(file.fileno()), path.stat())  # removed by another since the open
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError  # another process has removed the file since the open
         except (BlockingIOError, FileNotFoundError):
-            in_use = True
-        except (OSError, ImportError, AttributeError):  # a file system or a system without locks
-            in_use = False
-        if in_use:
             file.close()
-            raise UsageError(f"--output_dir {self.path} is in use by another process")
+            raise UsageError(f"--output_dir {self.path} is in use by another process") from None
+        except (OSError, ImportError, AttributeError):
+            pass  # a file system or a system without locks
         self._lock_file = file
 
     def close(self) -> None:

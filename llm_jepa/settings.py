@@ -112,14 +112,9 @@ class Settings:
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
-    use_default_data_collator: bool = flag(
-        False,
-        "flag of the reference implementation: --lm_labels answer_text, or answer with "
-        "--unmask_assistant_special_tokens",
-        METHOD,
-    )
+    use_default_data_collator: bool = flag(False, "reference implementation: --lm_labels answer_text", METHOD)
     unmask_assistant_special_tokens: bool = flag(
-        False, "flag of the reference implementation: without --use_default_data_collator --lm_labels reference", METHOD
+        False, "reference implementation: --lm_labels reference; both flags: answer", METHOD
     )
     plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
     reference_grad_scale: bool = flag(
@@ -165,9 +160,7 @@ class Settings:
 
     output_dir: str | None = flag(None, "run folder; default runs/<dataset>-<model>-<method>-…", RUN)
     resume: bool | str = flag(
-        False,
-        "resume from the last complete checkpoint of the run folder; with the folder as value no other flag is needed",
-        RUN,
+        False, "resume from the last complete checkpoint; as --resume RUN with the settings of this run folder", RUN
     )
     overwrite: bool = flag(False, "replace an existing run folder", RUN)
     dry_run: int | None = flag(
@@ -198,8 +191,8 @@ class Settings:
     @property
     def label_scope(self) -> str | None:
         """The value of --lm_labels that the flags ask for, also by the reference implementation's flags."""
-        scopes = {(True, False): "answer_text", (True, True): "answer", (False, True): "reference"}
-        return scopes.get((self.use_default_data_collator, self.unmask_assistant_special_tokens), self.lm_labels)
+        scopes = (self.lm_labels, "answer_text", "reference", "answer")
+        return scopes[self.use_default_data_collator + 2 * self.unmask_assistant_special_tokens]
 
     @classmethod
     def stored(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -209,9 +202,9 @@ class Settings:
             raise UsageError(f"--resume {run} is not a run folder (it has no args.json)")
         if Path(given.get("output_dir", run)).resolve() != run.resolve():
             raise UsageError(f"--resume {run}: not with --output_dir {given['output_dir']}")
-        known = {f.name for f in dataclasses.fields(cls)} - {"resume", "overwrite", "dry_run"}
-        settings = {name: value for name, value in read_json(run / "args.json").items() if name in known}
-        return settings | {"output_dir": given["resume"]}
+        settings, known = read_json(run / "args.json"), {f.name for f in dataclasses.fields(cls)}
+        known -= {"resume", "overwrite", "dry_run"}
+        return {name: settings[name] for name in known & settings.keys()} | {"output_dir": given["resume"]}
 
     @property
     def jepa(self) -> bool:
@@ -295,9 +288,8 @@ def check_method(s: Settings, r: Refusals) -> None:
     r.refuse(not 0 <= s.predictors <= 10, f"--predictors {s.predictors} is not in 0 to 10")
     r.refuse(s.last_token is not None and s.last_token >= 0, f"--last_token {s.last_token} is not negative")
     r.refuse(not 0 <= s.jepa_ratio <= 1, f"--jepa_ratio {s.jepa_ratio} is not in 0 to 1")
-    upstream = "--use_default_data_collator or --unmask_assistant_special_tokens"
-    other = s.lm_labels not in (None, s.label_scope)
-    r.refuse(other, f"--lm_labels {s.lm_labels}: not with {upstream}, here the same as --lm_labels {s.label_scope}")
+    same = f"--use_default_data_collator or --unmask_assistant_special_tokens, here --lm_labels {s.label_scope}"
+    r.refuse(s.lm_labels not in (None, s.label_scope), f"--lm_labels {s.lm_labels}: not with {same}")
     partial = s.label_scope in ("answer", "answer_text")
     r.refuse(s.train_all and partial, f"--lm_labels {s.label_scope}: not with --train_all")
     if s.text_view == "in_chat":

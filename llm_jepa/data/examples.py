@@ -26,14 +26,14 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from llm_jepa.cli import UsageError, first_line
-from llm_jepa.files import READ_ERRORS, jsonl_lines, open_data, parse_json, sha256
+from llm_jepa.files import READ_ERRORS, jsonl_lines, open_data, parse_json, read_error, sha256
 
 ROLES = (["system", "user", "assistant"], ["user", "assistant"])
 OPTIONAL = ("text", "code", "answers", "group")  # of an example in the project's own format, besides its messages
 HUB = re.compile(  # a revision can have slashes, as refs/pr/1
     r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:@[/]+))?:(?P<split>[^:@[/]+(\[[^]]*\][^:@[/]*)*)(@(?P<revision>[^:\s]+))?"
 )
-FORMATS = "a file is UTF-8 text with one JSON object per line or a JSON array of them, or .csv, .tsv or .parquet"
+FORMATS = "; a file is UTF-8 text with one JSON object per line or a JSON array of them, or .csv, .tsv or .parquet"
 
 
 class ExampleError(UsageError, ValueError):
@@ -161,45 +161,24 @@ def _used(path: str, names: list[str], columns: Sequence[str] | None) -> list[st
 
 
 def _json_rows(path: str, columns: Sequence[str] | None) -> Rows:
-    lines = jsonl_lines(path)
-    first, line = next(lines, (0, b""))
-    if line.lstrip().startswith(b"["):
-        with open_data(path) as file:
-            data = file.read().removeprefix(b"\xef\xbb\xbf")
-        try:
-            rows = parse_json(data)
-        except ValueError as error:
-            raise ExampleError(f"{path}: {error}") from None
-        for number, row in enumerate(rows, start=1):
-            yield f"{path}: entry {number}", number, lambda row=row: row
-    elif line:
-        yield f"{path}:{first}", first, lambda: _parse_first(line)
-        for number, text in lines:
-            yield f"{path}:{number}", number, lambda text=text: parse_json(text)
-
-
-def _parse_first(line: bytes) -> Any:
-    """The value on a file's first line. It fails for a file in another format, so the error lists the formats."""
-    try:
-        return parse_json(line)
-    except ValueError as error:
-        raise ValueError(f"{error}; {FORMATS}") from None
+    for count, (number, line) in enumerate(jsonl_lines(path)):
+        if count == 0 and line.lstrip().startswith(b"["):
+            with open_data(path) as file:
+                rows = enumerate(parse_json(file.read()), start=1)
+            yield from ((f"{path}: entry {number}", number, lambda row=row: row) for number, row in rows)
+            return
+        yield f"{path}:{number}", number, partial(parse_json, line, "" if count else FORMATS)
 
 
 def _csv_rows(path: str, columns: Sequence[str] | None, delimiter: str = ",") -> Rows:
     def lines(file: Iterator[str]) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
             if re.search("[\udc80-\udcff]", line) or "\0" in line:  # bytes that cannot be decoded
-                kind = (
-                    "UTF-16"
-                    if "\0" in line or line.startswith(("\udcff\udcfe", "\udcfe\udcff"))
-                    else "another encoding"
-                )
-                raise ExampleError(f"{path}:{number}: not UTF-8 but {kind}; save the file as UTF-8")
+                hint = ", perhaps UTF-16" if "\0" in line else ""
+                raise ExampleError(f"{path}:{number}: not UTF-8{hint}; save the file as UTF-8")
             yield line
 
-    binary = open_data(path)
-    with io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with io.TextIOWrapper(open_data(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         csv.field_size_limit(2**31 - 1)  # characters in a cell
         reader = csv.DictReader(lines(file), strict=True, delimiter=delimiter)
         try:
@@ -263,15 +242,13 @@ def read_rows(path: str, columns: Sequence[str] | None = None, streaming: bool =
 
     readers = {".csv": _csv_rows, ".tsv": partial(_csv_rows, delimiter="\t"), ".parquet": _parquet_rows}
     ending = Path(path.lower().removesuffix(".gz")).suffix
+    read = partial(_hub_rows, streaming=streaming) if is_hub(path) else readers.get(ending, _json_rows)
     try:
-        yield from (
-            _hub_rows(path, columns, streaming) if is_hub(path) else readers.get(ending, _json_rows)(path, columns)
-        )
+        yield from read(path, columns)
     except ExampleError:
         raise
     except (*READ_ERRORS, pyarrow.ArrowException, ValueError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise ExampleError(f"{path}: cannot be read ({reason})") from None
+        raise ExampleError(f"{path}: cannot be read ({read_error(error)})") from None
 
 
 def read_examples(path: str, problems: Problems, fields: Fields | None = None) -> list[Example]:

@@ -68,9 +68,7 @@ class EvaluationSettings:
     )
     max_new_tokens: int = flag(128, "maximum length of a response in tokens; -1: up to the model's context", GENERATION)
     plain: bool = flag(False, "no chat format: user<|perception|>", GENERATION)
-    unmask_assistant_special_tokens: bool = flag(
-        False, "flag of the reference implementation, without effect: no prompt gets a second BOS token", GENERATION
-    )
+    unmask_assistant_special_tokens: bool = flag(False, "reference implementation; no effect here", GENERATION)
     startswith: bool = flag(False, "startswith is the primary score instead of the task's", GENERATION, "--statswith")
 
     similarity: bool = flag(False, "embed the views and measure their similarity, without generating", EMBEDDING)

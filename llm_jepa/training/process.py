@@ -50,13 +50,9 @@ def write_errors(folder: str) -> Iterator[None]:
     try:
         with names_file(folder):
             yield
-        return
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-    except SafetensorError as error:
-        cause = error
-    except RuntimeError as error:
-        if traceback.extract_tb(error.__traceback__)[-1].filename != torch.serialization.__file__:
+    except (SafetensorError, CheckpointException, RuntimeError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, RuntimeError) and raised_in != torch.serialization.__file__:
             raise
-        cause = error
-    raise OSError(f"{folder}: {first_line(cause)}")
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise OSError(f"{folder}: {first_line(cause)}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,13 +122,15 @@ def test_processes_share_each_epoch_of_a_stream_in_another_order(data, monkeypat
     assert sorted(first) == sorted(second) == every and first != second
 
 
-@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize("ending", ["csv", "parquet", "json", "tsv.gz"])
 def test_stream_reads_other_formats(tmp_path, ending):
     import pandas
 
     rows = pandas.DataFrame({"q": [f"number {i}" for i in range(9)], "a": [f"{i}.*" for i in range(9)]})
     path, fields = tmp_path / f"own.{ending}", Fields("q", "a", None)
-    rows.to_csv(path, index=False) if ending == "csv" else rows.to_parquet(path)
+    write = {"csv": partial(rows.to_csv, index=False), "tsv.gz": partial(rows.to_csv, index=False, sep="\t"),
+             "json": partial(rows.to_json, orient="records"), "parquet": rows.to_parquet}  # fmt: skip
+    write[ending](path)
     (batch,) = batches(stream_of(path, fields=fields, batch_size=9), 1)
     assert sorted(batch) == sorted(tokens(encoder()(read_examples(str(path), Problems(), fields))))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import resource
 from pathlib import Path
 
 import datasets
@@ -24,8 +26,9 @@ def files(tmp_path_factory) -> dict[str, Path]:
     """The same examples as chats and in other formats."""
     folder = tmp_path_factory.mktemp("files")
     rows = [{"question": q, "query": c} for q, c in PAIRS]
-    found = {name: folder / f"own_train.{name}" for name in ("jsonl", "csv", "parquet")}
+    found = {name: folder / f"own_train.{name}" for name in ("jsonl", "csv", "parquet", "json.gz")}
     write_rows(found["jsonl"], rows)
+    found["json.gz"].write_bytes(gzip.compress(json.dumps(rows, indent=2).encode()))
     with open(found["csv"], "w", newline="") as file:
         csv.writer(file).writerows([["query", "question"], *((c, q) for q, c in PAIRS)])
     datasets.Dataset.from_list(rows).to_parquet(found["parquet"])
@@ -39,11 +42,11 @@ def runs(files, tmp_path_factory) -> dict[str, Path]:
     return {n: train(files.get(n, files["csv"]), folder / n, *FLAGS, *f) for n, f in flags.items()}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "hub"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "json.gz", "hub"])
 def test_own_fields_train_to_the_same_weights_as_chats(kind, files, runs, tmp_path, monkeypatch):
     rows = datasets.Dataset.from_list([{"question": q, "query": c} for q, c in PAIRS])
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
-    name = str(files.get(kind, "owner/pairs:main:train@0a1b"))
+    name = str(files.get(kind, "owner/pairs:main:train@refs/pr/1"))
     run = train(name, tmp_path / "run", *FLAGS, *OWN)
     same_weights(runs["chats"], run)
     checksums = read_json(run / "run.json")["data_sha256"]
@@ -82,3 +85,16 @@ def test_missing_field_is_reported_with_file_and_line(files, tmp_path):
     done = start(files["csv"], tmp_path / "run", "--text_field", "question", "--code_field", "answer")
     assert done.code == 2 and f"{files['csv']}:2: " in done.err and "'answer'" in done.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [("--task", "text", "--max_new_tokens", 4), ("--t_sne",), ("--export_embeddings",)])
+def test_evaluation_names_the_file_that_cannot_be_written(files, runs, tmp_path, flags):
+    vectors = flags == ("--export_embeddings",)
+    flags = (*flags, tmp_path / "v.safetensors") if vectors else (*flags, "--output_file", tmp_path / "out" / "p.jsonl")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        done = call("evaluate", "--model_name", runs["chats"], "--input_file", files["chats"], *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.code == 1 and "Traceback" not in done.err and str(tmp_path) in done.err.splitlines()[-1], done.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -65,6 +66,25 @@ def test_default_folder_depends_on_every_setting_that_changes_numbers():
 def test_label_flags_of_the_reference_implementation_are_scopes(flags, scope):
     both, named = resolve(*flags.split()), resolve("--lm_labels", scope, *["--train_all"] * ("--train_all" in flags))
     assert both == named and both.lm_labels == scope
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--regular",
+        "--additive_mask --jepa_l2 --predictors 2 --same_flop --num_epochs 2",
+        "--lora --merge --unmask_assistant_special_tokens --overwrite --last_token -2 --learning_rate 1e-300",
+        "--streaming --max_steps 5 --eval_file e --text_field a --code_field b --system s",
+        "--val_fraction 0.1 --eval_strategy steps --stp patch --stp_warmup 0.1 --plain --train_all --keep_checkpoints",
+        "--tokens_per_batch 9",
+    ],
+)
+def test_settings_of_a_run_folder_are_those_of_its_command(flags, tmp_path):
+    first = resolve("--output_dir", tmp_path, *flags.split())
+    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(first) | {"of_another_version": 1}))
+    s, given = parse_flags(finetune.Settings, "", ["--resume", str(tmp_path)])
+    assert given == {"resume"}
+    assert finetune.check_settings(s, given) == dataclasses.replace(first, resume=True, overwrite=False)
 
 
 # Flags, and the flags that the message must mention (by default the first one).
