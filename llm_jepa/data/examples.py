@@ -157,7 +157,7 @@ def _used(path: str, names: list[str], columns: Sequence[str] | None) -> list[st
     if set(missing) - set(OPTIONAL) or missing == list(columns or [None]):
         there = ", ".join(map(repr, names)) or "none"
         raise ExampleError(f"{path}: no field {missing[0]!r} (there are {there}; see --text_field, --code_field)")
-    return [name for name in columns or names if name in names]
+    return [name for name in names if name in (columns or names)]
 
 
 def _json_rows(path: str, columns: Sequence[str] | None) -> Rows:
