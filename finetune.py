@@ -130,7 +130,7 @@ class Collator:
     label_ids      (N,)
     view_at        (2, 2, P)  row and column of the first view (of the Text, unless --reverse_pred) and of the second
     path_at        (2, K, S)  row and column of each span's K = `points` points (0 without --stp)
-    counts         (3,)       N, P, S
+    counts         (3,)       N, the pairs before loss dropout (P without it), S
     tokens         (4,)       tokens of chats, text views (and predictor tokens in chats) and code views, and padding
     """
 
@@ -199,7 +199,7 @@ class Collator:
             "label_ids": torch.tensor(label_ids, dtype=torch.long),  # (N,)
             "view_at": torch.tensor(view_at, dtype=torch.long).reshape(2, -1, 2).movedim(2, 0),  # (2, P, 2) → (2, 2, P)
             "path_at": path_at,
-            "counts": torch.tensor([len(label_ids), len(view_at[0]), path_at.shape[2]]),
+            "counts": torch.tensor([len(label_ids), sum(map(bool, items)), path_at.shape[2]]),
             "tokens": torch.tensor([*tokens.values(), padding]),
         }
 
@@ -418,7 +418,8 @@ def objective(
     """The loss gamma · L_LM + Σ weight · term, and each term's unweighted sum by name.
 
     `counts` (3,): the labels, pairs and spans that the sums are divided by, in training those of the complete optimizer
-    step, of which a micro-batch has a share.
+    step, of which a micro-batch has a share. A pair that loss dropout removes is counted but adds nothing to the sum,
+    so with --jepa_ratio r the expected weight of the JEPA term is λ·r, as published.
     """
     loss, sums = gamma * lm_sum / counts[0], {}
     for term, weight in terms:
@@ -549,16 +550,16 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.item()}")
     loss.backward()
-    means = {t.name: (sums[t.name] / counts[COUNTS.index(t.divisor)]).item() for t in parts.terms}
-    labels, pairs, spans = batch["counts"].tolist()
+    there = {"pairs": states.views.shape[1], "spans": states.path.shape[1]}  # pairs that loss dropout leaves
+    means = {t.name: (sums[t.name] / there[t.divisor]).item() for t in parts.terms if there[t.divisor]}
     return {
         "lm_loss": (lm_sum / counts[0]).item(),
         "jepa_loss": means.get("jepa"),
-        **({"stp_loss": means["stp"], "spans": spans} if "stp" in means else {}),
+        **({"stp_loss": means.get("stp"), "spans": there["spans"]} if s.stp_variant else {}),
         "total_loss": loss.item(),
         "grad_norm": torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item(),
-        "label_tokens": labels,
-        "pairs": pairs,
+        "label_tokens": len(batch["label_ids"]),
+        "pairs": there["pairs"],
         "tokens": dict(zip(("chat", "text_view", "code_view", "padding"), batch["tokens"].tolist(), strict=True)),
         "first_row": first_example(parts.encoder.renderer, parts.train_set),
     }

@@ -294,9 +294,10 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.refuse(s.dry_run == 0, "--dry_run 0 would score nothing; leave it out to train")
     r.only_if(not s.dry_run, "resume overwrite", "not with --dry_run, which writes nothing")
     try:
-        get_scheduler(s.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1)
+        get_scheduler(s.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)], lr=s.learning_rate), 0, 1)
     except (ValueError, TypeError) as error:
-        r.append(f"--lr_scheduler_type {s.lr_scheduler_type} cannot be used ({first_line(error)})")
+        which = f"--lr_scheduler_type {s.lr_scheduler_type} with --learning_rate {s.learning_rate:g}"
+        r.append(f"{which} cannot be used ({first_line(error)})")
     r.refuse(s.optim not in list(OptimizerNames), f"--optim {s.optim} is not known")
     for tracker in s.report_to.split(","):
         known = tracker in ("none", "tensorboard", "wandb", "trackio")

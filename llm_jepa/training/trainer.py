@@ -167,18 +167,24 @@ class StepTrainer(Trainer):
     ) -> None:
         """Adds a micro-batch: its share of the step's loss, its sums and counts, its views (2, P, D)."""
         self._step_loss = self._step_loss + loss.detach()
-        pairs, zero = views.shape[1], lm_sum.new_zeros(())
+        count, zero = views.shape[1], lm_sum.new_zeros(())
         cosine, spread = view_statistics(views) if "jepa" in sums else (zero, zero)
-        figures = (lm_sum, sums.get("jepa", zero), cosine, spread if pairs > 1 else zero, sums.get("stp", zero))
+        figures = (lm_sum, sums.get("jepa", zero), cosine, spread if count > 1 else zero, sums.get("stp", zero))
         figures = torch.stack([x.detach().float() for x in figures]).to(self.statistics)
-        spread_pairs = batch["counts"][1:2] * (pairs > 1)
-        # Only tensors that are on the device already: copying a number there would make the host wait.
-        self.statistics += torch.cat([figures, batch["counts"], spread_pairs, batch["tokens"]])
+        labels, _, spans = batch["counts"].split(1)
+        # Made on the device: copying a number there would make the host wait.
+        pairs, spread_pairs = (labels.new_full((1,), n) for n in (count, count if count > 1 else 0))
+        self.statistics += torch.cat([figures, labels, pairs, spans, spread_pairs, batch["tokens"]])
 
     def _drain(self, statistics: torch.Tensor) -> dict[str, float]:
         total = dict(zip(STATISTICS, self.accelerator.reduce(statistics, "sum").tolist(), strict=True))
         statistics.zero_()
         return total
+
+    def _mean(self, term: Any, total: dict[str, float]) -> dict[str, float]:
+        """A term's mean by log key; nothing without pairs or spans."""
+        count = total[term.divisor]
+        return {f"{term.name}_loss": total[f"{term.name}_sum"] / count} if count else {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the method's figures to what the Trainer logs."""
@@ -194,8 +200,7 @@ class StepTrainer(Trainer):
             }
             self._since = now
             for term in self.terms:
-                logs |= {f"{term.name}_loss": t[f"{term.name}_sum"] / max(1, t[term.divisor])}
-                logs |= {term.divisor: int(t[term.divisor])}
+                logs |= self._mean(term, t) | {term.divisor: int(t[term.divisor])}
                 if term.warmup:
                     logs[f"{term.name}_lbd"] = term.weight_at(self.state.global_step, self.state.max_steps)
             logs |= {"cosine": t["cosine_sum"] / t["pairs"]} if t["pairs"] else {}
@@ -220,8 +225,8 @@ class StepTrainer(Trainer):
         lm = t["lm_sum"] / max(1, t["labels"])
         metrics = {"loss": self.gamma * lm, "lm_loss": lm}
         for term in self.terms:  # at its full weight whatever the warm-up, so that evaluations are comparable
-            metrics[f"{term.name}_loss"] = t[f"{term.name}_sum"] / max(1, t[term.divisor])
-            metrics["loss"] += term.weight * metrics[f"{term.name}_loss"]
+            metrics |= self._mean(term, t)
+            metrics["loss"] += term.weight * metrics.get(f"{term.name}_loss", 0)
             if term.name == "jepa":
                 metrics["cosine"] = t["cosine_sum"] / max(1, t["pairs"])
         if self.generate is not None:
