@@ -69,7 +69,7 @@ def training_arguments(
             "gradient_accumulation_kwargs": {"sync_each_batch": bool(fsdp_config)},
         },
         ignore_data_skip=s.streaming,  # a stream resumes by itself
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=True,
         label_names=["label_ids"],
     )
     # One device without torchrun: torch's DataParallel would split packed rows.
