@@ -567,16 +567,19 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
 
 def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool) -> float:
     """The FLOPs of regular fine-tuning as a fraction of those of these settings."""
-    device = parts.model.device
+    device, model = parts.model.device, parts.model
+    if s.gradient_checkpointing:  # what the backward pass computes again counts
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.train()
 
     def loss(items: list[Item]) -> torch.Tensor:
-        lm_sum, states = parts.selector.lm_sum(parts.model, on_device(parts.collator(items), device))
+        lm_sum, states = parts.selector.lm_sum(model, on_device(parts.collator(items), device))
         return lm_sum + jepa_loss(states.views, s.distance)[0]  # only its FLOPs count
 
     sampler = micro_batches(parts.train_set.items.lengths, shuffle=True, processes=1)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         share = flop_share(parts.train_set, sampler, loss, s.jepa_ratio)
-    parts.model.zero_grad()
+    model.zero_grad()
     return share
 
 
@@ -588,6 +591,8 @@ def build_trainer(
 
     `bf16`: whether float32 parameters are autocast to bfloat16; None follows --dtype.
     """
+    if s.gradient_checkpointing and not parts.model.supports_gradient_checkpointing:
+        raise UsageError(f"--gradient_checkpointing: {type(parts.model).__name__} does not support it")
     bf16 = uses_bfloat16(s, state.device) if bf16 is None else bf16
     micro_batches = partial(MicroBatches, seed=s.finetune_seed, batch_size=s.batch_size, tokens=s.tokens_per_batch)
     steps = s.max_steps

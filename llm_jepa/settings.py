@@ -285,6 +285,8 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")
     r.refuse(s.dtype == "float16" and not gpu, "--dtype float16 needs a GPU")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
+    flex = s.attn_implementation == "flex_attention"
+    r.only_if(not flex, "track_flop same_flop", "not with --attn_implementation flex_attention")
     liger = s.use_liger_kernel
     missing = liger and importlib.util.find_spec("liger_kernel") is None
     r.refuse(missing, "--use_liger_kernel: install the package liger-kernel first")

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -24,6 +23,7 @@ from llm_jepa.data.segments import Item
 from llm_jepa.data.streaming import Place, SegmentStream
 from llm_jepa.files import read_json, write_json
 from llm_jepa.run_folder import mark_checkpoint
+from llm_jepa.training.flops import FlopCounter
 
 STATISTICS = ("lm_sum", "jepa_sum", "cosine_sum", "spread_sum", "stp_sum", "labels", "pairs", "spans",
               "spread_pairs", "chat", "text_view", "code_view", "padding")  # fmt: skip
@@ -125,10 +125,10 @@ class StepTrainer(Trainer):
     # -- steps
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
-        """A micro-batch's forward and backward pass, with --track_flop under torch's counter."""
+        """A micro-batch's forward and backward pass, with --track_flop under a counter."""
         if not self.track_flop:
             return super().training_step(model, inputs, num_items_in_batch)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._flops = float(counter.get_total_flops())
         return loss

@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import EXAMPLES, GOLDEN, JEPA, ROOT, dry_run, same_weights, train, write_rows
 from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import finetune
+from llm_jepa.training.flops import FlopCounter
 
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 ANSWERS = [case for case in CASES if "lm_labels=answer_text" in case]
@@ -100,6 +102,73 @@ def test_model_that_changes_logits_after_the_output_layer_gets_all_of_them(tmp_p
     before = parts.selector.lm_sum(parts.model, batch)[0]
     parts.selector.max_logits = 1000
     assert not parts.selector.slices and parts.selector.lm_sum(parts.model, batch)[0].equal(before)
+
+
+# ----------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def flops(parts: finetune.Parts, batch: dict) -> int:
+    with FlopCounter() as counter:
+        loss, states = parts.selector.lm_sum(parts.model, batch)
+        (loss + states.views.sum()).backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("layout", sorted(finetune.LAYOUTS))
+def test_attention_counts_whatever_the_kernel(layout, lora, checkpointing):
+    """Against torch's count of eager attention, which consists of matrix products that torch has formulas for."""
+    counted = []
+    for kernel in ("eager", "sdpa"):
+        parts, batch = loaded(layout=layout, lora=lora, lora_dropout=0.0, attn_implementation=kernel)
+        if checkpointing:
+            parts.model.activation_checkpointing_enable()
+        parts.model.train()
+        counted.append(flops(parts, batch))
+    (rows, width), config = batch["input_ids"].shape, parts.model.config
+    scores = 2 * rows * width**2 * config.num_attention_heads * config.head_dim
+    assert counted[1] == counted[0] + config.num_hidden_layers * scores  # the fused kernel computes them again
+
+
+def test_experts_count_whatever_the_kernel():
+    counted = []
+    for experts in ("eager", "grouped_mm"):
+        config = AutoConfig.for_model(
+            "qwen3_moe", vocab_size=50, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_experts=4,
+            num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, experts_implementation=experts)
+        with FlopCounter() as counter:
+            model(input_ids=torch.arange(20)[None]).logits.sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1]
+
+
+@torch.library.custom_op("flash_test::_flash_attn_varlen_forward", mutates_args=())
+def varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
+) -> torch.Tensor:
+    """An attention kernel with the arguments of flash-attn's."""
+    return q.clone()
+
+
+@torch.library.custom_op("flash_test::scan", mutates_args=())
+def scan(x: torch.Tensor) -> torch.Tensor:
+    """An operator that nothing is known of."""
+    return x.clone()
+
+
+def test_flash_kernels_count_and_unknown_operators_are_reported_once(capsys):
+    q, k, begins = torch.ones(10, 4, 6), torch.ones(10, 2, 6), torch.tensor([0, 3, 10], dtype=torch.int32)
+    with FlopCounter() as counter:
+        varlen(q, k, k, begins, begins)
+    assert counter.get_total_flops() == 2 * 2 * (3 * 3 + 7 * 7) * 4 * 6 and "varlen" not in capsys.readouterr().err
+    with FlopCounter() as counter:
+        scan(scan(q) @ q.mT)
+    assert counter.get_total_flops() == 2 * 10 * 4 * 6 * 4
+    assert capsys.readouterr().err.count("flash_test.scan") == 1
 
 
 # ------------------------------------------------------------------------------------------------ waits and shapes
