@@ -72,7 +72,7 @@ from llm_jepa.training.data import load_data
 from llm_jepa.training.describe import final_record, first_example, last_checkpoint, start_block, start_record
 from llm_jepa.training.flops import flop_share
 from llm_jepa.training.process import full_disk_is_an_error, run_training
-from llm_jepa.training.trainer import StepTrainer
+from llm_jepa.training.trainer import StepTrainer, compile_decoder
 
 # ---------------------------------------------------------------------------------------------- layouts and masks
 
@@ -115,7 +115,7 @@ LAYOUTS = {"separate": separate_rows, "additive": additive_rows, "packed": packe
 
 @dataclass
 class Collator:
-    """Places the segments of a micro-batch in rows, padded to a multiple of `multiple` tokens. A call returns a dict:
+    """Places the segments of a micro-batch in rows, padded to the longest. A call returns a dict:
 
     mask           how attention is restricted: "padding" (one segment per row, a 2D mask), "positions" (position_ids
                    restart) or "dense" (a T x T mask)
@@ -137,7 +137,6 @@ class Collator:
     layout: str
     pad_id: int
     tokens_per_row: int
-    multiple: int = 1
     points: int = 0
 
     def rows(self, items: list[Item]) -> list[Row]:
@@ -148,7 +147,6 @@ class Collator:
         items = list(items)  # a lazy sequence makes new segments at each read; `place` needs the same ones
         rows = self.rows(items)
         width = max(1, max(sum(len(s.ids) for s in row) for row in rows))
-        width = math.ceil(width / self.multiple) * self.multiple
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)  # (R, T)
         positions = np.zeros((len(rows), width), dtype=np.int64)  # (R, T)
         segment_ids = np.full((len(rows), width), -1, dtype=np.int64)  # (R, T)
@@ -485,12 +483,11 @@ class Parts:
     selector: LMHeadSelector
     collator: Collator
     terms: list[Term]
-    compiled: bool
 
     def inspect(self, half: bool) -> None:
         """Checks the layout on the first three examples. `half`: the parameters are in half precision."""
         items = self.train_set.items[:3]
-        inspect_model(self.model, self.selector, self.collator, items, half=half, compiled=self.compiled)
+        inspect_model(self.model, self.selector, self.collator, items, half=half)
 
 
 def load_on_device(s: Settings, tokenizer: Any, device: torch.device) -> Any:
@@ -534,10 +531,9 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
     model = load(s, tokenizer, device)
     # A dense mask is quadratic in the row, so short rows are faster on a CPU; flash kernels want one long row.
     tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
-    multiple, points = 64 if s.torch_compile else 1, POINTS.get(s.stp_variant, 0)  # 64: few shapes to compile
-    collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, multiple, points)
+    collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, POINTS.get(s.stp_variant, 0))
     selector = LMHeadSelector(model, s.stp_layer if s.stp_variant else -1)
-    return Parts(*data, encoder, model, selector, collator, auxiliary_terms(s), s.torch_compile)
+    return Parts(*data, encoder, model, selector, collator, auxiliary_terms(s))
 
 
 def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
@@ -626,6 +622,8 @@ def build_trainer(
     except (ValueError, ImportError, OverflowError) as error:
         raise UsageError(f"the Trainer refuses these settings: {first_line(error)}") from None
     trainer.remove_callback(ProgressCallback)
+    if s.torch_compile:
+        compile_decoder(parts.model)
     return trainer
 
 

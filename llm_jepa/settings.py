@@ -66,7 +66,7 @@ class Settings:
     )
     attn_implementation: str | None = flag(None, "attention kernel of transformers (sdpa, flash_attention_2 …)", MODEL)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass", MODEL)
-    torch_compile: bool = flag(False, "compile the model; rows are padded to multiples of 64 tokens", MODEL)
+    torch_compile: bool = flag(False, "compile the model's decoder for training", MODEL)
     use_liger_kernel: bool = flag(False, "kernels of the package liger-kernel, on a GPU", MODEL)
 
     regular: bool = flag(False, "regular fine-tuning: no JEPA term and no views", METHOD)

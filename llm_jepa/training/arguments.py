@@ -47,7 +47,6 @@ def training_arguments(
         **{checkpointing: s.gradient_checkpointing},
         fsdp=bool(fsdp_config) or None,
         fsdp_config=fsdp_config,
-        torch_compile=s.torch_compile,
         use_liger_kernel=s.use_liger_kernel,
         eval_strategy=s.eval_strategy,
         eval_steps=s.eval_steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,24 @@ def view_statistics(views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     p = len(text)
     between = [(u.sum(dim=0).square().sum() - p) / max(1, p * (p - 1)) for u in (text, code)]
     return (text * code).sum(), (1 - (between[0] + between[1]) / 2) * p
+
+
+def compile_decoder(model: torch.nn.Module) -> None:
+    """Compiles the decoder's forward pass in training, once for any number of rows and tokens.
+
+    The output layer is outside, because its hook reads another number of labels, views and spans in every step. So are
+    evaluation and generation, which would compile it again.
+    """
+    decoder = model.get_decoder()
+    forward = decoder.forward
+    torch._inductor.config.fallback_random = True  # the same dropout as without compiling
+    compiled = torch.compile(forward, dynamic=True)
+
+    @wraps(forward)
+    def compiled_in_training(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if decoder.training else forward)(*args, **kwargs)
+
+    decoder.forward = compiled_in_training
 
 
 def collate(collator: Callable, micro_batches: list[list[Item]]) -> dict[str, Any]:
