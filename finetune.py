@@ -72,7 +72,7 @@ from llm_jepa.training.data import load_data
 from llm_jepa.training.describe import final_record, first_example, last_checkpoint, start_block, start_record
 from llm_jepa.training.flops import flop_share
 from llm_jepa.training.process import run_training, write_errors
-from llm_jepa.training.trainer import StepTrainer
+from llm_jepa.training.trainer import StepTrainer, compile_decoder
 
 # ---------------------------------------------------------------------------------------------- layouts and masks
 
@@ -115,7 +115,7 @@ LAYOUTS = {"separate": separate_rows, "additive": additive_rows, "packed": packe
 
 @dataclass
 class Collator:
-    """Places the segments of a micro-batch in rows, padded to a multiple of `multiple` tokens. A call returns a dict:
+    """Places the segments of a micro-batch in rows, padded to the longest. A call returns a dict:
 
     mask           how attention is restricted: "padding" (one segment per row, a 2D mask), "positions" (position_ids
                    restart) or "dense" (a T x T mask)
@@ -130,14 +130,13 @@ class Collator:
     label_ids      (N,)
     view_at        (2, 2, P)  row and column of the first view (of the Text, unless --reverse_pred) and of the second
     path_at        (2, K, S)  row and column of each span's K = `points` points (0 without --stp)
-    counts         (3,)       N, P, S
+    counts         (3,)       N, the pairs before loss dropout (P without it), S
     tokens         (4,)       tokens of chats, text views (and predictor tokens in chats) and code views, and padding
     """
 
     layout: str
     pad_id: int
     tokens_per_row: int
-    multiple: int = 1
     points: int = 0
 
     def rows(self, items: list[Item]) -> list[Row]:
@@ -148,7 +147,6 @@ class Collator:
         items = list(items)  # a lazy sequence makes new segments at each read; `place` needs the same ones
         rows = self.rows(items)
         width = max(1, max(sum(len(s.ids) for s in row) for row in rows))
-        width = math.ceil(width / self.multiple) * self.multiple
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)  # (R, T)
         positions = np.zeros((len(rows), width), dtype=np.int64)  # (R, T)
         segment_ids = np.full((len(rows), width), -1, dtype=np.int64)  # (R, T)
@@ -199,7 +197,7 @@ class Collator:
             "label_ids": torch.tensor(label_ids, dtype=torch.long),  # (N,)
             "view_at": torch.tensor(view_at, dtype=torch.long).reshape(2, -1, 2).movedim(2, 0),  # (2, P, 2) → (2, 2, P)
             "path_at": path_at,
-            "counts": torch.tensor([len(label_ids), len(view_at[0]), path_at.shape[2]]),
+            "counts": torch.tensor([len(label_ids), sum(map(bool, items)), path_at.shape[2]]),
             "tokens": torch.tensor([*tokens.values(), padding]),
         }
 
@@ -418,7 +416,8 @@ def objective(
     """The loss gamma · L_LM + Σ weight · term, and each term's unweighted sum by name.
 
     `counts` (3,): the labels, pairs and spans that the sums are divided by, in training those of the complete optimizer
-    step, of which a micro-batch has a share.
+    step, of which a micro-batch has a share. A pair that loss dropout removes is counted but adds nothing to the sum,
+    so with --jepa_ratio r the expected weight of the JEPA term is λ·r, as published.
     """
     loss, sums = gamma * lm_sum / counts[0], {}
     for term, weight in terms:
@@ -484,12 +483,11 @@ class Parts:
     selector: LMHeadSelector
     collator: Collator
     terms: list[Term]
-    compiled: bool
 
     def inspect(self, half: bool) -> None:
         """Checks the layout on the first three examples. `half`: the parameters are in half precision."""
         items = self.train_set.items[:3]
-        inspect_model(self.model, self.selector, self.collator, items, half=half, compiled=self.compiled)
+        inspect_model(self.model, self.selector, self.collator, items, half=half)
 
 
 def load_on_device(s: Settings, tokenizer: Any, device: torch.device) -> Any:
@@ -533,10 +531,9 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
     model = load(s, tokenizer, device)
     # A dense mask is quadratic in the row, so short rows are faster on a CPU; flash kernels want one long row.
     tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
-    multiple, points = 64 if s.torch_compile else 1, POINTS.get(s.stp_variant, 0)  # 64: few shapes to compile
-    collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, multiple, points)
+    collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, POINTS.get(s.stp_variant, 0))
     selector = LMHeadSelector(model, s.stp_layer if s.stp_variant else -1)
-    return Parts(*data, encoder, model, selector, collator, auxiliary_terms(s), s.torch_compile)
+    return Parts(*data, encoder, model, selector, collator, auxiliary_terms(s))
 
 
 def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
@@ -549,16 +546,16 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.item()}")
     loss.backward()
-    means = {t.name: (sums[t.name] / counts[COUNTS.index(t.divisor)]).item() for t in parts.terms}
-    labels, pairs, spans = batch["counts"].tolist()
+    there = {"pairs": states.views.shape[1], "spans": states.path.shape[1]}  # pairs that loss dropout leaves
+    means = {t.name: (sums[t.name] / there[t.divisor]).item() for t in parts.terms if there[t.divisor]}
     return {
         "lm_loss": (lm_sum / counts[0]).item(),
         "jepa_loss": means.get("jepa"),
-        **({"stp_loss": means["stp"], "spans": spans} if "stp" in means else {}),
+        **({"stp_loss": means.get("stp"), "spans": there["spans"]} if s.stp_variant else {}),
         "total_loss": loss.item(),
         "grad_norm": torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item(),
-        "label_tokens": labels,
-        "pairs": pairs,
+        "label_tokens": len(batch["label_ids"]),
+        "pairs": there["pairs"],
         "tokens": dict(zip(("chat", "text_view", "code_view", "padding"), batch["tokens"].tolist(), strict=True)),
         "first_row": first_example(parts.encoder.renderer, parts.train_set),
     }
@@ -566,16 +563,19 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
 
 def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool) -> float:
     """The FLOPs of regular fine-tuning as a fraction of those of these settings."""
-    device = parts.model.device
+    device, model = parts.model.device, parts.model
+    if s.gradient_checkpointing:  # what the backward pass computes again counts
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.train()
 
     def loss(items: list[Item]) -> torch.Tensor:
-        lm_sum, states = parts.selector.lm_sum(parts.model, on_device(parts.collator(items), device))
+        lm_sum, states = parts.selector.lm_sum(model, on_device(parts.collator(items), device))
         return lm_sum + jepa_loss(states.views, s.distance)[0]  # only its FLOPs count
 
     sampler = micro_batches(parts.train_set.items.lengths, shuffle=True, processes=1)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         share = flop_share(parts.train_set, sampler, loss, s.jepa_ratio)
-    parts.model.zero_grad()
+    model.zero_grad()
     return share
 
 
@@ -587,6 +587,8 @@ def build_trainer(
 
     `bf16`: whether float32 parameters are autocast to bfloat16; None follows --dtype.
     """
+    if s.gradient_checkpointing and not parts.model.supports_gradient_checkpointing:
+        raise UsageError(f"--gradient_checkpointing: {type(parts.model).__name__} does not support it")
     bf16 = uses_bfloat16(s, state.device) if bf16 is None else bf16
     micro_batches = partial(MicroBatches, seed=s.finetune_seed, batch_size=s.batch_size, tokens=s.tokens_per_batch)
     steps = s.max_steps
@@ -620,6 +622,8 @@ def build_trainer(
     except (ValueError, ImportError, OverflowError) as error:
         raise UsageError(f"the Trainer refuses these settings: {first_line(error)}") from None
     trainer.remove_callback(ProgressCallback)
+    if s.torch_compile:
+        compile_decoder(parts.model)
     return trainer
 
 

@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from timing import DEVICE, ROOT, flag_parser, interleave, matmul_rate, percentiles, report
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
@@ -43,6 +42,7 @@ import finetune
 from llm_jepa.data.examples import Problems, read_examples
 from llm_jepa.data.segments import Segment
 from llm_jepa.training.checks import on_device
+from llm_jepa.training.flops import FlopCounter
 
 # About 5M parameters for a CPU, and the shape of Llama-3.2-1B.
 SHAPES = {
@@ -87,7 +87,7 @@ class Arm:
 
     def flops(self) -> float:
         """FLOPs of the forward and backward passes of all batches."""
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             for batch in self.batches:
                 self.backward(batch)
         self.optimizer.zero_grad()

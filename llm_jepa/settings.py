@@ -67,7 +67,7 @@ class Settings:
     )
     attn_implementation: str | None = flag(None, "attention kernel of transformers (sdpa, flash_attention_2 …)", MODEL)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass", MODEL)
-    torch_compile: bool = flag(False, "compile the model; rows are padded to multiples of 64 tokens", MODEL)
+    torch_compile: bool = flag(False, "compile the model's decoder for training", MODEL)
     use_liger_kernel: bool = flag(False, "kernels of the package liger-kernel, on a GPU", MODEL)
 
     regular: bool = flag(False, "regular fine-tuning: no JEPA term and no views", METHOD)
@@ -315,6 +315,8 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")
     r.refuse(s.dtype == "float16" and not gpu, "--dtype float16 needs a GPU")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
+    flex = s.attn_implementation == "flex_attention"
+    r.only_if(not flex, "track_flop same_flop", "not with --attn_implementation flex_attention")
     liger = s.use_liger_kernel
     missing = liger and importlib.util.find_spec("liger_kernel") is None
     r.refuse(missing, "--use_liger_kernel: install the package liger-kernel first")
@@ -324,9 +326,10 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.refuse(s.dry_run == 0, "--dry_run 0 would score nothing; leave it out to train")
     r.only_if(not s.dry_run, "resume overwrite", "not with --dry_run, which writes nothing")
     try:
-        get_scheduler(s.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1)
+        get_scheduler(s.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)], lr=s.learning_rate), 0, 1)
     except (ValueError, TypeError) as error:
-        r.append(f"--lr_scheduler_type {s.lr_scheduler_type} cannot be used ({first_line(error)})")
+        which = f"--lr_scheduler_type {s.lr_scheduler_type} with --learning_rate {s.learning_rate:g}"
+        r.append(f"{which} cannot be used ({first_line(error)})")
     r.refuse(s.optim not in list(OptimizerNames), f"--optim {s.optim} is not known")
     for tracker in s.report_to.split(","):
         known = tracker in ("none", "tensorboard", "wandb", "trackio")

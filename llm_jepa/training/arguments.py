@@ -47,7 +47,6 @@ def training_arguments(
         **{checkpointing: s.gradient_checkpointing},
         fsdp=bool(fsdp_config) or None,
         fsdp_config=fsdp_config,
-        torch_compile=s.torch_compile,
         use_liger_kernel=s.use_liger_kernel,
         eval_strategy=s.eval_strategy,
         eval_steps=s.eval_steps,
@@ -69,7 +68,7 @@ def training_arguments(
             "gradient_accumulation_kwargs": {"sync_each_batch": bool(fsdp_config)},
         },
         ignore_data_skip=s.streaming,  # a stream resumes by itself
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=True,
         label_names=["label_ids"],
     )
     # One device without torchrun: torch's DataParallel would split packed rows.

@@ -12,7 +12,11 @@ from llm_jepa.run_folder import RunFolder
 
 
 class MetricsCallback(TrainerCallback):
-    """Sets the sampler's epoch, stops at a step that is not finite, and writes metrics.jsonl."""
+    """Sets the epoch, stops at a step that is not finite, and writes metrics.jsonl.
+
+    The last steps, and the steps before a checkpoint, get a line even if --logging_steps does not ask for one, so that
+    the counts of all lines add up to those of the run, also if it is resumed.
+    """
 
     def __init__(self, run: RunFolder, trainer: Any):
         self.run, self.trainer, self.file = run, trainer, None
@@ -31,6 +35,14 @@ class MetricsCallback(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.sampler is not None:  # a stream counts its own epochs
             self.trainer.sampler.epoch = int(state.epoch or 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= control.should_save or control.should_training_stop
+        if self.trainer.streaming:  # the Trainer, which does not know the length, counts a share of max_steps
+            state.epoch = self.trainer.place[0]
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= control.should_save
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.require_finite_step()

@@ -17,16 +17,15 @@ def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
 
 
-def inspect_model(model: Any, selector: Any, collator: Any, items: list[Item], *, half: bool, compiled: bool) -> None:
+def inspect_model(model: Any, selector: Any, collator: Any, items: list[Item], *, half: bool) -> None:
     """Checks the layout and finds out whether logits can be sliced. Raises UsageError if the layout does not work.
 
-    `half`: the model computes in half precision. `compiled`: it is going to be compiled.
+    `half`: the model computes in half precision.
     """
     device = next(model.parameters()).device
     if collator.layout != "separate":
         check_layout(model, selector, collator, items, half)
-    if not compiled:  # each number of slices would be compiled anew
-        selector.slices = logits_can_be_sliced(model, selector, on_device(collator(items), device), half)
+    selector.slices = logits_can_be_sliced(model, selector, on_device(collator(items), device), half)
 
 
 @torch.no_grad()

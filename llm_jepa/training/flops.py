@@ -1,23 +1,89 @@
-"""The share of FLOPs for --same_flop."""
+"""Floating-point operations of --track_flop, and the share of them for --same_flop."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
+import sys
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
 from llm_jepa.data.segments import Item
 from llm_jepa.data.spans import without_views
 
+PRODUCT = re.compile(r"(mm|mv|dot|attention|linear|lstm|gru|rnn)(_|$)|conv")  # names of torch's matrix products
+NO_PRODUCT = ("prim", "prims", "profiler", "c10d", "_c10d_functional", "fsdp")  # namespaces
+
+
+class FlopCounter(FlopCounterMode):
+    """torch's counter with formulas for the operators that it counts as 0: attention kernels, products of experts.
+
+    What a causal mask hides counts, as in torch's own formulas.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+
+    def _count_flops(self, func_packet: Any, out: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if func_packet not in self.flop_registry and (formula := missing_formula(func_packet)):
+            self.flop_registry[func_packet] = formula
+        return super()._count_flops(func_packet, out, args, kwargs)
+
+
+@cache
+def missing_formula(operator: Any) -> Callable[..., int] | None:
+    """The formula of an operator that torch has none for. If there is none here either, says so once."""
+    space, _, name = str(operator).rpartition(".")
+    if operator is torch.ops.aten._grouped_mm:
+        return grouped_flops
+    if isinstance(operator, torch._ops.OpOverloadPacket):
+        names = [argument.name for argument in getattr(operator, operator.overloads()[0])._schema.arguments]
+        for query in (("query", "key", "value"), ("q", "k", "v")):
+            if set(query) <= set(names):
+                return attention_formula(names, *query)
+    if (PRODUCT.search(name) if space == "aten" else space not in NO_PRODUCT) and PartialState().is_main_process:
+        print(f"FLOPs: there is no formula for the operator {operator}, it counts as 0", file=sys.stderr)
+    return None
+
+
+def grouped_flops(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of products of groups of rows: (N, K) and (G, K, M), backward (K, N) and (N, M)."""
+    return 2 * a.numel() * b.shape[-1] // (len(a) if a.ndim > b.ndim else 1)
+
+
+def attention_formula(names: list[str], query: str, key: str, value: str) -> Callable[..., int]:
+    """The formula of a fused attention kernel, from the names of its arguments.
+
+    Forward it has 2 matrix products, backward 5, because it computes the scores again. torch's kernels get queries
+    (R, heads, T, d), those of flash-attn (R, T, heads, d), or (T, heads, d) and where segments begin in the row.
+    """
+    heads, tokens = (-3, -2) if query == "query" else (-2, -3)
+    scores, sums = (3, 2) if {"grad_out", "dout"} & set(names) else (1, 1)
+
+    def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        q, k, v = (given[name] for name in (query, key, value))
+        begins = [given.get(f"cu_seqlens_{name}") for name in "qk"]
+        if begins[0] is None:
+            pairs = len(q) * q.shape[tokens] * k.shape[tokens]
+        else:
+            pairs = int((begins[0].diff().long() * begins[1].diff()).sum())
+        return 2 * pairs * q.shape[heads] * (scores * q.shape[-1] + sums * v.shape[-1])
+
+    return flops
+
 
 def flop_share(
     dataset: SegmentDataset, sampler: MicroBatches, loss: Callable[[list[Item]], torch.Tensor], jepa_ratio: float
 ) -> float:
-    """FLOPs of regular fine-tuning divided by those with views, counted by torch on micro-batches of training.
+    """FLOPs of regular fine-tuning divided by those with views, counted on micro-batches of training.
 
     `loss(items)` is the loss of a micro-batch whose backward pass is counted too.
     """
@@ -28,7 +94,7 @@ def flop_share(
         for key in itertools.islice(sampler, count):
             items = dataset[key]
             for views in (False, True):
-                with FlopCounterMode(display=False) as counter:
+                with FlopCounter() as counter:
                     loss(items if views else [without_views(item) for item in items]).backward()
                 spent[views] += counter.get_total_flops()
     return spent[False] / spent[True]

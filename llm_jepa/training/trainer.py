@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -24,6 +23,7 @@ from llm_jepa.data.segments import Item
 from llm_jepa.data.streaming import Place, SegmentStream
 from llm_jepa.files import read_json, write_json
 from llm_jepa.run_folder import mark_checkpoint
+from llm_jepa.training.flops import FlopCounter
 
 STATISTICS = ("lm_sum", "jepa_sum", "cosine_sum", "spread_sum", "stp_sum", "labels", "pairs", "spans",
               "spread_pairs", "chat", "text_view", "code_view", "padding")  # fmt: skip
@@ -40,6 +40,24 @@ def view_statistics(views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     p = len(text)
     between = [(u.sum(dim=0).square().sum() - p) / max(1, p * (p - 1)) for u in (text, code)]
     return (text * code).sum(), (1 - (between[0] + between[1]) / 2) * p
+
+
+def compile_decoder(model: torch.nn.Module) -> None:
+    """Compiles the decoder's forward pass in training, once for any number of rows and tokens.
+
+    The output layer is outside, because its hook reads another number of labels, views and spans in every step. So are
+    evaluation and generation, which would compile it again.
+    """
+    decoder = model.get_decoder()
+    forward = decoder.forward
+    torch._inductor.config.fallback_random = True  # the same dropout as without compiling
+    compiled = torch.compile(forward, dynamic=True)
+
+    @wraps(forward)
+    def compiled_in_training(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if decoder.training else forward)(*args, **kwargs)
+
+    decoder.forward = compiled_in_training
 
 
 def collate(collator: Callable, micro_batches: list[list[Item]]) -> dict[str, Any]:
@@ -125,10 +143,10 @@ class StepTrainer(Trainer):
     # -- steps
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
-        """A micro-batch's forward and backward pass, with --track_flop under torch's counter."""
+        """A micro-batch's forward and backward pass, with --track_flop under a counter."""
         if not self.track_flop:
             return super().training_step(model, inputs, num_items_in_batch)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._flops = float(counter.get_total_flops())
         return loss
@@ -167,18 +185,24 @@ class StepTrainer(Trainer):
     ) -> None:
         """Adds a micro-batch: its share of the step's loss, its sums and counts, its views (2, P, D)."""
         self._step_loss = self._step_loss + loss.detach()
-        pairs, zero = views.shape[1], lm_sum.new_zeros(())
+        count, zero = views.shape[1], lm_sum.new_zeros(())
         cosine, spread = view_statistics(views) if "jepa" in sums else (zero, zero)
-        figures = (lm_sum, sums.get("jepa", zero), cosine, spread if pairs > 1 else zero, sums.get("stp", zero))
+        figures = (lm_sum, sums.get("jepa", zero), cosine, spread if count > 1 else zero, sums.get("stp", zero))
         figures = torch.stack([x.detach().float() for x in figures]).to(self.statistics)
-        spread_pairs = batch["counts"][1:2] * (pairs > 1)
-        # Only tensors that are on the device already: copying a number there would make the host wait.
-        self.statistics += torch.cat([figures, batch["counts"], spread_pairs, batch["tokens"]])
+        labels, _, spans = batch["counts"].split(1)
+        # Made on the device: copying a number there would make the host wait.
+        pairs, spread_pairs = (labels.new_full((1,), n) for n in (count, count if count > 1 else 0))
+        self.statistics += torch.cat([figures, labels, pairs, spans, spread_pairs, batch["tokens"]])
 
     def _drain(self, statistics: torch.Tensor) -> dict[str, float]:
         total = dict(zip(STATISTICS, self.accelerator.reduce(statistics, "sum").tolist(), strict=True))
         statistics.zero_()
         return total
+
+    def _mean(self, term: Any, total: dict[str, float]) -> dict[str, float]:
+        """A term's mean by log key; nothing without pairs or spans."""
+        count = total[term.divisor]
+        return {f"{term.name}_loss": total[f"{term.name}_sum"] / count} if count else {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the method's figures to what the Trainer logs."""
@@ -194,8 +218,7 @@ class StepTrainer(Trainer):
             }
             self._since = now
             for term in self.terms:
-                logs |= {f"{term.name}_loss": t[f"{term.name}_sum"] / max(1, t[term.divisor])}
-                logs |= {term.divisor: int(t[term.divisor])}
+                logs |= self._mean(term, t) | {term.divisor: int(t[term.divisor])}
                 if term.warmup:
                     logs[f"{term.name}_lbd"] = term.weight_at(self.state.global_step, self.state.max_steps)
             logs |= {"cosine": t["cosine_sum"] / t["pairs"]} if t["pairs"] else {}
@@ -220,8 +243,8 @@ class StepTrainer(Trainer):
         lm = t["lm_sum"] / max(1, t["labels"])
         metrics = {"loss": self.gamma * lm, "lm_loss": lm}
         for term in self.terms:  # at its full weight whatever the warm-up, so that evaluations are comparable
-            metrics[f"{term.name}_loss"] = t[f"{term.name}_sum"] / max(1, t[term.divisor])
-            metrics["loss"] += term.weight * metrics[f"{term.name}_loss"]
+            metrics |= self._mean(term, t)
+            metrics["loss"] += term.weight * metrics.get(f"{term.name}_loss", 0)
             if term.name == "jepa":
                 metrics["cosine"] = t["cosine_sum"] / max(1, t["pairs"])
         if self.generate is not None:

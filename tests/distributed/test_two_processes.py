@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import GOLDEN, ROOT, column, message_row, same_weights, write_rows
 from ranks import Ranks
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llm_jepa.files import read_json
 
@@ -78,6 +80,59 @@ def test_two_processes_equal_one(ranks, data, tmp_path, flags, sizes):
         for key in ("tokens", "label_tokens", "pairs", "spans"):
             assert column(two, key) == column(one, key)
         assert read_json(two / "run.json")["processes"] == 2
+
+
+SMALL = {"vocab_size": 531, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+INDEXER = SMALL | {
+    "num_key_value_heads": 4, "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1,
+    "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 8,
+}  # fmt: skip
+LAYER_DROP = SMALL | {"num_hidden_layers": 4, "ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.4, "dropout": 0}
+# Each MLP is an expert for a few tokens: a process whose tokens do not reach it does not use its parameters.
+EXPERTS = """
+import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
+dense = LlamaMLP.forward
+def routed(self, x):
+    reached = x[..., 0] > 2.3
+    if not reached.any():
+        print("not reached", file=sys.stderr)
+        return torch.zeros_like(x)
+    return torch.zeros_like(x).masked_scatter(reached[..., None], dense(self, x[reached]))
+LlamaMLP.forward = routed
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "before", "flags"),
+    [
+        ("deepseek_v32", INDEXER, "", ("--gradient_checkpointing",)),
+        ("opt", LAYER_DROP, "", ("--layout", "separate", "--gamma", 0)),
+        ("llama", SMALL | {"intermediate_size": 48}, EXPERTS, ("--jepa_ratio", 0.5)),
+    ],
+    ids=["never-used", "layer-drop", "experts"],
+)
+def test_parameters_that_a_step_does_not_use_change_nothing(ranks, data, tmp_path, kind, config, before, flags):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "model")
+    runs, errors = [], []
+    for processes, batch, accum in ((1, 4, 2), (2, 2, 2)):
+        runs.append(tmp_path / str(processes))
+        where = ("--train_file", data, "--output_dir", runs[-1], "--model_name", tmp_path / "model", *JEPA, *flags)
+        size = ("--batch_size", batch, "--grad_accum", accum, "--num_epochs", 3, "--learning_rate", 1e-3)
+        codes, said = ranks(processes, *where, *size, "--optim", "adamw_torch", before=before)
+        assert codes == [0] * processes, said
+        errors.append(said.count("not reached"))
+    one, two = runs
+    assert not before or errors[1] > 2 * errors[0], errors
+    for key in ("loss", "grad_norm"):
+        assert column(two, key) == pytest.approx(column(one, key), rel=1e-3)
+    same_weights(one, two, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("bad", [1, 6, 7])
