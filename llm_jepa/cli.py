@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
 import difflib
+import json
+import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable
@@ -116,6 +120,33 @@ class Refusals(list):
         self.refuse(bool(unused) and not applies, f"{', '.join(unused)}: {reason}")
 
 
+class _EndAtOnce:
+    """A handler of SIGINT for times at which no cleanup is needed, and an exception could appear anywhere."""
+
+    def __init__(self, name: str, speaks: Callable[[], bool]):
+        self.name, self.speaks = name, speaks
+
+    def __call__(self, *signal_and_frame: Any) -> None:
+        if self.speaks():
+            os.write(2, f"{self.name}: interrupted\n".encode())
+        os._exit(130)
+
+
+def end_at_interrupts(name: str, speaks: Callable[[], bool] = lambda: True) -> None:
+    """Outside of `run_command` Ctrl-C ends this process in one line. Processes that it forks leave Ctrl-C to it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
+        signal.signal(signal.SIGINT, _EndAtOnce(name, speaks))
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+
+
+def escape_what_the_console_lacks() -> None:
+    """Characters that stdout cannot encode become \\u escapes, as in JSON, whose values stay the same."""
+    codecs.register_error("json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="json")
+
+
 def run_command(
     name: str, work: Callable[[], int | None], speaks: Callable[[], bool] = lambda: True, hint: str = ""
 ) -> int:
@@ -125,6 +156,10 @@ def run_command(
     the program and keep their traceback. `speaks`: whether this process prints what every process finds. `hint`: text
     after "interrupted".
     """
+    escape_what_the_console_lacks()
+    outside = signal.getsignal(signal.SIGINT)
+    if isinstance(outside, _EndAtOnce):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return work() or 0
     except UsageError as error:
@@ -135,6 +170,11 @@ def run_command(
         code, lines, speaks = 1, [f"error: {first_line(error)}"], lambda: True
     except KeyboardInterrupt:
         code, lines = 130, [f"interrupted{hint}"]
+    finally:
+        if isinstance(outside, _EndAtOnce):
+            signal.signal(signal.SIGINT, outside)
     for line in lines if speaks() else ():
         print(f"{name}: {line}", file=sys.stderr, flush=True)
+    if code == 130 and isinstance(outside, _EndAtOnce):
+        outside.speaks = lambda: False  # a second Ctrl-C has nothing to add
     return code

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jepa.cli import UsageError
+from llm_jepa.distributed import processes
 from llm_jepa.files import read_json, write_json
 
 CHECKPOINT_MARK = "complete.json"
@@ -58,11 +59,6 @@ def provenance(data: dict[str, str]) -> dict[str, Any]:
         "processes": processes(),
         "data_sha256": data,
     }
-
-
-def processes() -> int:
-    """The number of processes that train together, from torchrun's environment."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launch_id() -> str | None:

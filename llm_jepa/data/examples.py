@@ -21,8 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-
 from llm_jepa.cli import UsageError, first_line
 from llm_jepa.files import jsonl_lines, parse_json, sha256
 
@@ -242,6 +240,8 @@ def data_sha256(path: str, streaming: bool = False) -> str:
     if streaming:  # reading all rows would download them all
         place = HUB.fullmatch(path)
         try:
+            from huggingface_hub import HfApi
+
             commit = HfApi().dataset_info(place["name"], revision=place["revision"]).sha
         except (OSError, ValueError) as error:
             raise ExampleError(f"{path}: the hub does not report its commit ({first_line(error)})") from None

@@ -12,7 +12,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, data_sha256
 from llm_jepa.data.rendering import Renderer
-from llm_jepa.run_folder import complete_checkpoints, processes, provenance
+from llm_jepa.distributed import processes
+from llm_jepa.run_folder import complete_checkpoints, provenance
 from llm_jepa.settings import Settings
 
 
