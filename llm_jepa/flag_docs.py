@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 
-from llm_jepa.cli import flag_table
+from llm_jepa.cli import FlagParser, flag_table, run_command
 from llm_jepa.files import write_text
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
@@ -14,7 +15,7 @@ COMMANDS = (
     ("finetune.py", "llm_jepa.settings", "Settings"),
     ("finetune8bh200.py", "llm_jepa.large.settings", "LargeSettings"),
     ("evaluate.py", "llm_jepa.evaluation.settings", "EvaluationSettings"),
-    ("python -m llm_jepa.memory", "llm_jepa.large.memory", "MemoryFlags"),
+    ("python -m llm_jepa.memory", "llm_jepa.memory", "MemoryFlags"),
     ("python -m llm_jepa.preflight", "llm_jepa.large.preflight", "Preflight"),
 )
 
@@ -32,6 +33,17 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0, 1 if the page cannot be written, 2 for any flag but --help."""
+    parser = FlagParser(prog="flag_docs", description=__doc__)
+
+    def work() -> None:
+        parser.parse_args(argv)
+        PAGE.parent.mkdir(exist_ok=True)
+        write_text(PAGE, page())
+
+    return run_command("flag_docs", work)
+
+
 if __name__ == "__main__":
-    PAGE.parent.mkdir(exist_ok=True)
-    write_text(PAGE, page())
+    sys.exit(main())
