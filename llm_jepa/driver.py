@@ -29,6 +29,7 @@ import psutil
 from llm_jepa.cli import UsageError, run_command
 from llm_jepa.files import read_json, sha256
 from llm_jepa.reports import sweep
+from llm_jepa.variables import misspelled
 
 TINY = "models/tiny"  # has no weights: trained from random initialization
 ALL_SEEDS = "82 23 37 84 4"  # the paper's
@@ -38,6 +39,12 @@ PAPER_FLAGS = {
     "--lm_labels": "reference", "--max_length": "512", "--batch_size": "4", "--grad_accum": "4",
     "--lr_scheduler_type": "linear", "--warmup_steps": "0", "--weight_decay": "0", "--adam_beta2": "0.999",
     "--max_grad_norm": "1", "--dtype": "auto",
+}  # fmt: skip
+# Variables that the shell scripts read themselves.
+SHELL_VARIABLES = {
+    "run.sh": ("PYTHON_BIN",),
+    "run8bh200.sh": ("PYTHON_BIN", "TRAINER", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "NODE_TIMEOUT", "PREFLIGHT",
+                     "JOIN_LIMIT", "DEVICE"),
 }  # fmt: skip
 MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024"}  # datasets with examples of more than 512 tokens
 # Flags that the evaluation needs too, with the number of their words.
@@ -269,6 +276,11 @@ class Driver:
         for flag in (word.partition("=")[0] for word in self.flags + self.later):
             if flag in refused:
                 raise UsageError(f"{flag} cannot follow -- in {script} {self.command} (see --help)")
+        names = [name for field in dataclasses.fields(Settings) for name in field.metadata["variables"]]
+        others = set().union(*SHELL_VARIABLES.values()) - {*SHELL_VARIABLES[script]}
+        environment = {name: value for name, value in os.environ.items() if name not in others}
+        if wrong := misspelled(script, [*names, *SHELL_VARIABLES[script]], environment):
+            raise UsageError("\n".join(wrong))
         if self.both_arms:
             dataset, model = (*given, "", "")[:2]
             given = [model, *[""] * 6, dataset]

@@ -11,6 +11,19 @@ from llm_jepa.files import write_text
 from llm_jepa.run_folder import RunFolder
 
 
+def computation(trainer: Any) -> dict[str, Any]:
+    """What run.json records about precision, compilation and sharding, read from the prepared model and accelerator."""
+    state, model = trainer.accelerator.state, trainer.model
+    sharded = trainer.is_fsdp_enabled
+    parameters = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    autocast = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
+    if sharded and (policy := state.fsdp_plugin.mixed_precision_policy):
+        autocast = str(policy.param_dtype).removeprefix("torch.")
+    sharding = f"fsdp{state.fsdp_plugin.fsdp_version}" if sharded else "ddp" if state.num_processes > 1 else None
+    compiled = state.dynamo_plugin.backend.value != "NO"
+    return {"parameters": parameters, "autocast": autocast, "compiled": compiled, "sharding": sharding}
+
+
 class MetricsCallback(TrainerCallback):
     """Sets the sampler's epoch, stops at a step that is not finite, and writes metrics.jsonl."""
 
@@ -27,6 +40,7 @@ class MetricsCallback(TrainerCallback):
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
         write_text(path, "".join(kept))
         self.file = open(path, "a", encoding="utf-8")  # closed in on_train_end
+        self.run.update("running", computation=computation(self.trainer))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.sampler is not None:  # a stream counts its own epochs
