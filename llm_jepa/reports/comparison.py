@@ -162,7 +162,7 @@ def compare_arms(results: list[Result], against: str | None, allow: set[str]) ->
             table.arms = {table.reference: arms.pop(table.reference)} | arms
         for label in list(table.arms)[1:]:
             compare_arm(table, label, allow)
-        conclude(table.comparisons)
+        conclude(table.comparisons, table.first.scores[0])
         tables.append(table)
     if not tables:
         raise UsageError("\n".join(problems))

@@ -68,11 +68,8 @@ def start_record(s: Settings, train_set: SegmentDataset, problems: Problems) -> 
     if len(turns) == 1 and not s.streaming:  # otherwise there may be several
         record["system_turn"] = turns.pop()
     files = [f for f in (s.train_file, s.data_file, s.eval_file) if f]
-    return (
-        record
-        | origin_of_model(s.model_name)
-        | provenance({f: data_sha256(f, s.streaming and f == s.train_file) for f in files})
-    )
+    record |= origin_of_model(s.model_name)
+    return record | provenance({f: data_sha256(f, s.streaming and f == s.train_file) for f in files})
 
 
 def last_checkpoint(run: Path, say: Callable[[str], None]) -> Path | None:

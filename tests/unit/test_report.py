@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, pretrained_run, synthetic_arm, synthetic_run
 
 from llm_jepa.report import main
+from llm_jepa.reports.results import base_of
 
 
 @pytest.fixture
@@ -89,6 +91,27 @@ def test_runs_from_models_pretrained_with_different_seeds_are_one_arm(tmp_path, 
     assert [table[-1][1] for table in tables(runs)] == ["55.00 ± 7.07", "75.00 ± 7.07"]
     change(tmp_path / "paraphrase-lbd0.5-s23", "run.json", data_sha256={"paraphrase_train.jsonl": "other"})
     assert [table[-1][0] for table in tables(runs[:2])] == ["mean (n = 1)"] * 2
+
+
+def test_what_a_run_records_of_its_base_decides_not_the_folder(tmp_path, tables):
+    runs = [Path(pretrained_run(tmp_path, "a", JEPA, seed, exact)) for seed, exact in FEW.items()]
+    for run in runs:
+        settings = json.loads((run / "args.json").read_text())
+        found = base_of(settings, {"data_sha256": {}})
+        record = {"model": "x", "base": found["record"] | {"settings": found["settings"], "base": None}}
+        shutil.rmtree(settings["model_name"])
+        change(run, "run.json", **record)
+    (table,) = tables(runs)
+    assert table[-1][1] == "85.00 ± 7.07" and "paraphrase-a" in table[0][0]
+
+
+def test_files_of_one_checksum_are_the_same_file_under_any_name(tmp_path, tables):
+    runs = synthetic_arm(tmp_path, "jepa", JEPA, FEW)
+    for run, path in zip(runs, ("datasets/a.jsonl", "/home/me/datasets/a.jsonl"), strict=True):
+        change(run, "args.json", train_file=path, model_name=path)
+        change(run, "run.json", data_sha256={path: "b0a8"}, model="models/tiny", base=None)
+    (table,) = tables(runs)
+    assert table[0][0].split(", ")[1] == "models/tiny" and len(table) == 5
 
 
 DAMAGE = {
