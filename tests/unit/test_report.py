@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, pretrained_run, synthetic_arm, synthetic_run
 
+from llm_jepa import run_folder
 from llm_jepa.report import main
 from llm_jepa.reports.results import base_of
 
@@ -112,6 +114,36 @@ def test_files_of_one_checksum_are_the_same_file_under_any_name(tmp_path, tables
         change(run, "run.json", data_sha256={path: "b0a8"}, model="models/tiny", base=None)
     (table,) = tables(runs)
     assert table[0][0].split(", ")[1] == "models/tiny" and len(table) == 5
+
+
+def test_checksum_of_the_code_tells_equal_changes_from_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    script, module = tmp_path / "finetune.py", tmp_path / "llm_jepa" / "loss.py"
+    module.parent.mkdir()
+
+    def git(*command: str) -> None:
+        author = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", "-C", tmp_path, *author, *command], check=True, capture_output=True)
+
+    def checksum(text: str, dirty: bool | None) -> str | None:
+        script.write_text(text)
+        found = run_folder.code_version()
+        assert found["git_dirty"] is dirty and (found["git_commit"] is None) == (dirty is None)
+        return found["code_sha256"]
+
+    first = checksum("a", None)  # without a repository
+    assert first != checksum("b", None) and first == checksum("a", None) is not None
+    git("init", "-q"), git("add", "finetune.py"), git("commit", "-qm", "x")
+    assert checksum("a", False) is None
+    one = checksum("one", True)
+    assert one != checksum("two", True) and one == checksum("one", True)
+    git("add", "finetune.py")  # staged
+    assert checksum("one", True) == one
+    (tmp_path / "notes.txt").write_text("no code")
+    assert checksum("one", True) == one
+    module.write_text("unknown to git")
+    assert checksum("one", True) != one and checksum("a", False) is not None
 
 
 DAMAGE = {
