@@ -121,7 +121,7 @@ class Refusals(list):
 
 
 class _EndAtOnce:
-    """A handler of SIGINT for times at which no cleanup is needed, and an exception could appear anywhere."""
+    """Handles SIGINT where an exception could appear anywhere: one line, exit code 130."""
 
     def __init__(self, name: str, speaks: Callable[[], bool]):
         self.name, self.speaks = name, speaks
@@ -132,19 +132,11 @@ class _EndAtOnce:
         os._exit(130)
 
 
-def end_at_interrupts(name: str, speaks: Callable[[], bool] = lambda: True) -> None:
-    """Outside of `run_command` Ctrl-C ends this process in one line. Processes that it forks leave Ctrl-C to it."""
+def end_at_interrupts(name: str, speaks: Callable[[], bool]) -> None:
+    """Outside of `run_command` Ctrl-C ends this process at once. Processes that it forks ignore Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
         signal.signal(signal.SIGINT, _EndAtOnce(name, speaks))
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-
-
-def escape_what_the_console_lacks() -> None:
-    """Characters that stdout cannot encode become \\u escapes, as in JSON, whose values stay the same."""
-    codecs.register_error("json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="json")
 
 
 def run_command(
@@ -156,7 +148,10 @@ def run_command(
     the program and keep their traceback. `speaks`: whether this process prints what every process finds. `hint`: text
     after "interrupted".
     """
-    escape_what_the_console_lacks()
+    # What the console cannot show becomes a JSON escape, so that JSON keeps its values.
+    codecs.register_error("json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
+    for stream in (s for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")):
+        stream.reconfigure(errors="json")
     outside = signal.getsignal(signal.SIGINT)
     if isinstance(outside, _EndAtOnce):
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -170,11 +165,11 @@ def run_command(
         code, lines, speaks = 1, [f"error: {first_line(error)}"], lambda: True
     except KeyboardInterrupt:
         code, lines = 130, [f"interrupted{hint}"]
+        if isinstance(outside, _EndAtOnce):
+            outside.speaks = lambda: False  # a second Ctrl-C has nothing to add
     finally:
         if isinstance(outside, _EndAtOnce):
             signal.signal(signal.SIGINT, outside)
     for line in lines if speaks() else ():
         print(f"{name}: {line}", file=sys.stderr, flush=True)
-    if code == 130 and isinstance(outside, _EndAtOnce):
-        outside.speaks = lambda: False  # a second Ctrl-C has nothing to add
     return code

@@ -33,52 +33,40 @@ def processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
 
 
-def processes_of_node() -> int:
-    """The number of them on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if under_torchrun() else 1
-
-
 def is_main_process() -> bool:
     """Whether this is the first process, or the only one."""
-    return not under_torchrun() or int(os.environ["RANK"]) == 0
+    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 def clean_environment(name: str) -> None:
-    """Removes variables that would change a run behind its flags, and what other launchers have left.
+    """Removes variables that would change a run behind its flags: accelerate's, and a part of torchrun's.
 
-    accelerate's own variables set precision, compilation, sharding, accumulation and device, which the flags decide; a
-    note lists those that another launcher has set on purpose. Torchrun's variables count only together. Raises
-    UsageError if they are no numbers, or are incomplete for a job of several processes.
+    A note lists those of accelerate that ask for something. Raises UsageError if torchrun's are not numbers, or are
+    incomplete for several processes.
     """
     own = {n: os.environ.pop(n) for n in sorted(os.environ) if n.startswith(ACCELERATE)}
-    sizes = MPI_SIZES if under_torchrun() else ("WORLD_SIZE", *MPI_SIZES)
-    for variable in (*TORCHRUN[:3], "MASTER_PORT", "LOCAL_WORLD_SIZE"):
-        value = os.environ.get(variable) or "0"
-        if not value.isdecimal():
-            raise UsageError(f"{variable}={value} is not a number; unset {variable}")
-    for variable in sizes:
-        value = os.environ.get(variable) or "1"
-        if not under_torchrun() and value != "1":
-            missing = ", ".join(n for n in TORCHRUN if not os.environ.get(n))
-            raise UsageError(f"{variable}={value} without {missing}: start with torchrun, or unset {variable}")
-    for variable in (*MPI_SIZES, *(() if under_torchrun() else (*TORCHRUN, "LOCAL_WORLD_SIZE"))):
-        os.environ.pop(variable, None)
+    alone = not under_torchrun()
+    for n in [n for n in (*TORCHRUN, *MPI_SIZES) if n != "MASTER_ADDR" and os.environ.get(n)]:
+        if not os.environ[n].isdecimal():
+            raise UsageError(f"{n}={os.environ[n]} is not a number; unset {n}")
+        if alone and n.endswith("_SIZE") and os.environ[n] != "1":
+            missing = ", ".join(m for m in TORCHRUN if not os.environ.get(m))
+            raise UsageError(f"{n}={os.environ[n]} without {missing}: start with torchrun, or unset {n}")
+    for n in (*MPI_SIZES, *((*TORCHRUN, "LOCAL_WORLD_SIZE") if alone else ())):
+        os.environ.pop(n, None)
     wishes = " ".join(f"{n}={value}" for n, value in own.items() if value.lower() not in NO_WISH)
     if wishes and is_main_process():
         print(f"{name}: note: no effect, because the flags decide: {wishes}", file=sys.stderr)
 
 
 def start(name: str, check: Callable[[], object]) -> None:
-    """What a script calls before its slow imports. `check` parses the flags; a mistake in them ends the process.
-
-    Until its work begins, and after it has ended, Ctrl-C ends the process at once.
-    """
-    end_at_interrupts(name, is_main_process)
+    """What a script calls before its slow imports: `check` parses the flags, and a mistake in them ends the process."""
 
     def work() -> None:
         clean_environment(name)
         check()
 
+    end_at_interrupts(name, is_main_process)
     if code := run_command(name, work, speaks=is_main_process):
         sys.exit(code)
 
@@ -87,7 +75,7 @@ def start(name: str, check: Callable[[], object]) -> None:
 def process_group(name: str, cpu: bool, **options: Any) -> Iterator[PartialState]:
     """Joins torchrun's process group, with `options` of `init_process_group`; without torchrun a single process.
 
-    `name` of the script, for the notes of `clean_environment`, whose UsageError it raises.
+    Raises the UsageError of `clean_environment(name)`.
     """
     from accelerate import PartialState
 

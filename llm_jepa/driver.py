@@ -40,12 +40,8 @@ PAPER_FLAGS = {
     "--lr_scheduler_type": "linear", "--warmup_steps": "0", "--weight_decay": "0", "--adam_beta2": "0.999",
     "--max_grad_norm": "1", "--dtype": "auto",
 }  # fmt: skip
-# Variables that the shell scripts read themselves.
-SHELL_VARIABLES = {
-    "run.sh": ("PYTHON_BIN",),
-    "run8bh200.sh": ("PYTHON_BIN", "TRAINER", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "NODE_TIMEOUT", "PREFLIGHT",
-                     "JOIN_LIMIT", "DEVICE"),
-}  # fmt: skip
+SHELL_VARIABLES = ("PYTHON_BIN", "TRAINER", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "NODE_TIMEOUT", "PREFLIGHT",
+                   "JOIN_LIMIT", "DEVICE")  # of the shell scripts themselves  # fmt: skip
 MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024"}  # datasets with examples of more than 512 tokens
 # Flags that the evaluation needs too, with the number of their words.
 FIELD_FLAGS = {"--text_field": 2, "--code_field": 2, "--system": 2, "--skip_bad_examples": 1}
@@ -277,10 +273,8 @@ class Driver:
             if flag in refused:
                 raise UsageError(f"{flag} cannot follow -- in {script} {self.command} (see --help)")
         names = [name for field in dataclasses.fields(Settings) for name in field.metadata["variables"]]
-        others = set().union(*SHELL_VARIABLES.values()) - {*SHELL_VARIABLES[script]}
-        environment = {name: value for name, value in os.environ.items() if name not in others}
-        if wrong := misspelled(script, [*names, *SHELL_VARIABLES[script]], environment):
-            raise UsageError("\n".join(wrong))
+        if wrong := misspelled(script, (*names, *SHELL_VARIABLES), os.environ):
+            raise UsageError(wrong)
         if self.both_arms:
             dataset, model = (*given, "", "")[:2]
             given = [model, *[""] * 6, dataset]

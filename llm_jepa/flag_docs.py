@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 
-from llm_jepa.cli import FlagParser, flag_table, run_command
+from llm_jepa.cli import FlagParser, flag_table
 from llm_jepa.files import write_text
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
@@ -33,17 +32,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0, 1 if the page cannot be written, 2 for any flag but --help."""
-    parser = FlagParser(prog="flag_docs", description=__doc__)
-
-    def work() -> None:
-        parser.parse_args(argv)
-        PAGE.parent.mkdir(exist_ok=True)
-        write_text(PAGE, page())
-
-    return run_command("flag_docs", work)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    FlagParser(prog="flag_docs", description=__doc__).parse_args()
+    PAGE.parent.mkdir(exist_ok=True)
+    write_text(PAGE, page())

@@ -39,10 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def code_version() -> dict[str, Any]:
-    """The commit, whether it is changed, and a checksum of the changes: the diff, and modules that git does not know.
-
-    Without git the checksum is of all modules. It is None if nothing is changed.
-    """
+    """The commit, and a checksum of what differs from it: the diff and untracked modules; without git all modules."""
 
     def git(*command: str) -> bytes | None:
         try:
@@ -50,13 +47,10 @@ def code_version() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    modules = {p for pattern in ("*.py", "llm_jepa/**/*.py", "llm_jepa/**/*.jinja") for p in ROOT.glob(pattern)}
     commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-color")
-    if commit is not None:
-        known = {ROOT / os.fsdecode(name) for name in (git("ls-files", "-z") or b"").split(b"\0")}
-        modules -= known
-    named = [f"{sha256(path)}  {path.relative_to(ROOT).as_posix()}\n".encode() for path in sorted(modules)]
-    changes = (diff or b"") + b"".join(named)
+    tracked = {ROOT / os.fsdecode(name) for name in (git("ls-files", "-z") or b"").split(b"\0") if commit}
+    modules = sorted({*ROOT.glob("*.py"), *(ROOT / "llm_jepa").rglob("*.py")} - tracked)
+    changes = (diff or b"") + b"".join(f"{sha256(m)} {m.relative_to(ROOT).as_posix()}\n".encode() for m in modules)
     return {
         "git_commit": commit and commit.decode().strip(),
         "git_dirty": None if diff is None else bool(diff),
@@ -90,17 +84,15 @@ def run_settings(model: str | Path) -> tuple[dict[str, Any], dict[str, Any]] | N
 
 
 def origin_of_model(name: str) -> dict[str, Any]:
-    """What run.json records of --model_name: the report needs neither the folder nor the working directory later.
+    """What the report needs of --model_name, whatever the working directory is then.
 
-    `model`: the name, a path from the project's folder if it is inside, an absolute path if it is not, or a hub name.
-    `base`: the settings, the checksums of the data and the base of the run that the model comes from, or None.
+    `model`: the hub name or the path, from the project's folder if it is inside. `base`: settings, checksums of the
+    data and base of the run that the model comes from, or None.
     """
-    folder = Path(name).resolve()
-    if folder.is_dir():
-        name = str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
-    record, settings = run_settings(folder) or ({}, None)
+    folder, (record, settings) = Path(name).resolve(), run_settings(name) or ({}, None)
+    path = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     base = {"settings": settings, "data_sha256": record.get("data_sha256", {}), "base": record.get("base")}
-    return {"model": name, "base": base if settings else None}
+    return {"model": str(path) if folder.is_dir() else name, "base": base if settings else None}
 
 
 def launch_id() -> str | None:

@@ -294,24 +294,21 @@ def check_training(s: Settings, r: Refusals) -> None:
 
 
 def check_libraries(s: Settings, r: Refusals) -> None:
-    """What only torch and transformers know, which take seconds to import, so only if a flag is not the default."""
-    usual = {f.name: f.default for f in dataclasses.fields(Settings)}
+    """What only torch and transformers know, which take seconds to import: only for flags that are not the default."""
     if s.dtype == "float16" or s.use_liger_kernel:
         import torch
 
-        flags = ["--dtype float16"] * (s.dtype == "float16") + ["--use_liger_kernel"] * s.use_liger_kernel
-        r.refuse(not torch.cuda.is_available(), f"{' and '.join(flags)}: needs a GPU")
-    if s.lr_scheduler_type != usual["lr_scheduler_type"]:
+        name = "--use_liger_kernel" if s.use_liger_kernel else "--dtype float16"
+        r.refuse(not torch.cuda.is_available(), f"{name} needs a GPU")
+    if (s.lr_scheduler_type, s.optim) != (Settings.lr_scheduler_type, Settings.optim):
         import torch
         from transformers import get_scheduler
+        from transformers.training_args import OptimizerNames
 
         try:
             get_scheduler(s.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1)
         except (ValueError, TypeError) as error:
             r.append(f"--lr_scheduler_type {s.lr_scheduler_type} cannot be used ({first_line(error)})")
-    if s.optim != usual["optim"]:
-        from transformers.training_args import OptimizerNames
-
         r.refuse(s.optim not in list(OptimizerNames), f"--optim {s.optim} is not known")
 
 

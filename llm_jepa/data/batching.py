@@ -13,7 +13,6 @@ import torch
 
 from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.segments import Encoder, Item, Segment
-from llm_jepa.distributed import is_main_process, processes_of_node
 
 TEXTS = ("system", "user", "assistant", "text", "code")  # the fields of an example that are encoded
 KINDS = ("chat", "text_view", "code_view")
@@ -55,10 +54,10 @@ def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) ->
         features=datasets.Features(dict.fromkeys(TEXTS, text)),
     )
     encoded = {name: datasets.LargeList(datasets.Value(kind)) for name, kind in numbers.items()} | {"error": text}
-    cores = max(1, available_cores() // processes_of_node())
-    processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, cores)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun that share this node's cores
+    processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, max(1, available_cores() // local))
     bar_shown = datasets.is_progress_bar_enabled()
-    if len(examples) < EXAMPLES_PER_PROCESS or not is_main_process():  # too short for a bar
+    if len(examples) < EXAMPLES_PER_PROCESS or os.environ.get("LOCAL_RANK", "0") != "0":  # too short for a bar
         datasets.disable_progress_bars()
     try:
         with no_tokenizer_threads() if processes > 1 else contextlib.nullcontext():

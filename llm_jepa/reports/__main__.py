@@ -1,8 +1,5 @@
-"""Command line: python -m llm_jepa.reports is python -m llm_jepa.report."""
-
-import sys
+"""python -m llm_jepa.reports: the same as python -m llm_jepa.report."""
 
 from llm_jepa.report import main
 
-if __name__ == "__main__":
-    sys.exit(main())
+raise SystemExit(main())

@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json
-from llm_jepa.run_folder import VOLATILE, run_settings
+from llm_jepa.run_folder import VOLATILE, origin_of_model
 
 # Settings that may differ between the runs of one arm, and between their evaluations.
 ARM_IGNORES = {"finetune_seed"} | VOLATILE
@@ -65,22 +65,15 @@ def arm_settings(settings: dict[str, Any], record: dict[str, Any]) -> dict[str, 
 
     Files are identified by their checksums, so only whether they were given is kept of their names.
     """
-    own = {k: v for k, v in settings.items() if k not in ARM_IGNORES}
+    if "base" not in record:  # an older run: its model must be where its name says
+        record = record | origin_of_model(settings["model_name"]) | {"model": settings["model_name"]}
+    own = {k: v for k, v in settings.items() if k not in ARM_IGNORES} | {"model_name": record["model"]}
     own |= {k: True for k in ("train_file", "data_file", "eval_file") if own.get(k)}
-    base = base_of(settings, record)
-    own |= {"train_data": list(record["data_sha256"].values()), "pretrained": base is not None}
-    if base:  # the models of an arm may be pretrained with different seeds
-        return {k: v for k, v in own.items() if k != "model_name"} | {"pretraining": arm_settings(**base)}
-    return own | ({"model_name": record["model"]} if "model" in record else {})
-
-
-def base_of(settings: dict[str, Any], record: dict[str, Any]) -> dict[str, Any] | None:
-    """Settings and record of the run that a run starts from, None if its model is of another origin."""
-    if "base" in record:
-        base = record["base"]
-        return base and {"settings": base["settings"], "record": base}
-    found = run_settings(settings["model_name"])  # an older run: its model must be where its name says
-    return {"settings": found[1], "record": found[0]} if found else None
+    own |= {"train_data": list(record["data_sha256"].values()), "pretrained": record["base"] is not None}
+    if base := record["base"]:  # the models of an arm may be pretrained with different seeds
+        del own["model_name"]
+        own["pretraining"] = arm_settings(base["settings"], base | {"model": base["settings"].get("model_name")})
+    return own
 
 
 def read_run(run: Path) -> list[Result]:

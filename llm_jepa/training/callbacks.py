@@ -12,16 +12,16 @@ from llm_jepa.run_folder import RunFolder
 
 
 def computation(trainer: Any) -> dict[str, Any]:
-    """What run.json records about precision, compilation and sharding, read from the prepared model and accelerator."""
-    state, model = trainer.accelerator.state, trainer.model
-    sharded = trainer.is_fsdp_enabled
-    parameters = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
-    autocast = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
-    if sharded and (policy := state.fsdp_plugin.mixed_precision_policy):
-        autocast = str(policy.param_dtype).removeprefix("torch.")
-    sharding = f"fsdp{state.fsdp_plugin.fsdp_version}" if sharded else "ddp" if state.num_processes > 1 else None
-    compiled = state.dynamo_plugin.backend.value != "NO"
-    return {"parameters": parameters, "autocast": autocast, "compiled": compiled, "sharding": sharding}
+    """What run.json records about precision, compilation and sharding, from the prepared model and accelerator."""
+    state, sharded = trainer.accelerator.state, trainer.is_fsdp_enabled
+    policy = state.fsdp_plugin.mixed_precision_policy if sharded else None
+    autocast = str(policy.param_dtype) if policy else {"bf16": "bfloat16", "fp16": "float16"}.get(state.mixed_precision)
+    return {
+        "parameters": sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}),
+        "autocast": autocast and autocast.removeprefix("torch."),
+        "compiled": state.dynamo_plugin.backend.value != "NO",
+        "sharding": f"fsdp{state.fsdp_plugin.fsdp_version}" if sharded else "ddp" if state.num_processes > 1 else None,
+    }
 
 
 class MetricsCallback(TrainerCallback):

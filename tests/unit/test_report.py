@@ -11,7 +11,6 @@ from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, pretrained_run, 
 
 from llm_jepa import run_folder
 from llm_jepa.report import main
-from llm_jepa.reports.results import base_of
 
 
 @pytest.fixture
@@ -99,10 +98,8 @@ def test_what_a_run_records_of_its_base_decides_not_the_folder(tmp_path, tables)
     runs = [Path(pretrained_run(tmp_path, "a", JEPA, seed, exact)) for seed, exact in FEW.items()]
     for run in runs:
         settings = json.loads((run / "args.json").read_text())
-        found = base_of(settings, {"data_sha256": {}})
-        record = {"model": "x", "base": found["record"] | {"settings": found["settings"], "base": None}}
+        change(run, "run.json", **run_folder.origin_of_model(settings["model_name"]))
         shutil.rmtree(settings["model_name"])
-        change(run, "run.json", **record)
     (table,) = tables(runs)
     assert table[-1][1] == "85.00 ± 7.07" and "paraphrase-a" in table[0][0]
 
