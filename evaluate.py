@@ -20,6 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llm_jepa.cli import UsageError, first_line, parse_flags, run_command
+from llm_jepa.distributed import agreed, is_main_process, process_group, processes, start
+from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings, check_run, notes_on
+
+if __name__ == "__main__":  # before the slow imports, so that help and wrong flags take no seconds
+    start("evaluate.py", lambda: check_evaluation_settings(parse_flags(EvaluationSettings, __doc__)[0], processes()))
+
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
@@ -27,11 +34,9 @@ from transformers import BitsAndBytesConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
 from finetune import Collator, LMHeadSelector
-from llm_jepa.cli import UsageError, first_line, parse_flags, run_command
 from llm_jepa.data.examples import Example, Problems, data_sha256, dataset_name, read_examples, split_examples
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item
-from llm_jepa.distributed import agreed, process_group
 from llm_jepa.evaluation import generation, vllm_engine
 from llm_jepa.evaluation.generation import Generation
 from llm_jepa.evaluation.predictions import (
@@ -44,7 +49,6 @@ from llm_jepa.evaluation.predictions import (
     write_predictions,
 )
 from llm_jepa.evaluation.scores import score_table, scored_row, summarize
-from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings, check_run, notes_on
 from llm_jepa.files import folder_sha256, read_json, sha256, write_json
 from llm_jepa.model import LOADING_ERRORS, load_pretrained, load_tokenizer
 from llm_jepa.run_folder import provenance
@@ -310,12 +314,12 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         # gloo for GPUs too: only Python objects are exchanged. The timeout bounds how long one batch may take.
         group = {"backend": "gloo", "timeout": timedelta(days=7)}
-        with process_group(cpu=not torch.cuda.is_available(), **group) as state:
+        with process_group("evaluate.py", cpu=not torch.cuda.is_available(), **group) as state:
             evaluate(check_evaluation_settings(settings, state.num_processes))
 
     resumes = settings.model_name and not settings.embeds
     hint = "; the same command without --overwrite resumes" if resumes else ""
-    return run_command("evaluate.py", work, speaks=lambda: PartialState().is_main_process, hint=hint)
+    return run_command("evaluate.py", work, speaks=is_main_process, hint=hint)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from llm_jepa.cli import UsageError, first_line, parse_flags
+from llm_jepa.distributed import agreed, start
+from llm_jepa.settings import Settings, check_settings, is_flash
+
+if __name__ == "__main__":  # before the slow imports, so that help and wrong flags take no seconds
+    start("finetune.py", lambda: check_settings(*parse_flags(Settings, __doc__)))
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -44,14 +51,12 @@ from accelerate import PartialState
 from torch.utils.checkpoint import checkpoint
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 
-from llm_jepa.cli import UsageError, first_line, parse_flags
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
 from llm_jepa.data.examples import Problems
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, Segment, end_of_turn
 from llm_jepa.data.spans import POINTS
 from llm_jepa.data.streaming import SegmentStream
-from llm_jepa.distributed import agreed
 from llm_jepa.evaluation.generation import exact_match
 from llm_jepa.model import (
     MAX_LOGITS,
@@ -64,7 +69,6 @@ from llm_jepa.model import (
     load_tokenizer,
 )
 from llm_jepa.run_folder import RunFolder, complete_checkpoints
-from llm_jepa.settings import Settings, check_settings, is_flash
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.callbacks import Bar, MetricsCallback
 from llm_jepa.training.checks import inspect_model, on_device

@@ -20,6 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llm_jepa.cli import UsageError, parse_flags
+from llm_jepa.distributed import processes, start
+from llm_jepa.large.settings import LargeSettings, check_large_settings
+
+if __name__ == "__main__":  # before the slow imports, so that help and wrong flags take no seconds
+    start("finetune8bh200.py", lambda: check_large_settings(*parse_flags(LargeSettings, __doc__), processes() > 1))
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
@@ -28,18 +35,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments, set_seed
 
 from finetune import JepaTrainer, Parts, adapted, fine_tune, load_on_device
-from llm_jepa.cli import UsageError, parse_flags
 from llm_jepa.files import read_json
-from llm_jepa.large.settings import DTYPES, LargeSettings, check_large_settings
 from llm_jepa.model import load_model
-from llm_jepa.run_folder import launch_id, processes
+from llm_jepa.run_folder import launch_id
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.process import run_training
 
 
 def compute_dtype(s: LargeSettings, device: torch.device) -> torch.dtype:
     """Precision of the computation."""
-    return DTYPES["bfloat16" if s.param_dtype == "bfloat16" or uses_bfloat16(s, device) else "float32"]
+    return torch.bfloat16 if s.param_dtype == "bfloat16" or uses_bfloat16(s, device) else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------------- sharding
@@ -51,7 +56,7 @@ def load(s: LargeSettings, tokenizer: Any, device: torch.device) -> Any:
         return load_on_device(s, tokenizer, device)
     sharded = s.sharding == "fsdp2"
     # With LoRA only the adapter, which is float32, is updated in small steps.
-    options: dict[str, Any] = {"dtype": compute_dtype(s, device) if s.lora else DTYPES[s.param_dtype]}
+    options: dict[str, Any] = {"dtype": compute_dtype(s, device) if s.lora else getattr(torch, s.param_dtype)}
     if s.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -169,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         if s is None:
             return
         sharded, device, dtype = s.sharding == "fsdp2", state.device, compute_dtype(s, state.device)
-        in_half = (dtype if s.lora else DTYPES[s.param_dtype]) != torch.float32
+        in_half = (dtype if s.lora else getattr(torch, s.param_dtype)) != torch.float32
         fine_tune(
             s, state,
             load=load,

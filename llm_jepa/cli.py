@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
 import difflib
+import json
+import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable
@@ -127,6 +131,25 @@ class Refusals(list):
         self.refuse(bool(unused) and not applies, f"{', '.join(unused)}: {reason}")
 
 
+class _EndAtOnce:
+    """Handles SIGINT where an exception could appear anywhere: one line, exit code 130."""
+
+    def __init__(self, name: str, speaks: Callable[[], bool]):
+        self.name, self.speaks = name, speaks
+
+    def __call__(self, *signal_and_frame: Any) -> None:
+        if self.speaks():
+            os.write(2, f"{self.name}: interrupted\n".encode())
+        os._exit(130)
+
+
+def end_at_interrupts(name: str, speaks: Callable[[], bool]) -> None:
+    """Outside of `run_command` Ctrl-C ends this process at once. Processes that it forks ignore Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
+        signal.signal(signal.SIGINT, _EndAtOnce(name, speaks))
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+
+
 def run_command(
     name: str, work: Callable[[], int | None], speaks: Callable[[], bool] = lambda: True, hint: str = ""
 ) -> int:
@@ -136,6 +159,13 @@ def run_command(
     the program and keep their traceback. `speaks`: whether this process prints what every process finds. `hint`: text
     after "interrupted".
     """
+    # What the console cannot show becomes a JSON escape, so that JSON keeps its values.
+    codecs.register_error("json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
+    for stream in (s for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")):
+        stream.reconfigure(errors="json")
+    outside = signal.getsignal(signal.SIGINT)
+    if isinstance(outside, _EndAtOnce):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return work() or 0
     except UsageError as error:
@@ -146,6 +176,11 @@ def run_command(
         code, lines, speaks = 1, [f"error: {first_line(error)}"], lambda: True
     except KeyboardInterrupt:
         code, lines = 130, [f"interrupted{hint}"]
+        if isinstance(outside, _EndAtOnce):
+            outside.speaks = lambda: False  # a second Ctrl-C has nothing to add
+    finally:
+        if isinstance(outside, _EndAtOnce):
+            signal.signal(signal.SIGINT, outside)
     for line in lines if speaks() else ():
         print(f"{name}: {line}", file=sys.stderr, flush=True)
     return code

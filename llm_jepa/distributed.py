@@ -1,23 +1,86 @@
-"""The process group of torchrun, and errors that all processes raise together."""
+"""The processes of a run: what torchrun's environment says, how a script starts, its process group, shared errors.
+
+A script imports this module before its flags are accepted, so accelerate is imported where it is used.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
+from llm_jepa.cli import UsageError, end_at_interrupts, run_command
 
-from llm_jepa.cli import UsageError
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+TORCHRUN = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all of them
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate reads them too
+ACCELERATE = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")  # prefixes of accelerate's own variables
+NO_WISH = ("", "0", "1", "no", "none", "false", "auto", "default")  # values that `accelerate launch` sets by itself
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or a launcher that sets the same variables, has started this process."""
+    return all(os.environ.get(name) for name in TORCHRUN)
+
+
+def processes() -> int:
+    """The number of processes that work together."""
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this is the first process, or the only one."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
+def clean_environment(name: str) -> None:
+    """Removes variables that would change a run behind its flags: accelerate's, and a part of torchrun's.
+
+    A note lists those of accelerate that ask for something. Raises UsageError if torchrun's are not numbers, or are
+    incomplete for several processes.
+    """
+    own = {n: os.environ.pop(n) for n in sorted(os.environ) if n.startswith(ACCELERATE)}
+    alone = not under_torchrun()
+    for n in [n for n in (*TORCHRUN, *MPI_SIZES) if n != "MASTER_ADDR" and os.environ.get(n)]:
+        if not os.environ[n].isdecimal():
+            raise UsageError(f"{n}={os.environ[n]} is not a number; unset {n}")
+        if alone and n.endswith("_SIZE") and os.environ[n] != "1":
+            missing = ", ".join(m for m in TORCHRUN if not os.environ.get(m))
+            raise UsageError(f"{n}={os.environ[n]} without {missing}: start with torchrun, or unset {n}")
+    for n in (*MPI_SIZES, *((*TORCHRUN, "LOCAL_WORLD_SIZE") if alone else ())):
+        os.environ.pop(n, None)
+    wishes = " ".join(f"{n}={value}" for n, value in own.items() if value.lower() not in NO_WISH)
+    if wishes and is_main_process():
+        print(f"{name}: note: no effect, because the flags decide: {wishes}", file=sys.stderr)
+
+
+def start(name: str, check: Callable[[], object]) -> None:
+    """What a script calls before its slow imports: `check` parses the flags, and a mistake in them ends the process."""
+
+    def work() -> None:
+        clean_environment(name)
+        check()
+
+    end_at_interrupts(name, is_main_process)
+    if code := run_command(name, work, speaks=is_main_process):
+        sys.exit(code)
 
 
 @contextlib.contextmanager
-def process_group(cpu: bool, **options: Any) -> Iterator[PartialState]:
-    """Joins torchrun's process group, with `options` of `init_process_group`; without torchrun a single process."""
-    state = PartialState(cpu=cpu, **(options if "LOCAL_RANK" in os.environ else {}))
+def process_group(name: str, cpu: bool, **options: Any) -> Iterator[PartialState]:
+    """Joins torchrun's process group, with `options` of `init_process_group`; without torchrun a single process.
+
+    Raises the UsageError of `clean_environment(name)`.
+    """
+    from accelerate import PartialState
+
+    clean_environment(name)
+    state = PartialState(cpu=cpu, **(options if under_torchrun() else {}))
     state.wait_for_everyone()  # a process that ends at once could not be found by one that is still connecting
     complete = True
     try:
@@ -36,6 +99,8 @@ def process_group(cpu: bool, **options: Any) -> Iterator[PartialState]:
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
     """All processes leave the block together. A UsageError or OSError in one of them is raised in all."""
+    from accelerate.utils import gather_object
+
     mistake = None
     try:
         yield

@@ -29,6 +29,7 @@ import psutil
 from llm_jepa.cli import UsageError, run_command
 from llm_jepa.files import read_json, sha256
 from llm_jepa.reports import sweep
+from llm_jepa.variables import misspelled
 
 TINY = "models/tiny"  # has no weights: trained from random initialization
 ALL_SEEDS = "82 23 37 84 4"  # the paper's
@@ -39,6 +40,8 @@ PAPER_FLAGS = {
     "--lr_scheduler_type": "linear", "--warmup_steps": "0", "--weight_decay": "0", "--adam_beta2": "0.999",
     "--max_grad_norm": "1", "--dtype": "auto",
 }  # fmt: skip
+SHELL_VARIABLES = ("PYTHON_BIN", "TRAINER", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "NODE_TIMEOUT", "PREFLIGHT",
+                   "JOIN_LIMIT", "DEVICE")  # of the shell scripts themselves  # fmt: skip
 MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024"}  # datasets with examples of more than 512 tokens
 # Flags that the evaluation needs too, with the number of their words.
 FIELD_FLAGS = {"--text_field": 2, "--code_field": 2, "--system": 2, "--skip_bad_examples": 1}
@@ -269,6 +272,9 @@ class Driver:
         for flag in (word.partition("=")[0] for word in self.flags + self.later):
             if flag in refused:
                 raise UsageError(f"{flag} cannot follow -- in {script} {self.command} (see --help)")
+        names = [name for field in dataclasses.fields(Settings) for name in field.metadata["variables"]]
+        if wrong := misspelled(script, (*names, *SHELL_VARIABLES), os.environ):
+            raise UsageError(wrong)
         if self.both_arms:
             dataset, model = (*given, "", "")[:2]
             given = [model, *[""] * 6, dataset]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from llm_jepa.cli import flag_table
+from llm_jepa.cli import FlagParser, flag_table
 from llm_jepa.files import write_text
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
@@ -14,7 +14,7 @@ COMMANDS = (
     ("finetune.py", "llm_jepa.settings", "Settings"),
     ("finetune8bh200.py", "llm_jepa.large.settings", "LargeSettings"),
     ("evaluate.py", "llm_jepa.evaluation.settings", "EvaluationSettings"),
-    ("python -m llm_jepa.memory", "llm_jepa.large.memory", "MemoryFlags"),
+    ("python -m llm_jepa.memory", "llm_jepa.memory", "MemoryFlags"),
     ("python -m llm_jepa.preflight", "llm_jepa.large.preflight", "Preflight"),
 )
 
@@ -33,5 +33,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    FlagParser(prog="flag_docs", description=__doc__).parse_args()
     PAGE.parent.mkdir(exist_ok=True)
     write_text(PAGE, page())

@@ -14,11 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HTTPError
-
-from llm_jepa.cli import UsageError, first_line, run_command
-from llm_jepa.reports.model_card import write_card
+from llm_jepa.cli import FlagParser, UsageError, first_line, run_command
 
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")
 UPLOADED = (*WEIGHTS, *(
@@ -30,6 +26,8 @@ UPLOADED = (*WEIGHTS, *(
 
 def check(run: Path, repo: str) -> None:
     """Raises UsageError if the upload cannot work: repository name, offline mode, token, model files."""
+    from huggingface_hub import constants, get_token
+
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"--push_to_hub {repo} is not OWNER/NAME")
     if constants.is_offline_mode():
@@ -45,6 +43,9 @@ def push(run: Path, repo: str, private: bool) -> str:
 
     Raises UsageError if `private` is set and the repository exists and is public, OSError if the upload fails.
     """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
     api = HfApi()
     try:
         url = api.create_repo(repo, private=private or None, exist_ok=True)
@@ -60,7 +61,7 @@ def push(run: Path, repo: str, private: bool) -> str:
 
 def work(argv: list[str] | None) -> None:
     """Parses the flags, writes the card, uploads."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--overwrite", action="store_true", help="replace a README.md that model_card.py did not write")
     parser.add_argument("--license", metavar="ID", help="license of the model, as the hub spells it (apache-2.0 …)")
@@ -72,6 +73,8 @@ def work(argv: list[str] | None) -> None:
         raise UsageError("--private: only with --push_to_hub")
     if repo:
         check(run, repo)
+    from llm_jepa.reports.model_card import write_card
+
     print(write_card(run, options.overwrite, options.license, repo))
     if repo:
         print(push(run, repo, options.private))

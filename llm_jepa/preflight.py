@@ -3,9 +3,8 @@
 import os
 import sys
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch prints a C++ stack for each connection it tries again
-
-from llm_jepa.large.preflight import main  # noqa: E402
+from llm_jepa.large.preflight import main
 
 if __name__ == "__main__":
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch prints a C++ stack for each failed connection
     sys.exit(main())

@@ -17,11 +17,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from llm_jepa.cli import UsageError, run_command
-from llm_jepa.reports.comparison import arms_by_dataset, compare_arms
+from llm_jepa.cli import FlagParser, UsageError, run_command
 from llm_jepa.reports.results import Result, read_runs
-from llm_jepa.reports.stats import mean_sd
-from llm_jepa.reports.writer import write_files
+
+# What needs numpy and scipy is imported where it is used: after the flags are accepted.
 
 
 def print_line(result: Result) -> None:
@@ -33,6 +32,8 @@ def print_line(result: Result) -> None:
 
 def print_arm(dataset: str, label: str, arm: list[Result]) -> None:
     """Prints the table of an arm: title, one line per run, their mean ± sd, remarks."""
+    from llm_jepa.reports.stats import mean_sd
+
     rows = [["seed", *arm[0].columns]]
     rows += [[str(r.seed), *(f"{value:.2f}" for value in r.columns.values())] for r in arm]
     last = f"mean ± sd (n = {len(arm)})" if len(arm) > 1 else "mean (n = 1)"
@@ -49,6 +50,9 @@ def write_report(options: argparse.Namespace, results: list[Result], problems: l
 
     Raises UsageError if the arms cannot be compared, or if the folder is a run folder or a file.
     """
+    from llm_jepa.reports.comparison import compare_arms
+    from llm_jepa.reports.writer import write_files
+
     folder = options.output_dir
     if (folder / "args.json").exists() or folder.is_file():
         raise UsageError(f"--output_dir {folder} is a run folder or a file")
@@ -63,7 +67,7 @@ def write_report(options: argparse.Namespace, results: list[Result], problems: l
 
 def work(argv: list[str] | None) -> int:
     """Parses the flags, prints and writes. Returns 1 if some runs were skipped."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--line", action="store_true", help="print one line, for one run")
     parser.add_argument(
@@ -84,6 +88,8 @@ def work(argv: list[str] | None) -> int:
         for result in results:
             print_line(result)
     else:
+        from llm_jepa.reports.comparison import arms_by_dataset
+
         for dataset, arms in arms_by_dataset(results).items():
             for label, arm in arms.items():
                 print_arm(dataset, label, arm)

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_jepa.cli import UsageError
-from llm_jepa.files import read_json, write_json
+from llm_jepa.distributed import processes
+from llm_jepa.files import read_json, sha256, write_json
 
+ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT_MARK = "complete.json"
 # Settings that change no number: a resumed run may change them, and they do not distinguish arms.
 VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "keep_checkpoints",
@@ -37,23 +39,34 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
-def provenance(data: dict[str, str]) -> dict[str, Any]:
-    """Where a result comes from: command, commit, versions, device, and `data`, the checksums of the data by path."""
-    import torch
+def code_version() -> dict[str, Any]:
+    """The commit, and a checksum of what differs from it: the diff and untracked modules; without git all modules."""
 
-    def git(*command: str) -> str | None:
-        here = Path(__file__).resolve().parent
+    def git(*command: str) -> bytes | None:
         try:
-            return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, check=True).stdout
+            return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-color")
+    tracked = {ROOT / os.fsdecode(name) for name in (git("ls-files", "-z") or b"").split(b"\0") if commit}
+    modules = sorted({*ROOT.glob("*.py"), *(ROOT / "llm_jepa").rglob("*.py")} - tracked)
+    changes = (diff or b"") + b"".join(f"{sha256(m)} {m.relative_to(ROOT).as_posix()}\n".encode() for m in modules)
+    return {
+        "git_commit": commit and commit.decode().strip(),
+        "git_dirty": None if diff is None else bool(diff),
+        "code_sha256": hashlib.sha256(changes).hexdigest() if changes else None,
+    }
+
+
+def provenance(data: dict[str, str]) -> dict[str, Any]:
+    """Where a result comes from: command, code, versions, device, and `data`, the checksums of the data by path."""
+    import torch
+
     cuda = torch.cuda.is_available()
     return {
         "argv": sys.argv,
-        "git_commit": commit and commit.strip(),
-        "git_dirty": None if changes is None else bool(changes),
+        **code_version(),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
@@ -62,9 +75,25 @@ def provenance(data: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def processes() -> int:
-    """The number of processes that train together, from torchrun's environment."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def run_settings(model: str | Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """run.json and args.json of the run that a model folder is or, as checkpoint-N and merged, belongs to, or None."""
+    folder = Path(os.path.abspath(model))
+    for run in (folder, folder.parent) if folder.is_dir() else ():
+        if (run / "run.json").is_file():
+            return read_json(run / "run.json"), read_json(run / "args.json")
+    return None
+
+
+def origin_of_model(name: str) -> dict[str, Any]:
+    """What the report needs of --model_name, whatever the working directory is then.
+
+    `model`: the hub name or the path, from the project's folder if it is inside. `base`: settings, checksums of the
+    data and base of the run that the model comes from, or None.
+    """
+    folder, (record, settings) = Path(name).resolve(), run_settings(name) or ({}, None)
+    path = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    base = {"settings": settings, "data_sha256": record.get("data_sha256", {}), "base": record.get("base")}
+    return {"model": str(path) if folder.is_dir() else name, "base": base if settings else None}
 
 
 def launch_id() -> str | None:

@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import get_scheduler
-from transformers.training_args import OptimizerNames
-
 from llm_jepa.cli import Refusals, UsageError, first_line, flag
 from llm_jepa.data.examples import Fields, dataset_name
 from llm_jepa.files import read_json
@@ -309,33 +305,44 @@ def check_method(s: Settings, r: Refusals) -> None:
 
 def check_training(s: Settings, r: Refusals) -> None:
     """The model, the optimizer and the run."""
-    gpu = torch.cuda.is_available()
     r.only_if(s.lora, "lora_rank lora_dropout merge", "only with --lora")
     r.refuse(not 0 <= s.lora_dropout < 1, f"--lora_dropout {s.lora_dropout} is not in 0 to 1")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")
-    r.refuse(s.dtype == "float16" and not gpu, "--dtype float16 needs a GPU")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
     flex = s.attn_implementation == "flex_attention"
     r.only_if(not flex, "track_flop same_flop", "not with --attn_implementation flex_attention")
     liger = s.use_liger_kernel
     missing = liger and importlib.util.find_spec("liger_kernel") is None
     r.refuse(missing, "--use_liger_kernel: install the package liger-kernel first")
-    r.refuse(liger and not gpu, "--use_liger_kernel needs a GPU")
     r.only_if(not r.given & {"num_epochs", "same_flop"}, "max_steps", "not together with --num_epochs or --same_flop")
     r.refuse(s.resume and s.overwrite, "give one of --resume and --overwrite")
     r.refuse(s.dry_run == 0, "--dry_run 0 would score nothing; leave it out to train")
     r.only_if(not s.dry_run, "resume overwrite", "not with --dry_run, which writes nothing")
-    try:
-        get_scheduler(s.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)], lr=s.learning_rate), 0, 1)
-    except (ValueError, TypeError) as error:
-        which = f"--lr_scheduler_type {s.lr_scheduler_type} with --learning_rate {s.learning_rate:g}"
-        r.append(f"{which} cannot be used ({first_line(error)})")
-    r.refuse(s.optim not in list(OptimizerNames), f"--optim {s.optim} is not known")
     for tracker in s.report_to.split(","):
         known = tracker in ("none", "tensorboard", "wandb", "trackio")
         r.refuse(not known, f"--report_to {tracker} is not known")
         missing = known and tracker != "none" and importlib.util.find_spec(tracker) is None
         r.refuse(missing, f"--report_to {tracker}: install the package {tracker} first")
+
+
+def check_libraries(s: Settings, r: Refusals) -> None:
+    """What only torch and transformers know, which take seconds to import: only for flags that are not the default."""
+    if s.dtype == "float16" or s.use_liger_kernel:
+        import torch
+
+        name = "--use_liger_kernel" if s.use_liger_kernel else "--dtype float16"
+        r.refuse(not torch.cuda.is_available(), f"{name} needs a GPU")
+    if (s.lr_scheduler_type, s.optim) != (Settings.lr_scheduler_type, Settings.optim):
+        import torch
+        from transformers import get_scheduler
+        from transformers.training_args import OptimizerNames
+
+        try:
+            get_scheduler(s.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)], lr=s.learning_rate), 0, 1)
+        except (ValueError, TypeError) as error:
+            which = f"--lr_scheduler_type {s.lr_scheduler_type} with --learning_rate {s.learning_rate:g}"
+            r.append(f"{which} cannot be used ({first_line(error)})")
+        r.refuse(s.optim not in list(OptimizerNames), f"--optim {s.optim} is not known")
 
 
 POSITIVE = ("batch_size grad_accum lora_rank max_length save_steps eval_steps logging_steps save_total_limit "
@@ -364,6 +371,8 @@ def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -
         r.refuse(math.isinf(value), f"--{name} is not finite")
     for name in ("finetune_seed", "split_seed"):
         r.refuse(getattr(s, name) >= 2**32, f"--{name} {getattr(s, name)} is not below 2**32")
+    if not r:  # after other mistakes the slow imports could only add to them
+        check_libraries(s, r)
     if r:
         raise UsageError("\n".join(r))
     resolved = resolve(s)

@@ -11,20 +11,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from llm_jepa.cli import UsageError, run_command
+from llm_jepa.cli import FlagParser, UsageError, run_command
 from llm_jepa.reports.sweep import pick
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 picked, 2 wrong usage or runs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder with one evaluation")
     parser.add_argument("--pick", required=True, choices=["regular", "jepa"], help="arm whose best cell is printed")
     parser.add_argument("--output_file", required=True, type=Path, help="JSON file for all cells")
-    options = parser.parse_args(argv)
 
     def work() -> None:
-        evaluations = []
+        options, evaluations = parser.parse_args(argv), []
         for run in options.runs:
             found = [path.parent for path in run.glob("eval/*/metrics.json")]
             if len(found) != 1:

@@ -23,8 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-
 from llm_jepa.cli import UsageError, first_line
 from llm_jepa.files import READ_ERRORS, jsonl_lines, open_data, parse_json, read_error, sha256
 
@@ -280,6 +278,8 @@ def data_sha256(path: str, fields: Fields | None = None, streaming: bool = False
 
         place = HUB.fullmatch(path)
         try:
+            from huggingface_hub import HfApi
+
             commit = HfApi().dataset_info(place["name"], revision=place["revision"]).sha
         except (OSError, ValueError, HTTPError) as error:
             raise ExampleError(f"{path}: the hub does not report its commit ({first_line(error)})") from None

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from llm_jepa.cli import Refusals, UsageError, flag
 from llm_jepa.data.examples import Example, Fields, data_sha256, dataset_name
 from llm_jepa.files import read_json
-from llm_jepa.model import check_name
 from llm_jepa.scoring.tasks import TASKS
 
 MODEL, DATA, GENERATION, EMBEDDING, OUTPUT = "Model", "Data", "Generation", "Embeddings", "Output"
@@ -153,13 +152,15 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
         r.refuse(value < least, f"--{name} {value} is less than {least}")
     wrong_length = s.max_new_tokens < 1 and s.max_new_tokens != -1
     r.refuse(wrong_length, f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
+    task, output = check_task(s, r), check_output(s, r)
     for name in ("model_name", "original_model_name"):
         try:
-            if value := getattr(s, name):
+            if (value := getattr(s, name)) and not r:
+                from llm_jepa.model import check_name  # imports torch, so after the mistakes that are found without
+
                 check_name(value, name)
         except UsageError as error:
             r.append(str(error))
-    task, output = check_task(s, r), check_output(s, r)
     if r:
         raise UsageError("\n".join(r))
     return dataclasses.replace(s, task=task, output_file=output, unmask_assistant_special_tokens=False)

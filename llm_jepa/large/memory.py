@@ -29,9 +29,7 @@ LoRA the adapter. The ten embeddings of predictor tokens that a full model gains
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,26 +39,13 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from llm_jepa.cli import Refusals, UsageError, first_line, flag, parse_flags, run_command
+from llm_jepa.cli import UsageError, first_line
 from llm_jepa.large.settings import LargeSettings, choose_sharding
 from llm_jepa.model import LOADING_ERRORS, MAX_LOGITS, add_adapter
-from llm_jepa.settings import BATCH
 
 HEAD, EMBEDDING = -1, -2  # units of FSDP other than the layers
 MARGIN, RESERVE = 1.05, 2 * 2**30  # factor and bytes that the peak is above the sum of its parts
 PARTS = ("weights", "gradients", "optimizer", "gathered", "reduced", "hidden", "working")
-PLAN = "Memory plan"
-
-
-@dataclass
-class MemoryFlags(LargeSettings):
-    """The flags of finetune8bh200.py, most of which have no effect on the memory, and those of this command."""
-
-    tokens_per_batch: int = flag(
-        0, "tokens in a micro-batch, views included, instead of --batch_size", BATCH, "--tokens"
-    )
-    gpus: str = flag("1,8,16", "numbers of GPUs, separated by commas", PLAN)
-    json: bool = flag(False, "print one JSON object", PLAN)
 
 
 def meta_model(name: str, revision: str | None = None) -> Any:
@@ -228,24 +213,3 @@ def plan_table(p: dict[str, Any]) -> str:
         lines.append(f"{name.replace('_', ' '):18}" + "".join(f"{one[name] / 2**30:8.1f}" for one in p["on"]))
     sizes = (p[name] / 2**30 for name in ("checkpoint", "saved_model"))
     return "\n".join([*lines, "on disk: {:.1f} GiB per checkpoint, {:.1f} GiB the saved model".format(*sizes)])
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Prints a plan. Exit codes: 0, or 2 for a wrong model or flag."""
-
-    def work() -> None:
-        s, given = parse_flags(MemoryFlags, __doc__, argv)
-        gpus = [int(n) if n.strip().isdigit() else 0 for n in s.gpus.split(",")]
-        wrong = Refusals(given)
-        wrong.refuse(not s.model_name, "--model_name is missing")
-        for name in ("lora_rank", "batch_size", "max_length", "save_total_limit"):
-            wrong.refuse(getattr(s, name) < 1, f"--{name} {getattr(s, name)} is not positive")
-        wrong.refuse(s.tokens_per_batch < 0, f"--tokens_per_batch {s.tokens_per_batch} is negative")
-        wrong.only_if(s.lora, "load_in_4bit", "only with --lora")
-        wrong.refuse(min(gpus) < 1, f"--gpus {s.gpus}: give positive numbers separated by commas")
-        if wrong:
-            raise UsageError("\n".join(wrong))
-        found = plan(s, gpus)
-        print(json.dumps(found) if s.json else plan_table(found))
-
-    return run_command("memory", work)

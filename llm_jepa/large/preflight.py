@@ -24,15 +24,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors import SafetensorError, safe_open
 
 from llm_jepa.cli import Refusals, UsageError, first_line, flag, parse_flags, run_command
 from llm_jepa.files import read_json
 
-# Transformers is imported where it is used: the processes of the all-reduce need only torch.
+# torch and transformers are imported where they are used: not before the flags are accepted, and the processes of the
+# all-reduce need only torch.
 
 TRAINING, NODES = "Training", "Nodes"
 GRACE = 10.0  # seconds after --join_limit that nodes which have met may still exchange their problems
@@ -170,6 +168,9 @@ def memory_problems(free: list[int], peak: int) -> list[str]:
 
 def all_reduce(rank: int, processes: int, device: str, store: str) -> None:
     """One process of an all-reduce of 2**20 numbers. Raises RuntimeError if the sum is wrong."""
+    import torch
+    import torch.distributed as dist
+
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
@@ -183,6 +184,8 @@ def all_reduce(rank: int, processes: int, device: str, store: str) -> None:
 
 def collective_problems(processes: int, device: str, limit: float) -> list[str]:
     """Runs an all-reduce of this node's processes; ends them if they take longer than `limit` seconds."""
+    import torch.multiprocessing as mp
+
     name, ends = f"an all-reduce of {processes} processes on {device}", time.monotonic() + limit
     with tempfile.TemporaryDirectory() as folder:
         context = mp.spawn(all_reduce, (processes, device, f"{folder}/store"), processes, join=False)
@@ -207,6 +210,8 @@ def exchange(problems: list[str], s: Preflight, address: str, marker: Path) -> l
 
     `marker`: a file in the folder of the runs; that of node 0 must be visible to all nodes.
     """
+    import torch.distributed as dist
+
     ends, limit = time.monotonic() + s.join_limit, timedelta(seconds=s.join_limit)
     store = dist.TCPStore(s.master_addr, s.master_port, None, s.node_rank == 0, limit, wait_for_workers=False)
     if s.node_rank:
@@ -234,6 +239,8 @@ def exchange(problems: list[str], s: Preflight, address: str, marker: Path) -> l
 
 def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
     """Exchanges the problems of all nodes within --join_limit; what prevents that is a problem of this node."""
+    import torch.distributed as dist
+
     address = f"MASTER_ADDR:MASTER_PORT {s.master_addr}:{s.master_port}"
     absent = f"node 0 did not respond at {address} within {s.join_limit:g} s: run the same command there with"
     found = [f"node {s.node_rank}: {p}" for p in [*problems, f"{absent} NODE_RANK=0"]]
@@ -265,6 +272,8 @@ def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
 
 def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str], list[str]]:
     """(problems of this node, what could not be checked); `trainings`: the flags of each set."""
+    import torch
+
     from llm_jepa.large import memory
     from llm_jepa.large.settings import LargeSettings, check_large_settings
 

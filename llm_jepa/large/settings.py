@@ -6,13 +6,8 @@ import importlib.util
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from llm_jepa.cli import Refusals, UsageError, flag
-from llm_jepa.model import load_config
 from llm_jepa.settings import MODEL, OPTIM, Settings, check_settings
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -66,19 +61,11 @@ def check_large_settings(s: LargeSettings, given: set[str], several: bool) -> La
     """
     r, sharding = Refusals(given), None
     if several and s.model_name:
+        from llm_jepa.model import load_config
+
         config = load_config(s.model_name, s.revision).get_text_config()
         tied = s.lora and not s.load_in_4bit and config.tie_word_embeddings
         sharding = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=tied)
-    if s.optim == "auto":
-        one_gpu = torch.cuda.is_available() and not several
-        s = replace(s, optim="adamw_bnb_8bit" if one_gpu and not s.lora else "adamw_torch_fused")
-    bitsandbytes = "bnb" in s.optim or "8bit" in s.optim
-    r.refuse(bitsandbytes and sharding == "fsdp2", f"--optim {s.optim}: not with --sharding fsdp2")
-    r.refuse(
-        (bitsandbytes or s.load_in_4bit) and importlib.util.find_spec("bitsandbytes") is None,
-        f"{'--load_in_4bit' if s.load_in_4bit else f'--optim {s.optim}'}: install the package bitsandbytes first "
-        "(.venv/bin/pip install bitsandbytes)",
-    )
     r.only_if(s.lora, "load_in_4bit", "only with --lora")
     r.only_if(not s.lora, "param_dtype", "not with --lora, whose adapter is float32; --dtype sets the frozen weights")
     mixed = s.param_dtype == "bfloat16" and s.dtype not in ("auto", "bfloat16")
@@ -86,4 +73,19 @@ def check_large_settings(s: LargeSettings, given: set[str], several: bool) -> La
     r.only_if(several, "sharding", "only with several processes")
     unsharded = "eval_generate same_flop torch_compile"
     r.only_if(sharding != "fsdp2", unsharded, "not with --sharding fsdp2, where no process has the full model")
-    return check_settings(replace(s, sharding=sharding), given, r)
+    s = replace(s, sharding=sharding)
+    if s.optim == "auto":
+        s = replace(s, optim="adamw_torch_fused")
+        if not several and not s.lora:
+            check_settings(s, given, r)  # mistakes are reported before the slow import
+            import torch
+
+            s = replace(s, optim="adamw_bnb_8bit") if torch.cuda.is_available() else s
+    bitsandbytes = "bnb" in s.optim or "8bit" in s.optim
+    r.refuse(bitsandbytes and sharding == "fsdp2", f"--optim {s.optim}: not with --sharding fsdp2")
+    r.refuse(
+        (bitsandbytes or s.load_in_4bit) and importlib.util.find_spec("bitsandbytes") is None,
+        f"{'--load_in_4bit' if s.load_in_4bit else f'--optim {s.optim}'}: install the package bitsandbytes first "
+        "(.venv/bin/pip install bitsandbytes)",
+    )
+    return check_settings(s, given, r)

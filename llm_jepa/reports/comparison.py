@@ -19,7 +19,7 @@ JEPA_SETTINGS = set(
 )
 STP_SETTINGS = set("stp stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer".split())
 METHOD_SETTINGS = JEPA_SETTINGS | STP_SETTINGS | {"regular", "layout", "additive_mask"}
-UNKNOWN_CODE = {"git_commit": None, "git_dirty": True}  # equal values do not show that the code was the same
+UNKNOWN_CODE = {"git_commit": None, "git_dirty": True}  # without a checksum the code may have been another
 
 
 @dataclass
@@ -72,7 +72,7 @@ def label_arms(arms: list[list[Result]]) -> dict[str, list[Result]]:
 def differences(reference: list[Result], arm: list[Result]) -> dict[str, str]:
     """What the results differ in apart from the method: name → both values and their runs.
 
-    An unknown commit or one with uncommitted changes counts as a difference.
+    An unknown commit or one with uncommitted changes counts as a difference if no checksum tells what the code was.
     """
     first, found = reference[0], {}
     expected = first.settings | first.environment
@@ -82,8 +82,9 @@ def differences(reference: list[Result], arm: list[Result]) -> dict[str, str]:
             if name.startswith("pretraining.") and own["pretrained"] != expected["pretrained"]:
                 continue  # `pretrained` already shows the difference
             value, other, last = own.get(name), expected.get(name), name.rsplit(".", 1)[-1]
-            unknown = last in UNKNOWN_CODE and value == UNKNOWN_CODE[last]
-            is_method = name.removeprefix("pretraining.") in METHOD_SETTINGS
+            checksum = own.get(name.removesuffix(last) + "code_sha256")
+            unknown = last in UNKNOWN_CODE and value == UNKNOWN_CODE[last] and checksum is None
+            is_method = name.replace("pretraining.", "") in METHOD_SETTINGS
             is_method |= name == "steps" and bool(own.get("same_flop") or expected.get("same_flop"))
             if not is_method and (unknown or value != other):
                 found.setdefault(name, f"{name} {other!r} in {first.run} and {value!r} in {result.run}")
@@ -92,7 +93,7 @@ def differences(reference: list[Result], arm: list[Result]) -> dict[str, str]:
 
 def is_regular(settings: dict[str, Any]) -> bool:
     """Whether neither training nor pretraining had a JEPA or STP loss."""
-    stages = ("", "pretraining.") if settings["pretrained"] else ("",)
+    stages = [name.removesuffix("pretrained") for name in settings if name.endswith("pretrained")]
     return all(settings.get(f"{s}regular") and not settings.get(f"{s}stp") for s in stages)
 
 
@@ -106,7 +107,8 @@ def find_reference(table: Table, against: str | None) -> str | None:
     if against:
         rule = f"--against {against} matches"
         runs = {label: [r.run for r in arm] for label, arm in table.arms.items()}
-        found = [label for label, folders in runs.items() if Path(against) in folders]  # a folder wins over a part
+        same = Path(against).resolve()  # a folder wins over a part
+        found = [label for label, folders in runs.items() if same in (folder.resolve() for folder in folders)]
         found = found or [a for a in runs if against in a or any(against in r.name for r in runs[a])]
     else:
         rule = "the reference is the regular arm, and there are"
@@ -160,7 +162,7 @@ def compare_arms(results: list[Result], against: str | None, allow: set[str]) ->
             table.arms = {table.reference: arms.pop(table.reference)} | arms
         for label in list(table.arms)[1:]:
             compare_arm(table, label, allow)
-        conclude(table.comparisons)
+        conclude(table.comparisons, table.first.scores[0])
         tables.append(table)
     if not tables:
         raise UsageError("\n".join(problems))

@@ -10,12 +10,15 @@ from typing import Any
 
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json
-from llm_jepa.run_folder import VOLATILE
+from llm_jepa.run_folder import VOLATILE, origin_of_model
 
 # Settings that may differ between the runs of one arm, and between their evaluations.
 ARM_IGNORES = {"finetune_seed"} | VOLATILE
-EVALUATION_IGNORES = set("model_name input_file output_file batch_size tokens_per_batch tensor_parallel_size".split())
-ENVIRONMENT = ("git_commit", "git_dirty", "versions", "device", "threads", "processes", "skipped_examples", "steps")
+EVALUATION_IGNORES = set(
+    "model_name input_file output_file spider_path batch_size tokens_per_batch tensor_parallel_size".split()
+)
+ENVIRONMENT = ("git_commit", "git_dirty", "code_sha256", "versions", "device", "threads", "processes", "computation",
+               "skipped_examples", "steps")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,20 @@ def score_names(metrics: dict[str, Any]) -> list[str]:
     return [name for name in names if metrics[name] is not None]
 
 
-def arm_settings(run: Path) -> dict[str, Any]:
-    """The settings and data of a run that are equal in an arm."""
-    settings, data = read_json(run / "args.json"), read_json(run / "run.json")["data_sha256"]
-    return {k: v for k, v in settings.items() if k not in ARM_IGNORES} | {"data_sha256": sorted(data.values())}
+def arm_settings(settings: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """What is equal in an arm, from args.json and run.json: settings, data, and those of the run it starts from.
+
+    Files are identified by their checksums, so only whether they were given is kept of their names.
+    """
+    if "base" not in record:  # an older run: its model must be where its name says
+        record = record | origin_of_model(settings["model_name"]) | {"model": settings["model_name"]}
+    own = {k: v for k, v in settings.items() if k not in ARM_IGNORES} | {"model_name": record["model"]}
+    own |= {k: True for k in ("train_file", "data_file", "eval_file") if own.get(k)}
+    own |= {"train_data": list(record["data_sha256"].values()), "pretrained": record["base"] is not None}
+    if base := record["base"]:  # the models of an arm may be pretrained with different seeds
+        del own["model_name"]
+        own["pretraining"] = arm_settings(base["settings"], base | {"model": base["settings"].get("model_name")})
+    return own
 
 
 def read_run(run: Path) -> list[Result]:
@@ -71,12 +84,10 @@ def read_run(run: Path) -> list[Result]:
     record, settings = read_json(run / "run.json"), read_json(run / "args.json")
     if record["status"] != "finished":
         raise UsageError(f"{run}: {record['status']}, not finished")
-    seed, model, settings = settings["finetune_seed"], settings["model_name"], arm_settings(run)
-    settings |= {"train_data": settings.pop("data_sha256"), "pretrained": Path(model, "args.json").is_file()}
-    if settings["pretrained"]:  # the models of an arm may be pretrained with different seeds
-        del settings["model_name"]
-        settings["pretraining"] = arm_settings(Path(model))
-        model = re.sub(r"-s\d+(?=-|$)", "", Path(model).name)
+    seed, name, settings = settings["finetune_seed"], settings["model_name"], arm_settings(settings, record)
+    model = settings.get("model_name") or re.sub(
+        r"-s\d+(?=-|$)", "", Path(re.sub(r"/(merged|checkpoint-\d+)/?$", "", name)).name
+    )
     results = []
     for path in sorted(run.glob("eval/*/metrics.json")):
         metrics = read_json(path)

@@ -1,7 +1,7 @@
 """Paired comparison of two arms on the same seeds: differences, tests, Holm's correction and a verdict in words.
 
-Scores are in percent, differences in percentage points. `compare` makes one comparison; `conclude` corrects all
-comparisons of a table together and writes their verdicts.
+Scores are in percent, differences in percentage points. `compare` makes one comparison. `conclude` corrects those
+of the primary score together, leaves the other scores descriptive, and writes the verdicts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import scipy  # loads scipy.stats and scipy.optimize on first use
 
 LEVEL, POWER = 0.05, 0.8
 RESAMPLES = 2**16  # sign flips: all of them up to n = 16, above that a random sample
+FEW = 3  # with up to this many seeds a verdict says what they cannot show; a t test needs at least as many
+WIDEST = 100.0  # points; a wider interval says nothing about a score between 0 and 100 %
 DECIMALS = 9  # differences are rounded, so that float64 errors of equal differences do not count as variance
 
 
@@ -32,15 +34,17 @@ class Comparison:
     reference_only_seeds: list[int]
     n: int  # pairs
     mean: float
-    bound: float | None = None  # 0 or 100 if every run of both arms has that score
+    same: float | None = (
+        None  # the score of every run of both arms, if there is only one: 0 is its floor, 100 its ceiling
+    )
     sd: float | None = None
-    interval: tuple[float, float] | None = None  # 95 %, not corrected
-    p_two_sided: float | None = None
+    interval: tuple[float, float] | None = None  # 95 %, not corrected; None if it is wider than WIDEST
+    p_two_sided: float | None = None  # like all p, only of the primary score
     p_one_sided: float | None = None  # null hypothesis: the arm scores no higher
     p_sign_flip: float | None = None
     p_sign_flip_least: float | None = None  # the smallest p possible with this number of seeds
     p_holm: float | None = None
-    family: int = 0  # number of comparisons that p_holm is corrected for
+    family: int = 0  # number of comparisons that p_holm is corrected for; 0: a descriptive score
     detectable: float | None = None
     verdict: str = ""
 
@@ -60,8 +64,8 @@ def compare(
 ) -> Comparison:
     """Compares two arms whose scores are given by seed.
 
-    The interval and both t tests are Student's on the paired differences. One pair has no interval and no test; equal
-    differences have no interval and no t test, because its statistic divides by their sd.
+    The interval and both t tests are Student's on the paired differences, of at least FEW pairs. One pair has no test;
+    equal differences have no interval and no t test, because its statistic divides by their sd.
     """
     seeds = [seed for seed in arm_scores if seed in reference_scores]
     a, b = np.array([arm_scores[s] for s in seeds]), np.array([reference_scores[s] for s in seeds])
@@ -69,14 +73,14 @@ def compare(
     unpaired = [s for s in arm_scores if s not in seeds], [s for s in reference_scores if s not in seeds]
     n, mean = len(seeds), float(differences.mean())
     comparison = Comparison(arm, reference, score, seeds, differences.tolist(), *unpaired, n, mean)
-    comparison.bound = next((x for x in (0.0, 100.0) if (a == x).all() and (b == x).all()), None)
+    comparison.same = float(a[0]) if len({*a.tolist(), *b.tolist()}) == 1 else None
     if n == 1:
         return comparison
     comparison.sd = float(differences.std(ddof=1)) if np.ptp(differences) else 0.0
     comparison.p_sign_flip, comparison.p_sign_flip_least = sign_flip(differences)
-    if comparison.sd:
+    if comparison.sd and n >= FEW:
         half = float(scipy.stats.t.ppf(1 - LEVEL / 2, n - 1)) * comparison.sd / math.sqrt(n)
-        comparison.interval = (mean - half, mean + half)
+        comparison.interval = (mean - half, mean + half) if 2 * half <= WIDEST else None
         comparison.p_two_sided = float(scipy.stats.ttest_1samp(differences, 0).pvalue)
         comparison.p_one_sided = float(scipy.stats.ttest_1samp(differences, 0, alternative="greater").pvalue)
     return comparison
@@ -126,19 +130,25 @@ def detectable(sd: float, n: int, level: float = LEVEL) -> float:
     return float(scipy.optimize.brentq(lambda d: power(d, sd, n, level) - POWER, 0, high, rtol=1e-6))
 
 
-def conclude(comparisons: list[Comparison]) -> None:
-    """Corrects the comparisons of a table together and writes their verdicts.
+def conclude(comparisons: list[Comparison], primary: str) -> None:
+    """Corrects the comparisons of a table's primary score together and writes all verdicts.
+
+    The other scores are descriptive: they keep their intervals and lose their tests.
 
     A comparison without a test counts as one of p = 1: whether it has a test depends on the data, so leaving it out
     would make the correction of the others too weak. If k of m tests show a difference, the others were tested at
     0.05 / (m − k); their detectable difference is for that level.
     """
-    corrected = holm([1.0 if c.p_two_sided is None else c.p_two_sided for c in comparisons])
-    for c, p in zip(comparisons, corrected, strict=True):
-        c.family, c.p_holm = len(comparisons), None if c.p_two_sided is None else p
-    shown = sum(c.differs for c in comparisons)
+    tested = [c for c in comparisons if c.score == primary]
+    corrected = holm([1.0 if c.p_two_sided is None else c.p_two_sided for c in tested])
+    for c, p in zip(tested, corrected, strict=True):
+        c.family, c.p_holm = len(tested), None if c.p_two_sided is None else p
     for c in comparisons:
-        if c.sd and not c.differs:
+        if not c.family:
+            c.p_two_sided = c.p_one_sided = c.p_sign_flip = None
+    shown = sum(c.differs for c in tested)
+    for c in tested:
+        if c.p_two_sided is not None and not c.differs:
             c.detectable = detectable(c.sd, c.n, LEVEL / (c.family - shown))
     for c in comparisons:
         c.verdict = describe(c) + stopping_note(c, comparisons)
@@ -160,40 +170,54 @@ def format_interval(c: Comparison) -> str:
 
 
 def describe(c: Comparison) -> str:
-    """The result of the corrected two-sided test in words."""
+    """The result of the corrected two-sided test in words; a descriptive score's difference and interval."""
     points = f"{format_points(c.mean)} points"
+    if c.same is not None:
+        end = {0.0: ", the floor of the score", 100.0: ", the ceiling of the score"}.get(c.same, "")
+        return f"nothing can show here: every run of both arms scores {c.same:g} %{end}"
     if c.n == 1:
         return f"nothing shown: {points} on one shared seed, so there is no interval and no test"
+    few = ""
+    if c.n <= FEW:
+        least = format_p(c.p_sign_flip_least)
+        few = f"; {c.n} seeds cannot show more: the smallest p that the sign-flip test can give for them is {least}"
     if c.sd == 0 and c.mean:
-        return f"{points} on each of the {c.n} seeds: without variance there is no interval and no t test"
+        return f"{points} on each of the {c.n} seeds: without variance there is no interval and no t test{few}"
     if c.sd == 0:
-        bound = "" if c.bound is None else f"; every run scores {c.bound:g} %, where no difference can show"
-        return f"no difference: {points} on each of the {c.n} seeds{bound}"
+        return f"no difference: the arms score the same on each of the {c.n} seeds{few}"
+    if not c.family or c.p_two_sided is None:
+        each = ", ".join(map(format_points, c.differences))
+        what = format_interval(c) if c.interval else f"(without an interval; by seed: {each})"
+        return f"{'nothing shown' if c.family else 'descriptive'}: {points} {what}, n = {c.n}{few}"
     p = format_p(c.p_holm)
-    test = f"{points} {format_interval(c)}, n = {c.n}, p {'' if p.startswith('<') else '= '}{p} after Holm's correction"
+    interval = format_interval(c) if c.interval else f"(the interval is wider than {WIDEST:g} points)"
+    test = f"{points} {interval}, n = {c.n}, p {'' if p.startswith('<') else '= '}{p} after Holm's correction"
     test += f" over {c.family} comparison{'s' if c.family > 1 else ''}"
     if c.differs:
         stops = ("stops less often", "stops more often")
         outcome = (stops if c.score == "stop_rate" else ("scores lower", "scores higher"))[c.mean > 0]
-        return f"{c.arm} {outcome} than {c.reference}: {test}"
+        return f"{c.arm} {outcome} than {c.reference}: {test}{few}"
     uncorrected = f" (uncorrected: {format_p(c.p_two_sided)})" if c.p_two_sided <= LEVEL else ""
     detectable = f"the smallest difference that is detected with 80 % power is {c.detectable:.2f} points"
     if c.detectable > 100:
         detectable = f"{c.n} seeds with this variance can hardly show any difference"
-    return f"no significant difference: {test}{uncorrected}; {detectable}"
+    return f"no significant difference: {test}{uncorrected}; {detectable}{few}"
 
 
 def stopping_note(c: Comparison, comparisons: list[Comparison]) -> str:
     """The note on a gain that comes from stopping: the stop rate rises; startswith, which ignores the end, does not.
 
-    The stop rate rises if its own uncorrected test shows it, or if it rises equally on every seed.
+    A descriptive score rises if its interval is above 0, or if it rises equally on every seed.
     """
     of_arm = {other.score: other for other in comparisons if other.arm == c.arm}
     start, stop = of_arm.get("startswith"), of_arm.get("stop_rate")
     if c.score in ("startswith", "stop_rate") or not (c.differs and c.mean > 0 and start and stop):
         return ""
-    rises = stop.mean > 0 and (stop.sd == 0 or (stop.p_two_sided is not None and stop.p_two_sided <= LEVEL))
-    if (start.differs and start.mean > 0) or not rises:
+
+    def rises(score: Comparison) -> bool:
+        return score.mean > 0 and (score.sd == 0 or (score.interval is not None and score.interval[0] > 0))
+
+    if rises(start) or not rises(stop):
         return ""
     interval = f" {format_interval(start)}" if start.interval else ""
     return (

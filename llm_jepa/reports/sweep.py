@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pandas
-
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json, write_json
 
@@ -26,6 +24,8 @@ def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
     `evaluations`: the folders RUN/eval/DATASET. Raises UsageError if none is of this arm, or if
     they are not evaluations of finished runs on the same held-out examples.
     """
+    import pandas
+
     runs: list[dict[str, Any]] = []
     splits: list[list[Any]] = []
     for folder in evaluations:

@@ -50,6 +50,8 @@ def headline(tables: list[Table]) -> str:
         return f"{table.dataset}, {c.score}: {c.verdict}."
     shown = [f"{c.arm} on {t.dataset} ({format_points(c.mean)} points)" for t, c in primary if c.differs]
     names = f": {'; '.join(shown)}" if shown else ""
+    stuck = [f"{c.arm} on {t.dataset} ({c.same:g} %)" for t, c in primary if c.same is not None]
+    names += f"; every run has the same score, so nothing can show: {'; '.join(stuck)}" if stuck else ""
     return f"{len(shown)} of {len(primary)} arms differ from their reference in the primary score{names}."
 
 

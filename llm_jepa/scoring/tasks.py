@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from scipy.stats import binomtest
-
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring.sandbox import Failure, Sandbox
 from llm_jepa.scoring.sql import execution_match
@@ -32,6 +30,8 @@ STARS = ("Very Good", "Good", "Mediocre", "Bad", "Very Bad")
 
 def wilson(hits: int, n: int) -> list[float]:
     """The 95 % Wilson score interval of a share of hits, as [low, high] in 0 to 1."""
+    from scipy.stats import binomtest
+
     return list(binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson"))
 
 

@@ -12,7 +12,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, data_sha256
 from llm_jepa.data.rendering import Renderer
-from llm_jepa.run_folder import complete_checkpoints, processes, provenance
+from llm_jepa.distributed import processes
+from llm_jepa.run_folder import complete_checkpoints, origin_of_model, provenance
 from llm_jepa.settings import Settings
 
 
@@ -67,6 +68,7 @@ def start_record(s: Settings, train_set: SegmentDataset, problems: Problems) -> 
     if len(turns) == 1 and not s.streaming:  # otherwise there may be several
         record["system_turn"] = turns.pop()
     files = {f for f in (s.train_file, s.data_file, s.eval_file) if f}
+    record |= origin_of_model(s.model_name)
     return record | provenance({f: data_sha256(f, s.fields, s.streaming and f == s.train_file) for f in files})
 
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.utils import logging as transformers_logging
 
 from llm_jepa.cli import first_line, run_command
-from llm_jepa.distributed import process_group
+from llm_jepa.distributed import is_main_process, process_group
 from llm_jepa.files import names_file
 
 
@@ -32,12 +32,12 @@ def run_training(name: str, work: Callable[[PartialState], None]) -> int:
 
     def in_group() -> None:
         # The others wait while the main process loads and saves; torch's ten minutes are short for that.
-        with process_group(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=2)) as state:
+        with process_group(name, cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=2)) as state:
             work(state)
 
     signal.signal(signal.SIGTERM, stop)
     hint = "; a run that has started continues with --resume"
-    return run_command(name, in_group, speaks=lambda: PartialState().is_main_process, hint=hint)
+    return run_command(name, in_group, speaks=is_main_process, hint=hint)
 
 
 @contextlib.contextmanager

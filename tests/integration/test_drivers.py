@@ -122,6 +122,10 @@ WRONG = [
     ("run_jepa -- --finetune_seed=5", {}, "--finetune_seed"),
     ("sweep -- -- --tokens_per_batch=64", {}, "--tokens_per_batch"),
     ("run_jepa -- --lora -- --lora", {}, "second --"),
+    ("run_jepa", {"EPOCH": "1"}, "EPOCHS"),
+    ("run_jepa", {"seeds": "1"}, "SEEDS"),
+    ("compare", {"LDB": "1"}, "LBD"),
+    ("sweep", {"LEARNING_RATS": "1e-3"}, "LEARNING_RATES"),
 ]
 
 
@@ -130,6 +134,12 @@ def test_wrong_arguments_are_refused_before_anything_runs(project, arguments, va
     done = project.run(*arguments.split(), **variables)
     assert (done.code, done.steps) == (2, [])
     assert mentioned in done.err and done.err.count("\n") == 1
+
+
+def test_variables_of_other_programs_are_accepted(project):
+    names = "SHELL USER LANG TERM TASK_ID NODE_RANK MASTER_ADDR DEVICE SLURM_NNODES SLURM_NPROCS MODE CFLAGS NO_PROXY"
+    done = project.run("run_jepa", **dict.fromkeys(names.split(), "1") | ONE)
+    assert (done.code, done.err) == (0, "")
 
 
 def test_help_lists_the_variables_and_the_protocol(project):

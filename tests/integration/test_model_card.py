@@ -17,7 +17,6 @@ from huggingface_hub.utils import filter_repo_objects
 from synthetic_runs import change
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_jepa import model_card
 from llm_jepa.data.examples import Example
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.model import load_tokenizer
@@ -217,7 +216,7 @@ def server(monkeypatch) -> MagicMock:
     """The calls of the hub's client."""
     server = MagicMock(endpoint="https://hub.test")
     server.create_repo.return_value = "https://hub.test/me/run"
-    monkeypatch.setattr(model_card, "HfApi", lambda: server)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: server)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_fake")
     return server
@@ -282,7 +281,7 @@ def test_impossible_upload_is_refused_before_anything_is_written(run, server, mo
     if reason == "model.safetensors":
         (run / reason).unlink()
     if reason == "HF_TOKEN":
-        monkeypatch.setattr(model_card, "get_token", lambda: None)
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", reason == "HF_HUB_OFFLINE")
     assert reason in refused(run, *(reason.split() if reason.startswith("--") else PUSH))
     assert not (run / "README.md").exists() and not server.mock_calls

@@ -56,6 +56,11 @@ def test_variables_of_a_node(node, variables, expected):
     assert {name: values.get(name) or flag(preflight, name) for name in expected} == expected
 
 
+def test_a_misspelled_variable_is_refused(node):
+    done = node.run("run_jepa", NODES="2")
+    assert (done.code, done.steps) == (2, []) and "NNODES" in done.err
+
+
 def test_without_arguments_it_compares_after_one_preflight(node):
     done = node.run("compare")
     names = ("regular-lr2e-5-e4-s{}-p4", "jepa-lr2e-5-lbd2-k0-e4-s{}-p4")

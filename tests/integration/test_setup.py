@@ -54,6 +54,16 @@ def test_unknown_arguments_are_refused_and_help_lists_the_variables(installed):
     assert all(word in setup(installed, "--help").stdout for word in ("--dev", "--vllm", "PYTHON", "TORCH_BUILD"))
 
 
+def test_a_misspelled_variable_is_refused(installed, tmp_path):
+    folder = shutil.copytree(installed, tmp_path / "copy", symlinks=True)
+    (folder / "llm_jepa").mkdir()
+    shutil.copy(ROOT / "llm_jepa/variables.py", folder / "llm_jepa")
+    for variables, code in (({"TORCH_BULID": "cpu"}, 2), ({"TORCH_BUILD": "cuda"}, 0)):
+        environment = os.environ | {"PYTHON": sys.executable} | variables
+        done = subprocess.run(["bash", folder / "setup.sh"], env=environment, capture_output=True, text=True)
+        assert done.returncode == code and ("TORCH_BUILD" in done.stderr) == (code == 2), done.stderr
+
+
 def test_pins_of_the_extras():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     torch = next(line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith("torch=="))

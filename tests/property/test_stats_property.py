@@ -16,7 +16,7 @@ def simulate(rng: np.random.Generator, gain: float = 0.0) -> list[Comparison]:
     reference = dict(enumerate(seeds + rng.normal(0, 0.5, 5)))
     arms = [dict(enumerate(seeds + rng.normal(0, 0.5, 5) + gain * (i == 0))) for i in range(3)]
     comparisons = [compare(f"arm {i}", "regular", "exact", arm, reference) for i, arm in enumerate(arms)]
-    conclude(comparisons)
+    conclude(comparisons, "exact")
     return comparisons
 
 

@@ -50,7 +50,12 @@ def test_arms_are_paired_by_seed_with_the_regular_arm(tmp_path, report):
         {s: BETTER[s] - EXACT[s] for s in EXACT}
     )
     assert exact["interval"] == pytest.approx([-1.26, 2.76], abs=0.005)
-    assert (exact["mean"], exact["family"], exact["p_holm"]) == (pytest.approx(0.75), 3, 1)
+    assert (exact["mean"], exact["family"], exact["p_holm"]) == (pytest.approx(0.75), 1, exact["p_two_sided"])
+    assert (
+        (startswith["family"], startswith["p_two_sided"])
+        == (stop_rate["family"], stop_rate["p_two_sided"])
+        == (0, None)
+    )
 
 
 def test_primary_score_comes_first(tmp_path, report):
@@ -75,7 +80,7 @@ def test_holm_corrects_per_data_set(tmp_path, report):
         runs += synthetic_arm(tmp_path, f"turk-{name}", settings, FEW, dataset="turk")
     _, found, _ = report(runs)
     families = {name: [c["family"] for c in d["comparisons"]] for name, d in found.items()}
-    assert families == {"synth": [6] * 6, "turk": [3] * 3}
+    assert families == {"synth": [2, 0, 0] * 2, "turk": [1, 0, 0]}
 
 
 METHODS = [
@@ -136,6 +141,24 @@ def test_unknown_code_and_a_single_other_commit_are_refused(tmp_path, report, na
     assert report(runs, "--allow", name)[0] == 0
 
 
+def test_the_same_uncommitted_change_is_comparable(tmp_path, report):
+    runs = two_arms(tmp_path)
+    for name in ("run.json", METRICS):
+        for run in runs:
+            change(run, name, git_dirty=True, code_sha256="aa")
+    assert report(runs)[0] == 0
+    for name in ("run.json", METRICS):
+        change(runs[-1], name, code_sha256="bb")
+        code, found, err = report(runs)
+        assert code == 1 and "code_sha256 'aa'" in err and not found["synth"]["comparisons"]
+        change(runs[-1], name, code_sha256=None)  # of an older version
+        assert report(runs)[0] == 1
+        change(runs[-1], name, code_sha256="aa")
+    for run in runs:  # without git: a checksum of the sources
+        change(run, "run.json", git_commit=None, git_dirty=None)
+    assert report(runs)[0] == 0
+
+
 def test_allow_accepts_groups_but_no_parts_of_names(tmp_path, report):
     runs = two_arms(tmp_path, {82: 90.0}, lora_rank=4)
     for name in ("versions.torch", "device", "lora"):
@@ -180,6 +203,13 @@ def test_stp_is_not_a_regular_arm(tmp_path, report):
     arms = list(report(runs + synthetic_arm(tmp_path, "both", JEPA | stp, {82: 92.0}))[1]["synth"]["arms"])
     assert arms == ["regular", "JEPA λ=1, k=1", *arms[2:]]
     assert arms[2].startswith("STP geodesic") and arms[3].startswith("JEPA + STP geodesic λ=1, k=1")
+
+
+def test_against_finds_a_folder_however_it_is_written(tmp_path, report, monkeypatch):
+    runs = two_arms(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    _, found, _ = report(runs, "--against", f"./{Path(runs[3]).name}/")
+    assert found["synth"]["reference"] == "JEPA λ=1, k=1"
 
 
 def test_pretrained_arms_are_compared_by_their_pretraining(tmp_path, report):

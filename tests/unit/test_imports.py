@@ -10,13 +10,15 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = {"finetune", "finetune8bh200", "evaluate"}
-HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets"}
+HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "pandas", "scipy", "numpy", "huggingface_hub"}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "llm_jepa").rglob("*.py")
 }
 # Imported before every command, or by the child process that runs hostile SQL and regular expressions.
-LIGHT = ("llm_jepa", "llm_jepa.cli", "llm_jepa.scoring.sandbox", "llm_jepa.scoring.sql", "llm_jepa.scoring.regexes")
+LIGHT = ("llm_jepa", "llm_jepa.cli", "llm_jepa.scoring.sandbox", "llm_jepa.scoring.sql", "llm_jepa.scoring.regexes",
+         *(f"llm_jepa.{command}" for command in ("report", "model_card", "memory", "preflight", "sweep", "flag_docs",
+                                                 "driver")))  # fmt: skip
 
 
 def imported(path: Path, everywhere: bool) -> set[str]:
@@ -51,6 +53,18 @@ def reached(name: str) -> set[str]:
             done.add(module)
             to_do += within_package(module)
     return done
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_scripts_parse_their_flags_before_slow_imports(script):
+    body = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")).body
+    at = next(i for i, node in enumerate(body) if isinstance(node, ast.If))
+    assert ast.unparse(body[at].test) == "__name__ == '__main__'" and "start(" in ast.unparse(body[at])
+    names = {node.module for node in body[:at] if isinstance(node, ast.ImportFrom)} & MODULES.keys()
+    names |= {alias.name for node in body[:at] if isinstance(node, ast.Import) for alias in node.names}
+    assert "llm_jepa.distributed" in names
+    loaded = {m for n in names & MODULES.keys() for r in reached(n) for m in imported(MODULES[r], everywhere=False)}
+    assert {n.split(".")[0] for n in names | loaded} & HEAVY == set()
 
 
 def test_root_contains_three_scripts():

@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, pretrained_run, synthetic_arm, synthetic_run
 
+from llm_jepa import run_folder
 from llm_jepa.report import main
 
 
@@ -89,6 +92,55 @@ def test_runs_from_models_pretrained_with_different_seeds_are_one_arm(tmp_path, 
     assert [table[-1][1] for table in tables(runs)] == ["55.00 ± 7.07", "75.00 ± 7.07"]
     change(tmp_path / "paraphrase-lbd0.5-s23", "run.json", data_sha256={"paraphrase_train.jsonl": "other"})
     assert [table[-1][0] for table in tables(runs[:2])] == ["mean (n = 1)"] * 2
+
+
+def test_what_a_run_records_of_its_base_decides_not_the_folder(tmp_path, tables):
+    runs = [Path(pretrained_run(tmp_path, "a", JEPA, seed, exact)) for seed, exact in FEW.items()]
+    for run in runs:
+        settings = json.loads((run / "args.json").read_text())
+        change(run, "run.json", **run_folder.origin_of_model(settings["model_name"]))
+        shutil.rmtree(settings["model_name"])
+    (table,) = tables(runs)
+    assert table[-1][1] == "85.00 ± 7.07" and "paraphrase-a" in table[0][0]
+
+
+def test_files_of_one_checksum_are_the_same_file_under_any_name(tmp_path, tables):
+    runs = synthetic_arm(tmp_path, "jepa", JEPA, FEW)
+    for run, path in zip(runs, ("datasets/a.jsonl", "/home/me/datasets/a.jsonl"), strict=True):
+        change(run, "args.json", train_file=path, model_name=path)
+        change(run, "run.json", data_sha256={path: "b0a8"}, model="models/tiny", base=None)
+    (table,) = tables(runs)
+    assert table[0][0].split(", ")[1] == "models/tiny" and len(table) == 5
+
+
+def test_checksum_of_the_code_tells_equal_changes_from_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    script, module = tmp_path / "finetune.py", tmp_path / "llm_jepa" / "loss.py"
+    module.parent.mkdir()
+
+    def git(*command: str) -> None:
+        author = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", "-C", tmp_path, *author, *command], check=True, capture_output=True)
+
+    def checksum(text: str, dirty: bool | None) -> str | None:
+        script.write_text(text)
+        found = run_folder.code_version()
+        assert found["git_dirty"] is dirty and (found["git_commit"] is None) == (dirty is None)
+        return found["code_sha256"]
+
+    first = checksum("a", None)  # without a repository
+    assert first != checksum("b", None) and first == checksum("a", None) is not None
+    git("init", "-q"), git("add", "finetune.py"), git("commit", "-qm", "x")
+    assert checksum("a", False) is None
+    one = checksum("one", True)
+    assert one != checksum("two", True) and one == checksum("one", True)
+    git("add", "finetune.py")  # staged
+    assert checksum("one", True) == one
+    (tmp_path / "notes.txt").write_text("no code")
+    assert checksum("one", True) == one
+    module.write_text("unknown to git")
+    assert checksum("one", True) != one and checksum("a", False) is not None
 
 
 DAMAGE = {

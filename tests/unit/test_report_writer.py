@@ -34,8 +34,8 @@ def test_tables_and_headline_have_the_figures(tmp_path, out):
     assert lines[2] == f"synth, exact: {verdict}."
     for line in (
         "| regular | 5 | 87.68 ± 7.84 | 90.00 ± 0.00 | 100.00 ± 0.00 | 122.60 ± 1.95 |",
-        "| JEPA λ=1, k=1 | exact | 5 | +0.75 | [−1.26, 2.76] | 0.36 | 0.18 | 0.5 (≥ 0.062) | 1 |",
-        "| JEPA λ=1, k=1 | stop_rate | 5 | 0.00 | – | – | – | 1 (≥ 0.062) | – |",
+        "| JEPA λ=1, k=1 | exact | 5 | +0.75 | [−1.26, 2.76] | 0.36 | 0.18 | 0.5 (≥ 0.062) | 0.36 |",
+        "| JEPA λ=1, k=1 | stop_rate | 5 | 0.00 | – | – | – | – | – |",
         f"| JEPA λ=1, k=1 | 82 | 95.50 | 90.00 | 100.00 | 145.00 | 4d5f | {runs[5]} | without a result: 3 timeout |",
     ):
         assert line in lines
@@ -49,6 +49,14 @@ def test_headline_counts_the_arms_that_differ(tmp_path, out):
     assert main([*runs, "--output_dir", str(out)]) == 0
     headline = (out / "report.md").read_text().splitlines()[2]
     assert headline.startswith("1 of 2 arms") and "JEPA λ=1, k=1 on synth (+2.10 points)" in headline
+
+
+def test_headline_lists_arms_on_the_floor(tmp_path, out):
+    runs = two_arms(tmp_path, dict.fromkeys(FEW, 0.0), dict.fromkeys(FEW, 0.0))
+    runs += synthetic_arm(tmp_path, "k2", JEPA | {"predictors": 2}, FEW)
+    assert main([*runs, "--output_dir", str(out)]) == 0
+    headline = (out / "report.md").read_text().splitlines()[2]
+    assert headline.startswith("0 of 2 arms") and "JEPA λ=1, k=1 on synth (0 %)" in headline and "k=2" not in headline
 
 
 def test_only_the_three_files_are_written_and_repeat_byte_for_byte(tmp_path, out):

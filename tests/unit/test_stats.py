@@ -1,6 +1,7 @@
 """The statistics of paired arms against scipy, against values computed by hand, and by simulation."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ def comparison(differences: list[float], score: str = "exact", arm: str = "JEPA"
 
 
 def concluded(*comparisons: Comparison) -> list[Comparison]:
-    conclude(list(comparisons))
+    """With exact match as the primary score."""
+    conclude(list(comparisons), "exact")
     return list(comparisons)
 
 
@@ -84,21 +86,44 @@ def test_one_pair_has_no_interval_and_no_test():
     assert c.verdict.startswith("nothing shown: +2.00 points")
 
 
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("score", ["exact", "startswith"])
+def test_few_seeds_have_no_useless_interval_and_the_verdict_has_the_smallest_p(n, score):
+    (c,) = concluded(comparison([-35.0, 45.0, 90.0][:n], score))
+    assert c.interval is None and (c.p_two_sided is None) == (n == 2 or score != "exact")
+    assert f"{2 / 2**n:.2g}" in c.verdict and not c.differs
+    assert not [float(x) for x in re.findall(r"\d+\.\d+", c.verdict) if float(x) >= 100]
+
+
+def test_only_the_primary_score_is_tested():
+    first, second, other = concluded(comparison(GAIN), comparison(NOISE, arm="k=2"), comparison(STOPS, "stop_rate"))
+    assert (first.family, second.family, other.family) == (2, 2, 0)
+    assert first.p_holm == 2 * first.p_two_sided and second.p_holm == second.p_two_sided
+    assert (other.p_two_sided, other.p_one_sided, other.p_sign_flip, other.p_holm) == (None,) * 4 and not other.differs
+    assert other.interval[0] > 0 and stats.format_interval(other) in other.verdict
+
+
 def test_equal_differences_have_no_t_test():
-    same, shifted = concluded(comparison([0.0] * 5), comparison([0.5] * 5, "startswith"))
+    same, shifted = concluded(comparison([0.0] * 5), comparison([0.5] * 5, arm="other"))
     for c in (same, shifted):
         assert (c.sd, c.interval, c.p_two_sided, c.p_holm) == (0.0, None, None, None) and not c.differs
-    assert same.verdict.startswith("no difference: 0.00 points") and shifted.verdict.startswith("+0.50 points")
+    assert shifted.verdict.startswith("+0.50 points")
     assert shifted.p_sign_flip == pytest.approx(0.0625)
     ours, theirs = {0: 95.5, 1: 80.3, 2: 0.3}, {0: 95.3, 1: 80.1, 2: 0.1}
     assert len({ours[s] - theirs[s] for s in ours}) > 1  # float64 errors, which do not count as variance
     assert compare("JEPA", "regular", "exact", ours, theirs).p_two_sided is None
 
 
-def test_scores_at_a_bound_are_reported():
-    scores = dict.fromkeys(range(5), 100.0)
+@pytest.mark.parametrize(
+    ("value", "n", "word"), [(0.0, 5, "floor"), (100.0, 2, "ceiling"), (37.5, 3, "37.5 %"), (0, 1, "0 %")]
+)
+def test_equal_scores_of_all_runs_are_no_result(value, n, word):
+    scores = dict.fromkeys(range(n), value)
     (c,) = concluded(compare("jepa", "regular", "exact", scores, scores))
-    assert c.bound == 100.0 and "100 %" in c.verdict
+    assert c.same == value and word in c.verdict and "no difference" not in c.verdict
+    scores = dict(enumerate((0.0, 50.0)))
+    (c,) = concluded(compare("jepa", "regular", "exact", scores, scores))
+    assert c.same is None and "no difference" in c.verdict
 
 
 def test_verdicts_of_gain_and_loss():
@@ -113,7 +138,7 @@ def test_verdict_without_difference_has_the_detectable_difference():
     assert c.verdict.startswith("no significant difference: +0.75 points [−1.26, 2.76], n = 5, p = 0.36")
     assert f"{detectable(c.sd, 5):.2f} points" in c.verdict
     assert power(c.detectable, c.sd, 5, LEVEL) == pytest.approx(0.8, abs=1e-3)
-    (wide,) = concluded(comparison([-5.0, 9.0]))
+    (wide,) = concluded(comparison([-5.0, 9.0, 70.0]))
     assert wide.detectable > 100 and f"{wide.detectable:.2f}" not in wide.verdict
 
 
@@ -121,10 +146,10 @@ def test_correction_decides_and_sets_the_level_of_the_detectable_difference():
     near = [1.0, 2.4, 0.3, 1.9, 1.2]
     (single,) = concluded(comparison(near))
     assert single.differs
-    c, *_ = concluded(comparison(near), *(comparison(NOISE, f"score{i}") for i in range(3)))
+    c, *_ = concluded(comparison(near), *(comparison(NOISE, arm=f"arm {i}") for i in range(3)))
     assert c.p_two_sided < LEVEL < c.p_holm and not c.differs
     assert f"uncorrected: {stats.format_p(c.p_two_sided)}" in c.verdict
-    shown, missed, untested = concluded(comparison(GAIN), comparison(NOISE, "startswith"), comparison([0.0] * 5, "x"))
+    shown, missed, untested = concluded(comparison(GAIN), comparison(NOISE, arm="b"), comparison([0.0] * 5, arm="c"))
     assert shown.p_holm == pytest.approx(3 * shown.p_two_sided)  # a comparison without a test counts
     assert shown.detectable is None and untested.detectable is None
     assert missed.detectable == pytest.approx(detectable(missed.sd, 5, LEVEL / 2))  # one of three is shown

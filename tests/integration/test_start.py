@@ -1,0 +1,202 @@
+"""How commands start: flags before slow imports, interrupts, variables of launchers, consoles, the model's origin."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import GOLDEN, ROOT, message_row, metrics, start, train, write_rows
+
+import finetune
+from llm_jepa import distributed
+from llm_jepa.cli import UsageError
+from llm_jepa.files import read_json
+
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft"}
+LAUNCHED = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
+# Sends SIGINT at the first import of a module.
+HOOK = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ.get("INTERRUPT_AT"):
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def python(*argv: object, **variables: str) -> subprocess.CompletedProcess:
+    """Python in a process of its own, in the project's folder."""
+    return subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "mentioned"),
+    [
+        ("finetune.py --regular --lbd 2", "--lbd"),
+        ("finetune8bh200.py --train_file t --param_dtype bfloat16 --lora", "--param_dtype"),
+        ("evaluate.py --input_file t --score_gold --batch_size 3", "--batch_size"),
+        ("-m llm_jepa.memory --gpus none", "--gpus"),
+        ("-m llm_jepa.preflight --runs 0", "--runs"),
+        ("-m llm_jepa.report", "RUN"),
+    ],
+)
+def test_wrong_flags_are_refused_without_slow_imports(command, mentioned):
+    done = python("-X", "importtime", *command.split())
+    imported = set(re.findall(r"^import time:.*\|\s*([\w.]+)$", done.stderr, re.M))
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and any(mentioned in line for line in errors), errors
+    assert "llm_jepa.cli" in imported and imported & HEAVY == set()
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("finetune.py --train_file t --model_name models/tiny", "numpy"),
+        ("evaluate.py --score_gold --input_file datasets/synth_test.jsonl", "torch"),
+        ("finetune8bh200.py --train_file t --model_name models/tiny", "torch"),
+        ("finetune.py --train_file t --model_name models/tiny --lr_scheduler_type cosine", "transformers"),
+        ("-m llm_jepa.report runs/none", "llm_jepa.reports.comparison"),
+        ("-m llm_jepa.memory --model_name models/tiny", "torch"),
+    ],
+)
+def test_an_interrupt_during_imports_is_one_line(command, module, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(HOOK)
+    done = python(*command.split(), INTERRUPT_AT=module, PYTHONPATH=str(tmp_path))
+    lines = done.stderr.splitlines()
+    assert done.returncode == 130 and lines[-1].endswith("interrupted") and len(lines) == 1, done.stderr
+
+
+def test_an_interpreter_without_the_packages_is_told_of_setup():
+    for argv in (["finetune.py", "--help"], ["-m", "llm_jepa.report", "x"]):
+        done = python("-S", *argv)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "setup.sh" in done.stderr, done.stderr
+
+
+def test_console_without_unicode(tmp_path):
+    text = "é λ 漢 😀"
+    data = write_rows(tmp_path / "t.jsonl", [message_row(text, "b")])
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    with contextlib.redirect_stdout(console):
+        flags = ["--train_file", str(data), "--model_name", str(GOLDEN / "models/llama3"), "--dry_run", "1"]
+        assert finetune.main(flags) == 0
+    assert text in json.loads(console.buffer.getvalue().decode("ascii"))["first_row"]["chat"]
+    done = python("finetune.py", "--help", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout.isascii() and "\\u03bb" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------- environment
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Without variables of launchers; what the code removes comes back after the test."""
+    names = (*distributed.TORCHRUN, *distributed.MPI_SIZES, "LOCAL_WORLD_SIZE")
+    for name in [n for n in os.environ if n.startswith(distributed.ACCELERATE)] + [*names]:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{name: LAUNCHED[name]} for name in LAUNCHED]
+    + [{"RANK": "3", "LOCAL_RANK": "1"}, {"PMI_SIZE": "1", "LOCAL_RANK": "2"}, LAUNCHED | {"MASTER_PORT": ""}],
+)  # fmt: skip
+def test_a_part_of_torchruns_variables_means_one_process(environment, variables):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    distributed.clean_environment("x")
+    assert (distributed.processes(), distributed.is_main_process()) == (1, True)
+    assert not os.environ.keys() & {*distributed.TORCHRUN, "LOCAL_WORLD_SIZE", "PMI_SIZE"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "mentioned"),
+    [({"WORLD_SIZE": "4", "RANK": "3"}, "WORLD_SIZE"), ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE"),
+     (LAUNCHED | {"RANK": "first"}, "RANK=first"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two")],
+)  # fmt: skip
+def test_an_incomplete_environment_of_several_processes_is_refused(environment, variables, mentioned):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    with pytest.raises(UsageError, match=mentioned):
+        distributed.clean_environment("x")
+
+
+def test_torchruns_variables_together_count(environment):
+    for name, value in (LAUNCHED | {"WORLD_SIZE": "4", "RANK": "2", "PMI_SIZE": "9"}).items():
+        environment.setenv(name, value)
+    distributed.clean_environment("x")
+    assert (distributed.processes(), distributed.is_main_process()) == (4, False)
+    assert "PMI_SIZE" not in os.environ
+
+
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory):
+    return train(data, tmp_path_factory.mktemp("plain") / "run", "--max_steps", 2, "--dtype", "float32")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"ACCELERATE_MIXED_PRECISION": "bf16", "LOCAL_RANK": "0"},
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "5"},
+        {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_USE_DEEPSPEED": "true"},
+    ],
+)
+def test_variables_of_accelerate_change_nothing(environment, plain, data, tmp_path, variables):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    done = start(data, tmp_path / "run", "--max_steps", 2, "--dtype", "float32")
+    assert done.code == 0 and all(f"{n}={v}" in done.err for n, v in variables.items() if n[:4] == "ACCE"), done.err
+    own, other = ([(x["lm_loss"], x["jepa_loss"]) for x in metrics(run)] for run in (tmp_path / "run", plain))
+    assert own == other
+    assert read_json(tmp_path / "run/run.json")["processes"] == 1
+
+
+def test_run_json_has_precision_compilation_and_sharding(plain, data, tmp_path):
+    usual = {"parameters": ["float32"], "autocast": None, "compiled": False, "sharding": None}
+    assert read_json(plain / "run.json")["computation"] == usual
+    run = train(data, tmp_path / "run", "--max_steps", 1, "--dtype", "bfloat16")
+    assert read_json(run / "run.json")["computation"] == usual | {"autocast": "bfloat16"}
+
+
+def test_a_run_records_where_its_model_comes_from(plain, data, tmp_path):
+    record = read_json(plain / "run.json")
+    assert (record["model"], record["base"]) == ("tests/golden/models/llama3", None)
+    run = train(data, tmp_path / "run", "--max_steps", 1, "--regular", model=plain)
+    base = read_json(run / "run.json")["base"]
+    assert base["settings"] == read_json(plain / "args.json") and base["data_sha256"] == record["data_sha256"]
+
+
+def test_forked_processes_leave_an_interrupt_to_the_first_one(tmp_path):
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from llm_jepa.cli import end_at_interrupts, run_command
+signal.signal(signal.SIGINT, signal.default_int_handler)
+end_at_interrupts("x", lambda: True)
+def work():
+    if pid := os.fork():
+        os.kill(pid, signal.SIGINT)
+        assert os.waitpid(pid, 0)[1] == 0
+        os.kill(os.getpid(), signal.SIGINT)
+    else:
+        import time
+        time.sleep(0.5)
+        os._exit(0)
+code = run_command("x", work)
+os.kill(os.getpid(), signal.SIGINT)  # a second one, while the interpreter ends
+"""
+    done = python("-c", script)
+    assert done.returncode == 130 and done.stderr == "x: interrupted\n", done.stderr
