@@ -60,6 +60,15 @@ def provenance(data: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def run_settings(model: str | Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """run.json and args.json of the run that a model folder is or, as checkpoint-N and merged, belongs to, or None."""
+    folder = Path(os.path.abspath(model))
+    for run in (folder, folder.parent) if folder.is_dir() else ():
+        if (run / "run.json").is_file():
+            return read_json(run / "run.json"), read_json(run / "args.json")
+    return None
+
+
 def processes() -> int:
     """The number of processes that train together, from torchrun's environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))
