@@ -22,7 +22,7 @@ from typing import Any
 
 from llm_jepa.cli import UsageError, first_line, parse_flags, run_command
 from llm_jepa.distributed import agreed, is_main_process, process_group, processes, start
-from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings, check_run, notes_on
+from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings, check_run, notes_on, run_split
 
 if __name__ == "__main__":  # before the slow imports, so that help and wrong flags take no seconds
     start("evaluate.py", lambda: check_evaluation_settings(parse_flags(EvaluationSettings, __doc__)[0], processes()))
@@ -43,6 +43,8 @@ from llm_jepa.evaluation.predictions import (
     Predictions,
     begin_output,
     check_free,
+    check_place,
+    check_resumable,
     collect,
     read_predictions,
     settings_file,
@@ -117,41 +119,67 @@ def label_logits(model: Any, pad_id: int) -> Iterator[Callable[[list[Item]], tor
         yield lambda items: selector.read(model, on_device(collator(items), model.device)).logits
 
 
+def encode(
+    model: Any, encoder: Encoder, examples: list[Example], s: EvaluationSettings, problems: Problems
+) -> tuple[list[Example], list[Any]]:
+    """(examples, their prompts or their chats with each choice), without those that cannot be encoded."""
+    if choices := TASKS[s.task].choices:
+        return generation.encode_choices(model.config, encoder, examples, choices, problems)
+    return generation.encode_prompts(model.config, encoder.renderer, examples, problems)
+
+
+def with_weights(identity: dict[str, Any], name: str) -> dict[str, Any]:
+    """The identity of an evaluation with a model's name and files."""
+    weights = [p for p in Path(name).glob("*") if p.suffix in (".safetensors", ".bin")]
+    changed = sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights)
+    return identity | {"model": {"name": name, "weights": changed}}
+
+
+def add_notes(record: dict[str, Any], notes: list[str]) -> None:
+    """Adds notes to the record and prints them."""
+    record["notes"] += notes
+    for note in notes if PartialState().is_main_process else ():
+        print(f"evaluate.py: note: {note}", file=sys.stderr)
+
+
 def predict(
-    name: str, examples: list[Example], s: EvaluationSettings, path: Path, identity: dict[str, Any], problems: Problems
-) -> Predictions:
-    """Generates, scores and writes batch by batch. Returns all rows in the main process, [] in the others."""
+    name: str, examples: list[Example], s: EvaluationSettings, path: Path, identity: dict[str, Any],
+    record: dict[str, Any], problems: Problems,
+) -> Predictions:  # fmt: skip
+    """Generates, scores and writes batch by batch. Returns all rows in the main process, [] in the others.
+
+    `record` gets the maximum length that was used, and notes on how responses were computed.
+    """
     with contextlib.ExitStack() as stack:
         with agreed():  # nothing is replaced before all input is checked
             score = stack.enter_context(scorer(s, examples))
             model, encoder = load(name, s)
-            choices, renderer = TASKS[s.task].choices, encoder.renderer
+            choices, renderer, plan = TASKS[s.task].choices, encoder.renderer, generation.Plan()
+            limit = s.max_new_tokens or generation.answer_limit(renderer, examples)
+            record["settings"] = identity["settings"] | {"max_new_tokens": limit}
+            examples, encoded = encode(model, encoder, examples, s, problems)
             if choices:
-                examples, encoded = generation.encode_choices(model.config, encoder, examples, choices, problems)
                 read = stack.enter_context(label_logits(model, renderer.tokenizer.pad_token_id))
                 response = partial(generation.choose, read, choices)
                 lengths = [generation.forward_size(chats) for chats in encoded]
             else:
-                examples, encoded = generation.encode_prompts(model.config, renderer, examples, problems)
-                prefix = None
                 if s.engine == "transformers":
-                    prefix = generation.shared_prefix(model, encoded, renderer.tokenizer.pad_token_id)
-                response = partial(generation.generate_batch, model, renderer, s.max_new_tokens, prefix)
+                    plan = generation.make_plan(model, encoded, renderer.tokenizer.pad_token_id)
+                    add_notes(record, plan.notes(model))
+                response = partial(generation.generate_batch, model, renderer, limit, plan)
                 lengths = [len(prompt) for prompt in encoded]
-            batches = generation.batches(lengths, s.batch_size, s.tokens_per_batch)
+            sizes = (s.batch_size, s.tokens_per_batch) if plan.batch else (1, 0)
+            batches = generation.batches(lengths, *sizes)
             responses = partial(generation.respond, examples, encoded, response, batches)
             if s.engine == "vllm":
-                sizes = (s.max_new_tokens, s.tensor_parallel_size)
+                sizes = (limit, s.tensor_parallel_size)
                 responses = stack.enter_context(vllm_engine.started(model, renderer, examples, encoded, *sizes))
 
         def rows(done: set[int], share: tuple[int, int]) -> Iterator[Predictions]:
             for batch in responses(done, share):
                 yield [scored_row(example, found, score) for example, found in batch]
 
-        weights = [p for p in Path(name).glob("*") if p.suffix in (".safetensors", ".bin")]
-        changed = sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights)
-        identity = identity | {"model": {"name": name, "weights": changed}}
-        return collect(path, identity, s.overwrite, len(examples), rows)
+        return collect(path, with_weights(identity, name), s.overwrite, len(examples), rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- score
@@ -214,15 +242,20 @@ def evaluate_predictions(
     """Gets predictions from models or a file, writes them and their metrics, and prints the scores."""
     path, untuned = Path(s.output_file), None
     untuned_path = path.with_name("untuned") / path.name
+    base, others = dataclasses.replace(s, original_model_name=None), Problems(s.skip_bad_examples)
+    if s.split_tune_untune:
+        with agreed():  # before the other model generates
+            check_resumable(untuned_path, with_weights(identity, s.original_model_name), s.overwrite)
+            encode(*load(s.original_model_name, base), examples, base, others)
     if s.score_only:
         rows = score_file(s.score_only, examples, s)
         begin_output(path, identity | {"predictions_sha256": sha256(s.score_only)}, s.overwrite)
         rows = write_predictions(path, rows)
     else:
-        rows = predict(s.model_name, examples, s, path, identity, problems)
+        rows = predict(s.model_name, examples, s, path, identity, record, problems)
     if s.split_tune_untune:
-        base, others = dataclasses.replace(s, original_model_name=None), Problems(s.skip_bad_examples)
-        untuned = predict(s.original_model_name, examples, base, untuned_path, identity, others)
+        own = record | {"notes": []}
+        untuned = predict(s.original_model_name, examples, base, untuned_path, identity, own, others)
     if not PartialState().is_main_process:
         return
     report_skipped(problems, record)
@@ -252,6 +285,8 @@ def evaluate_embeddings(
     for path in (drawing, drawing and drawing.with_suffix(".json"), figures, vectors):
         if path and path.exists() and not s.overwrite:
             raise UsageError(f"{path} exists; give --overwrite")
+        if path:
+            check_place(path)
     model, encoder = load(s.model_name, s)
     examples, _ = embeddings.encode_views(model, encoder, examples, problems)
     report_skipped(problems, record)
@@ -279,21 +314,25 @@ def evaluate(s: EvaluationSettings) -> None:
     """Runs an evaluation with checked settings in this process."""
     problems = Problems(s.skip_bad_examples)
     with agreed():
-        examples = read_examples(s.input_file, problems, s.fields)
+        file = examples = read_examples(s.input_file, problems, s.fields)
+        checksum = data_sha256(s.input_file, s.fields)
+        share, seed = s.process_split and run_split(s.model_name, checksum) or (0.2, 42)
+        share, seed = share if s.test_size is None else s.test_size, seed if s.split_seed is None else s.split_seed
+        s = dataclasses.replace(s, test_size=share, split_seed=seed)
         if s.process_split:
-            examples = split_examples(examples, s.test_size, s.split_seed)[s.process_split == "test"]
+            examples = split_examples(examples, share, seed)[s.process_split == "test"]
         examples = examples[: s.max_examples or None]
         settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "overwrite"}
-        main = PartialState().is_main_process  # the others do not use the checksums
-        identity = {"settings": settings, "data_sha256": data_sha256(s.input_file, s.fields) if main else None}
-        if main and s.task and (databases := databases_of(s)):
+        identity = {"settings": settings, "data_sha256": checksum}
+        if s.task and (databases := databases_of(s)):
             identity["databases_sha256"] = folder_sha256(databases)
         if s.output_file and not s.embeds:
+            for path in (Path(s.output_file), Path(s.output_file).with_name("metrics.json")):
+                check_place(path)
             check_free(Path(s.output_file), s.overwrite)
-        record = provenance({}) | identity | {"notes": notes_on(s, examples, identity["data_sha256"])}
+        record, notes = provenance({}) | identity | {"notes": []}, notes_on(s, examples, file, checksum)
         record["versions"] |= vllm_engine.versions() if s.engine == "vllm" else {}
-    for note in record["notes"] if PartialState().is_main_process else ():
-        print(f"evaluate.py: note: {note}", file=sys.stderr)
+    add_notes(record, notes)
     if s.embeds:
         with write_errors(s.output_file or s.export_embeddings):
             evaluate_embeddings(s, examples, record, problems)

@@ -10,17 +10,20 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 #   {flags}     the user's flags after --
 #   {fields}    the user's flags that set how examples are read: --text_field, --code_field, --system, --skip_bad_examples
 #   {plain}     --plain if it is one of the user's flags
+#   {eval_flags} the flags of evaluate.py in EVAL_FLAGS
 run_regular() { # regular fine-tuning
   template train_regular finetune.py --train_file {train_file} --model_name {model} --learning_rate {learning_rate} \
     --num_epochs {epochs} --finetune_seed {seed} --regular {defaults} --output_dir {run} {resume} {flags}
-  template evaluate_regular evaluate.py --model_name {run} --input_file {test_file} --task {task} {fields} {plain}
+  template evaluate_regular evaluate.py --model_name {run} --input_file {test_file} --task {task} {fields} {plain} \
+    {eval_flags}
 }
 
 run_jepa() { # fine-tuning with the JEPA loss of weight λ = lbd on k = predictors predictor tokens
   template train_jepa finetune.py --train_file {train_file} --model_name {model} --learning_rate {learning_rate} \
     --num_epochs {epochs} --finetune_seed {seed} --predictors {predictors} --lbd {lbd} --last_token {last_token} \
     {defaults} --output_dir {run} {resume} {flags}
-  template evaluate_jepa evaluate.py --model_name {run} --input_file {test_file} --task {task} {fields} {plain}
+  template evaluate_jepa evaluate.py --model_name {run} --input_file {test_file} --task {task} {fields} {plain} \
+    {eval_flags}
 }
 
 run_pretrain() { # pretraining in one of two arms, then regular fine-tuning, all without the chat format
@@ -33,7 +36,7 @@ run_pretrain() { # pretraining in one of two arms, then regular fine-tuning, all
   template train_plain finetune.py --train_file {train_file} --model_name {model} --learning_rate {learning_rate} \
     --num_epochs {epochs} --finetune_seed {seed} --regular --plain {defaults} --output_dir {run} {resume} {flags}
   template evaluate_plain evaluate.py --model_name {run} --input_file {test_file} --task {task} {fields} \
-    --plain --startswith
+    --plain --startswith {eval_flags}
 }
 
 sweep() { # the cells of the grid use these flags instead of --train_file and --input_file
@@ -96,6 +99,7 @@ More variables:
   JOBS              runs at a time (1), which share the cores. With several, and in compare and sweep, each run writes its
                     output to RUNS_DIR/.logs/RUN.log, and a run that fails ends the others
   TASK              task that scores a dataset without the name of a task (evaluate.py --task)
+  EVAL_FLAGS        more flags of evaluate.py: EVAL_FLAGS='--max_new_tokens 512 --engine vllm' bash run.sh run_jepa
   PYTHON_BIN        interpreter to use; default: that of .venv, which setup.sh creates
   ARM               run_pretrain: arm of the pretraining, jepa or regular (jepa)
   PRETRAIN_DATASET  run_pretrain: dataset of the pretraining (paraphrase)

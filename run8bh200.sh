@@ -8,14 +8,16 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 run_regular() { # regular fine-tuning
   template train_regular "$TRAINER" --train_file {train_file} --model_name {model} --learning_rate {learning_rate} \
     --num_epochs {epochs} --finetune_seed {seed} --regular {defaults} --output_dir {run} {resume} {flags}
-  template evaluate_regular evaluate.py --model_name {run} --input_file {test_file} --task {task} {fields} {plain}
+  template evaluate_regular evaluate.py --model_name {run} --input_file {test_file} --task {task} {fields} {plain} \
+    {eval_flags}
 }
 
 run_jepa() { # fine-tuning with the JEPA loss of weight λ = lbd on k = predictors predictor tokens
   template train_jepa "$TRAINER" --train_file {train_file} --model_name {model} --learning_rate {learning_rate} \
     --num_epochs {epochs} --finetune_seed {seed} --predictors {predictors} --lbd {lbd} --last_token {last_token} \
     {defaults} --output_dir {run} {resume} {flags}
-  template evaluate_jepa evaluate.py --model_name {run} --input_file {test_file} --task {task} {fields} {plain}
+  template evaluate_jepa evaluate.py --model_name {run} --input_file {test_file} --task {task} {fields} {plain} \
+    {eval_flags}
 }
 
 launchers() {
@@ -67,7 +69,7 @@ Variables of a node. Under SLURM the job sets the defaults:
   JOIN_LIMIT     seconds that the preflight waits for the other nodes (600)
   DEVICE=cpu     runs without GPUs: DEVICE=cpu NPROC=2 MODEL=models/tiny bash run8bh200.sh run_jepa
   TRAINER        training script (finetune8bh200.py)
-PROTOCOL=paper, TASK, PYTHON_BIN, REPORTS_DIR and ALLOW are explained in `bash run.sh --help`.
+PROTOCOL=paper, TASK, EVAL_FLAGS (flags of evaluate.py), PYTHON_BIN, REPORTS_DIR and ALLOW are explained in `bash run.sh --help`.
 
 One node:    bash run8bh200.sh
              bash run8bh200.sh run_jepa - 2e-5 4 - 0 all 2 synth /data/runs

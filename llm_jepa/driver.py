@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,13 +23,15 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
-from llm_jepa.cli import UsageError, run_command
+from llm_jepa.cli import UsageError, build_parser, run_command
+from llm_jepa.evaluation.settings import EvaluationSettings
 from llm_jepa.files import read_json, sha256
 from llm_jepa.reports import sweep
+from llm_jepa.reports.results import EVALUATION_IGNORES
 from llm_jepa.variables import misspelled
 
 TINY = "models/tiny"  # has no weights: trained from random initialization
@@ -47,6 +50,9 @@ MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024"}  # datasets with examples of more
 FIELD_FLAGS = {"--text_field": 2, "--code_field": 2, "--system": 2, "--skip_bad_examples": 1}
 REFUSED_FLAGS = ("--train_file", "--data_file", "--model_name", "--learning_rate", "--num_epochs", "--last_token",
                  "--predictors", "--lbd", "--finetune_seed", "--regular", "--output_dir", "--dry_run")  # fmt: skip
+# Flags of the evaluation that its templates set.
+SET_FLAGS = set("model_name input_file output_file task text_field code_field system skip_bad_examples plain "
+                "startswith process_split test_size split_seed score_only score_gold".split())  # fmt: skip
 NUMBER, WHOLE, COUNT = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", r"(?:0|[1-9]\d*)", r"[1-9]\d*"
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 
@@ -59,6 +65,17 @@ def several(pattern: str) -> str:
 def items(text: str) -> list[str]:
     """The items of a list with commas or spaces, without duplicates."""
     return list(dict.fromkeys(text.replace(",", " ").split()))
+
+
+def evaluation_flags(words: list[str]) -> dict[str, Any]:
+    """The given flags of evaluate.py by name. Raises UsageError if they cannot be parsed."""
+    parser = build_parser(EvaluationSettings, "")
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"EVAL_FLAGS: {message}")
+
+    parser.error = refuse
+    return vars(parser.parse_args(words))
 
 
 def variable(names: str, pattern: str, default: str = "") -> Any:
@@ -97,6 +114,7 @@ class Settings:
     sweep_seeds: str = variable("SWEEP_SEED", several(WHOLE), "42")
     eval_split: str = variable("EVAL_SPLIT", r"0?\.\d+", "0.2")
     split_seed: str = variable("SPLIT_SEED", WHOLE, "42")
+    eval_flags: str = variable("EVAL_FLAGS", ".*")
 
     @classmethod
     def read(cls, command: str, given: list[str], environment: Mapping[str, str]) -> Settings:
@@ -116,6 +134,13 @@ class Settings:
             found[field.name] = value
         found["seeds"] = ALL_SEEDS if found["seeds"] == "all" else found["seeds"]
         return cls(**found)
+
+    def eval_words(self) -> list[str]:
+        """The words of EVAL_FLAGS. Raises UsageError if a quote is not closed."""
+        try:
+            return shlex.split(self.eval_flags)
+        except ValueError as error:
+            raise UsageError(f"EVAL_FLAGS cannot be '{self.eval_flags}' ({error})") from None
 
     def folder_name(self, dataset: str, details: str, flags: Iterable[str], end: str = "") -> str:
         """Different settings never share a folder: extra flags are part of the name as a hash."""
@@ -191,6 +216,7 @@ class Run:
     def values(self) -> dict[str, Any]:
         """The values for a template."""
         lists = {"defaults": self.default_flags(), "flags": list(self.flags), "fields": self.fields()}
+        lists["eval_flags"] = self.settings.eval_words()
         lists |= {"resume": ["--resume"] * self.folder.exists(), "plain": ["--plain"] * ("--plain" in self.flags)}
         own = {name: str(getattr(self, name)) for name in ("seed", "train_file", "test_file", "name")}
         steps = any(flag.partition("=")[0] == "--max_steps" for flag in self.flags)  # they replace the epochs
@@ -212,9 +238,13 @@ class Run:
         if not path.exists():
             return False
         metrics, task = read_json(path), self.settings.task
-        complete = metrics["data_sha256"] == sha256(self.test_file) and not metrics["settings"].get("max_examples")
+        given, recorded = evaluation_flags(self.settings.eval_words()), metrics["settings"]
+        wanted = vars(EvaluationSettings(**given))
+        names = recorded.keys() - SET_FLAGS - EVALUATION_IGNORES - ({"max_new_tokens"} - given.keys())
+        complete = metrics["data_sha256"] == sha256(self.test_file) and all(recorded[n] == wanted[n] for n in names)
         if not complete or task not in ("", metrics["task"]):
-            raise UsageError(f"{path} is not of TASK '{task}' on all of {self.test_file}; remove {path.parent}")
+            what = f"TASK '{task}' and EVAL_FLAGS '{self.settings.eval_flags}'"
+            raise UsageError(f"{path} is not of {what} on {self.test_file}; remove {path.parent}")
         return True
 
 
@@ -279,6 +309,8 @@ class Driver:
             dataset, model = (*given, "", "")[:2]
             given = [model, *[""] * 6, dataset]
         self.settings = Settings.read(self.command, given, os.environ)
+        if wrong := evaluation_flags(self.settings.eval_words()).keys() & SET_FLAGS:
+            raise UsageError(f"--{min(wrong)} cannot be in EVAL_FLAGS (see --help)")
         if self.both_arms and len(items(self.settings.datasets)) > 1:
             raise UsageError(f"{self.command} accepts one dataset, not '{self.settings.datasets}'")
         for run in itertools.chain(*self.chains()):

@@ -166,7 +166,7 @@ class Settings:
         None, "when held-out examples are evaluated; default epoch if there are any", RUN
     )
     eval_steps: int = flag(500, "steps between evaluations with --eval_strategy steps", RUN)
-    eval_generate: int = flag(0, "also generate for N held-out examples, at most 128 tokens each; log exact match", RUN)
+    eval_generate: int = flag(0, "also generate for N held-out examples; log exact match", RUN)
     save_strategy: Literal["epoch", "steps", "no"] | None = flag(
         None, "when checkpoints are saved; default epoch, or steps with --streaming", RUN
     )

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from llm_jepa.cli import UsageError
+from llm_jepa.cli import UsageError, first_line
 from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, Segment, end_of_turn
@@ -127,6 +127,13 @@ def stop_ids(generation_config: GenerationConfig, renderer: Renderer) -> list[in
     return sorted((known | {end_of_turn(renderer), renderer.tokenizer.eos_token_id}) - {None})
 
 
+def answer_limit(renderer: Renderer, examples: list[Example]) -> int:
+    """The default of --max_new_tokens: at least 128, more if an answer of the data is longer, a multiple of 64."""
+    answers = [example.assistant for example in examples] or [""]
+    longest = max(map(len, renderer.tokenizer(answers, add_special_tokens=False)["input_ids"]))
+    return max(128, 64 * ((longest + 8) // 64 + 1))  # 8: the stop token, and tokens where the prompt ends
+
+
 def max_lengths(config: Any, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
     """The most tokens that may follow each prompt: max_new_tokens (−1: no limit), within the model's context."""
     limit, most = context_length(config), sys.maxsize if max_new_tokens == -1 else max_new_tokens
@@ -149,36 +156,89 @@ class Prefix:
     cache: DynamicCache
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What does not change a model's responses: a cache, other prompts and padding in a batch, a shared prefix."""
+
+    cache: bool = True
+    batch: bool = True
+    prefix: Prefix | None = None
+
+    def notes(self, model: Any) -> list[str]:
+        """What a reader of the results should know about how they were computed."""
+        notes = [] if self.cache else [f"{class_name(model)} generates without a cache, because it fails with one"]
+        one = f"{class_name(model)} generates for one prompt at a time, because padded batches change what it computes"
+        return notes if self.batch else [*notes, one]
+
+
+def class_name(model: Any) -> str:
+    """The class of a model, below an adapter if there is one."""
+    return type(getattr(model, "get_base_model", lambda: model)()).__name__
+
+
 MIN_PREFIX = 4  # tokens; copying the cache of a shorter prefix costs as much as computing it
 FIRST_ROUND = 8  # tokens
+PROBED = 3  # tokens: the prompt's next one, and steps that read the cache
 
 
 def only_layers(cache: Any, *kinds: type) -> bool:
     """Whether a cache has only layers of these kinds; rows of those below can be repeated and left out."""
-    return isinstance(cache, DynamicCache) and all(type(layer) in kinds for layer in cache.layers)
+    known = type(cache) is DynamicCache and all(type(layer) in kinds for layer in cache.layers)
+    return known and cache.get_seq_length() > 0  # some models accept a cache and ignore it
 
 
 @torch.no_grad()
-def shared_prefix(model: Any, prompts: list[list[int]], pad_id: int) -> Prefix | None:
-    """The tokens that all prompts begin with, encoded once, or None if they are few or the model cannot reuse them.
-
-    With a prefix, shorter prompts are padded after it. Outputs do not change if attention depends on the mask and the
-    positions only. They change if it counts cache entries (sliding windows, some ALiBi) or if layers carry a state
-    along the row, so the longest and the shortest prompt are tried.
-    """
+def shared_prefix(model: Any, prompts: list[list[int]]) -> Prefix | None:
+    """The tokens that all prompts begin with, encoded once, or None if they are few or the cache cannot be repeated."""
     ids = os.path.commonprefix([prompt[:-1] for prompt in prompts])  # at least one token remains to encode
     if len(ids) < MIN_PREFIX or len(prompts) < 2:
         return None
     cache = DynamicCache(config=model.config)
     cache = model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
-    cache = getattr(cache, "past_key_values", None)
-    if not only_layers(cache, DynamicLayer):
-        return None
-    prefix = Prefix(ids, cache)
+    return Prefix(ids, cache.past_key_values) if only_layers(cache.past_key_values, DynamicLayer) else None
+
+
+def make_plan(model: Any, prompts: list[list[int]], pad_id: int) -> Plan:
+    """The fastest plan with which the first logits after the longest and the shortest prompt are those of each alone.
+
+    In a batch shorter prompts are padded, after the prefix if there is one. Outputs do not change if attention depends
+    on the mask and the positions only. They change if the model ignores the mask, if its layers carry a state along the
+    row, and with a prefix also if it counts cache entries (sliding windows, some ALiBi). What raises an error is not
+    used. Raises UsageError if the model cannot generate at all.
+    """
+    if not prompts:
+        return Plan()
     probe = [max(prompts, key=len), min(prompts, key=len)]
-    plain, reused = (last_logits(model, probe, pad_id, p) for p in (None, prefix))  # (2, V)
-    difference = ((reused - plain).norm(dim=-1) / plain.norm(dim=-1)).max().item()
-    return prefix if difference < (1e-4 if model.dtype == torch.float32 else 5e-2) else None
+    steps = min(max_lengths(model.config, probe, PROBED))
+
+    def logits(plan: Plan) -> torch.Tensor:
+        """(S, 2, V) of both prompts."""
+        groups = [probe] if plan.batch else [[prompt] for prompt in probe]
+        return torch.cat([first_logits(model, group, pad_id, plan, steps) for group in groups], dim=1)
+
+    def same(plan: Plan) -> bool:
+        found = logits(plan)
+        differences = (found - alone).norm(dim=-1) / alone.norm(dim=-1)  # (S, 2)
+        equal = (found.argmax(-1) == alone.argmax(-1)).cumprod(0)  # (S, 2): the tokens up to each step
+        known = torch.cat([torch.ones_like(equal[:1]), equal[:-1]]).bool()
+        return bool((differences[known] < (1e-4 if model.dtype == torch.float32 else 5e-2)).all())
+
+    plan = Plan(batch=False)
+    try:
+        alone = logits(plan)
+    except Exception:
+        try:
+            plan = Plan(cache=False, batch=False)
+            alone = logits(plan)
+        except Exception as error:
+            raise UsageError(f"{class_name(model)} cannot generate ({first_line(error)})") from None
+    with contextlib.suppress(Exception):
+        batch = dataclasses.replace(plan, batch=True)
+        if len(prompts) == 1 or same(batch):
+            plan = batch
+            if plan.cache and (prefix := shared_prefix(model, prompts)) and same(Plan(prefix=prefix)):
+                plan = Plan(prefix=prefix)
+    return plan
 
 
 def prompt_inputs(model: Any, prompts: list[list[int]], pad_id: int, prefix: Prefix | None) -> dict[str, Any]:
@@ -194,13 +254,14 @@ def prompt_inputs(model: Any, prompts: list[list[int]], pad_id: int, prefix: Pre
     return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
 
 
-def last_logits(model: Any, prompts: list[list[int]], pad_id: int, prefix: Prefix | None) -> torch.Tensor:
-    """Logits (B, V) of the first token after each prompt."""
+def first_logits(model: Any, prompts: list[list[int]], pad_id: int, plan: Plan, steps: int) -> torch.Tensor:
+    """Logits (S, B, V) of the first S = `steps` tokens after each prompt."""
     # By `generate`, so that positions and masks are those of every later step.
-    one = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=pad_id, use_cache=True,
+    few = GenerationConfig(do_sample=False, max_new_tokens=steps, pad_token_id=pad_id, use_cache=plan.cache,
                            output_logits=True, return_dict_in_generate=True)  # fmt: skip
     with default_generation_config(model):
-        return model.generate(**prompt_inputs(model, prompts, pad_id, prefix), generation_config=one).logits[0].float()
+        out = model.generate(**prompt_inputs(model, prompts, pad_id, plan.prefix), generation_config=few)
+    return torch.stack(out.logits).float()
 
 
 @contextlib.contextmanager
@@ -215,8 +276,7 @@ def default_generation_config(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def generate_tokens(
-    model: Any, pad_id: int, stops: list[int], prompts: list[list[int]], max_new_tokens: int,
-    prefix: Prefix | None = None,
+    model: Any, pad_id: int, stops: list[int], prompts: list[list[int]], max_new_tokens: int, plan: Plan,
 ) -> list[list[int]]:  # fmt: skip
     """Greedy tokens after each prompt, up to and including the first of `stops`, at most max_new_tokens (−1: no limit).
 
@@ -225,11 +285,11 @@ def generate_tokens(
     """
     room = max_lengths(model.config, prompts, max_new_tokens)
     rows: list[list[int]] = [[] for _ in prompts]
-    live, inputs, length = list(range(len(prompts))), prompt_inputs(model, prompts, pad_id, prefix), FIRST_ROUND
+    live, inputs, length = list(range(len(prompts))), prompt_inputs(model, prompts, pad_id, plan.prefix), FIRST_ROUND
     while live:
         width, least = inputs["input_ids"].shape[1], min(room[i] - len(rows[i]) for i in live)
         greedy = GenerationConfig(do_sample=False, max_new_tokens=min(length, least), eos_token_id=stops,
-                                  pad_token_id=pad_id, use_cache=True, return_dict_in_generate=True)  # fmt: skip
+                                  pad_token_id=pad_id, use_cache=plan.cache, return_dict_in_generate=True)  # fmt: skip
         with default_generation_config(model):
             out = model.generate(**inputs, generation_config=greedy)
         for i, tokens in zip(live, out.sequences[:, width:].tolist(), strict=True):
@@ -244,16 +304,16 @@ def generate_tokens(
             mask = F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)  # (B', T')
             inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": out.past_key_values}
         elif live:  # for example a recurrent state: the rows are encoded again
-            inputs = prompt_inputs(model, [prompts[i] + rows[i] for i in live], pad_id, prefix)
+            inputs = prompt_inputs(model, [prompts[i] + rows[i] for i in live], pad_id, plan.prefix)
     return rows
 
 
 def generate_batch(
-    model: Any, renderer: Renderer, max_new_tokens: int, prefix: Prefix | None, prompts: list[list[int]]
+    model: Any, renderer: Renderer, max_new_tokens: int, plan: Plan, prompts: list[list[int]]
 ) -> list[Generation]:
-    """Greedy responses to a batch of prompts, which begin with the prefix if there is one."""
+    """Greedy responses to a batch of prompts."""
     stops = stop_ids(model.generation_config, renderer)
-    rows = generate_tokens(model, renderer.tokenizer.pad_token_id, stops, prompts, max_new_tokens, prefix)
+    rows = generate_tokens(model, renderer.tokenizer.pad_token_id, stops, prompts, max_new_tokens, plan)
     return [to_generation(renderer, row, stops) for row in rows]
 
 
@@ -262,19 +322,19 @@ def generate(
 ) -> Responses:
     """Greedy responses batch by batch. Raises ExampleError if an example cannot be encoded."""
     examples, prompts = encode_prompts(model.config, renderer, examples, Problems())
-    prefix = shared_prefix(model, prompts, renderer.tokenizer.pad_token_id)
-    response = partial(generate_batch, model, renderer, max_new_tokens, prefix)
-    return respond(examples, prompts, response, batches([len(p) for p in prompts], batch_size))
+    plan = make_plan(model, prompts, renderer.tokenizer.pad_token_id)
+    response = partial(generate_batch, model, renderer, max_new_tokens, plan)
+    return respond(examples, prompts, response, batches([len(p) for p in prompts], batch_size if plan.batch else 1))
 
 
 def exact_match(
     renderer: Renderer, examples: list[Example], process: int = 0, processes: int = 1
 ) -> Callable[[Any], dict[str, float]]:
-    """A function of the model: exact match of its greedy responses of at most 128 tokens, over all processes."""
-    mine = examples[process::processes]
+    """A function of the model: exact match of its greedy responses, over all processes."""
+    mine, limit = examples[process::processes], answer_limit(renderer, examples)
 
     def exact(model: Any) -> dict[str, float]:
-        responses = generate(model, renderer, mine, batch_size=32, max_new_tokens=128)
+        responses = generate(model, renderer, mine, batch_size=32, max_new_tokens=limit)
         hits = sum(score_text(g.text, e.assistant)["exact"] for batch in responses for e, g in batch)
         counts = torch.tensor([float(hits), float(len(mine))], device=model.device)
         if processes > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,16 @@ def write_predictions(path: Path, rows: Predictions) -> Predictions:
     return rows
 
 
+def check_place(path: Path) -> None:
+    """Raises UsageError if a file cannot be written there: before anything is computed."""
+    folder = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.exists(parent))
+    device = folder == Path("/dev") or Path("/proc") in (folder.resolve(), *folder.resolve().parents)
+    if device or (os.path.lexists(path) and not path.is_file()):
+        raise UsageError(f"{path} cannot be written: it is not a regular file")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"{path} cannot be written: {folder} is not a folder in which files can be made")
+
+
 def check_free(path: Path, overwrite: bool) -> None:
     """Raises UsageError if the folder has the metrics of another predictions file, or of this one without overwrite."""
     metrics = path.with_name("metrics.json")
@@ -77,14 +88,27 @@ def settings_file(path: Path) -> Path:
 def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> Predictions:
     """Prepares the output files. Returns the rows that an interrupted evaluation with the same identity left.
 
-    Raises UsageError if other results are in the way and are not to be overwritten.
+    Raises UsageError as `check_resumable` does.
     """
+    check_resumable(path, identity, overwrite)
     record = settings_file(path)
     if overwrite:
         for old in (path, record, path.with_name("metrics.json")):
             old.unlink(missing_ok=True)
     rows: Predictions = []
     if path.exists():
+        with open(path, "rb+") as file:  # a kill may have cut the last line short
+            file.truncate(file.read().rfind(b"\n") + 1)
+        rows = read_predictions(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, identity)
+    return rows
+
+
+def check_resumable(path: Path, identity: dict[str, Any], overwrite: bool) -> None:
+    """Raises UsageError if other results are in the way and are not to be overwritten."""
+    record = settings_file(path)
+    if path.exists() and not overwrite:
         before, now = read_json(record) if record.exists() else {}, json.loads(json.dumps(identity))
         if before != now:
             old, new = before.get("settings", {}), now["settings"]
@@ -92,12 +116,6 @@ def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> Predi
             changed += [name for name in now if name != "settings" and now[name] != before.get(name)]
             what = f"{path} exists and was written with other settings, data or weights"
             raise UsageError(f"{what} ({', '.join(changed)}); give --overwrite, or another --output_file")
-        with open(path, "rb+") as file:  # a kill may have cut the last line short
-            file.truncate(file.read().rfind(b"\n") + 1)
-        rows = read_predictions(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, identity)
-    return rows
 
 
 def collect(

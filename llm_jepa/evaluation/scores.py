@@ -20,18 +20,23 @@ def scored_row(example: Example, generation: Generation, score: Scorer) -> dict[
 
 
 def summarize(rows: Predictions, task: str, startswith: bool = False) -> dict[str, Any]:
-    """Each score as a fraction of n, with its 95 % Wilson interval under `ci95`; `failures` counted by reason."""
+    """Each score as a fraction of n, with its 95 % Wilson interval under `ci95`; `failures` counted by reason.
+
+    `cut_at_limit`: the number of responses that ended at the maximum length, None if it is not known of each.
+    """
     own = TASKS[task].scores
     names = [*own, "exact", "startswith"]
     hits = {name: sum(row[name] for row in rows) for name in names}
     if all(row["stop_reason"] is not None for row in rows):
         hits["stop_rate"] = sum(row["stop_reason"] == "stop" for row in rows)
+    cut = len(rows) - hits["stop_rate"] if "stop_rate" in hits else None
     n = len(rows)
     return {
         "task": task,
         "n": n,
         "score": "startswith" if startswith else names[0],
         **{name: hits[name] / n if name in hits else None for name in (*names, "stop_rate")},
+        "cut_at_limit": cut,
         "scores": list(own),
         "ci95": {name: wilson(count, n) for name, count in hits.items()},
         "failures": dict(Counter(row["failure"] for row in rows if "failure" in row).most_common()),
@@ -46,6 +51,8 @@ def score_table(metrics: dict[str, Any]) -> str:
         if metrics[name] is not None:
             low, high = (100 * x for x in metrics["ci95"][name])
             lines.append(f"{name:18}{100 * metrics[name]:7.2f}  [{low:.2f}, {high:.2f}]")
+    if metrics["cut_at_limit"]:
+        lines.append(f"cut at the maximum length (--max_new_tokens): {metrics['cut_at_limit']} of {metrics['n']}")
     if metrics["failures"]:
         lines.append("without a result: " + ", ".join(f"{n} {reason}" for reason, n in metrics["failures"].items()))
     return "\n".join(lines)

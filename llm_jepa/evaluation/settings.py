@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_jepa.cli import Refusals, UsageError, flag
-from llm_jepa.data.examples import Example, Fields, data_sha256, dataset_name
-from llm_jepa.files import read_json
+from llm_jepa.data.examples import Example, Fields, data_sha256, dataset_name, split_examples
+from llm_jepa.run_folder import CHECKPOINT_MARK, run_settings
 from llm_jepa.scoring.tasks import TASKS
 
 MODEL, DATA, GENERATION, EMBEDDING, OUTPUT = "Model", "Data", "Generation", "Embeddings", "Output"
@@ -51,10 +51,16 @@ class EvaluationSettings:
     spider_path: str = flag("spider_data.zip", "task spider: folder or zip file of Spider with its databases", DATA)
     nosplit_data: bool = flag(False, "use the complete file, even if the run was trained on a part of it", DATA)
     process_split: Literal["train", "test"] | None = flag(
-        None, "use one part of a file that finetune.py read as --data_file", DATA
+        None,
+        "use one part of a file that finetune.py read as --data_file or with --val_fraction; test: the part held out",
+        DATA,
     )
-    test_size: float = flag(0.2, "--process_split: fraction of the test part (--eval_split of finetune.py)", DATA)
-    split_seed: int = flag(42, "--process_split: seed of the split", DATA)
+    test_size: float | None = flag(
+        None, "--process_split: fraction of the test part; default: as the run, 0.2 for other files", DATA
+    )
+    split_seed: int | None = flag(
+        None, "--process_split: seed of the split; default: as the run, 42 for other files", DATA
+    )
     max_examples: int = flag(0, "use the first N examples; 0: all", DATA)
     skip_bad_examples: bool = flag(False, "skip bad examples, count and report them", DATA)
 
@@ -65,7 +71,12 @@ class EvaluationSettings:
         "one prompt",
         GENERATION,
     )
-    max_new_tokens: int = flag(128, "maximum length of a response in tokens; -1: up to the model's context", GENERATION)
+    max_new_tokens: int | None = flag(
+        None,
+        "maximum length of a response in tokens; default: 128, or more if an answer of the data is longer; -1: up to "
+        "the model's context",
+        GENERATION,
+    )
     plain: bool = flag(False, "no chat format: user<|perception|>", GENERATION)
     unmask_assistant_special_tokens: bool = flag(False, "reference implementation; no effect here", GENERATION)
     startswith: bool = flag(False, "startswith is the primary score instead of the task's", GENERATION, "--statswith")
@@ -150,7 +161,7 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
     for name, least in (("batch_size", 1), ("tensor_parallel_size", 1), ("tokens_per_batch", 0), ("max_examples", 0)):
         value = getattr(s, name)
         r.refuse(value < least, f"--{name} {value} is less than {least}")
-    wrong_length = s.max_new_tokens < 1 and s.max_new_tokens != -1
+    wrong_length = s.max_new_tokens is not None and s.max_new_tokens < 1 and s.max_new_tokens != -1
     r.refuse(wrong_length, f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
     task, output = check_task(s, r), check_output(s, r)
     for name in ("model_name", "original_model_name"):
@@ -161,6 +172,9 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
                 check_name(value, name)
         except UsageError as error:
             r.append(str(error))
+    for name in ("input_file", "score_only"):
+        path = Path(getattr(s, name) or "")
+        r.refuse(path.exists() and not path.is_file() and str(path) != ".", f"--{name} {path} is not a regular file")
     if r:
         raise UsageError("\n".join(r))
     return dataclasses.replace(s, task=task, output_file=output, unmask_assistant_special_tokens=False)
@@ -205,32 +219,30 @@ def check_output(s: EvaluationSettings, r: Refusals) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- the run
 
 
-def run_records(name: str | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """run.json and args.json of the run that a model folder is or, merged, belongs to; None for any other model."""
-    folder = Path(name or "")
-    folder = folder.parent if folder.name == "merged" else folder
-    if not (folder / "run.json").is_file():
-        return None
-    return read_json(folder / "run.json"), read_json(folder / "args.json")
+def run_split(name: str | None, checksum: str) -> tuple[float, int] | None:
+    """(fraction, seed) by which a run held out a part of the file with this checksum, or None."""
+    record, trained = run_settings(name or "") or ({}, {})
+    file = trained.get("data_file") or trained.get("train_file")
+    share = trained.get("eval_split" if trained.get("data_file") else "val_fraction")
+    return (share, trained["split_seed"]) if share and record["data_sha256"].get(file) == checksum else None
 
 
 def check_run(name: str, s: EvaluationSettings) -> dict[str, Any]:
-    """The settings that a run was trained with, {} for any other model.
+    """The settings that a run was trained with, {} for any other model; those of its run for a checkpoint.
 
     Raises UsageError if the run is not finished, or was trained in another format or with another split.
     """
-    record, trained = run_records(name) or ({}, {})
+    record, trained = run_settings(name) or ({}, {})
     if not record:
         return {}
-    if record["status"] != "finished":
+    if record["status"] != "finished" and not (Path(name) / CHECKPOINT_MARK).is_file():
         raise UsageError(f"--model_name {name}: the run is {record['status']}, not finished; resume it with --resume")
     if trained["plain"] != s.plain:
         raise UsageError(f"--model_name {name} was trained with{'' if trained['plain'] else 'out'} --plain")
-    share, seed = trained["eval_split"], trained["split_seed"]
-    if trained["data_file"] and s.process_split and (share, seed) != (s.test_size, s.split_seed):
-        raise UsageError(f"--model_name {name} was split by --test_size {share} --split_seed {seed}")
-    if trained["data_file"] and not (s.process_split or s.nosplit_data):
-        if data_sha256(s.input_file, s.fields) in record["data_sha256"].values():
+    if split := run_split(name, data_sha256(s.input_file, s.fields)):
+        if s.process_split and split != (s.test_size, s.split_seed):
+            raise UsageError(f"--model_name {name} was split by --test_size {split[0]} --split_seed {split[1]}")
+        if trained["data_file"] and not (s.process_split or s.nosplit_data):
             how = "give --process_split test, or --nosplit_data for all of its examples"
             raise UsageError(f"--model_name {name} was trained on a part of {s.input_file}: {how}")
     turn = trained["system"]
@@ -240,11 +252,14 @@ def check_run(name: str, s: EvaluationSettings) -> dict[str, Any]:
     return trained
 
 
-def notes_on(s: EvaluationSettings, examples: list[Example], checksum: str) -> list[str]:
-    """What a reader of the scores must know about these examples and those that the run was trained on."""
-    (record, trained), notes = run_records(s.model_name) or ({}, {}), []
-    if record.get("data_sha256", {}).get(trained.get("train_file")) == checksum:
-        notes.append(f"{s.input_file} has the examples that the run was trained on")
+def notes_on(s: EvaluationSettings, examples: list[Example], file: list[Example], checksum: str) -> list[str]:
+    """What a reader of the scores must know about these examples of a file and those that the run was trained on."""
+    (record, trained), notes = run_settings(s.model_name or "") or ({}, {}), []
+    if record.get("data_sha256", {}).get(trained.get("data_file") or trained.get("train_file")) == checksum:
+        split = run_split(s.model_name, checksum)
+        known = {example.id for example in (split_examples(file, *split)[0] if split else file)}
+        if count := sum(example.id in known for example in examples):
+            notes.append(f"the run was trained on {count} of these {len(examples)} examples of {s.input_file}")
     turn = record.get("system_turn", ...)
     if turn is not ... and {example.system for example in examples} != {turn} and not s.plain:
         notes.append(f"the examples' system turn is not the one that the run was trained with ({turn!r})")

@@ -50,11 +50,14 @@ def score_text(prediction: str, answer: str) -> dict[str, bool]:
 
 # ---------------------------------------------------------------------------------------------------------- numbers
 
-MARK = "####"
 # Everything that a reader would take for one number, so that 1/2 and 1.2.3 are not read as 1. A minus after a word
 # character or a bracket is a subtraction.
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\$-?)?\.?[0-9](?:[\w.,/:]*\w)?")
+MARKED = re.compile(rf"####[ \t]*({NUMBER.pattern})")
 WELL_FORMED = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?")
+# Separators of thousands besides the comma: in LaTeX, typographic spaces and apostrophes, and Python's underscore.
+SEPARATOR = r"(?:(?:,|\{\\?,\})(?:\\!)?|\\(?:[,;: ]|thinspace )|~|[\u00a0\u2009\u202f'’_])"
+GROUPED = re.compile(rf"(?<![\w.,])[0-9]{{1,3}}(?:{SEPARATOR}[0-9]{{3}})+(?![0-9])")
 
 
 def _number(word: str) -> Decimal | None:
@@ -63,17 +66,21 @@ def _number(word: str) -> Decimal | None:
     return Decimal(plain.replace(",", "")) if WELL_FORMED.fullmatch(plain) else None
 
 
+def _usual(text: str) -> str:
+    """The text with a hyphen for each minus sign and commas between thousands."""
+    return GROUPED.sub(lambda found: re.sub(SEPARATOR, ",", found[0]), text.translate({0x2212: "-", 0x2011: "-"}))
+
+
 def marked_number(text: str) -> Decimal | None:
-    """The number directly after the first `####`, as in GSM8K's answers (arXiv 2110.14168), or None."""
-    word = NUMBER.match(text.replace("−", "-").partition(MARK)[2].lstrip(" \t"))
-    return _number(word[0]) if word else None
+    """The number directly after the first `####` with one, as in GSM8K's answers (arXiv 2110.14168), or None."""
+    return next((n for word in MARKED.findall(_usual(text)) if (n := _number(word)) is not None), None)
 
 
 def last_number(text: str) -> Decimal | None:
-    """The number after `####` if the text contains that mark, else the last number of the text, or None."""
-    if MARK in text:
-        return marked_number(text)
-    words = NUMBER.findall(text.replace("−", "-"))
+    """The number after `####` if there is one, else the last number of the text, or None."""
+    if (marked := marked_number(text)) is not None:
+        return marked
+    words = NUMBER.findall(_usual(text))
     return _number(words[-1]) if words else None
 
 

@@ -126,6 +126,9 @@ WRONG = [
     ("run_jepa", {"seeds": "1"}, "SEEDS"),
     ("compare", {"LDB": "1"}, "LBD"),
     ("sweep", {"LEARNING_RATS": "1e-3"}, "LEARNING_RATES"),
+    ("run_jepa", {"EVAL_FLAGS": "--max_new_token 5"}, "--max_new_token 5"),
+    ("run_jepa", {"EVAL_FLAGS": "--task=text"}, "--task"),
+    ("run_jepa", {"EVAL_FLAGS": "--system 'a"}, "EVAL_FLAGS"),
 ]
 
 
@@ -158,6 +161,28 @@ def test_shell_scripts_have_valid_syntax():
 
 
 # ------------------------------------------------------------------------------------------------ what is done
+
+
+def test_flags_of_the_evaluation_reach_it(project):
+    for command in ("run_jepa", "run_pretrain", "sweep"):
+        done = project.run(command, EVAL_FLAGS="--max_new_tokens 9", **ONE)
+        assert {flag(argv, "--max_new_tokens") for argv in done.evaluated} == {"9"}
+        assert all("--max_new_tokens" not in argv for argv in done.trained)
+
+
+def test_finished_evaluation_with_other_flags_is_refused(project):
+    (run,) = project.run("run_jepa", **ONE).runs
+    metrics = Path(run, "eval/synth/metrics.json")
+    flags, written = "--max_new_tokens 9 --batch_size 4", {"max_new_tokens": 9, "dtype": "auto", "batch_size": 64}
+    for settings, variables, code in (
+        (written, {"EVAL_FLAGS": flags}, 0),
+        (written, {}, 0),  # the default depends on the data
+        (written | {"max_new_tokens": 8}, {"EVAL_FLAGS": flags}, 2),
+        (written | {"dtype": "bfloat16"}, {}, 2),
+    ):
+        metrics.write_text(json.dumps(read_json(metrics) | {"settings": settings}))
+        done = project.run("run_jepa", **ONE | variables)
+        assert (done.code, done.evaluated) == (code, []) and (code == 0 or str(metrics) in done.err)
 
 
 def test_finished_steps_are_skipped(project):

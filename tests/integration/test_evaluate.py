@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def model(tmp_path_factory) -> Path:
     loaded, encoder = evaluate.load(str(MODEL), EvaluationSettings(dtype="float32"))
     examples = read_examples(str(data), Problems())
     _, prompts = generation.encode_prompts(loaded.config, encoder.renderer, examples, Problems())
-    responses = generation.generate_tokens(loaded, 0, [], prompts, STEPS)
+    responses = generation.generate_tokens(loaded, 0, [], prompts, STEPS, generation.Plan())
     counts = {t: sum(t in tokens for tokens in responses) for tokens in responses for t in tokens}
     stop = min(counts, key=lambda t: (abs(2 * counts[t] - len(responses)), t))
     return changed_copy(MODEL, folder / "stops", "generation_config.json", eos_token_id=[4, stop])
@@ -459,7 +460,8 @@ def test_wrong_flags_are_refused_together(case):
 
 
 def trained(folder: Path, *flags: object) -> Path:
-    done = call("finetune", "--model_name", MODEL, "--regular", "--max_steps", 1, "--grad_accum", 1, "--learning_rate",
+    method = () if "--predictors" in flags else ("--regular",)
+    done = call("finetune", "--model_name", MODEL, *method, "--max_steps", 1, "--grad_accum", 1, "--learning_rate",
                 0.05, "--save_strategy", "no", "--output_dir", folder, *flags)  # fmt: skip
     assert done.code == 0, done.err
     return folder
@@ -504,12 +506,11 @@ def test_adapter_and_merged_model_give_the_same_responses(data, tmp_path):
 
 @pytest.mark.parametrize("share, seed", [(0.2, 42), (0.5, 7)])
 def test_process_split_is_the_split_of_finetune(share, seed, regex_rows, tmp_path):
-    ours, theirs = EvaluationSettings(), finetune.Settings()
-    assert (ours.test_size, ours.split_seed) == (theirs.eval_split, theirs.split_seed)
     held_out = split_examples(read_examples(str(regex_rows), Problems()), share, seed)[1]
     given = gold_predictions(tmp_path / "p.jsonl", regex_rows, [e.id for e in held_out])
     flags = ("--task", "synth", "--process_split", "test", "--test_size", share, "--split_seed", seed)
-    done = score_file(given, regex_rows, *flags)
+    usual = (share, seed) == (finetune.Settings().eval_split, finetune.Settings().split_seed)  # the defaults
+    done = score_file(given, regex_rows, *(flags[:4] if usual else flags))
     assert done.code == 0, done.err
     assert (metrics_of(tmp_path)["n"], metrics_of(tmp_path)["exact"]) == (120 * share, 1)
     assert score_file(given, regex_rows, *flags, "--process_split", "train", "--overwrite").code == 2
@@ -551,3 +552,130 @@ def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, fini
         assert got["n"] == len(ids) and f"{part}: synth, n = {len(ids)}\n" in done.out
         assert got["exact"] == sum(row["exact"] for row in tuned if row["id"] in ids) / len(ids)
     assert sorted(snapshot(out)) == ["metrics.json", "p.jsonl", "untuned/p.jsonl"]
+
+
+def test_checkpoint_is_evaluated_as_its_run(data, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "synth_train.jsonl", [message_row(f"q{i}", f"a{i}") for i in range(10)])
+    flags = ("--plain", "--data_file", rows, "--predictors", 2)
+    run = trained(tmp_path / "run", *flags, "--save_strategy", "steps", "--save_steps", 1)
+    checkpoint = run / "checkpoint-1"
+    if not checkpoint.exists():  # a finished run may keep only its model
+        shutil.copytree(run, tmp_path / "copy")
+        shutil.move(tmp_path / "copy", checkpoint)
+        for name in ("run.json", "args.json"):
+            (checkpoint / name).unlink()
+    results, figures = {}, {}
+    for folder in (run, checkpoint):
+        done = score(folder, data, tmp_path / "no" / "p.jsonl")
+        assert done.code == 2 and "--plain" in done.err
+        done = score(folder, rows, tmp_path / "no" / "p.jsonl", "--plain")
+        assert done.code == 2 and "--process_split" in done.err
+        out = tmp_path / folder.name
+        assert score(folder, rows, out / "p.jsonl", "--plain", "--process_split", "test").code == 0
+        results[folder] = (out / "p.jsonl").read_text(), metrics_of(out)["notes"]
+        embed = (
+            "--model_name",
+            folder,
+            "--input_file",
+            data,
+            "--plain",
+            "--similarity",
+            "--output_file",
+            out / "s.json",
+        )
+        assert call("evaluate", *embed).code == 0
+        figures[folder] = json.loads((out / "s.json").read_text())["cosine"]
+    assert results[run] == results[checkpoint] and figures[run] == figures[checkpoint]
+    record = json.loads((run / "run.json").read_text()) | {"status": "interrupted"}
+    (run / "run.json").write_text(json.dumps(record))
+    monkeypatch.chdir(checkpoint)  # the folder is known by whatever name
+    (checkpoint / "complete.json").write_text("{}")
+    assert score(".", data, tmp_path / "here" / "p.jsonl", "--plain", "--max_examples", 1).code == 0
+    assert score("..", data, tmp_path / "there" / "p.jsonl", "--plain").code == 2
+
+
+@pytest.mark.parametrize(
+    "flags", [("--train_file", "--val_fraction", 0.3), ("--data_file", "--eval_split", 0.3)], ids=str
+)
+def test_note_counts_the_examples_that_the_run_was_trained_on(flags, tmp_path):
+    data = write_rows(tmp_path / "synth_train.jsonl", [message_row(f"q{i}", f"a{i}") for i in range(10)])
+    run = trained(tmp_path / "run", flags[0], data, *flags[1:], "--split_seed", 5, "--eval_strategy", "no")
+    held_out = [e.id for e in split_examples(read_examples(str(data), Problems()), 0.3, 5)[1]]
+    notes = {}
+    for name, extra in {"all": ["--nosplit_data"], "test": ["--process_split", "test"],
+                        "train": ["--process_split", "train"]}.items():  # fmt: skip
+        out = tmp_path / name
+        assert score(run, data, out / "p.jsonl", *extra).code == 0  # by the run's own split
+        notes[name] = metrics_of(out)["notes"]
+        if name == "test":
+            assert [row["id"] for row in lines(out / "p.jsonl")] == sorted(held_out)
+            assert (metrics_of(out)["settings"]["test_size"], metrics_of(out)["settings"]["split_seed"]) == (0.3, 5)
+    assert notes["test"] == [] and "7 of these 10" in notes["all"][0] and "7 of these 7" in notes["train"][0]
+    done = score(run, data, tmp_path / "other" / "p.jsonl", "--process_split", "test", "--test_size", 0.5)
+    assert done.code == 2 and "--test_size 0.3 --split_seed 5" in done.err
+
+
+# ------------------------------------------------------------------------------------- what is refused first, lengths
+
+
+@pytest.mark.parametrize("damage", ["no template", "no weights", "context", "other results"])
+def test_untuned_model_is_checked_before_the_tuned_one_generates(damage, model, data, finished, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(MODEL, base)
+    shutil.copytree(finished[0], out)
+    flags = ["--split_tune_untune", "--original_model_name", base]
+    if damage in ("no template", "no weights"):
+        (base / {"no template": "chat_template.jinja", "no weights": "model.safetensors"}[damage]).unlink()
+    if damage == "context":
+        config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 50}
+        (base / "config.json").write_text(json.dumps(config))
+    if damage == "other results":
+        out = tmp_path / "new"
+        (out / "untuned").mkdir(parents=True)
+        (out / "untuned" / "p.jsonl").write_text("")
+    else:
+        flags.append("--overwrite")
+    before = snapshot(out)
+    done = score(model, data, out / "p.jsonl", *flags)
+    named = {"context": "synth_test.jsonl:", "other results": "untuned"}.get(damage, str(base))
+    assert done.code == 2 and named in done.err and "Traceback" not in done.err
+    assert snapshot(out) == before
+
+
+def test_places_that_no_file_can_be_written_to_are_refused_first(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda *a: 1 / 0)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder" / "metrics.json").mkdir(parents=True)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "p.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    places = ("file/p.jsonl", "folder", "folder/p.jsonl", "dangling", "pipe")
+    for place in (*(tmp_path / name for name in places), "/dev/stdout", "/dev/null", "/proc/self/fd/1"):
+        for flag in ("--output_file", "--export_embeddings"):
+            if (place, flag) != (tmp_path / "folder/p.jsonl", "--export_embeddings"):
+                done = call("evaluate", "--model_name", model, "--input_file", data, flag, place, "--overwrite")
+                assert done.code == 2 and str(place.parent if isinstance(place, Path) else place) in done.err, (
+                    place,
+                    flag,
+                )
+                assert done.err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+    for flag in ("--input_file", "--score_only"):
+        files = {"--input_file": data, "--score_only": data} | {flag: tmp_path / "pipe"}
+        done = call("evaluate", *(word for pair in files.items() for word in pair))
+        assert done.code == 2 and f"{flag} {tmp_path / 'pipe'}" in done.err
+
+
+def test_default_length_fits_the_longest_answer_and_cut_responses_are_counted(finished, data, tmp_path):
+    rows = lines(data)
+    rows[0]["messages"][2]["content"] = "a word " * 200
+    long = write_rows(tmp_path / "synth_test.jsonl", rows)
+    done = call("evaluate", "--model_name", MODEL, "--input_file", long, "--output_file", tmp_path / "p.jsonl",
+                "--dtype", "float32", "--max_examples", 3)  # fmt: skip
+    assert done.code == 0, done.err
+    tokenizer = evaluate.load(str(MODEL), EvaluationSettings())[1].renderer.tokenizer
+    length = len(tokenizer("a word " * 200).input_ids)
+    assert 128 < length < metrics_of(tmp_path)["settings"]["max_new_tokens"] < length + 128
+    metrics, predicted = metrics_of(finished[0]), lines(finished[0] / "p.jsonl")
+    assert metrics["cut_at_limit"] == sum(row["stop_reason"] == "length" for row in predicted) > 0
+    assert f"{metrics['cut_at_limit']} of {len(predicted)}" in finished[1].out
+    assert generation.answer_limit(evaluate.load(str(MODEL), EvaluationSettings())[1].renderer, []) == 128

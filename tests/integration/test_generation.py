@@ -14,6 +14,7 @@ import transformers
 from conftest import GOLDEN, MODELS
 
 import evaluate
+from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example, Problems
 from llm_jepa.data.segments import end_of_turn
 from llm_jepa.evaluation import generation
@@ -28,11 +29,67 @@ KINDS = {
     "learned_positions": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}),
     "alibi_by_mask": ("BloomForCausalLM", "BloomConfig", SMALL | {"n_head": 4, "n_layer": 2}),
     "alibi_by_entry": (
-        "MptForCausalLM", "MptConfig",
+        "MptForCausalLM",
+        "MptConfig",
         {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
     ),
     "recurrent": ("MambaForCausalLM", "MambaConfig", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}),
-}  # fmt: skip
+    "recurrent_without_mask": (
+        "RwkvForCausalLM",
+        "RwkvConfig",
+        {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "attention_hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+        },
+    ),
+    "no_cache": (
+        "OpenAIGPTLMHeadModel",
+        "OpenAIGPTConfig",
+        {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    ),
+    "own_cache": (
+        "MiniMaxForCausalLM",
+        "MiniMaxConfig",
+        LLAMA_LIKE
+        | {
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_local_experts": 2,
+            "block_size": 8,
+        },
+    ),
+    "positions_by_entry": (
+        "BartForCausalLM",
+        "BartConfig",
+        {
+            "vocab_size": 97,
+            "d_model": 32,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 128,
+            "pad_token_id": 0,
+        },
+    ),
+    "one_token_at_a_time": (
+        "ProphetNetForCausalLM",
+        "ProphetNetConfig",
+        {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "decoder_ffn_dim": 48,
+            "num_decoder_layers": 2,
+            "num_decoder_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "ngram": 2,
+        },
+    ),
+}
+ONE_AT_A_TIME = ("recurrent_without_mask", "own_cache", "positions_by_entry", "one_token_at_a_time")
+NO_PREFIX = (*ONE_AT_A_TIME, "sliding_window", "alibi_by_entry", "recurrent", "no_cache")  # fmt: skip
 PAD, PREFIX, STOPS = 0, [11, 12, 13, 14, 15, 16], [7, *range(40, 46)]
 
 
@@ -56,7 +113,13 @@ def random_prompts(n: int) -> list[list[int]]:
 
 @torch.no_grad()
 def one_by_one(model: torch.nn.Module, prompt: list[int], steps: int, stops: list[int]) -> list[int]:
-    """Greedy tokens by complete forward passes, without cache, padding or batch."""
+    """Greedy tokens by complete forward passes, without cache, padding or batch; ProphetNet's by `generate`.
+
+    With its cache, which `generate` uses, ProphetNet computes something else than without.
+    """
+    if isinstance(model, transformers.ProphetNetForCausalLM):
+        greedy = transformers.GenerationConfig(do_sample=False, max_new_tokens=steps, eos_token_id=stops)
+        return model.generate(torch.tensor([prompt]), generation_config=greedy)[0, len(prompt) :].tolist()
     tokens: list[int] = []
     while len(tokens) < steps and not (tokens and tokens[-1] in stops):
         logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits
@@ -64,35 +127,68 @@ def one_by_one(model: torch.nn.Module, prompt: list[int], steps: int, stops: lis
     return tokens
 
 
+def in_batches(model: torch.nn.Module, prompts: list[list[int]], steps: int, batch_size: int = 64) -> list[list[int]]:
+    """Greedy tokens in the batches that the model's plan allows."""
+    plan, rows = generation.make_plan(model, prompts, PAD), {}
+    for batch in generation.batches([len(p) for p in prompts], batch_size if plan.batch else 1):
+        tokens = generation.generate_tokens(model, PAD, STOPS, [prompts[i] for i in batch], steps, plan)
+        rows |= dict(zip(batch, tokens, strict=True))
+    return [rows[i] for i in range(len(prompts))]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("first_round", [1, 8])
 def test_batch_rounds_and_prefix_change_no_tokens(kind, first_round, monkeypatch):
     monkeypatch.setattr(generation, "FIRST_ROUND", first_round)
     model, prompts = build(kind), random_prompts(6)
-    prefix = generation.shared_prefix(model, prompts, PAD)
     want = [one_by_one(model, p, 24, STOPS) for p in prompts]
-    assert generation.generate_tokens(model, PAD, STOPS, prompts, 24, prefix) == want
+    assert in_batches(model, prompts, 24) == want
     if kind == "llama":
         assert len(set(map(len, want))) > 2, "the rows leave the batch at different times"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prefix_is_reused_only_if_outputs_stay_equal(kind):
+def test_plan_leaves_out_what_changes_outputs(kind):
     model, prompts = build(kind), random_prompts(4)
-    prefix = generation.shared_prefix(model, prompts, PAD)
-    assert (prefix is not None) == (kind not in ("sliding_window", "alibi_by_entry", "recurrent"))
-    if prefix:
-        assert prefix.ids == PREFIX
-        plain, reused = (generation.last_logits(model, prompts, PAD, p) for p in (None, prefix))
-        torch.testing.assert_close(reused, plain, rtol=1e-4, atol=1e-4)
-        assert prefix.cache.get_seq_length() == len(PREFIX), "the cache is copied, never extended"
+    plan = generation.make_plan(model, prompts, PAD)
+    assert (plan.batch, plan.prefix is not None) == (kind not in ONE_AT_A_TIME, kind not in NO_PREFIX)
+    assert bool(plan.notes(model)) == (kind in ONE_AT_A_TIME)
+    if plan.prefix:
+        assert plan.prefix.ids == PREFIX
+        plain, reused = (generation.first_logits(model, prompts, PAD, p, 3) for p in (generation.Plan(), plan))
+        torch.testing.assert_close(reused[0], plain[0], rtol=1e-4, atol=1e-4)
+        assert plan.prefix.cache.get_seq_length() == len(PREFIX), "the cache is copied, never extended"
+
+
+def test_equal_lengths_are_batched_only_if_rows_do_not_mix():
+    prompts = [[*PREFIX, n, 30] for n in range(20, 25)]  # a batch of RWKV is wrong from the second token on
+    for kind in ("recurrent_without_mask", "llama"):
+        assert in_batches(build(kind), prompts, 12) == [one_by_one(build(kind), p, 12, STOPS) for p in prompts]
+
+
+def test_model_whose_cache_fails_generates_without(monkeypatch):
+    model, prompts = build("llama"), random_prompts(3)
+    forward = model.forward
+
+    def fails_with_cache(*args, use_cache=None, **kwargs):
+        if use_cache:
+            raise AssertionError("no cache")
+        return forward(*args, use_cache=use_cache, **kwargs)
+
+    monkeypatch.setattr(model, "forward", fails_with_cache)
+    assert in_batches(model, prompts, 12) == [one_by_one(model, p, 12, STOPS) for p in prompts]
+    plan = generation.make_plan(model, prompts, PAD)
+    assert (plan.cache, plan.batch, plan.prefix, len(plan.notes(model))) == (False, True, None, 1)
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(UsageError, match="LlamaForCausalLM"):
+        generation.make_plan(model, prompts, PAD)
 
 
 def test_prefix_leaves_a_token_of_each_prompt_and_is_not_short():
     model = build("llama")
-    assert generation.shared_prefix(model, [[1, 2, 3, 4, 5], [1, 2, 3, 9, 9, 9]], PAD) is None
-    assert generation.shared_prefix(model, [PREFIX], PAD) is None
-    assert generation.shared_prefix(model, [PREFIX, [*PREFIX, 30]], PAD).ids == PREFIX[:-1]
+    assert generation.shared_prefix(model, [[1, 2, 3, 4, 5], [1, 2, 3, 9, 9, 9]]) is None
+    assert generation.shared_prefix(model, [PREFIX]) is None
+    assert generation.shared_prefix(model, [PREFIX, [*PREFIX, 30]]).ids == PREFIX[:-1]
 
 
 def test_finished_rows_leave_the_batch(monkeypatch):
@@ -100,7 +196,9 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     model, sizes = build("llama"), []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda **k: sizes.append(len(k["input_ids"])) or generate(**k))
-    ends = sorted(len(row) for row in generation.generate_tokens(model, PAD, STOPS, random_prompts(6), 24))
+    ends = sorted(
+        len(row) for row in generation.generate_tokens(model, PAD, STOPS, random_prompts(6), 24, generation.Plan())
+    )
     reached = [2 * (2**i - 1) for i in range(len(sizes))]  # tokens before each round
     assert sizes == [sum(end > tokens for end in ends) for tokens in reached]
     assert sizes[0] == 6 and sizes[-1] < 6
@@ -110,7 +208,7 @@ def test_prompt_near_the_context_length_does_not_shorten_the_others():
     model = build("llama")
     short = [[*PREFIX, *range(20, 20 + n)] for n in (2, 60, 68)]
     longest = [*PREFIX, *([30] * 118)]  # 124 of 128 tokens
-    got = generation.generate_tokens(model, PAD, [7], [*short, longest], 20)
+    got = generation.generate_tokens(model, PAD, [7], [*short, longest], 20, generation.Plan())
     assert got == [one_by_one(model, p, 20, [7]) for p in short] + [one_by_one(model, longest, 4, [7])]
 
 

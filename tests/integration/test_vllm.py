@@ -74,7 +74,7 @@ def replies(data) -> dict[str, list[int]]:
     model, encoder = evaluate.load(str(GOLDEN / "models" / "llama3"), EvaluationSettings(dtype="float32"))
     examples = read_examples(str(data), Problems())
     _, prompts = generation.encode_prompts(model.config, encoder.renderer, examples, Problems())
-    rows = generation.generate_tokens(model, 0, [], prompts, STEPS)
+    rows = generation.generate_tokens(model, 0, [], prompts, STEPS, generation.Plan())
     return {json.dumps(prompt): tokens for prompt, tokens in zip(prompts, rows, strict=True)}
 
 
