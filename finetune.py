@@ -245,7 +245,7 @@ class LMHeadSelector:
         parameters = inspect.signature(base.forward).parameters
         self.batch: dict[str, Any] | None = None
         self.views = self.path = self._inner = self._block = None
-        self.model_name, self.where, self.hidden_size = type(base).__name__, f"--{flag} {layer}", config.hidden_size
+        self.model_name, self.where = type(base).__name__, f"--{flag} {layer}"
         self.vocab_size, self.max_logits = config.vocab_size, MAX_LOGITS
         self.slices = False  # set by inspect_model if sliced logits give the same loss
         self.accepts_positions, self.accepts_kwargs = "position_ids" in parameters, "kwargs" in parameters
@@ -265,8 +265,8 @@ class LMHeadSelector:
         if self.batch is None or (self._block is not None and self._block is not module):
             return
         hidden = args[0] if args else kwargs.get("hidden_states")
-        expected = (*self.batch["input_ids"].shape, self.hidden_size)  # R, T, D
-        if self._block is module or getattr(hidden, "shape", None) != expected:  # a second time, or several streams
+        shape = getattr(hidden, "shape", ())  # R, T, D
+        if self._block is module or len(shape) != 3 or shape[:2] != self.batch["input_ids"].shape:
             raise UsageError(f"{self.where}: {self.model_name} has no single state of a token there")
         self._block, self._inner = module, hidden
 
