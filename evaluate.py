@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 from finetune import Collator, LMHeadSelector
 from llm_jepa.data.examples import Example, Problems, data_sha256, dataset_name, read_examples, split_examples
 from llm_jepa.data.rendering import Renderer
-from llm_jepa.data.segments import Encoder, Item
+from llm_jepa.data.segments import Encoder, Item, Segment
 from llm_jepa.evaluation import generation, vllm_engine
 from llm_jepa.evaluation.generation import Generation
 from llm_jepa.evaluation.predictions import (
@@ -140,6 +140,21 @@ def add_notes(record: dict[str, Any], notes: list[str]) -> None:
     record["notes"] += notes
     for note in notes if PartialState().is_main_process else ():
         print(f"evaluate.py: note: {note}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def layer_states(model: Any, pad_id: int, layer: int) -> Iterator[Callable[[list[Segment]], torch.Tensor]]:
+    """A function of segments: a layer's hidden states (R, T, D), one segment per row, as training reads them."""
+    collator = Collator("separate", pad_id, sys.maxsize)
+    with contextlib.closing(LMHeadSelector(model, layer, "embedding_layer")) as selector:
+
+        def read(segments: list[Segment]) -> torch.Tensor:
+            batch = collator([(dataclasses.replace(segment, view=None),) for segment in segments])  # in no pairs
+            batch["path_at"] = torch.stack(torch.where(batch["input_ids"] >= 0)).unflatten(1, batch["input_ids"].shape)
+            batch["label_at"] = batch["path_at"][:, :, 0]  # (2, R): logits of other tokens would need much memory
+            return selector.read(model, on_device(batch, model.device)).path
+
+        yield read
 
 
 def predict(
@@ -291,9 +306,9 @@ def evaluate_embeddings(
     examples, _ = embeddings.encode_views(model, encoder, examples, problems)
     report_skipped(problems, record)
     sizes = {"batch_size": s.batch_size, "tokens_per_batch": s.tokens_per_batch}
-    text, code = embeddings.embed(
-        model, encoder, examples, layer=s.embedding_layer, pooling=s.embedding_pooling, **sizes
-    )
+    pad_id = encoder.renderer.tokenizer.pad_token_id
+    with layer_states(model, pad_id, s.embedding_layer) as read:
+        text, code = embeddings.embed(model, encoder, examples, read, pooling=s.embedding_pooling, **sizes)
     origin = {"model": s.model_name, "layer": s.embedding_layer, "pooling": s.embedding_pooling}
     if vectors:
         ids = [example.id for example in examples]

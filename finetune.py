@@ -62,7 +62,7 @@ from llm_jepa.model import (
     MAX_LOGITS,
     add_adapter,
     add_stop_token,
-    block_after,
+    blocks_after,
     context_length,
     load_config,
     load_model,
@@ -235,17 +235,19 @@ class LMHeadSelector:
     A forward pre-hook on the output layer selects them: everything before it runs as in any forward of the (wrapped)
     model. Outside of `read` and `lm_sum` the hook does nothing, so generation is not affected.
 
-    `stp_layer` is the layer whose hidden states the spans are read from; −1 is the output layer's input, after the
-    final norm. A pre-hook on the following block keeps those of an inner layer, so that no other layer's are kept.
+    Layer k is what the k-th block receives, 0 the embeddings, −1 what the output layer receives: the last hidden state,
+    after the final norm, and after the transform that some models have before the output layer. Views are read from −1,
+    paths from `layer`. A pre-hook on the block keeps an inner layer's states, so that no other layer's are kept.
     """
 
-    def __init__(self, model: torch.nn.Module, stp_layer: int = -1):
-        """Raises UsageError if the model has no layer `stp_layer`."""
+    def __init__(self, model: torch.nn.Module, layer: int = -1, flag: str = "stp_layer"):
+        """Raises UsageError if the model has no such layer; `flag` is the one that asks for it."""
         config = model.config.get_text_config()
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         parameters = inspect.signature(base.forward).parameters
         self.batch: dict[str, Any] | None = None
-        self.views = self.path = self._inner = None
+        self.views = self.path = self._inner = self._block = None
+        self.model_name, self.where = type(base).__name__, f"--{flag} {layer}"
         self.vocab_size, self.max_logits = config.vocab_size, MAX_LOGITS
         self.slices = False  # set by inspect_model if sliced logits give the same loss
         self.accepts_positions, self.accepts_kwargs = "position_ids" in parameters, "kwargs" in parameters
@@ -253,8 +255,8 @@ class LMHeadSelector:
         self.windowed = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         self._layer = model.get_output_embeddings()
         self._hooks = [self._layer.register_forward_pre_hook(self._select)]
-        if (block := block_after(model, stp_layer)) is not None:
-            self._hooks.append(block.register_forward_pre_hook(self._keep, with_kwargs=True))
+        self._blocks = blocks_after(model, layer, flag)
+        self._hooks += [block.register_forward_pre_hook(self._keep, with_kwargs=True) for block in self._blocks]
 
     def close(self) -> None:
         """Removes the hooks from the model."""
@@ -262,16 +264,26 @@ class LMHeadSelector:
             hook.remove()
 
     def _keep(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.batch is not None:
-            self._inner = args[0] if args else kwargs["hidden_states"]  # (R, T, D)
+        if self.batch is None or (self._block is not None and self._block is not module):
+            return
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        shape = getattr(hidden, "shape", ())  # R, T, D
+        if self._block is module or len(shape) != 3 or shape[:2] != self.batch["input_ids"].shape:
+            raise UsageError(f"{self.where}: {self.model_name} has no single state of a token there")
+        self._block, self._inner = module, hidden
 
     def _select(self, module: torch.nn.Module, args: tuple) -> tuple | None:
         if self.batch is None:
             return None
         hidden = args[0]  # (R, T, D)
-        label_at, view_at, path_at = (self.batch[name] for name in ("label_at", "view_at", "path_at"))
+        if hidden.dim() != 3 or hidden.shape[:2] != self.batch["input_ids"].shape:
+            raise UsageError(f"the output layer of {self.model_name} does not receive one state per token")
+        if self._blocks and self._inner is None:
+            raise UsageError(f"{self.where}: the layers of {self.model_name} are not found; leave it out")
+        inner = hidden if self._inner is None else self._inner.to(hidden.device)  # a model may be on several devices
+        label_at, view_at, path_at = (self.batch[x].to(hidden.device) for x in ("label_at", "view_at", "path_at"))
         self.views = hidden[view_at[0], view_at[1]]  # (R, T, D) → (2, P, D)
-        self.path = (hidden if self._inner is None else self._inner)[path_at[0], path_at[1]]  # (R, T, D) → (K, S, D)
+        self.path = inner[path_at[0], path_at[1]]  # (R, T, D) → (K, S, D)
         return (hidden[label_at[0], label_at[1]][None], *args[1:])  # (R, T, D) → (N, D) → (1, N, D)
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -280,11 +292,13 @@ class LMHeadSelector:
         transformers separates packed segments by position_ids only if attention_mask is None and use_cache is False.
         Finding the boundaries makes the host wait for the device in each forward pass, so flash kernels get them here.
         """
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
+        used, ids = batch["segment_ids"] >= 0, batch["input_ids"]  # (R, T)
+        # The embedding of the padding token is often zero, where the norms of some models have no gradient.
+        inputs = {"input_ids": torch.where(used, ids, ids[:, :1]), "attention_mask": None, "use_cache": False}
         if self.accepts_positions:
             inputs["position_ids"] = batch["position_ids"]
         if batch["mask"] == "padding":
-            inputs["attention_mask"] = (batch["segment_ids"] >= 0).long()  # (R, T)
+            inputs["attention_mask"] = used.long()  # (R, T)
         elif batch["mask"] == "dense" or (self.attn_implementation == "sdpa" and not self.windowed):
             mask = attention_mask(batch["segment_ids"], batch["branches"])[:, None]  # (R, 1, T, T)
             lowest = torch.finfo(torch.float32).min  # eager attention adds the mask to its scores
@@ -301,7 +315,7 @@ class LMHeadSelector:
             logits = model(**self._inputs(batch)).logits[0]  # (1, N, V) → (N, V), sliced: (1, N, 1) → (N, 1)
             return States(logits, self.views, self.path)
         finally:
-            self.batch = self.views = self.path = self._inner = None
+            self.batch = self.views = self.path = self._inner = self._block = None
 
     def lm_sum(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, States]:
         """The cross-entropy summed over the labels, and the states, from one forward pass.
@@ -490,8 +504,9 @@ class Parts:
 
     def inspect(self, half: bool) -> None:
         """Checks the layout on the first three examples. `half`: the parameters are in half precision."""
-        items = self.train_set.items[:3]
-        inspect_model(self.model, self.selector, self.collator, items, half=half)
+        items, sets = self.train_set.items[:3], [x for x in (self.train_set, self.held_out) if x is not None]
+        longest = self.encoder.max_length if self.stream else max(x.items.longest for x in sets)
+        inspect_model(self.model, self.selector, self.collator, items, half=half, longest=longest)
 
 
 def load_on_device(s: Settings, tokenizer: Any, device: torch.device) -> Any:
@@ -533,6 +548,8 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
     data = load_data(s, encoder, state)
     set_seed(s.finetune_seed)
     model = load(s, tokenizer, device)
+    if s.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UsageError(f"--gradient_checkpointing: {type(model).__name__} does not support it")
     # A dense mask is quadratic in the row, so short rows are faster on a CPU; flash kernels want one long row.
     tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
     collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, POINTS.get(s.stp_variant, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_jepa.cli import UsageError, first_line
 from llm_jepa.data.rendering import END_OF_TURN, PERCEPTION, predictor_token
@@ -71,7 +73,17 @@ def load_config(name: str, revision: str | None = None) -> Any:
 
 def context_length(config: Any) -> int | None:
     """The longest text of a model in tokens, None if its configuration does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    limits = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len"))
+    return next((limit for limit in limits if limit and limit > 0), None)  # XLNet has −1
+
+
+def attention_window(config: Any) -> int | None:
+    """The shortest window or chunk that a layer's attention is limited to, in tokens; None if no layer's is."""
+    text, marks = config.get_text_config(), {"sliding_window": "sliding|compressed", "attention_chunk_size": "chunk"}
+    kinds = getattr(text, "layer_types", None)
+    used = [name for name in marks if kinds is None or any(re.search(marks[name], kind) for kind in kinds)]
+    return min((size for name in used if (size := getattr(text, name, None) or 0) > 0), default=None)
 
 
 def without_weights(config: Any, **options: Any) -> Any:
@@ -181,21 +193,29 @@ def add_adapter(
     return get_peft_model(model, config, revision=revision)
 
 
-def block_after(model: torch.nn.Module, layer: int) -> torch.nn.Module | None:
+def blocks_after(model: torch.nn.Module, layer: int, flag: str) -> list[torch.nn.Module]:
     """The block that receives a layer's hidden states: 0 is the embedding layer, −1 the last, which no block receives.
 
-    Raises UsageError if the model has no such layer.
+    There are several if a model has towers of equal depth, or lists of a block's parts (XLM): a forward pass shows
+    which one receives a text's states first. Raises UsageError if the model has no such layer.
     """
+    lists, inside = [], ()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) and not name.startswith(inside):
+            lists.append(module)
+            inside += (f"{name}.",)
+    lists = [m for m in lists if isinstance(m[0], GradientCheckpointingLayer)] or lists
     count = model.config.get_text_config().num_hidden_layers
+    if len(lists) == 1:  # LongCat counts each block twice, decoders of encoder-decoder models the encoder's
+        count = len(lists[0])
     if not -count - 1 <= layer <= count:
-        raise UsageError(f"--stp_layer {layer} is not in {-count - 1} to {count}, the layers of {type(model).__name__}")
+        raise UsageError(f"--{flag} {layer} is not in {-count - 1} to {count}, the layers of {type(model).__name__}")
     if layer in (-1, count):
-        return None
-    lists = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
-    blocks = next(lists, None)
-    if blocks is None:
-        raise UsageError(f"--stp_layer {layer}: the layers of {type(model).__name__} are not found; leave it out")
-    return blocks[layer % (count + 1)]
+        return []
+    blocks = [m[layer % (count + 1)] for m in lists if len(m) == count]
+    if not blocks:
+        raise UsageError(f"--{flag} {layer}: the layers of {type(model).__name__} are not found; leave it out")
+    return blocks
 
 
 def add_stop_token(config: Any, token: int | None) -> None:

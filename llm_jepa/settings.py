@@ -103,7 +103,7 @@ class Settings:
     stp_warmup: float = flag(0.0, "--stp: linear warm-up of its weight in steps; below 1: a fraction of all", METHOD)
     stp_min_lbd: float = flag(0.0, "--stp_warmup: weight at the start of the warm-up", METHOD)
     stp_layer: int = flag(
-        -1, "--stp: layer that is read; 0: the embedding layer, -1: the last, after the final norm", METHOD
+        -1, "--stp: layer that is read, as in evaluate.py's --embedding_layer; 0: the embeddings, -1: the last", METHOD
     )
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD

@@ -94,6 +94,7 @@ class Items(Sequence):
         self._values = [c.values.to_numpy() for c in columns]
         self._offsets = [c.offsets.to_numpy() for c in columns]
         self.lengths = np.diff(self._offsets[0])[self._rows]  # tokens of each example
+        self.longest = int(self._values[2].reshape(-1, 9)[:, 1].max())  # tokens of the longest segment
 
     def __len__(self) -> int:
         return len(self._rows)

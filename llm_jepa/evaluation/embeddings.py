@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.segments import Encoder, Segment
-from llm_jepa.evaluation.generation import batches, encode_usable, padded
+from llm_jepa.evaluation.generation import batches, encode_usable
 from llm_jepa.files import write_bytes, write_json
 from llm_jepa.model import context_length
 from llm_jepa.reports import plots
@@ -63,35 +64,29 @@ def encode_views(
 
 
 def embed(
-    model: Any, encoder: Encoder, examples: list[Example], batch_size: int, layer: int = -1, pooling: str = "last",
-    *, tokens_per_batch: int = 0,
+    model: Any, encoder: Encoder, examples: list[Example], read: Callable[[list[Segment]], torch.Tensor],
+    batch_size: int, pooling: str = "last", *, tokens_per_batch: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Embeddings (P, D) of the Text and the Code views, float32 on the CPU, in the order of the examples.
 
-    `encoder` has the flags of training; batches are those of `generation.batches`, with one view per row. Pooling
-    `last` reads the view token, as the JEPA loss does; `mean` averages over all tokens of the view, including those of
-    template and predictors; `cls` is the first token, which in a causal model does not depend on the view. Layer 0 is
-    the embedding layer, −1 the last layer after the final norm. Puts the model in evaluation mode.
+    `encoder` has the flags of training; batches are those of `generation.batches`. `read(segments)` returns the hidden
+    states (R, T, D) of a layer, with one segment per row. Pooling `last` reads the view token, as the JEPA loss does;
+    `mean` averages over all tokens of the view, including those of template and predictors; `cls` is the first token,
+    which in a causal model does not depend on the view. Puts the model in evaluation mode.
 
-    Raises ExampleError for a view that cannot be encoded, UsageError for a wrong layer or embeddings that overflow.
+    Raises ExampleError for a view that cannot be encoded, UsageError for embeddings that overflow.
     """
-    n = model.config.get_text_config().num_hidden_layers
-    if not -n - 1 <= layer <= n:
-        raise UsageError(f"--embedding_layer {layer} is not in {-n - 1} to {n}, the layers of this model")
     _, pairs = encode_views(model, encoder, examples, Problems())
     segments = [view for side in zip(*pairs, strict=True) for view in side]  # all Text views, then all Code views
-    pad_id = encoder.renderer.tokenizer.pad_token_id
     model.eval()
     parts, order = [], []
     with tqdm(total=len(segments), unit="view") as bar, torch.inference_mode():
         for indices in batches([len(s.ids) for s in segments], batch_size, tokens_per_batch):
             batch = [segments[i] for i in indices]
             order += indices
-            inputs = padded([s.ids for s in batch], pad_id, model.device)  # (R, T) each
-            # Logits of all tokens or hidden states of all layers would need most of the memory.
-            out = model.get_decoder()(**inputs, use_cache=False, output_hidden_states=layer != -1, return_dict=True)
-            hidden = out.last_hidden_state if layer == -1 else out.hidden_states[layer]  # (R, T, D)
-            mask, view_at = inputs["attention_mask"].to(hidden.device), torch.tensor([s.view for s in batch])
+            hidden = read(batch)  # (R, T, D)
+            lengths, view_at = (torch.tensor(x) for x in zip(*((len(s.ids), s.view) for s in batch), strict=True))
+            mask = (torch.arange(hidden.shape[1]) < lengths[:, None]).to(hidden.device)  # (R, T)
             parts.append(POOLINGS[pooling](hidden, mask, view_at).float().cpu())  # (R, D)
             bar.update(len(batch))
     vectors = torch.cat(parts)[torch.tensor(order).argsort()]  # (2P, D)

@@ -91,7 +91,7 @@ class EvaluationSettings:
     )
     export_embeddings: str | None = flag(None, "embed the views and write them to this safetensors file", EMBEDDING)
     embedding_layer: int = flag(
-        -1, "layer that is read; 0: the embedding layer, -1: the last, after the final norm", EMBEDDING
+        -1, "layer that is read; k: input of the k-th block, 0 the embeddings; -1: input of the output layer", EMBEDDING
     )
     embedding_pooling: Literal["last", "mean", "cls"] = flag(
         "last", "last: the view token, as in training; mean: the mean of all tokens; cls: the first token", EMBEDDING

@@ -16,6 +16,7 @@ from conftest import GOLDEN, MODELS, ROOT, call, message_row, write_rows
 from safetensors import safe_open
 from sklearn.manifold import TSNE
 
+import evaluate
 import finetune
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example, ExampleError
@@ -62,6 +63,12 @@ def encoder_of(name: str, last_token: int | None = None, text_view: str = "alone
     return Encoder(renderer, max_length=sys.maxsize, last_token=last_token, text_view=text_view)
 
 
+def embed(model, encoder: Encoder, examples: list, batch_size: int, layer: int = -1, pooling: str = "last", **more):
+    """As evaluate.py embeds."""
+    with evaluate.layer_states(model, encoder.renderer.tokenizer.pad_token_id, layer) as read:
+        return embeddings.embed(model, encoder, examples, read, batch_size, pooling, **more)
+
+
 @torch.no_grad()
 def training_reads(model, encoder: Encoder, layout: str = "separate") -> torch.Tensor:
     """The views (2, P, D) that the JEPA loss gets."""
@@ -82,7 +89,7 @@ def close(some, others, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("name", [*MODELS, TINY])
 def test_last_layer_at_the_view_token_is_what_training_reads(name, place):
     (model, _), encoder = loaded(name), encoder_of(name, **PLACES[place])
-    views = embeddings.embed(model, encoder, EXAMPLES, batch_size=4)
+    views = embed(model, encoder, EXAMPLES, batch_size=4)
     close(views, training_reads(model, encoder))
     if place != "in_chat":
         close(views, training_reads(model, encoder, "packed"))
@@ -91,9 +98,9 @@ def test_last_layer_at_the_view_token_is_what_training_reads(name, place):
 
 def test_reverse_pred_keeps_text_and_code_apart():
     model, encoder = loaded(TINY)[0], encoder_of(TINY, predictors=2, reverse_pred=True)
-    text, code = embeddings.embed(model, encoder, EXAMPLES, batch_size=4)
+    text, code = embed(model, encoder, EXAMPLES, batch_size=4)
     close((code, text), training_reads(model, encoder))
-    plain = embeddings.embed(model, encoder_of(TINY), EXAMPLES, batch_size=4)
+    plain = embed(model, encoder_of(TINY), EXAMPLES, batch_size=4)
     close((text,), plain[:1])  # the user turn has no predictors here
     assert not torch.allclose(code, plain[1], atol=1e-2)
 
@@ -110,10 +117,10 @@ def test_layers_and_poolings_equal_those_of_a_view_without_batch(layer, pooling)
         return pool(states[layer][0], view.view)
 
     want = [torch.stack([unbatched(view) for view in side]) for side in zip(*encoder.views(EXAMPLES), strict=True)]
-    close(embeddings.embed(model, encoder, EXAMPLES, 3, layer, pooling), want)
+    close(embed(model, encoder, EXAMPLES, 3, layer, pooling), want)
     for sizes in ({"batch_size": 1}, {"batch_size": 100}, {"batch_size": 64, "tokens_per_batch": 200}):
-        close(embeddings.embed(model, encoder, EXAMPLES, layer=layer, pooling=pooling, **sizes), want)
-    turned = embeddings.embed(model, encoder, EXAMPLES[::-1], 3, layer, pooling)
+        close(embed(model, encoder, EXAMPLES, layer=layer, pooling=pooling, **sizes), want)
+    turned = embed(model, encoder, EXAMPLES[::-1], 3, layer, pooling)
     close([side.flip(0) for side in turned], want)
 
 
@@ -125,12 +132,12 @@ def test_adapter_is_part_of_the_model_without_its_dropout():
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # which starts at zero
             parameter.data = torch.randn(parameter.shape, generator=draw) / 5
-    views = embeddings.embed(model.train(), encoder, EXAMPLES, 4)
+    views = embed(model.train(), encoder, EXAMPLES, 4)
     close(views, training_reads(model.eval(), encoder))
     with model.disable_adapter():
-        assert not torch.allclose(views[0], embeddings.embed(model, encoder, EXAMPLES, 4)[0], atol=1e-2)
-    close(views, embeddings.embed(model.merge_and_unload(), encoder, EXAMPLES, 4), tolerance=1e-4)
-    half = embeddings.embed(model.to(torch.bfloat16), encoder, EXAMPLES, 4)
+        assert not torch.allclose(views[0], embed(model, encoder, EXAMPLES, 4)[0], atol=1e-2)
+    close(views, embed(model.merge_and_unload(), encoder, EXAMPLES, 4), tolerance=1e-4)
+    half = embed(model.to(torch.bfloat16), encoder, EXAMPLES, 4)
     assert {(x.dtype, x.device.type, x.requires_grad) for x in (*views, *half)} == {(torch.float32, "cpu", False)}
 
 
@@ -138,22 +145,22 @@ def test_views_of_their_own_replace_the_turns():
     model, encoder = loaded(TINY)[0], encoder_of(TINY)
     turns = [dataclasses.replace(e, user=f"Which? {e.user}", assistant="B") for e in EXAMPLES]
     own = [dataclasses.replace(t, text=e.user, code=e.assistant) for t, e in zip(turns, EXAMPLES, strict=True)]
-    close(embeddings.embed(model, encoder, own, 4), embeddings.embed(model, encoder, EXAMPLES, 4))
+    close(embed(model, encoder, own, 4), embed(model, encoder, EXAMPLES, 4))
 
 
 def test_what_cannot_be_embedded_is_refused():
     model, encoder = loaded(TINY)[0], encoder_of(TINY)
     for layer in (5, -6):
         with pytest.raises(UsageError, match=f"--embedding_layer {layer} "):
-            embeddings.embed(model, encoder, EXAMPLES, 4, layer)
+            embed(model, encoder, EXAMPLES, 4, layer)
     with pytest.raises(ExampleError, match=r"data:\d: .*--last_token -40"):
-        embeddings.embed(model, encoder_of(TINY, last_token=-40), EXAMPLES, 4)
+        embed(model, encoder_of(TINY, last_token=-40), EXAMPLES, 4)
     with pytest.raises(ExampleError, match="data:3: .*1024"):
-        embeddings.embed(model, encoder, [EXAMPLES[0], dataclasses.replace(EXAMPLES[2], user="[0-9] " * 1000)], 4)
+        embed(model, encoder, [EXAMPLES[0], dataclasses.replace(EXAMPLES[2], user="[0-9] " * 1000)], 4)
     broken = copy.deepcopy(loaded("chatml")[0])
     broken.get_decoder().norm.weight.data.fill_(torch.inf)
     with pytest.raises(UsageError, match="--dtype float32"):
-        embeddings.embed(broken, encoder_of("chatml"), EXAMPLES, 4)
+        embed(broken, encoder_of("chatml"), EXAMPLES, 4)
 
 
 # ------------------------------------------------------------------------------------------- from the command line
@@ -200,7 +207,7 @@ def test_views_are_exported_and_measured_as_the_run_was_trained(name, rows, tmp_
     encoder = Encoder(renderer, max_length=sys.maxsize, last_token=flags.get("--last_token"))
     examples = [Example(None, row["messages"][1]["content"], row["messages"][2]["content"], "", i)
                 for i, row in enumerate(ROWS, 1)]  # fmt: skip
-    want = embeddings.embed(load_model(str(model), None, tokenizer), encoder, examples, 4, layer=1)
+    want = embed(load_model(str(model), None, tokenizer), encoder, examples, 4, layer=1)
     views = exported(tmp_path / "v.safetensors")
     close(views, want)
     figures = json.loads((tmp_path / "similarity.json").read_text())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import GOLDEN, MODELS, call, dry_run, message_row, write_rows
 
+import evaluate
 import finetune
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, read_examples
@@ -98,7 +99,9 @@ def test_dropped_pairs_have_neither_view_nor_predictors():
 
 
 def test_embeddings_are_the_views_that_training_reads():
-    text, code = embeddings.embed(loaded("llama3")[0], encoder("llama3", 2), EXAMPLES, batch_size=4)
+    model, _, tokenizer = loaded("llama3")
+    with evaluate.layer_states(model, tokenizer.pad_token_id, -1) as states:
+        text, code = embeddings.embed(model, encoder("llama3", 2), EXAMPLES, states, batch_size=4)
     views = read("llama3", encoder("llama3", 2)(EXAMPLES)).views
     torch.testing.assert_close(torch.stack([text, code]), views, rtol=1e-5, atol=1e-5)
 

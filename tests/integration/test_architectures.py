@@ -1,0 +1,259 @@
+"""Other architectures than Llama's: which hidden states are read, and what is refused in one line before training."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import EXAMPLES, GOLDEN, JEPA, call, column, dry_run, message_row, start, train, write_rows
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_utils
+from transformers.modeling_utils import AttentionInterface
+
+import evaluate
+import finetune
+from llm_jepa.cli import UsageError
+from llm_jepa.data.segments import Segment
+from llm_jepa.model import attention_window, context_length
+
+TOKENIZER = GOLDEN / "models" / "chatml"
+SIZE = {"vocab_size": 531, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "pad_token_id": 10, "max_position_embeddings": 512}  # fmt: skip
+ALTUP = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 531, "laurel_rank": 4, "head_dim": 8,
+         "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0], "intermediate_size": [32, 32],
+         "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
+MAMBA = {"vocab_size": 531, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "pad_token_id": 10}
+BERT = SIZE | {"is_decoder": True}
+XLNET = {"vocab_size": 531, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "pad_token_id": 10}
+GIT = SIZE | {"vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "image_size": 28,
+                                "num_attention_heads": 2, "patch_size": 14}}  # fmt: skip
+MODERN = SIZE | {"bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1, "local_attention": 64}
+LONGCAT = {"vocab_size": 531, "hidden_size": 16, "ffn_hidden_size": 32, "num_layers": 2, "num_attention_heads": 2,
+           "n_routed_experts": 4, "zero_expert_num": 1, "moe_topk": 2, "expert_ffn_hidden_size": 16, "kv_lora_rank": 8,
+           "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}  # fmt: skip
+
+
+# kind → (sizes, its list of blocks)
+MODELS = {
+    "mamba": (MAMBA, "backbone.layers"),
+    "modernbert-decoder": (MODERN, "model.layers"),
+    "bert": (BERT, "bert.encoder.layer"),
+    "git": (GIT, "git.encoder.layer"),
+    "xlm": ({"vocab_size": 531, "emb_dim": 16, "n_layers": 2, "n_heads": 2, "causal": True}, "transformer.attentions"),
+    "longcat_flash": (LONGCAT, "model.layers"),
+    "gemma3n_text": (SIZE | ALTUP, None),
+    "xlnet": (XLNET, None),
+}
+
+
+@cache
+def model(kind: str):
+    """A random model whose layers change what they receive a lot."""
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **MODELS[kind][0])).eval()
+    for parameter in made.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.2)
+    return made
+
+
+def folder(path: Path, kind: str, sizes: dict) -> Path:
+    """A folder with a random model and a golden tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(path)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(path)
+    return path
+
+
+def segment(kind: str, length: int) -> Segment:
+    return Segment(kind, np.arange(20, 20 + length), np.zeros(length, dtype=bool), 3)
+
+
+VIEWS = [segment("text_view", 6), segment("code_view", 8)]
+
+
+def received(of: torch.nn.Module, module: torch.nn.Module) -> torch.Tensor:
+    """What a module of the model receives (T, D) when the model reads the Code view."""
+    seen = []
+    hook = module.register_forward_pre_hook(lambda m, args, kwargs: seen.append([*args, *kwargs.values()][0]),
+                                            with_kwargs=True)  # fmt: skip
+    with torch.no_grad():
+        of(input_ids=torch.tensor(VIEWS[1].ids)[None], use_cache=False)
+    hook.remove()
+    return seen[0][0]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, blocks) in MODELS.items() if blocks])
+def test_evaluation_and_training_read_what_the_block_or_the_output_layer_receives(kind):
+    made, blocks = model(kind), model(kind).get_submodule(MODELS[kind][1])
+    batch = finetune.Collator("separate", 10, 1)([tuple(VIEWS)])
+    batch["path_at"] = torch.tensor([[[1]], [[5]]])  # of the Code view
+    for layer in (0, 1, -1, -2, -3):
+        expected = received(made, made.get_output_embeddings() if layer == -1 else blocks[layer % 3])
+        with evaluate.layer_states(made, 10, layer) as read, torch.no_grad():
+            torch.testing.assert_close(read(VIEWS)[1], expected, rtol=1e-5, atol=1e-5)
+        with contextlib.closing(finetune.LMHeadSelector(made, layer)) as selector, torch.no_grad():
+            states = selector.read(made, batch)
+        torch.testing.assert_close(states.path[0, 0], expected[5], rtol=1e-5, atol=1e-5)
+        if layer == -1:
+            torch.testing.assert_close(states.views[1, 0], expected[3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "xlnet"])
+def test_layer_without_one_state_per_token_is_refused(kind):
+    with evaluate.layer_states(model(kind), 10, -1) as read, torch.no_grad():
+        assert read(VIEWS).shape == (2, 8, 16)
+    for layer in (0, 1):
+        with evaluate.layer_states(model(kind), 10, layer) as read, torch.no_grad():
+            with pytest.raises(UsageError, match=f"--embedding_layer {layer}: "):
+                read(VIEWS)
+
+
+def test_layer_number_outside_of_the_model_is_refused():
+    for layer in (3, -4):
+        with pytest.raises(UsageError, match=f"--stp_layer {layer} "):
+            finetune.LMHeadSelector(model("mamba"), layer)
+
+
+# ------------------------------------------------------------------------------------------ windows and dense masks
+
+WINDOWED = {
+    "gemma3_text": {"head_dim": 8, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
+    "llama4_text": {"head_dim": 8, "attention_chunk_size": 32, "num_local_experts": 2, "intermediate_size_mlp": 32,
+                    "layer_types": ["chunked_attention", "full_attention"]},
+    "mistral": {"sliding_window": 32},
+}  # fmt: skip
+SHORT = EXAMPLES[:4]
+LONG = message_row("a long text " * 8, "x")
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_dense_mask_is_refused_if_any_row_is_longer_than_the_window(kind, tmp_path):
+    made = folder(tmp_path / "model", kind, SIZE | WINDOWED[kind])
+    short = write_rows(tmp_path / "short.jsonl", [message_row("a", "b", None)] * 4)
+    longer = write_rows(tmp_path / "long.jsonl", [message_row("a", "b", None)] * 4 + [LONG])
+    flags = ("--model_name", made, "--max_steps", 1, "--predictors", 1, "--lbd", 1)
+    for dense in (
+        ("--layout", "additive"),
+        ("--text_view", "in_chat"),
+        ("--text_view", "in_chat", "--layout", "separate"),
+    ):
+        for data in (("--train_file", longer), ("--train_file", short, "--eval_file", longer)):
+            done = call("finetune", *data, *flags, *dense, "--output_dir", tmp_path / "run")
+            assert done.code == 2 and dense[0] in done.err and "32 tokens" in done.err
+            assert not (tmp_path / "run").exists()
+    flags = ("--model_name", made, "--dry_run", 4, *JEPA)
+    dense, separate = (dry_run("--train_file", short, *flags, "--layout", x) for x in ("additive", "separate"))
+    for key in ("lm_loss", "jepa_loss", "grad_norm"):
+        assert dense[key] == pytest.approx(separate[key], rel=1e-4)
+    # The length of a stream is not known before it ends.
+    stream = ("--train_file", short, "--streaming", "--layout", "additive", "--max_length")
+    assert call("finetune", *flags, *stream, 32).code == 0 and call("finetune", *flags, *stream, 33).code == 2
+
+
+def test_window_that_no_layer_uses_is_not_refused(tmp_path):
+    sizes = SIZE | {"head_dim": 8, "sliding_window": 8, "layer_types": ["full_attention"] * 2}
+    made = folder(tmp_path / "model", "gemma3_text", sizes)
+    data = write_rows(tmp_path / "rows.jsonl", [*SHORT, LONG])
+    flags = ("--train_file", data, "--model_name", made, "--dry_run", 5, *JEPA)
+    dense, separate = (dry_run(*flags, "--layout", x) for x in ("additive", "separate"))
+    for key in ("lm_loss", "jepa_loss", "grad_norm"):
+        assert dense[key] == pytest.approx(separate[key], rel=1e-4)
+
+
+def test_context_and_window_of_configurations():
+    for kind, sizes, context, window in (
+        ("xlnet", {}, None, None), ("bloom", {}, None, None), ("mpt", {"max_seq_len": 77}, 77, None),
+        ("gpt2", {"n_positions": 88}, 88, None), ("whisper", {"max_target_positions": 99}, 99, None),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": False}, 32768, None), ("llama", {}, 2048, None),
+    ):  # fmt: skip
+        config = AutoConfig.for_model(kind, **sizes)
+        assert (context_length(config), attention_window(config)) == (context, window), kind
+
+
+# --------------------------------------------------------------------------------------------- the packing probe
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A function: registers an attention kernel that tells packed segments apart by cu_seq_lens, with a leak."""
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *args, **kwargs: None)
+
+    def register(name: str, leak: float) -> str:
+        def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+            scores = (query @ key.transpose(-1, -2)).float() * (scaling or query.shape[-1] ** -0.5)
+            place = torch.arange(query.shape[2])
+            bias = torch.where(place <= place[:, None], 0.0, -math.inf)
+            if kwargs.get("cu_seq_lens_q") is not None and len(query) == 1:
+                number = torch.searchsorted(kwargs["cu_seq_lens_q"][1:].long(), place, right=True)
+                bias = bias + torch.where(number == number[:, None], 0.0, math.log(leak) if leak else -math.inf)
+            out = (scores + bias).softmax(-1).to(value.dtype) @ value
+            return out.transpose(1, 2).contiguous(), None
+
+        AttentionInterface.register(name, attention)
+        return name
+
+    return register
+
+
+MIXTRAL = SIZE | {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 32}
+
+
+def test_leak_between_packed_segments_is_refused_whatever_its_size(data, kernel, tmp_path):
+    for kind, sizes, leaks in (("llama", SIZE, (0, 1e-3, 1e-4)), ("mixtral", MIXTRAL, (0, 1e-2))):
+        made = folder(tmp_path / kind, kind, sizes)
+        for number, leak in enumerate(leaks):
+            name = kernel(f"flash_{kind}_{number}", leak)
+            done = start(data, tmp_path / name, *JEPA, "--max_steps", 1, "--attn_implementation", name, model=made)
+            assert done.code == (2 if leak else 0), (name, done.err)
+            assert not leak or "--layout separate" in done.err
+
+
+def test_mixture_of_experts_is_packed(data, tmp_path):
+    flags = (
+        "--train_file",
+        data,
+        "--model_name",
+        folder(tmp_path / "model", "mixtral", MIXTRAL),
+        "--dry_run",
+        8,
+        *JEPA,
+    )
+    packed, separate = dry_run(*flags), dry_run(*flags, "--layout", "separate")
+    for key in ("lm_loss", "jepa_loss", "grad_norm"):
+        assert packed[key] == pytest.approx(separate[key], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+REFORMER = {"vocab_size": 531, "hidden_size": 16, "attn_layers": ["local"], "num_attention_heads": 2,
+            "is_decoder": True, "attention_head_size": 8, "axial_pos_embds_dim": (8, 8), "axial_pos_shape": (16, 32),
+            "feed_forward_size": 32}  # fmt: skip
+PROPHETNET = {"vocab_size": 531, "hidden_size": 16, "num_decoder_layers": 2, "num_decoder_attention_heads": 2,
+              "decoder_ffn_dim": 32, "is_decoder": True, "add_cross_attention": False}  # fmt: skip
+CTRL = {"vocab_size": 531, "n_embd": 16, "dff": 32, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize(
+    "kind, sizes, flags",
+    [("reformer", REFORMER, "--layout separate"), ("prophetnet", PROPHETNET, "--layout separate"),
+     ("xlm", MODELS["xlm"][0], "--layout additive"), ("ctrl", CTRL, "--gradient_checkpointing")],
+)  # fmt: skip
+def test_what_an_architecture_cannot_do_is_refused_before_the_run_begins(kind, sizes, flags, data, tmp_path):
+    made = folder(tmp_path / "model", kind, sizes)
+    done = start(data, tmp_path / "run", *JEPA, "--max_steps", 1, *flags.split(), model=made)
+    assert done.code == 2 and not (tmp_path / "run").exists()
+    assert kind not in ("xlm", "ctrl") or flags.split()[0] in done.err.splitlines()[-1]
+
+
+def test_padding_leaves_gradients_finite(data, tmp_path):
+    made = folder(tmp_path / "model", "gemma3n_text", SIZE | ALTUP)
+    for layout in ("additive", "separate"):  # their rows are padded
+        flags = ("--layout", layout, "--max_steps", 2, *JEPA)
+        run = train(data, tmp_path / layout, *flags, model=made)
+        assert all(map(math.isfinite, column(run, "grad_norm")))

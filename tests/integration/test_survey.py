@@ -1,0 +1,17 @@
+"""experiments/survey.py: the table of architectures."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from conftest import ROOT
+
+
+def test_survey_writes_the_table(tmp_path):
+    spec = importlib.util.spec_from_file_location("survey", ROOT / "experiments" / "survey.py")
+    survey = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(survey)
+    survey.main(tmp_path / "table.md", "mamba", "llama")
+    table = (tmp_path / "table.md").read_text()
+    assert "| llama | ok | ok | ok |" in table
+    assert table.index("| llama |") < table.index("| mamba | ok, separate rows |")
