@@ -209,6 +209,13 @@ def test_param_dtype_is_that_of_the_saved_model(ranks, tmp_path, data):
     assert column(half, "lm_loss") == pytest.approx(column(full, "lm_loss"), rel=0.02)
 
 
+def test_shard_that_cannot_be_written_is_reported_in_one_line(ranks, tmp_path, data):
+    run, limit = tmp_path / "run", "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (10_000, -1))\n"
+    codes, errors = start(ranks, 2, run, data, *JEPA, *sizes(2), before=limit)
+    assert all(codes) and str(run) in errors and "Traceback" not in errors, errors
+    assert read_json(run / "run.json")["status"] == "failed"
+
+
 # ---------------------------------------------------------------------------------------------------------- restarts
 
 
