@@ -122,6 +122,45 @@ def test_logged_loss_is_the_formula(trained):
         assert {"spread", "tokens", "padding", "pairs", "tokens_per_second", "grad_norm", "learning_rate"} <= m.keys()
 
 
+@pytest.mark.parametrize("flags", [(), ("--reference_grad_scale",), ("--lora",)], ids=str)
+def test_optimized_loss_counts_the_pairs_before_loss_dropout(data, trained, flags):
+    """Steps of 4 micro-batches of 2 examples; some steps have few pairs."""
+    flags = (*JEPA, *flags, "--jepa_ratio", 0.3, "--batch_size", 2, "--grad_accum", 4, "--num_epochs", 2)
+    for m in metrics(trained(*flags, "--gamma", 0, "--lbd", 3)):
+        scale = 4 if "--reference_grad_scale" in flags else 1  # the micro-batches' losses are summed
+        assert m["loss"] == pytest.approx(scale * 3 * m.get("jepa_loss", 0) * m["pairs"] / 8, rel=1e-5)
+
+
+def test_mean_of_nothing_is_not_logged(tmp_path):
+    """Steps without pairs, and chats that are too short for a span, in training and held out."""
+    data = write_rows(tmp_path / "short.jsonl", [message_row("a", "b") for _ in range(12)])
+    flags = (*JEPA, "--jepa_ratio", 0.25, "--stp", "geodesic", "--batch_size", 1, "--grad_accum", 1)
+    run = train(data, tmp_path / "run", *flags, "--num_epochs", 1, "--eval_file", data)
+    lines = metrics(run, "lm_loss")
+    with_pairs = [line for line in lines if line["pairs"]]
+    assert 0 < len(with_pairs) < len(lines) == 12
+    assert [line for line in lines if "jepa_loss" in line] == with_pairs
+    final = read_json(run / "run.json")["final"]
+    assert final["jepa_loss"] == with_pairs[-1]["jepa_loss"] and "stp_loss" not in final
+    assert not metrics(run, "stp_loss") and not metrics(run, "eval_stp_loss") and metrics(run, "eval_jepa_loss")
+    got = json.loads(start(data, tmp_path / "dry", *flags, "--dry_run", 1, "--jepa_ratio", 1e-9).out)
+    assert (got["pairs"], got["jepa_loss"], got["stp_loss"]) == (0, None, None)
+
+
+@pytest.mark.parametrize("flags", [("--logging_steps", 3), ("--logging_steps", 100)], ids=str)
+def test_lines_add_up_to_the_run_also_at_a_resume(data, trained, tmp_path, flags):
+    """7 steps, checkpoints after 2, 4, 6."""
+    flags = (*JEPA, "--max_steps", 7, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, *flags)
+    straight = trained(*flags)
+    run = train(data, interrupted(straight, 4, tmp_path / "run"), *flags, "--resume")
+    every = trained(*flags[:-2])
+    for key in ("tokens", "pairs", "label_tokens"):
+        assert sum(column(straight, key)) == sum(column(every, key)) and column(run, key) == column(straight, key)
+    record = read_json(run / "run.json")
+    assert sum(column(run, "tokens")) == record["tokens"] and column(run, "step")[-1] == 7
+    assert record["final"]["lm_loss"] == metrics(run, "lm_loss")[-1]["lm_loss"]
+
+
 def test_loss_dropout_depends_on_seed_epoch_and_example_only(trained):
     flags = (*JEPA, "--jepa_ratio", 0.5, "--num_epochs", 2)
     half = trained(*flags)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from templates import dataset, encoder, model, tokenizer
 
 import finetune
-from llm_jepa.data.spans import POINTS
+from llm_jepa.data.examples import Example
+from llm_jepa.data.spans import POINTS, without_views
 from llm_jepa.training.trainer import view_statistics
 
 
@@ -113,6 +115,28 @@ def test_objective_weighs_each_term_and_divides_by_its_count_in_the_step():
     want = [torch.tensor(0.05), *(torch.autograd.grad(sums[n], x)[0] for n, x in (("jepa", views), ("stp", path)))]
     for gradient, expected, weight in zip(got, want, (1, 0.3 / 8, 0.7 / 5), strict=True):
         torch.testing.assert_close(gradient, weight * expected)
+
+
+@pytest.mark.parametrize("layout", sorted(finetune.LAYOUTS))
+def test_loss_dropout_scales_the_term_by_the_fraction_of_pairs_that_it_leaves(layout):
+    """Items with the same views: without the others' pairs the term has a fraction of its gradient."""
+    items = dataset(4 * [Example("s", "Is it (a|b)?", "c d", "rows:1", 1)], encoder("llama3", predictors=1)).items[:]
+    network, selector = model("llama3")
+
+    def gradient(kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+        dropped = [*items[:kept], *(without_views(item) for item in items[kept:])]
+        batch = finetune.Collator(layout, tokenizer("llama3").pad_token_id, 64)(dropped)
+        assert batch["counts"][1] == 4
+        states = selector.read(network, batch)
+        term = finetune.Term("jepa", "views", "pairs", lambda x: finetune.jepa_loss(x, "jepa_mse"), 1)
+        loss, _ = finetune.objective(states.logits.sum() * 0, states, batch["counts"].clamp(min=1), 0, [(term, 2.0)])
+        return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+
+    (loss, full), *rest = (gradient(kept) for kept in (4, 3, 1, 0))
+    assert full.norm() > 0
+    for ratio, (part, parts) in zip((0.75, 0.25, 0), rest, strict=True):
+        torch.testing.assert_close(part, ratio * loss, rtol=1e-4, atol=1e-6)
+        assert (parts - ratio * full).norm() < 1e-4 * full.norm()
 
 
 @pytest.mark.parametrize(
