@@ -122,7 +122,7 @@ WRONG = [
     ("run_jepa -- --finetune_seed=5", {}, "--finetune_seed"),
     ("sweep -- -- --tokens_per_batch=64", {}, "--tokens_per_batch"),
     ("run_jepa -- --lora -- --lora", {}, "second --"),
-    ("run_jepa", {"EVAL_FLAGS": "--max_new_token 5"}, "--max_new_token 5"),
+    ("run_jepa", {"EVAL_FLAGS": "--max_new_token 5"}, "EVAL_FLAGS"),
     ("run_jepa", {"EVAL_FLAGS": "--task=text"}, "--task"),
     ("run_jepa", {"EVAL_FLAGS": "--system 'a"}, "EVAL_FLAGS"),
 ]
