@@ -304,6 +304,8 @@ def evaluate_embeddings(
             check_place(path)
     model, encoder = load(s.model_name, s)
     examples, _ = embeddings.encode_views(model, encoder, examples, problems)
+    if drawing:  # raises before anything is computed
+        embeddings.t_sne_groups(s.t_sne_type, *torch.empty(2, len(examples), 1), examples)
     report_skipped(problems, record)
     sizes = {"batch_size": s.batch_size, "tokens_per_batch": s.tokens_per_batch}
     pad_id = encoder.renderer.tokenizer.pad_token_id
@@ -342,8 +344,8 @@ def evaluate(s: EvaluationSettings) -> None:
         if s.task and (databases := databases_of(s)):
             identity["databases_sha256"] = folder_sha256(databases)
         if s.output_file and not s.embeds:
-            for path in (Path(s.output_file), Path(s.output_file).with_name("metrics.json")):
-                check_place(path)
+            for name in (Path(s.output_file).name, "metrics.json"):
+                check_place(Path(s.output_file).with_name(name))
             check_free(Path(s.output_file), s.overwrite)
         record, notes = provenance({}) | identity | {"notes": []}, notes_on(s, examples, file, checksum)
         record["versions"] |= vllm_engine.versions() if s.engine == "vllm" else {}

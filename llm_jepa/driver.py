@@ -67,15 +67,19 @@ def items(text: str) -> list[str]:
     return list(dict.fromkeys(text.replace(",", " ").split()))
 
 
-def evaluation_flags(words: list[str]) -> dict[str, Any]:
-    """The given flags of evaluate.py by name. Raises UsageError if they cannot be parsed."""
+def evaluation_flags(text: str) -> tuple[list[str], dict[str, Any]]:
+    """(words, flags of evaluate.py by name) in EVAL_FLAGS. Raises UsageError if they cannot be parsed."""
+
+    def refuse(message: object) -> NoReturn:
+        raise UsageError(f"EVAL_FLAGS cannot be '{text}' ({message})")
+
     parser = build_parser(EvaluationSettings, "")
-
-    def refuse(message: str) -> NoReturn:
-        raise UsageError(f"EVAL_FLAGS: {message}")
-
     parser.error = refuse
-    return vars(parser.parse_args(words))
+    try:
+        words = shlex.split(text)
+    except ValueError as error:  # a quote is not closed
+        refuse(error)
+    return words, vars(parser.parse_args(words))
 
 
 def variable(names: str, pattern: str, default: str = "") -> Any:
@@ -134,13 +138,6 @@ class Settings:
             found[field.name] = value
         found["seeds"] = ALL_SEEDS if found["seeds"] == "all" else found["seeds"]
         return cls(**found)
-
-    def eval_words(self) -> list[str]:
-        """The words of EVAL_FLAGS. Raises UsageError if a quote is not closed."""
-        try:
-            return shlex.split(self.eval_flags)
-        except ValueError as error:
-            raise UsageError(f"EVAL_FLAGS cannot be '{self.eval_flags}' ({error})") from None
 
     def folder_name(self, dataset: str, details: str, flags: Iterable[str], end: str = "") -> str:
         """Different settings never share a folder: extra flags are part of the name as a hash."""
@@ -216,7 +213,7 @@ class Run:
     def values(self) -> dict[str, Any]:
         """The values for a template."""
         lists = {"defaults": self.default_flags(), "flags": list(self.flags), "fields": self.fields()}
-        lists["eval_flags"] = self.settings.eval_words()
+        lists["eval_flags"] = evaluation_flags(self.settings.eval_flags)[0]
         lists |= {"resume": ["--resume"] * self.folder.exists(), "plain": ["--plain"] * ("--plain" in self.flags)}
         own = {name: str(getattr(self, name)) for name in ("seed", "train_file", "test_file", "name")}
         steps = any(flag.partition("=")[0] == "--max_steps" for flag in self.flags)  # they replace the epochs
@@ -238,10 +235,10 @@ class Run:
         if not path.exists():
             return False
         metrics, task = read_json(path), self.settings.task
-        given, recorded = evaluation_flags(self.settings.eval_words()), metrics["settings"]
+        (_, given), recorded = evaluation_flags(self.settings.eval_flags), metrics["settings"]
         wanted = vars(EvaluationSettings(**given))
         names = recorded.keys() - SET_FLAGS - EVALUATION_IGNORES - ({"max_new_tokens"} - given.keys())
-        complete = metrics["data_sha256"] == sha256(self.test_file) and all(recorded[n] == wanted[n] for n in names)
+        complete = metrics["data_sha256"] == sha256(self.test_file) and all(recorded[n] == wanted.get(n) for n in names)
         if not complete or task not in ("", metrics["task"]):
             what = f"TASK '{task}' and EVAL_FLAGS '{self.settings.eval_flags}'"
             raise UsageError(f"{path} is not of {what} on {self.test_file}; remove {path.parent}")
@@ -309,7 +306,7 @@ class Driver:
             dataset, model = (*given, "", "")[:2]
             given = [model, *[""] * 6, dataset]
         self.settings = Settings.read(self.command, given, os.environ)
-        if wrong := evaluation_flags(self.settings.eval_words()).keys() & SET_FLAGS:
+        if wrong := evaluation_flags(self.settings.eval_flags)[1].keys() & SET_FLAGS:
             raise UsageError(f"--{min(wrong)} cannot be in EVAL_FLAGS (see --help)")
         if self.both_arms and len(items(self.settings.datasets)) > 1:
             raise UsageError(f"{self.command} accepts one dataset, not '{self.settings.datasets}'")

@@ -61,7 +61,7 @@ def write_predictions(path: Path, rows: Predictions) -> Predictions:
 def check_place(path: Path) -> None:
     """Raises UsageError if a file cannot be written there: before anything is computed."""
     folder = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.exists(parent))
-    device = folder == Path("/dev") or Path("/proc") in (folder.resolve(), *folder.resolve().parents)
+    device = folder == Path("/dev") or Path("/proc") in folder.resolve().parents
     if device or (os.path.lexists(path) and not path.is_file()):
         raise UsageError(f"{path} cannot be written: it is not a regular file")
     if not folder.is_dir() or not os.access(folder, os.W_OK):

@@ -173,8 +173,8 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
         except UsageError as error:
             r.append(str(error))
     for name in ("input_file", "score_only"):
-        path = Path(getattr(s, name) or "")
-        r.refuse(path.exists() and not path.is_file() and str(path) != ".", f"--{name} {path} is not a regular file")
+        path = Path(getattr(s, name) or "nothing")
+        r.refuse(path.exists() and not path.is_file(), f"--{name} {path} is not a regular file")
     if r:
         raise UsageError("\n".join(r))
     return dataclasses.replace(s, task=task, output_file=output, unmask_assistant_special_tokens=False)

@@ -126,7 +126,7 @@ WRONG = [
     ("run_jepa", {"seeds": "1"}, "SEEDS"),
     ("compare", {"LDB": "1"}, "LBD"),
     ("sweep", {"LEARNING_RATS": "1e-3"}, "LEARNING_RATES"),
-    ("run_jepa", {"EVAL_FLAGS": "--max_new_token 5"}, "--max_new_token 5"),
+    ("run_jepa", {"EVAL_FLAGS": "--max_new_token 5"}, "EVAL_FLAGS"),
     ("run_jepa", {"EVAL_FLAGS": "--task=text"}, "--task"),
     ("run_jepa", {"EVAL_FLAGS": "--system 'a"}, "EVAL_FLAGS"),
 ]
