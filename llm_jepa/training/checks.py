@@ -50,7 +50,7 @@ def forward(model: Any, selector: Any, batch: dict[str, Any], layout: str) -> An
         raise
     except Exception as error:  # of any kind, from the model's own code
         reason = first_line(error) + (")" if layout == "separate" else "); give --layout separate")
-        raise UsageError(f"{type(model).__name__} does not support --layout {layout} ({reason}") from None
+        raise UsageError(f"{selector.model_name} does not support --layout {layout} ({reason}") from None
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], ha
     rounding. Models that carry state along the row (Mamba, linear attention, convolutions) fail.
     """
     device, training, config = next(model.parameters()).device, model.training, model.config.get_text_config()
-    name, one_row = type(model).__name__, dataclasses.replace(collator, tokens_per_row=sys.maxsize)
+    name, one_row = selector.model_name, dataclasses.replace(collator, tokens_per_row=sys.maxsize)
     model.eval()
 
     def read(items: list[Item], layout: str) -> list[torch.Tensor]:
