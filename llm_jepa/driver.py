@@ -24,8 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from llm_jepa.cli import UsageError, run_command
 from llm_jepa.files import read_json, sha256
 from llm_jepa.reports import sweep
@@ -454,6 +452,8 @@ class Driver:
 
     def stop(self) -> None:
         """Ends all processes that were started, also those of torchrun."""
+        import psutil
+
         with self.starting:
             self.stopping = True
         processes = psutil.Process().children(recursive=True)
