@@ -94,7 +94,7 @@ and 4 epochs, and in the JEPA arm --reference_grad_scale. Tokenizers without a p
 the GPU supports it. Seeds, k, λ and learning rates are the defaults above. Set NPROC=8 for the published 8 GPUs. Your own
 arguments and FLAGs override these settings. The names of the run folders contain -paper.
 
-More variables:
+More variables (one that looks like a misspelled variable of this page is an error):
   NPROC             training processes, one per GPU (1); evaluation uses one process
   JOBS              runs at a time (1), which share the cores. With several, and in compare and sweep, each run writes its
                     output to RUNS_DIR/.logs/RUN.log, and a run that fails ends the others

@@ -25,8 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-
 from llm_jepa.cli import UsageError, build_parser, run_command
 from llm_jepa.evaluation.settings import EvaluationSettings
 from llm_jepa.files import read_json, sha256
@@ -483,6 +481,8 @@ class Driver:
 
     def stop(self) -> None:
         """Ends all processes that were started, also those of torchrun."""
+        import psutil
+
         with self.starting:
             self.stopping = True
         processes = psutil.Process().children(recursive=True)
