@@ -146,7 +146,8 @@ class Renderer:
     def _locate(self, messages: list[dict], turn: int = -1, before: str | None = None) -> Rendered:
         """Renders messages and finds the content of a turn, or all that follows `before` up to its end.
 
-        Templates may change white space in the content. Raises ValueError if it cannot be located.
+        Templates may change white space in the content and open a thinking block before it. Raises ValueError if it
+        cannot be located.
         """
         content = messages[turn]["content"]
         text, other = self._render(messages), list(messages)
@@ -154,7 +155,7 @@ class Renderer:
         front, _, after = self._render(other).partition(CONTENT)
         before = front if before is None else before
         start, end = len(before), len(text) - len(after)
-        shown = "".join(text[start:end].split()).endswith("".join(content.split()))
+        shown = "".join(text[start:end].split()).endswith("".join(content.split()).removeprefix("<think>"))
         if not (shown and text.startswith(before) and text.endswith(after)):
             raise ValueError("the content cannot be located in the rendered chat template")
         return Rendered(text, start, end)
@@ -187,9 +188,13 @@ class Renderer:
         return chat
 
     def views(self, example: Example) -> tuple[Rendered, Rendered]:
-        """(first, second): the Text and the Code view, with `reverse_pred` in the other order."""
-        self._messages(example)
-        views = [("user", example.text or example.user), ("assistant", example.code or example.assistant)]
+        """(first, second): the Text and the Code view, with `reverse_pred` in the other order.
+
+        The Code view of an answer with a thinking block is what follows the block.
+        """
+        self._messages(example)  # checks the texts
+        code = example.code or example.assistant.rpartition("</think>")[2]
+        views = [("user", example.text or example.user), ("assistant", code)]
         (role, content), (other_role, other_content) = views[::-1] if self.reverse_pred else views
         k = self.predictors
         if self.front_pred:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from datetime import datetime
 
 import numpy as np
 import pytest
+from conftest import GOLDEN, dry_run, message_row, write_rows
 from templates import END_OF_TURN, FOLDERS, dataset, encoder, tokenizer
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
@@ -286,10 +288,22 @@ def test_thinking_answers_follow_a_prompt_that_does_not_close_the_thinking(tmp_p
     assert all(p.endswith("assistant\n") for p in assert_one_prompt(e, examples, tmp_path, monkeypatch))
     labels = [decode(e, chat.ids[chat.labels]) for chat in e.chats(examples)]
     blocks = ("A film.", "", "No")
+    views = [decode(e, code.ids[: code.view + 1]) for _, code in e.views(examples)]
+    assert [view.split("assistant")[1].split() for view in views] == [["Good"]] * 3
     assert labels == [f"<think>\n{block}\n</think>\n\nGood<|im_end|>" for block in blocks]
     again = Renderer(AutoTokenizer.from_pretrained(tmp_path))
     again.fix_template()
     assert again.tokenizer.chat_template == e.renderer.tokenizer.chat_template  # a run that thinks goes on so
+
+
+def test_data_with_thinking_answers_turn_thinking_on(tmp_path):
+    model = shutil.copytree(GOLDEN / "models" / "chatml", tmp_path / "model")
+    shutil.copy(FOLDERS["qwen3"] / "chat_template.jinja", model)
+    rows = [message_row("two words", "foo bar"), message_row("how many", "<think>\none and one\n</think>\n\ntwo")]
+    for number, block in ((1, ""), (2, "<think>\n\n</think>\n\n")):
+        data = write_rows(tmp_path / f"{number}.jsonl", rows[:number])
+        row = dry_run("--train_file", data, "--model_name", model, "--regular", "--dry_run", 2)["first_row"]
+        assert row["label_text"] == f"{block}foo bar<|im_end|>" and "<think>\n\n</think>" in row["chat"]
 
 
 def test_templates_that_cannot_be_used_are_refused():
