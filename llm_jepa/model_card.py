@@ -20,7 +20,8 @@ WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "model.safetensors.
 UPLOADED = (*WEIGHTS, *(
     "model-*-of-*.safetensors README.md args.json run.json metrics.jsonl eval/*/metrics.json config.json "
     "generation_config.json adapter_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json tokenizer.model vocab.json vocab.txt merges.txt chat_template.jinja".split()
+    "added_tokens.json tokenizer.model vocab.json vocab.txt merges.txt chat_template.jinja "
+    "additional_chat_templates/*.jinja".split()
 ))  # fmt: skip
 
 

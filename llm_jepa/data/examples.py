@@ -88,11 +88,11 @@ class Problems:
         return f"skipped {len(self.found)} bad examples: " + "; ".join(self.messages[:3]) + more
 
 
-def check_text(value: Any, what: str) -> str:
-    """The value. Raises ValueError if it is not text that a tokenizer accepts, or is blank."""
+def check_text(value: Any, what: str, blank: bool = False) -> str:
+    """The value. Raises ValueError if it is not text that a tokenizer accepts, or is blank unless `blank` allows it."""
     if not isinstance(value, str):
         raise ValueError(f"{what} is {type(value).__name__}, not a string")
-    if not value.strip():
+    if not (blank or value.strip()):
         raise ValueError(f"{what} is empty")
     if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
         raise ValueError(f"{what} contains half a surrogate pair")
@@ -107,7 +107,9 @@ def parse_messages(row: Any, source: str, number: int) -> Example:
     roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
     if roles not in ROLES:
         raise ValueError(f"roles are {roles}, not system (optional), user, assistant")
-    *system, user, assistant = (check_text(m.get("content"), f"content of the {m['role']} turn") for m in messages)
+    *system, user, assistant = (
+        check_text(m.get("content"), f"content of the {m['role']} turn", blank=m["role"] == "system") for m in messages
+    )
     answers = row.get("answers")
     if answers is not None and (not isinstance(answers, list) or not answers):
         raise ValueError('"answers" is not a list of texts')

@@ -6,24 +6,40 @@ Labels and views are found by these character offsets, never by searching for to
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 
-from llm_jepa.cli import UsageError
+from llm_jepa.cli import UsageError, first_line
 from llm_jepa.data.examples import Example
 
 CONTENT = "\ue000\ue001\ue002"  # replaces a turn's content to find where the template puts it
 PERCEPTION, END_OF_TURN = "<|perception|>", "<|eot_id|>"
 PINNED_DATE = datetime(2024, 7, 26)  # the fallback date of Llama-3.x's template
-# Prepended to a template, this macro hides transformers' strftime_now, which returns today's date.
-DATE_MACRO = (
-    "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(f" | replace('%{c}', '{PINNED_DATE.strftime('%' + c)}')" for c in "aAbBcdHIjmMpSxXyY")
-    + " }}{%- endmacro -%}"
+MARK = "{# What the prompt depends on is fixed here, as LLM-JEPA trained the model. #}\n"
+THINKING, NO_THINKING = ("{% set enable_thinking = " + value + " %}\n" for value in ("true", "false"))
+PLAIN = f"{{{{ m.content + ('{PERCEPTION}' if m.role == 'user' else '{END_OF_TURN}') }}}}"
+PLAIN = "{% for m in messages if m.role != 'system' %}" + PLAIN + "{% endfor %}"
+FOLD = (
+    "{% if messages[0].role == 'system' %}{% set messages = [{'role': 'user', 'content': "
+    "messages[0].content + '\\n\\n' + messages[1].content}] + messages[2:] %}{% endif %}\n"
 )
+
+
+def date_macro(template: str) -> str:
+    """A macro that hides transformers' strftime_now, which returns today's date: strftime of PINNED_DATE.
+
+    It replaces each directive that occurs in a string of the template, such as %d, %-d or %F.
+    """
+    strings = "".join(text for _, kind, text in Environment().lex(template) if kind == "string")
+    part = "part"
+    for directive in sorted(set(re.findall("%[-_0^#EO]*[A-Za-z]", strings))):
+        part += f".replace({directive!r}, {PINNED_DATE.strftime(directive)!r})"
+    parts = f"{{% for part in format.split('%%') %}}{{{{ ('' if loop.first else '%') + {part} }}}}{{% endfor %}}"
+    return f"{{% macro strftime_now(format) %}}{parts}{{% endmacro %}}\n"
 
 
 def predictor_token(i: int) -> str:
@@ -46,11 +62,13 @@ class Rendered:
 
 @dataclass
 class Renderer:
-    """Renders chats and views with the tokenizer's chat template, or with `plain` without one.
+    """Renders chats and views with the tokenizer's chat template, or with `plain` with one of this project.
 
-    The template decides, not the model's name. If it refuses or drops a system turn, the system text is put before the
-    user text, separated by a blank line. If it cannot begin with an assistant turn, the Code view is rendered as a user
-    turn, as the reference implementation does for Gemma. The fields after `tokenizer` are flags of finetune.py.
+    The template decides, not the model's name. What its prompts depend on besides the messages is fixed in it: the
+    date, thinking, where a refused or dropped system text goes (before the user text), and how an answer begins. The
+    result replaces the tokenizer's template and is saved with the model, so transformers renders the same prompts. If
+    a template cannot begin with an assistant turn, the Code view is rendered as a user turn, as the reference
+    implementation does for Gemma. The fields after `tokenizer` are flags of finetune.py.
 
     Raises UsageError if there is no chat template or it does not show a turn's content.
     """
@@ -63,75 +81,120 @@ class Renderer:
     reverse_pred: bool = False
 
     def __post_init__(self) -> None:
-        tokenizer, name = self.tokenizer, self.tokenizer.name_or_path
+        tokenizer, template = self.tokenizer, self.tokenizer.chat_template
         # What the tokenizer puts before bare text; templates write it themselves.
         bos = tokenizer.bos_token_id
         self.prefix = tokenizer.bos_token if bos is not None and tokenizer("a").input_ids[:1] == [bos] else ""
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        special = sorted(t for t in special | set(tokenizer.all_special_tokens) if t.strip())
+        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self.template = template.get("default") if isinstance(template, dict) else template
         if self.plain:
-            return
-        if not tokenizer.chat_template:
-            raise UsageError(f"--model_name {name}: its tokenizer has no chat template; give --plain or add one")
-        user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        self.system_turn = self._shows([{"role": "system", "content": CONTENT}, user, assistant])
-        self.assistant_first = self._shows([{"role": "assistant", "content": CONTENT}])
-        if not self._shows([{"role": "user", "content": CONTENT}, assistant]):
-            raise UsageError(f"--model_name {name}: the chat template does not show the user turn")
+            self.template = ("{{ bos_token }}" if self.prefix else "") + PLAIN
+        self.fix_template()
 
-    def _render(self, messages: list[dict]) -> str:
+    def fix_template(self, thinking: bool = False) -> None:
+        """Sets the tokenizer's template. With `thinking`, prompts leave thinking to the answers; else it is off."""
+        template, templates = self.template or "", self.tokenizer.chat_template
+        if template.startswith(MARK):
+            template = template.replace(NO_THINKING, THINKING) if thinking else template
+        elif not self.plain:
+            try:
+                template = self._fixed(template, thinking)
+            except (TemplateError, ValueError) as error:
+                where = f"--model_name {self.tokenizer.name_or_path}: its chat template cannot be used"
+                raise UsageError(f"{where} ({first_line(error)}); give --plain or another template") from None
+        self.tokenizer.chat_template = templates | {"default": template} if isinstance(templates, dict) else template
+        self.folds, self.assistant_first = FOLD in template, self._shows([{"role": "assistant", "content": CONTENT}])
+
+    def _fixed(self, template: str, thinking: bool) -> str:
+        """The template with everything fixed that a prompt depends on besides the messages."""
+        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": CONTENT}
+        head, tail = "", ""
+        if "enable_thinking" in template:
+            head += THINKING if thinking else NO_THINKING
+        if "date_string" in template:
+            head += f"{{% set date_string = '{PINNED_DATE:%d %b %Y}' %}}\n"
+        if "strftime_now" in template:
+            head += date_macro(template)
+        if not self._shows([user | {"content": CONTENT}, answer | {"content": "b"}], head + template):
+            raise ValueError("it does not show the user turn" if template else "the tokenizer has none")
+        if not self._shows([{"role": "system", "content": CONTENT}, user, answer | {"content": "b"}], head + template):
+            head += FOLD
+        before = self._render([user, answer], head + template).partition(CONTENT)[0]
+        prompt = self._render([user], head + template, add_generation_prompt=True)
+        header = before[len(prompt) :].strip(" ")
+        if not before.startswith(prompt) or header and not (thinking and "</think>" in header):
+            closed = self._render([user], head + template)
+            if not before.startswith(closed):
+                raise ValueError("it shows a user turn in another way if no answer follows")
+            head += "{% set generation_prompt, add_generation_prompt = add_generation_prompt, false %}\n"
+            tail = f"{{%+ if generation_prompt %}}{{{{ {before[len(closed) :].rstrip(' ')!r} }}}}{{% endif %}}"
+        return MARK + head + template.removesuffix("\n") + tail if head else template
+
+    def _render(self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False) -> str:
         return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            enable_thinking=False,
-            date_string=PINNED_DATE.strftime("%d %b %Y"),
-            chat_template=DATE_MACRO + self.tokenizer.chat_template,
+            messages, tokenize=False, chat_template=template, add_generation_prompt=add_generation_prompt
         )
 
-    def _shows(self, messages: list[dict]) -> bool:
+    def _shows(self, messages: list[dict], template: str | None = None) -> bool:
         try:
-            return CONTENT in self._render(messages)
+            return CONTENT in self._render(messages, template)
         except TemplateError:
             return False
 
-    def _locate(self, messages: list[dict], turn: int = -1) -> Rendered:
-        """Renders messages and finds the content of a turn. Raises ValueError if it cannot be located."""
+    def _locate(self, messages: list[dict], turn: int = -1, before: str | None = None) -> Rendered:
+        """Renders messages and finds the content of a turn, or all that follows `before` up to its end.
+
+        Templates may change white space in the content and open a thinking block before it. Raises ValueError if it
+        cannot be located.
+        """
         content = messages[turn]["content"]
         text, other = self._render(messages), list(messages)
         other[turn] = messages[turn] | {"content": CONTENT}
-        before, _, after = self._render(other).partition(CONTENT)
+        front, _, after = self._render(other).partition(CONTENT)
+        before = front if before is None else before
         start, end = len(before), len(text) - len(after)
-        if not (text.startswith(before) and text.endswith(after) and text[start:end].strip() == content.strip()):
+        shown = "".join(text[start:end].split()).endswith("".join(content.split()).removeprefix("<think>"))
+        if not (shown and text.startswith(before) and text.endswith(after)):
             raise ValueError("the content cannot be located in the rendered chat template")
         return Rendered(text, start, end)
 
-    def _plain(self, before: str, content: str, after: str) -> Rendered:
-        before = self.prefix + before
-        return Rendered(before + content + after, len(before), len(before) + len(content))
+    def _messages(self, example: Example) -> list[dict]:
+        """The turns of an example. Raises ValueError if a text contains a special token."""
+        turns = {"system": example.system, "user": example.user, "assistant": example.assistant}
+        for text in (*turns.values(), example.text, example.code):
+            if text is not None and (found := self.special.search(text)):
+                raise ValueError(f"the text {found[0]!r} in it would become that special token")
+        return [{"role": role, "content": text} for role, text in turns.items() if text is not None]
+
+    def _plain(self, content: str, after: str = "") -> Rendered:
+        start = len(self.prefix)
+        return Rendered(self.prefix + content + after, start, start + len(content))
 
     def chat(self, example: Example, locate_user: bool = False) -> Rendered:
-        """The complete chat. Its content is the answer, or with `plain` and `train_all` the user text."""
+        """The complete chat. Its content is the answer, or with `plain` and `train_all` the user text.
+
+        What follows the prompt counts as part of the answer. That may be a space of the template's.
+        """
+        messages = self._messages(example)
         if self.plain and self.train_all:
-            return self._plain("", example.user, END_OF_TURN)
-        if self.plain:
-            chat = self._plain(example.user + PERCEPTION, example.assistant, END_OF_TURN)
-            user = (len(self.prefix), len(self.prefix) + len(example.user))
-            return dataclasses.replace(chat, user=user) if locate_user else chat
-        system, user = [], example.user
-        if example.system is not None and self.system_turn:
-            system = [{"role": "system", "content": example.system}]
-        elif example.system is not None:
-            user = f"{example.system}\n\n{user}"
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": example.assistant}]
-        chat = self._locate([*system, *turns])
+            return self._plain(example.user, END_OF_TURN)
+        chat = self._locate(messages, before=self.prompt(example))
         if locate_user:
-            question = self._locate([*system, *turns], turn=-2)
-            chat = dataclasses.replace(chat, user=(question.start, question.end))
-        # A template's space before the answer counts as part of the answer: tokenizers join the two, and a prompt that
-        # ends with the space would be a context that never occurs in training.
-        return dataclasses.replace(chat, start=len(chat.text[: chat.start].rstrip(" ")))
+            question = self._locate(messages, turn=-2)
+            start = self._locate(messages, turn=0).start if self.folds else question.start
+            chat = dataclasses.replace(chat, user=(start, question.end))
+        return chat
 
     def views(self, example: Example) -> tuple[Rendered, Rendered]:
-        """(first, second): the Text and the Code view, with `reverse_pred` in the other order."""
-        views = [("user", example.text or example.user), ("assistant", example.code or example.assistant)]
+        """(first, second): the Text and the Code view, with `reverse_pred` in the other order.
+
+        The Code view of an answer with a thinking block is what follows the block.
+        """
+        self._messages(example)  # checks the texts
+        code = example.code or example.assistant.rpartition("</think>")[2]
+        views = [("user", example.text or example.user), ("assistant", code)]
         (role, content), (other_role, other_content) = views[::-1] if self.reverse_pred else views
         k = self.predictors
         if self.front_pred:
@@ -142,12 +205,9 @@ class Renderer:
 
     def _view(self, role: str, content: str) -> Rendered:
         if self.plain:
-            return self._plain("", content, "")
+            return self._plain(content)
         return self._locate([{"role": role if self.assistant_first else "user", "content": content}])
 
     def prompt(self, example: Example) -> str:
-        """The text that generation continues: the chat as in training, up to the answer."""
-        if self.plain:
-            return self.prefix + example.user + PERCEPTION
-        chat = self.chat(dataclasses.replace(example, assistant="a"))
-        return chat.text[: chat.start]
+        """The text that generation continues: the turns before the answer, as transformers renders them."""
+        return self._render(self._messages(example)[:-1], add_generation_prompt=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,11 +63,36 @@ Item = tuple[Segment, ...]  # an example: (chat,), (chat, text view, code view) 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Token ids (T,) and character offsets (T, 2) of texts that already contain their special tokens."""
+    if not texts:
+        return []
     out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
     return [
         (np.asarray(i, dtype=np.int64), np.asarray(o, dtype=np.int64).reshape(-1, 2))
         for i, o in zip(out["input_ids"], out["offset_mapping"], strict=True)
     ]
+
+
+def _tokenize_inside(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The same of one text that follows another."""
+    # After a newline, because some tokenizers put a space before the first word; a newline may join the text's own.
+    (newline, _), (ids, offsets), alone = _tokenize(tokenizer, ["\n", "\n" + text, text])
+    joins = not np.array_equal(ids[: len(newline)], newline)
+    return alone if joins else (ids[len(newline) :], offsets[len(newline) :] - 1)
+
+
+def _tokenize_chats(tokenizer: Any, chats: list[Rendered]) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Token ids (T,), character offsets (T, 2) and the number of prompt tokens of each chat.
+
+    The prompt's ids are those that generation starts from, also where a token of the complete text would reach from the
+    prompt into the answer.
+    """
+    complete = _tokenize(tokenizer, [chat.text for chat in chats])
+    prompts = _tokenize(tokenizer, [chat.text[: chat.start] for chat in chats])
+    for chat, (ids, offsets), (prompt, places) in zip(chats, complete, prompts, strict=True):
+        if not np.array_equal(ids[: len(prompt)], prompt):
+            rest, after = _tokenize_inside(tokenizer, chat.text[chat.start :])
+            ids, offsets = np.concatenate([prompt, rest]), np.concatenate([places, after + chat.start])
+        yield ids, offsets, len(prompt)
 
 
 def content_tokens(offsets: np.ndarray, r: Rendered) -> tuple[int, int]:
@@ -160,22 +185,25 @@ class Encoder:
         return list(zip(self._encode("text_view", first), self._encode("code_view", second), strict=True))
 
     def _encode(self, kind: str, texts: list[Rendered | ValueError]) -> list[Segment | ValueError]:
-        rendered = [text.text for text in texts if isinstance(text, Rendered)]
-        tokens = iter(_tokenize(self.renderer.tokenizer, rendered or [""]))
+        rendered, tokenizer = [text for text in texts if isinstance(text, Rendered)], self.renderer.tokenizer
+        if kind == "chat":
+            tokens = _tokenize_chats(tokenizer, rendered)
+        else:
+            tokens = iter(_tokenize(tokenizer, [text.text for text in rendered]))
         return [t if isinstance(t, ValueError) else _try(self._segment, kind, t, *next(tokens)) for t in texts]
 
-    def _segment(self, kind: str, rendered: Rendered, ids: np.ndarray, offsets: np.ndarray) -> Segment:
+    def _segment(self, kind: str, rendered: Rendered, ids: np.ndarray, offsets: np.ndarray, prompt: int = 0) -> Segment:
         tokenizer, name = self.renderer.tokenizer, kind.replace("_", " ")
         if len(ids) > self.max_length:
             raise ValueError(f"the {name} has {len(ids)} tokens, more than --max_length {self.max_length}")
-        first, stop = content_tokens(offsets, rendered)
+        _, stop = content_tokens(offsets, rendered)
         if kind != "chat":
             view = stop - 1 if self.last_token is None else len(ids) + self.last_token
             if view < 0:
                 raise ValueError(f"the {name} has {len(ids)} tokens: --last_token {self.last_token} is outside")
             return Segment(kind, ids, np.zeros(len(ids), dtype=bool), view)
-        labels = label_tokens(tokenizer, self.lm_labels, ids, first, stop)
-        turns = {"answer": (first, stop)}
+        labels = label_tokens(tokenizer, self.lm_labels, ids, prompt, stop)
+        turns = {"answer": (prompt, stop)}
         if rendered.user is not None:
             turns["user"] = content_tokens(offsets, Rendered(rendered.text, *rendered.user))
         if self.text_view == "alone":

@@ -104,11 +104,14 @@ def write_card(run: Path, overwrite: bool, license: str | None = None, repo: str
     held_out, fraction = s["eval_file"], s["eval_split"] if s["data_file"] else None
     used = "trained on" + ("" if fraction is None else f", except a held-out fraction {fraction}")
     trained_on = {checksum for path, checksum in record["data_sha256"].items() if path != held_out}
+    turn = {"system": record["system_turn"]} if "system_turn" in record else {}  # else there are several
+    if turn.get("system") is not None:  # a Python literal that does not end the code block around it
+        turn["system"] = repr(turn["system"]).replace("```", r"\x60\x60\x60")
     card = ModelCard.from_template(
         metadata, TEMPLATE, mark=MARK, name=name, repo=repo or name, s=s, record=record, method=describe_method(s),
         base=base or f"{Path(s['model_name']).name} (a local folder, not on the hub)", has_jepa=has_jepa(s),
         data=[(data_name(f), "held out" if f == held_out else used, c) for f, c in record["data_sha256"].items()],
-        settings=[(f"`--{flag}`", value) for flag, value in effective_settings(s)], scores=results,
+        settings=[(f"`--{flag}`", value) for flag, value in effective_settings(s)], scores=results, **turn,
         leaked=[
             dataset for dataset, m in evaluations.items()
             if m["data_sha256"] in trained_on and m["settings"].get("process_split") != "test"

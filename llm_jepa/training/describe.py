@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, data_sha256
-from llm_jepa.data.rendering import Renderer
+from llm_jepa.data.rendering import PINNED_DATE, Renderer
 from llm_jepa.distributed import processes
 from llm_jepa.run_folder import complete_checkpoints, origin_of_model, provenance
 from llm_jepa.settings import Settings
@@ -64,8 +64,9 @@ def start_block(s: Settings, model: Any, renderer: Renderer, train_set: SegmentD
 def start_record(s: Settings, train_set: SegmentDataset, problems: Problems) -> dict[str, Any]:
     """What run.json records at the start."""
     record = {"seed": s.finetune_seed, "skipped_examples": len(problems.found)}
-    turns = {example.system for example in train_set.examples}
-    if len(turns) == 1 and not s.streaming:  # otherwise there may be several
+    record["template_date"] = PINNED_DATE.date().isoformat()
+    turns = {s.fields.system} if s.fields else {example.system for example in train_set.examples}
+    if len(turns) == 1 and (s.fields or not s.streaming):  # otherwise there may be several
         record["system_turn"] = turns.pop()
     files = {f for f in (s.train_file, s.data_file, s.eval_file) if f}
     record |= origin_of_model(s.model_name)

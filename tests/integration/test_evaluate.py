@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT, call, message_row, weights, write_rows
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 import evaluate
 import finetune
@@ -483,6 +484,24 @@ def test_run_is_evaluated_in_its_own_format(plain_run, data, tmp_path):
     chat = changed_copy(plain_run, tmp_path / "chat", "args.json", plain=False)
     done = call("evaluate", "--model_name", chat, *flags, "--plain")
     assert done.code == 2 and "--plain" in done.err
+
+
+def test_run_of_a_model_with_named_templates_keeps_them_and_refuses_text_of_special_tokens(data, tmp_path):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "rag.jinja").write_text("RAG {{ messages }}")
+    run = trained(tmp_path / "run", "--train_file", data, "--model_name", model)
+    named = AutoTokenizer.from_pretrained(run).chat_template
+    assert named == {"default": (model / "chat_template.jinja").read_text(), "rag": "RAG {{ messages }}"}
+    rows = [message_row("one", "1"), message_row("what does <|eot_id|> do", "end")]
+    test, flags = write_rows(tmp_path / "test.jsonl", rows), ("--task", "text", "--max_new_tokens", 2)
+    for script, done in (
+        ("evaluate", call("evaluate", "--model_name", run, "--input_file", test, *flags)),
+        ("finetune", call("finetune", "--model_name", run, "--train_file", test, "--dry_run", 2)),
+    ):
+        assert done.code == 2 and f"{test}:2: " in done.err and "<|eot_id|>" in done.err, script
+    done = call("evaluate", "--model_name", run, "--input_file", test, *flags, "--skip_bad_examples")
+    assert done.code == 0 and metrics_of(run / "eval" / "test")["skipped_examples"] == 1
 
 
 def test_unfinished_run_is_refused(plain_run, data, tmp_path):

@@ -185,26 +185,45 @@ def test_card_of_another_origin_is_kept_unless_overwrite_is_given(run, adapter, 
     assert "--overwrite" in refused(lora)
 
 
-@pytest.mark.parametrize("kind", ["full model", "adapter"])
-def test_code_in_the_card_generates_from_the_prompt_of_training(finished, adapter, tmp_path, kind, capsys):
-    run = shutil.copytree(finished if kind == "full model" else adapter, tmp_path / "mine")
-    template = run / "chat_template.jinja"  # shows the arguments that training fixes
-    shown = "{{- date_string ~ (enable_thinking is defined and not enable_thinking) -}}"
-    template.write_text(shown + template.read_text())
+def run_code(run: Path) -> tuple[str, str]:
+    """The Python block of the run's card, and the prompt from which it generates when executed."""
     code = re.search(r"```python\n(.*?)```", write(run).text, re.S)[1]
     space: dict = {}
     exec(code.replace('"mine"', repr(str(run))).replace("max_new_tokens=128", "max_new_tokens=3"), space)
-    assert len(space["answer"]) <= space["prompt"]["input_ids"].shape[1] + 3 and capsys.readouterr().out
-    prompt = Renderer(load_tokenizer(str(run))).prompt(Example("…", "…", "x", "here", 1))
-    assert "26 Jul 2024True" in prompt
-    assert space["tokenizer"].decode(space["prompt"]["input_ids"][0]) == prompt
+    assert len(space["answer"]) <= space["ids"].shape[1] + 3
+    return code, space["tokenizer"].decode(space["ids"][0])
 
 
-def test_plain_model_is_prompted_without_chat_template(run):
-    change(run, "args.json", plain=True)
-    text = write(run).text
-    assert "<|perception|>" in text and "apply_chat_template" not in text
-    change(run, "args.json", plain=True, train_all=True)
+SYSTEM = "Write the regular expression."  # of all examples here
+
+
+@pytest.mark.parametrize("kind", ["full model", "adapter"])
+def test_code_in_the_card_generates_from_the_prompt_of_training(finished, adapter, tmp_path, kind, capsys):
+    run = shutil.copytree(finished if kind == "full model" else adapter, tmp_path / "mine")
+    code, prompt = run_code(run)
+    assert SYSTEM in code and capsys.readouterr().out
+    assert prompt == Renderer(load_tokenizer(str(run))).prompt(Example(SYSTEM, "…", "x", "here", 1))
+
+
+@pytest.mark.parametrize("system", [None, "", "Say \"a\" or 'b':\n```python\n\\d é\n```", ...], ids=repr)
+def test_code_in_the_card_has_the_system_text_of_training(run, system):
+    record = json.loads((run / "run.json").read_text())
+    record.pop("system_turn")
+    (run / "run.json").write_text(json.dumps(record | ({} if system is ... else {"system_turn": system})))
+    code, prompt = run_code(run)
+    assert ("system" in code) == (system is not None and system is not ...)
+    example = Example(None if system is ... else system, "…", "x", "here", 1)
+    assert prompt == Renderer(load_tokenizer(str(run))).prompt(example)
+    assert "several" in write(run).text.split("## Use")[1] or system is not ...
+
+
+def test_code_in_the_card_of_a_plain_run_has_its_prompt(tmp_path):
+    run = train(tmp_path, tmp_path / "mine", "--plain", "--lora", "--merge", "--regular")
+    code, prompt = run_code(run)
+    assert prompt.endswith("…<|perception|>") and "system" not in prompt + code
+    template, merged = ((folder / "chat_template.jinja").read_text() for folder in (run, run / "merged"))
+    assert "perception" in template and merged == template
+    change(run, "args.json", train_all=True)
     assert "```python" not in write(run).text
 
 
