@@ -11,15 +11,15 @@ from llm_jepa.files import write_text
 from llm_jepa.run_folder import RunFolder
 
 
-def computation(trainer: Any) -> dict[str, Any]:
-    """What run.json records about precision, compilation and sharding, from the prepared model and accelerator."""
+def computation(trainer: Any, compiled: bool) -> dict[str, Any]:
+    """What run.json records about precision, compilation and sharding."""
     state, sharded = trainer.accelerator.state, trainer.is_fsdp_enabled
     policy = state.fsdp_plugin.mixed_precision_policy if sharded else None
     autocast = str(policy.param_dtype) if policy else {"bf16": "bfloat16", "fp16": "float16"}.get(state.mixed_precision)
     return {
         "parameters": sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}),
         "autocast": autocast and autocast.removeprefix("torch."),
-        "compiled": state.dynamo_plugin.backend.value != "NO",
+        "compiled": compiled,
         "sharding": f"fsdp{state.fsdp_plugin.fsdp_version}" if sharded else "ddp" if state.num_processes > 1 else None,
     }
 
@@ -44,7 +44,7 @@ class MetricsCallback(TrainerCallback):
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
         write_text(path, "".join(kept))
         self.file = open(path, "a", encoding="utf-8")  # closed in on_train_end
-        self.run.update("running", computation=computation(self.trainer))
+        self.run.update("running", computation=computation(self.trainer, self.run.settings["torch_compile"]))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.sampler is not None:  # a stream counts its own epochs

@@ -1,4 +1,4 @@
-"""experiments/survey.py: the table of architectures."""
+"""tests/survey.py: the table of architectures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from conftest import ROOT
 
 
 def test_survey_writes_the_table(tmp_path):
-    spec = importlib.util.spec_from_file_location("survey", ROOT / "experiments" / "survey.py")
+    spec = importlib.util.spec_from_file_location("survey", ROOT / "tests" / "survey.py")
     survey = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(survey)
     survey.main(tmp_path / "table.md", "mamba", "llama")
