@@ -69,7 +69,7 @@ def check_large_settings(s: LargeSettings, given: set[str], several: bool) -> La
     """
     r, sharding = Refusals(given), None
     if several and s.model_name:
-        config = load_config(s.model_name, s.revision).get_text_config()
+        config = load_config(s.model_name, s.revision, trust_remote_code=s.trust_remote_code).get_text_config()
         tied = s.lora and not s.load_in_4bit and config.tie_word_embeddings
         sharding = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=tied)
     if s.optim == "auto":

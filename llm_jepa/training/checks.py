@@ -63,7 +63,8 @@ def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], ha
     device, training = next(model.parameters()).device, model.training
     flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
     precision = torch.autocast(device.type, torch.bfloat16, enabled=flash)  # flash kernels need half precision
-    name, one_row = type(model).__name__, dataclasses.replace(collator, tokens_per_row=sys.maxsize)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # without an adapter
+    name, one_row = type(base).__name__, dataclasses.replace(collator, tokens_per_row=sys.maxsize)
     model.eval()
 
     def read(items: list[Item], layout: str) -> list[torch.Tensor]:
