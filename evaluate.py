@@ -46,7 +46,14 @@ from llm_jepa.evaluation.predictions import (
 from llm_jepa.evaluation.scores import score_table, scored_row, summarize
 from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings, check_run, notes_on
 from llm_jepa.files import folder_sha256, read_json, sha256, write_json
-from llm_jepa.model import LOADING_ERRORS, load_adapter, load_config, load_pretrained, load_tokenizer
+from llm_jepa.model import (
+    LOADING_ERRORS,
+    load_adapter,
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+    tokenizer_options,
+)
 from llm_jepa.run_folder import provenance
 from llm_jepa.scoring.sql import example_database, spider_databases
 from llm_jepa.scoring.tasks import TASKS, Scorer
@@ -67,11 +74,8 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
     adapter = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
     base = s.original_model_name or adapter["base_model_name_or_path"] if adapter else name
     has_tokenizer = (folder / "tokenizer_config.json").is_file() or not folder.is_dir()
-    source, code = name if has_tokenizer else s.original_model_name or base, {"trust_remote_code": s.trust_remote_code}
-    tokenizer = load_tokenizer(
-        source, s.revision, plain=s.plain, predictors=False, tokenizer_name=s.tokenizer_name,
-        chat_template=s.chat_template, **code,
-    )  # fmt: skip
+    source = name if has_tokenizer else s.original_model_name or base
+    tokenizer = load_tokenizer(source, s.revision, predictors=False, **tokenizer_options(s))
     labels = "answer_text" if s.task and TASKS[s.task].choices else "answer"
     flags = trained if s.embeds else {}  # views are embedded as in training; prompts have no predictors
     views = {k: flags[k] for k in ("predictors", "front_pred", "reverse_pred") if k in flags}
@@ -83,6 +87,7 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
     if s.engine == "vllm":
         return vllm_engine.describe(name, s.revision, dtype), encoder
     revision = adapter.get("revision") if adapter and s.revision is None else s.revision
+    code = {"trust_remote_code": s.trust_remote_code}
     load_config(base, revision, **code)
     options = {"dtype": getattr(torch, dtype), "revision": revision, "device_map": s.device_map} | code
     if s.attn_implementation:

@@ -63,6 +63,7 @@ from llm_jepa.model import (
     load_model,
     load_tokenizer,
     not_adapted,
+    tokenizer_options,
 )
 from llm_jepa.run_folder import RunFolder
 from llm_jepa.settings import Settings, check_settings, is_flash
@@ -531,10 +532,7 @@ def auxiliary_terms(s: Settings) -> list[Term]:
 def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -> Parts:
     """Reads and encodes the data and loads the model. Raises UsageError; writes no file."""
     device = torch.device("cpu") if s.dry_run else state.device
-    tokenizer = load_tokenizer(
-        s.model_name, s.revision, plain=s.plain, tokenizer_name=s.tokenizer_name, chat_template=s.chat_template,
-        trust_remote_code=s.trust_remote_code,
-    )  # fmt: skip
+    tokenizer = load_tokenizer(s.model_name, s.revision, **tokenizer_options(s))
     config = load_config(s.model_name, s.revision, trust_remote_code=s.trust_remote_code)
     max_length = min(s.max_length, context_length(config) or s.max_length)
     if max_length < s.max_length and state.is_main_process:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -41,16 +42,15 @@ def check_name(name: str, flag: str = "model_name") -> None:
 
 @cache
 def unreachable(name: str) -> str | None:
-    """Why a hub model that was not downloaded cannot be, found in one try: huggingface_hub retries for a minute."""
-    files = ("config.json", "adapter_config.json", "tokenizer_config.json")
-    if constants.HF_HUB_OFFLINE or any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
-        return None
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"))
-    except (HfHubHTTPError, ValueError):  # the hub has answered; ValueError: not a name
-        return None
-    except Exception as error:  # of the HTTP library, which is an internal choice of huggingface_hub
-        return first_line(error)
+    """Why a hub model that was never downloaded cannot be; huggingface_hub itself tries for a minute."""
+    downloaded = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+    if not (constants.HF_HUB_OFFLINE or downloaded.is_dir()):
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+        except (HfHubHTTPError, ValueError):  # the hub has answered, or it is not a name
+            return None
+        except Exception as error:  # of the HTTP library, which is an internal choice of huggingface_hub
+            return first_line(error)
     return None
 
 
@@ -93,6 +93,11 @@ def load_tokenizer(
     return tokenizer
 
 
+def tokenizer_options(s: Any) -> dict[str, Any]:
+    """The options of load_tokenizer that a script's flags describe."""
+    return {name: getattr(s, name) for name in ("plain", "tokenizer_name", "chat_template", "trust_remote_code")}
+
+
 def remote_code_hint(error: Exception) -> str | None:
     """What to do if transformers refuses to load a model because its repository contains the code."""
     return "it needs --trust_remote_code" if "trust_remote_code" in str(error) else None
@@ -109,17 +114,14 @@ def load_pretrained(name: str, **options: Any) -> Any:
 def load_adapter(model: Any, name: str) -> Any:
     """The model with the adapter of a folder or hub name. Raises UsageError if the adapter does not fit it."""
     from peft import PeftModel
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-    files = [Path(name) / file for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
-    if Path(name).is_dir() and not any(file.is_file() for file in files):
-        raise UsageError(f"--model_name {name}: the adapter's weights are missing ({SAFETENSORS_WEIGHTS_NAME})")
+    if Path(name).is_dir() and not any(Path(name).glob("adapter_model.*")):
+        raise UsageError(f"--model_name {name}: the adapter's weights are missing (adapter_model.safetensors)")
     try:
         return PeftModel.from_pretrained(model, name)
     except LOADING_ERRORS as error:
-        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line] or [first_line(error)]
-        fits = f"the adapter {name} does not fit the base model {model.name_or_path}"
-        raise UsageError(f"{fits}: {lines[0]}") from None
+        reason = next((x.strip() for x in str(error).splitlines() if "size mismatch" in x), first_line(error))
+        raise UsageError(f"the adapter {name} does not fit the base {model.name_or_path}: {reason}") from None
 
 
 def load_config(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
@@ -144,13 +146,12 @@ def not_causal(config: Any) -> str | None:
     """What a model is whose tokens attend to later ones, by its configuration; None for a causal one."""
     if config.is_encoder_decoder:
         return "an encoder-decoder model"
+    found = {"attn_type": "bi", "use_bidirectional_attention": True}
     if config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"):
-        off = [n for n in ("is_decoder", "causal") if getattr(config, n, None) is False]
-        return f"an encoder ({off[0]} is false in its config.json)" if off else None
-    both = {"attn_type": ("bi",), "use_bidirectional_attention": (True, "all")}
+        found = {"is_decoder": False, "causal": False}
     text = config.get_text_config()
-    on = [name for name, values in both.items() if getattr(text, name, None) in values]
-    return f"an encoder ({on[0]} in its config.json)" if on else None
+    fields = [f"{name}: {value}" for name, value in found.items() if getattr(text, name, None) == value]
+    return f"an encoder ({fields[0]} in its config.json)" if fields else None
 
 
 def context_length(config: Any) -> int | None:
@@ -245,7 +246,7 @@ def load_model(
     model.new_rows = new_rows(tokenizer, rows, predictors)
     if not (empty or pretrain):
         start_at_mean(model, tokenizer, rows, model.new_rows)
-    train_padding_row(model, random=pretrain and not empty)
+    train_padding_row(model.get_input_embeddings(), random=pretrain and not empty)
     if model.config.get_text_config() is not model.config:
         # A multimodal model's other towers get no gradient, and DDP would wait for it.
         text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
@@ -256,12 +257,8 @@ def load_model(
 
 
 @torch.no_grad()
-def train_padding_row(model: Any, *, random: bool) -> None:
-    """Lets the padding token's embedding train: it may also end turns, and padding itself has no gradient.
-
-    torch excludes the row at `padding_idx`, and transformers starts it at zero.
-    """
-    layer = model.get_input_embeddings()
+def train_padding_row(layer: Any, *, random: bool) -> None:
+    """Lets the padding token's embedding train, which torch excludes: it may also end turns, and padding is masked."""
     padding, layer.padding_idx = getattr(layer, "padding_idx", None), None
     if random and padding is not None and not layer.weight[padding].any():
         generator = torch.Generator().manual_seed(padding)  # torch's own would draw other numbers from here on
@@ -278,18 +275,6 @@ def text_modules(model: Any) -> list[tuple[str, torch.nn.Module]]:
     return [(name, m) for name, m in model.named_modules() if id(m) in inside]
 
 
-def gives_a_tensor(layer: torch.nn.Module) -> bool:
-    """Whether a linear layer does what its class says; some routers derived from it return several tensors."""
-    models = type(layer).__module__.startswith(("transformers.models", "transformers_modules"))  # not quantized ones
-    if not models or type(layer).forward is torch.nn.Linear.forward:
-        return True
-    try:
-        out = layer(torch.zeros_like(layer.weight[:1]))
-        return out.shape == (1, len(layer.weight))
-    except (AttributeError, RuntimeError, IndexError, ValueError):
-        return False
-
-
 def adapter_targets(model: Any) -> tuple[list[str], list[str]]:
     """(linear layers, single parameters) that LoRA adapts, by name: all of the text decoder that PEFT can."""
     from peft import LoraConfig
@@ -301,9 +286,10 @@ def adapter_targets(model: Any) -> tuple[list[str], list[str]]:
     for name, module in modules:
         if isinstance(module, (torch.nn.Linear, Conv1D)):
             parent, _, own = name.rpartition(".")
-            # Mamba reads these two weights itself, past an adapter; PEFT refuses out_proj.
+            # Mamba reads these two weights past an adapter; such routers and groups return other tensors than a layer.
             bypassed = own in ("out_proj", "dt_proj") and hasattr(by_name.get(parent), "ssm_state_size")
-            layers += [name] if gives_a_tensor(module) and not bypassed else []
+            other = re.search("Router|Grouped", type(module).__name__)
+            layers += [] if bypassed or other else [name]
         elif "expert" in f"{name} {type(module).__name__}".lower():  # fused: (experts, in, out) or (experts, out, in)
             parameters += [f"{name}.{own}" for own, p in module.named_parameters(recurse=False) if p.dim() == 3]
     # In some architectures PEFT takes gate_proj and others for the names of experts before they were fused.

@@ -43,7 +43,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from llm_jepa.cli import Refusals, UsageError, first_line, flag, parse_flags, run_command
 from llm_jepa.large.settings import LargeSettings, choose_sharding
-from llm_jepa.model import LOADING_ERRORS, MAX_LOGITS, add_adapter, load_tokenizer, new_rows
+from llm_jepa.model import LOADING_ERRORS, MAX_LOGITS, add_adapter, load_tokenizer, new_rows, tokenizer_options
 from llm_jepa.settings import BATCH
 
 HEAD, EMBEDDING = -1, -2  # units of FSDP other than the layers
@@ -66,35 +66,28 @@ class MemoryFlags(LargeSettings):
 def plan_tokenizer(s: LargeSettings) -> Any:
     """The run's tokenizer, or one that has a row for each token if it cannot be loaded: a config is enough to plan."""
     try:
-        return load_tokenizer(
-            s.model_name, s.revision, plain=s.plain, tokenizer_name=s.tokenizer_name,
-            trust_remote_code=s.trust_remote_code,
-        )  # fmt: skip
+        return load_tokenizer(s.model_name, s.revision, **tokenizer_options(s))
     except UsageError:
         ids = itertools.count()
-        return SimpleNamespace(
-            convert_tokens_to_ids=lambda tokens: [next(ids) for _ in tokens], new_tokens=[], get_vocab=dict
-        )
+        return SimpleNamespace(convert_tokens_to_ids=lambda tokens: [next(ids) for _ in tokens], get_vocab=dict)
 
 
-def meta_model(
-    name: str, revision: str | None = None, tokenizer: Any = None, predictors: int = 10, trust_remote_code: bool = False
-) -> Any:
+def meta_model(s: LargeSettings, tokenizer: Any) -> Any:
     """The model in bfloat16 on the meta device, without an adapter. Raises UsageError if it cannot be built."""
     AttentionInterface.register("counted", counted_attention)
+    code = {"trust_remote_code": s.trust_remote_code}
     try:
-        code = {"trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(name, revision=revision, **code)
+        config = AutoConfig.from_pretrained(s.model_name, revision=s.revision, **code)
         text = config.get_text_config()
-        new = new_rows(tokenizer, text.vocab_size, predictors) if tokenizer else []
-        text.vocab_size = max(text.vocab_size, len(tokenizer.get_vocab()) if tokenizer else 0)
+        new = new_rows(tokenizer, text.vocab_size, s.stored_predictors)
+        text.vocab_size = max(text.vocab_size, len(tokenizer.get_vocab()))
+        options = {"dtype": torch.bfloat16, "attn_implementation": "counted"} | code
         with torch.device("meta"):
-            options = {"dtype": torch.bfloat16, "attn_implementation": "counted"} | code
             model = AutoModelForCausalLM.from_config(config, **options)
-        model.new_rows = new
-        return model
     except (*LOADING_ERRORS, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UsageError(f"--model_name {name}: not a causal language model ({first_line(error)})") from None
+        raise UsageError(f"--model_name {s.model_name}: not a causal language model ({first_line(error)})") from None
+    model.new_rows = new
+    return model
 
 
 class _Attention(torch.autograd.Function):
@@ -211,7 +204,7 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
         return s.optim if s.optim != "auto" else "adamw_bnb_8bit" if n == 1 and not s.lora else "adamw_torch_fused"
 
     tokenizer = plan_tokenizer(s)
-    model = meta_model(s.model_name, s.revision, tokenizer, s.stored_predictors, s.trust_remote_code)
+    model = meta_model(s, tokenizer)
     config, layers = model.config.get_text_config(), decoder_layers(model)
     tied = config.tie_word_embeddings
     copies = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=tied) == "ddp"
