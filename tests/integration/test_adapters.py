@@ -156,7 +156,7 @@ def test_new_tokens_in_spare_rows_start_at_the_mean(flags, data, tmp_path):
             after[name][new], old[name][:known].mean(dim=0).expand(len(new), -1), rtol=0, atol=1e-5
         )
         rest = [i for i in range(known, 540) if i not in new]
-        assert not after[name][rest].any()
+        assert after[name][rest].abs().max() < 1e-6  # of other tokens and of predictor tokens that are not in use
     if flags:
         torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(run)),
                                    logits(AutoModelForCausalLM.from_pretrained(run / "merged")))  # fmt: skip
