@@ -52,7 +52,14 @@ from llm_jepa.evaluation.predictions import (
 )
 from llm_jepa.evaluation.scores import score_table, scored_row, summarize
 from llm_jepa.files import folder_sha256, read_json, sha256, write_json
-from llm_jepa.model import LOADING_ERRORS, load_pretrained, load_tokenizer
+from llm_jepa.model import (
+    LOADING_ERRORS,
+    load_adapter,
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+    tokenizer_options,
+)
 from llm_jepa.run_folder import provenance
 from llm_jepa.scoring.sql import example_database, spider_databases
 from llm_jepa.scoring.tasks import TASKS, Scorer
@@ -75,7 +82,7 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
     base = s.original_model_name or adapter["base_model_name_or_path"] if adapter else name
     has_tokenizer = (folder / "tokenizer_config.json").is_file() or not folder.is_dir()
     source = name if has_tokenizer else s.original_model_name or base
-    tokenizer = load_tokenizer(source, s.revision, plain=s.plain, predictors=False)
+    tokenizer = load_tokenizer(source, s.revision, predictors=False, **tokenizer_options(s))
     labels = "answer_text" if s.task and TASKS[s.task].choices else "answer"
     flags = trained if s.embeds else {}  # views are embedded as in training; prompts have no predictors
     views = {k: flags[k] for k in ("predictors", "front_pred", "reverse_pred") if k in flags}
@@ -87,7 +94,9 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
     if s.engine == "vllm":
         return vllm_engine.describe(name, s.revision, dtype), encoder
     revision = adapter.get("revision") if adapter and s.revision is None else s.revision
-    options = {"dtype": getattr(torch, dtype), "revision": revision, "device_map": s.device_map}
+    code = {"trust_remote_code": s.trust_remote_code}
+    load_config(base, revision, **code)
+    options = {"dtype": getattr(torch, dtype), "revision": revision, "device_map": s.device_map} | code
     if s.attn_implementation:
         options["attn_implementation"] = s.attn_implementation
     if s.load_in_8bit or s.load_in_4bit:
@@ -99,12 +108,9 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
         model = load_pretrained(base, **options)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
-        if adapter:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, name)
     except LOADING_ERRORS as error:
-        raise UsageError(f"--model_name {name} cannot be loaded: {first_line(error)}") from None
+        raise UsageError(f"--model_name {base} cannot be loaded: {first_line(error)}") from None
+    model = load_adapter(model, name) if adapter else model
     return (model if options["device_map"] else model.to(device)).eval(), encoder
 
 

@@ -67,6 +67,8 @@ from llm_jepa.model import (
     load_config,
     load_model,
     load_tokenizer,
+    not_adapted,
+    tokenizer_options,
 )
 from llm_jepa.run_folder import RunFolder, complete_checkpoints
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
@@ -511,17 +513,25 @@ class Parts:
 
 def load_on_device(s: Settings, tokenizer: Any, device: torch.device) -> Any:
     """Loads the model on its device, and adds an adapter with --lora."""
-    model = load_model(
-        s.model_name, s.revision, tokenizer, pretrain=s.pretrain, attn_implementation=s.attn_implementation
-    )
+    model = load_model(s.model_name, s.revision, tokenizer, **loading(s))
     return (adapted(model, s, tokenizer) if s.lora else model).to(device)
+
+
+def loading(s: Settings) -> dict[str, Any]:
+    """The options of load_model that the flags describe."""
+    return {
+        "pretrain": s.pretrain,
+        "attn_implementation": s.attn_implementation,
+        "trust_remote_code": s.trust_remote_code,
+        "predictors": s.stored_predictors,
+    }
 
 
 def adapted(model: Any, s: Settings, tokenizer: Any) -> Any:
     """The model with the adapter that the flags describe."""
     return add_adapter(
-        model, tokenizer, rank=s.lora_rank, dropout=s.lora_dropout, predictors=s.predictors if s.jepa else 0,
-        plain=s.plain, revision=s.revision,
+        model, tokenizer, rank=s.lora_rank, dropout=s.lora_dropout, predictors=s.stored_predictors, plain=s.plain,
+        revision=s.revision,
     )  # fmt: skip
 
 
@@ -539,8 +549,9 @@ def auxiliary_terms(s: Settings) -> list[Term]:
 def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -> Parts:
     """Reads and encodes the data and loads the model. Raises UsageError; writes no file."""
     device = torch.device("cpu") if s.dry_run else state.device
-    tokenizer = load_tokenizer(s.model_name, s.revision, plain=s.plain)
-    max_length = min(s.max_length, context_length(load_config(s.model_name, s.revision)) or s.max_length)
+    tokenizer = load_tokenizer(s.model_name, s.revision, **tokenizer_options(s))
+    config = load_config(s.model_name, s.revision, trust_remote_code=s.trust_remote_code)
+    max_length = min(s.max_length, context_length(config) or s.max_length)
     if max_length < s.max_length and state.is_main_process:
         print(f"--max_length {max_length}, the model's context, instead of {s.max_length}", file=sys.stderr)
     renderer = Renderer(tokenizer, s.plain, s.train_all, s.predictors, s.front_pred, s.reverse_pred)
@@ -678,11 +689,12 @@ def fine_tune(
             trainer.add_callback(callback)
         renderer = parts.encoder.renderer
         stop = end_of_turn(renderer) if s.lm_labels != "answer_text" else None
-        add_stop_token(parts.model.generation_config, stop)
+        add_stop_token(trainer.generation_config, stop)
         state.wait_for_everyone()  # every process has checked the folder before the main process fills it
         with agreed():
             if is_main:
                 record = start_record(s, parts.train_set, parts.problems)
+                record |= {"not_adapted": not_adapted(parts.model)} if s.lora else {}
                 say(start_block(s, parts.model, renderer, parts.train_set, len(parts.held_out or ())))
                 run.start(s.overwrite, record)
 
@@ -693,7 +705,7 @@ def fine_tune(
                 trainer.save_model()
                 (run.path / "training_args.bin").unlink(missing_ok=True)  # a pickle of the Trainer that nothing reads
                 if s.merge and is_main:
-                    trainer.merged_model().save_pretrained(run.path / "merged")
+                    trainer.as_saved(trainer.merged_model()).save_pretrained(run.path / "merged")
                     renderer.tokenizer.save_pretrained(run.path / "merged")
         except BaseException as error:
             bar.close()

@@ -30,13 +30,12 @@ if __name__ == "__main__":  # before the slow imports, so that help and wrong fl
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
-from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments, set_seed
 
-from finetune import JepaTrainer, Parts, adapted, fine_tune, load_on_device
+from finetune import JepaTrainer, Parts, adapted, fine_tune, load_on_device, loading
 from llm_jepa.files import read_json
-from llm_jepa.model import load_model
+from llm_jepa.model import load_adapter, load_model
 from llm_jepa.run_folder import launch_id
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.process import run_training
@@ -65,10 +64,8 @@ def load(s: LargeSettings, tokenizer: Any, device: torch.device) -> Any:
             bnb_4bit_compute_dtype=options["dtype"],
         )
         options["device_map"] = {"": device}
-    model = load_model(
-        s.model_name, s.revision, tokenizer, pretrain=s.pretrain, attn_implementation=s.attn_implementation,
-        empty=sharded and not PartialState().is_main_process, **options,
-    )  # fmt: skip
+    options |= loading(s) | {"empty": sharded and not PartialState().is_main_process}
+    model = load_model(s.model_name, s.revision, tokenizer, **options)
     model = adapted(model, s, tokenizer) if s.lora else model
     return model if sharded or s.load_in_4bit else model.to(device)
 
@@ -129,16 +126,13 @@ class LargeTrainer(JepaTrainer):
         """The model with its adapter merged in, from the saved adapter; only on the main process."""
         if not self.is_fsdp_enabled and not getattr(self.model, "is_loaded_in_4bit", False):
             return super().merged_model()
-        return PeftModel.from_pretrained(
-            self.full_model(self.processing_class), self.args.output_dir
-        ).merge_and_unload()
+        return load_adapter(self.full_model(self.processing_class), self.args.output_dir).merge_and_unload()
 
 
 def full_model(s: LargeSettings, device: torch.device, tokenizer: Any) -> Any:
     """The model that a saved adapter belongs to."""
     set_seed(s.finetune_seed)  # the rows of added tokens are drawn again
-    dtype = compute_dtype(s, device)
-    return load_model(s.model_name, s.revision, tokenizer, attn_implementation=s.attn_implementation, dtype=dtype)
+    return load_model(s.model_name, s.revision, tokenizer, dtype=compute_dtype(s, device), **loading(s))
 
 
 # ----------------------------------------------------------------------------------------------------------- main

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import re
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from llm_jepa.cli import UsageError, first_line
 from llm_jepa.data.rendering import END_OF_TURN, PERCEPTION, predictor_token
 
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, StrictDataclassError)
 MAX_LOGITS = 2**26  # logits held at once: 256 MiB in float32, and as much again for their gradient and the softmax
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -31,25 +37,71 @@ def check_name(name: str, flag: str = "model_name") -> None:
     beside_runs = "/" in name and any(folder.parent.glob("*/run.json"))  # otherwise it is a name on the hub
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or beside_runs:
         raise UsageError(f"--{flag} {name}: there is no such folder")
+    if reason := unreachable(name):
+        raise UsageError(f"--{flag} {name}: there is no such folder, and the hub cannot be reached ({reason})")
 
 
-def load_tokenizer(name: str, revision: str | None = None, *, plain: bool = False, predictors: bool = True) -> Any:
-    """The model's tokenizer with the special tokens that the method needs. Raises UsageError if it cannot be loaded."""
-    check_name(name)
+@cache
+def unreachable(name: str) -> str | None:
+    """Why a hub model that was never downloaded cannot be; huggingface_hub itself tries for a minute."""
+    downloaded = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+    if not (constants.HF_HUB_OFFLINE or downloaded.is_dir()):
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+        except (HfHubHTTPError, ValueError):  # the hub has answered, or it is not a name
+            return None
+        except Exception as error:  # of the HTTP library, which is an internal choice of huggingface_hub
+            return first_line(error)
+    return None
+
+
+def load_tokenizer(
+    name: str, revision: str | None = None, *, plain: bool = False, predictors: bool = True,
+    tokenizer_name: str | None = None, chat_template: str | None = None, trust_remote_code: bool = False,
+) -> Any:  # fmt: skip
+    """The model's tokenizer, or another one, with the special tokens that the method needs.
+
+    Its `new_tokens` are those that it lacked. `chat_template`: a file that replaces its chat template. Raises
+    UsageError if one of them cannot be loaded.
+    """
+    flag = "tokenizer_name" if tokenizer_name else "model_name"
+    name, revision = (tokenizer_name, None) if tokenizer_name else (name, revision)
+    check_name(name, flag)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--model_name {name}: its tokenizer cannot be loaded ({first_line(error)})") from None
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        reason = remote_code_hint(error) or first_line(error)
+        raise UsageError(f"--{flag} {name}: its tokenizer cannot be loaded ({reason})") from None
     if not tokenizer.is_fast:
-        raise UsageError(f"--model_name {name}: its tokenizer gives no character offsets (it is not a fast tokenizer)")
+        raise UsageError(f"--{flag} {name}: its tokenizer gives no character offsets (it is not a fast tokenizer)")
+    if chat_template:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--chat_template {chat_template} cannot be read ({first_line(error)})") from None
     # Always all ten, in both arms: a softmax over another vocabulary would be another loss.
     wanted = [predictor_token(i) for i in range(1, 11)] if predictors else []
     wanted += [PERCEPTION, END_OF_TURN] if plain else []
     missing = [t for t in wanted if t not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or END_OF_TURN
+    tokenizer.new_tokens = missing
+    if tokenizer.pad_token is None:  # padding is masked, so any special token will do
+        specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        known = [token for token in specials if token not in missing] or missing
+        if not (tokenizer.eos_token or known):
+            raise UsageError(f"--{flag} {name}: its tokenizer_config.json has neither pad_token nor eos_token")
+        tokenizer.pad_token = tokenizer.eos_token or known[0]
     return tokenizer
+
+
+def tokenizer_options(s: Any) -> dict[str, Any]:
+    """The options of load_tokenizer that a script's flags describe."""
+    return {name: getattr(s, name) for name in ("plain", "tokenizer_name", "chat_template", "trust_remote_code")}
+
+
+def remote_code_hint(error: Exception) -> str | None:
+    """What to do if transformers refuses to load a model because its repository contains the code."""
+    return "it needs --trust_remote_code" if "trust_remote_code" in str(error) else None
 
 
 def load_pretrained(name: str, **options: Any) -> Any:
@@ -60,15 +112,47 @@ def load_pretrained(name: str, **options: Any) -> Any:
     return model
 
 
-def load_config(name: str, revision: str | None = None) -> Any:
-    """The model's configuration. Raises UsageError if there is none or the folder contains an adapter."""
+def load_adapter(model: Any, name: str) -> Any:
+    """The model with the adapter of a folder or hub name. Raises UsageError if the adapter does not fit it."""
+    from peft import PeftModel
+
+    if Path(name).is_dir() and not any(Path(name).glob("adapter_model.*")):
+        raise UsageError(f"--model_name {name}: the adapter's weights are missing (adapter_model.safetensors)")
+    try:
+        return PeftModel.from_pretrained(model, name)
+    except LOADING_ERRORS as error:
+        reason = next((x.strip() for x in str(error).splitlines() if "size mismatch" in x), first_line(error))
+        raise UsageError(f"the adapter {name} does not fit the base {model.name_or_path}: {reason}") from None
+
+
+def load_config(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration.
+
+    Raises UsageError if there is none, the folder contains an adapter, or the model is not a causal language model.
+    """
     check_name(name)
     if (Path(name) / "adapter_config.json").is_file():
         raise UsageError(f"--model_name {name} is an adapter; give its merged model (finetune.py --merge)")
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
-        raise UsageError(f"--model_name {name} cannot be loaded: {first_line(error)}") from None
+        reason = remote_code_hint(error) or first_line(error)
+        raise UsageError(f"--model_name {name} cannot be loaded: {reason}") from None
+    if kind := not_causal(config):
+        raise UsageError(f"--model_name {name} is {kind}, not a causal language model: {config.model_type}")
+    return config
+
+
+def not_causal(config: Any) -> str | None:
+    """What a model is whose tokens attend to later ones, by its configuration; None for a causal one."""
+    if config.is_encoder_decoder:
+        return "an encoder-decoder model"
+    found = {"attn_type": "bi", "use_bidirectional_attention": True}
+    if config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"):
+        found = {"is_decoder": False, "causal": False}
+    text = config.get_text_config()
+    fields = [f"{name}: {value}" for name, value in found.items() if getattr(text, name, None) == value]
+    return f"an encoder ({fields[0]} in its config.json)" if fields else None
 
 
 def context_length(config: Any) -> int | None:
@@ -117,33 +201,63 @@ def check_generation_config(name: str, config: GenerationConfig) -> None:
         raise UsageError(f"--model_name {name}: its generation_config.json cannot be saved ({reason})") from None
 
 
+def new_rows(tokenizer: Any, rows: int, predictors: int = 10) -> list[int]:
+    """Ids of the tokens in use that have no trained row in a matrix of so many: the run makes their rows."""
+    unused = {predictor_token(i) for i in range(predictors + 1, 11)}
+    found = {t: i for t, i in tokenizer.get_vocab().items() if i >= rows or t in tokenizer.new_tokens}
+    return sorted(i for token, i in found.items() if token not in unused)
+
+
+@torch.no_grad()
+def start_at_mean(model: Any, tokenizer: Any, rows: int, new: list[int]) -> None:
+    """Gives new tokens the mean of the rows of the others if some of the `rows` belonged to no token.
+
+    Otherwise resize_token_embeddings has done it. It would count the unused rows, and does not touch spare ones.
+    """
+    vocabulary = tokenizer.get_vocab()
+    used = sorted(i for token, i in vocabulary.items() if i < rows and token not in tokenizer.new_tokens)
+    if not new or len(used) == rows:
+        return
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for matrix in {id(p): p for layer in layers for p in layer.parameters(recurse=False)}.values():
+        matrix[new] = matrix[used].mean(dim=0)
+
+
 def load_model(
     name: str, revision: str | None, tokenizer: Any, *, pretrain: bool = False, attn_implementation: str | None = None,
-    empty: bool = False, **options: Any,
+    empty: bool = False, predictors: int = 10, trust_remote_code: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """The causal language model, with embeddings for all tokens of the tokenizer.
 
     In float32 unless transformers' `options` say otherwise. `pretrain`: random parameters. `empty`: see
-    `without_weights`. Raises UsageError if it cannot be loaded.
+    `without_weights`. `predictors`: spare rows of further predictor tokens stay as they are, for an adapter that does
+    not store them. The model's `new_rows` are the ids of the tokens whose rows were made. Raises UsageError if it
+    cannot be loaded.
     """
-    options = {"dtype": torch.float32} | options
+    options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code} | options
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    config = load_config(name, revision, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    rows = text.vocab_size
     try:
         if empty:
-            config = load_config(name, revision)
-            text = config.get_text_config()
-            text.vocab_size = max(text.vocab_size, len(tokenizer))  # resizing later would touch the memory
+            text.vocab_size = max(rows, len(tokenizer))  # resizing later would touch the memory
             model = without_weights(config, **options)
         elif pretrain:
-            model = AutoModelForCausalLM.from_config(load_config(name, revision), **options)
+            model = AutoModelForCausalLM.from_config(config, **options)
         else:
             model = load_pretrained(name, revision=revision, **options)
+            rows = model.get_input_embeddings().num_embeddings
     except LOADING_ERRORS as error:
         hint = "" if pretrain else " (without weights, give --pretrain)"
         raise UsageError(f"--model_name {name} cannot be loaded{hint}: {first_line(error)}") from None
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=not empty)
+    model.new_rows = new_rows(tokenizer, rows, predictors)
+    if not (empty or pretrain):
+        start_at_mean(model, tokenizer, rows, model.new_rows)
+    train_padding_row(model.get_input_embeddings(), random=pretrain and not empty)
     if model.config.get_text_config() is not model.config:
         # A multimodal model's other towers get no gradient, and DDP would wait for it.
         text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
@@ -153,44 +267,112 @@ def load_model(
     return model
 
 
+@torch.no_grad()
+def train_padding_row(layer: Any, *, random: bool) -> None:
+    """Lets the padding token's embedding train, which torch excludes: it may also end turns, and padding is masked."""
+    padding, layer.padding_idx = getattr(layer, "padding_idx", None), None
+    if random and padding is not None and not layer.weight[padding].any():
+        generator = torch.Generator().manual_seed(padding)  # torch's own would draw other numbers from here on
+        layer.weight[padding] = layer.weight.std() * torch.randn(layer.weight.shape[1], generator=generator)
+
+
+def text_modules(model: Any) -> list[tuple[str, torch.nn.Module]]:
+    """The modules of the text decoder by name, without its output layer and the towers of a multimodal model."""
+    decoder, kind = model.get_decoder(), type(model.config.get_text_config())
+    others = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and not isinstance(m.config, kind)]
+    towers = [m for m in others if model.get_input_embeddings() not in m.modules()]
+    outside = {id(m) for part in (*towers, model.get_output_embeddings()) for m in part.modules()}
+    inside = {id(m) for m in decoder.modules()} - outside
+    return [(name, m) for name, m in model.named_modules() if id(m) in inside]
+
+
+def adapter_targets(model: Any) -> tuple[list[str], list[str]]:
+    """(linear layers, single parameters) that LoRA adapts, by name: all of the text decoder that PEFT can."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    layers, parameters = [], []
+    modules = text_modules(model)
+    by_name = dict(modules)
+    for name, module in modules:
+        if isinstance(module, (torch.nn.Linear, Conv1D)):
+            parent, _, own = name.rpartition(".")
+            # Mamba reads these two weights past an adapter; such routers and groups return other tensors than a layer.
+            bypassed = own in ("out_proj", "dt_proj") and hasattr(by_name.get(parent), "ssm_state_size")
+            other = re.search("Router|Grouped", type(module).__name__)
+            layers += [] if bypassed or other else [name]
+        elif "expert" in f"{name} {type(module).__name__}".lower():  # fused: (experts, in, out) or (experts, out, in)
+            parameters += [f"{name}.{own}" for own, p in module.named_parameters(recurse=False) if p.dim() == 3]
+    # In some architectures PEFT takes gate_proj and others for the names of experts before they were fused.
+    config = LoraConfig(target_modules=layers, target_parameters=parameters)
+    convert_peft_config_for_transformers(config, model, None)
+    renamed = [name for name in layers if name not in config.target_modules]
+    return [n for n in layers if n not in renamed], parameters + [f"{name}.weight" for name in renamed]
+
+
 def add_adapter(
     model: Any, tokenizer: Any, *, rank: int, dropout: float, predictors: int, plain: bool, revision: str | None = None
 ) -> Any:
-    """The model with a LoRA adapter on its text layers' projections; the rows of added tokens train too.
+    """The model with a LoRA adapter on its text decoder; the rows of added tokens train too.
 
-    These rows are the embeddings of the `predictors` predictor tokens in use, and with `plain` the embeddings and
-    output rows of the tokens that are labels.
+    These rows are those that load_model has made, the embeddings of the `predictors` predictor tokens in use, and with
+    `plain` the embeddings and output rows of the tokens that are labels. Saved are LoRA's weights and these rows.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer, ParamWrapper
 
-    inside = {id(module) for module in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
-    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and id(m) in inside]
-    usual = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    # Some models fuse these (qkv_proj) or use other names (c_attn): then all linear layers.
-    if usual <= {name.rpartition(".")[2] for name in linear}:
-        linear = [name for name in linear if name.rpartition(".")[2] in usual]
     embedding, output = (
-        next(name for name, module in model.named_modules() if module is layer).rpartition(".")[2]
+        next(name for name, module in model.named_modules() if module is layer)
         for layer in (model.get_input_embeddings(), model.get_output_embeddings())
     )
     ids = tokenizer.convert_tokens_to_ids
+    views = ids([predictor_token(i) for i in range(1, predictors + 1)])
     labels = ids([PERCEPTION, END_OF_TURN]) if plain else []
-    added = labels + ids([predictor_token(i) for i in range(1, predictors + 1)])
     # Otherwise predictor tokens would keep their random start, and a new end-of-turn token would never be learned.
-    rows = {embedding: added} if added else {}
-    if labels and model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
-        if getattr(model.get_output_embeddings(), "bias", None) is not None:  # PEFT would leave it out
-            raise UsageError("--lora: not with --plain for a model whose output layer has a bias of its own")
-        rows[output] = labels
+    rows = {embedding: list(dict.fromkeys(labels + views + model.new_rows))}
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    rows[output] = [] if tied else list(dict.fromkeys(labels + model.new_rows))
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        rows[output] = [i for i in rows[output] if i not in views]  # they are never labels
+        if rows[embedding if tied else output]:
+            flag = "--lora with --plain" if plain else "--lora"
+            why = f"the output layer of {type(model).__name__} has a bias"  # which PEFT would leave out
+            raise UsageError(f"{flag}: the rows of new tokens cannot train, because {why}")
+    layers, parameters = adapter_targets(model)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=2 * rank,
-        lora_dropout=dropout,
-        target_modules=linear or "all-linear",
-        trainable_token_indices=rows or None,
+        lora_dropout=0.0 if parameters else dropout,  # PEFT refuses to have it before single parameters
+        target_modules=layers,
+        target_parameters=parameters or None,
+        trainable_token_indices={name: found for name, found in rows.items() if found} or None,
     )
-    return get_peft_model(model, config, revision=revision)
+    model = get_peft_model(model, config, revision=revision)
+    for layer in model.modules() if parameters and dropout else ():
+        if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper):
+            layer.lora_dropout["default"] = torch.nn.Dropout(dropout)
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+    return model
+
+
+def not_adapted(model: Any) -> list[str]:
+    """The weight matrices of the text decoder that an adapter does not reach, with N for the numbers of layers."""
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    base = model.get_base_model()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    reached = {id(p) for layer in ends for p in layer.parameters()}
+    for m in model.modules():
+        if isinstance(m, LoraLayer):
+            reached.add(id(m.get_param() if isinstance(m, ParamWrapper) else m.get_base_layer().weight))
+    found = {
+        re.sub(r"\.\d+(?=\.)", ".N", f"{name}.{own}".replace(".base_layer", "")): None
+        for name, module in text_modules(base)
+        for own, p in module.named_parameters(recurse=False)
+        if p.dim() > 1 and "lora_" not in name and id(p) not in reached
+    }
+    return list(found)
 
 
 def blocks_after(model: torch.nn.Module, layer: int, flag: str) -> list[torch.nn.Module]:

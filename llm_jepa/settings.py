@@ -48,15 +48,18 @@ class Settings:
 
     model_name: str | None = flag(None, "model folder or hub name", MODEL)
     revision: str | None = flag(None, "commit of a hub model", MODEL)
+    tokenizer_name: str | None = flag(None, "folder or hub name of the tokenizer; default: that of the model", MODEL)
+    chat_template: str | None = flag(None, "file with a Jinja chat template that replaces the tokenizer's", MODEL)
+    trust_remote_code: bool = flag(False, "run the Python code that a model's repository contains", MODEL)
     pretrain: bool = flag(False, "train the architecture of --model_name from random parameters", MODEL)
     lora: bool = flag(
         False,
-        "train a LoRA adapter and the embeddings of the predictor tokens (with --plain also the embedding and output "
-        "rows of the turn tokens)",
+        "train a LoRA adapter on the text decoder's weight matrices, the embeddings of the predictor tokens, and the "
+        "embedding and output rows of tokens that the model lacked (with --plain of the turn tokens)",
         MODEL,
     )
     lora_rank: int = flag(16, "rank of the adapter; alpha is twice the rank", MODEL)
-    lora_dropout: float = flag(0.1, "dropout before the adapter", MODEL)
+    lora_dropout: float = flag(0.1, "dropout before the adapter (fused experts have none)", MODEL)
     merge: bool = flag(False, "also write the model with the adapter merged in, to OUTPUT_DIR/merged", MODEL)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "precision of the computation (parameters stay float32); auto: bfloat16 if the GPU supports it", MODEL
@@ -208,6 +211,11 @@ class Settings:
         return not self.regular and self.lbd > 0 and self.jepa_ratio > 0
 
     @property
+    def stored_predictors(self) -> int:
+        """The number of predictor tokens whose rows are stored: all ten, in an adapter those in use."""
+        return 10 if not self.lora else self.predictors if self.jepa else 0
+
+    @property
     def stp_variant(self) -> str | None:
         """The variant of Semantic Tube Prediction, a key of STP_VARIANTS; None if it has no weight."""
         return self.stp if self.stp_lbd > 0 else None
@@ -305,6 +313,7 @@ def check_method(s: Settings, r: Refusals) -> None:
 
 def check_training(s: Settings, r: Refusals) -> None:
     """The model, the optimizer and the run."""
+    r.only_if(not s.plain, "chat_template", "not with --plain")
     r.only_if(s.lora, "lora_rank lora_dropout merge", "only with --lora")
     r.refuse(not 0 <= s.lora_dropout < 1, f"--lora_dropout {s.lora_dropout} is not in 0 to 1")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")

@@ -25,6 +25,11 @@ class EvaluationSettings:
         None, "base model of an adapter; --split_tune_untune: model before fine-tuning", MODEL
     )
     revision: str | None = flag(None, "commit of a hub model", MODEL)
+    tokenizer_name: str | None = flag(
+        None, "folder or hub name of the tokenizer; default: that of the model, or of the run", MODEL
+    )
+    chat_template: str | None = flag(None, "file with a Jinja chat template that replaces the tokenizer's", MODEL)
+    trust_remote_code: bool = flag(False, "run the Python code that a model's repository contains", MODEL)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "precision of parameters and computation; auto: bfloat16 if the GPU supports it", MODEL
     )
@@ -126,9 +131,9 @@ class EvaluationSettings:
 SINGLE_PROCESS = "device_map score_only score_gold similarity t_sne export_embeddings"
 NEEDS_MODEL = ("plain dtype engine split_tune_untune similarity t_sne export_embeddings revision attn_implementation "
                "load_in_8bit load_in_4bit device_map batch_size tokens_per_batch max_new_tokens "
-               "original_model_name")  # fmt: skip
+               "original_model_name tokenizer_name chat_template trust_remote_code")  # fmt: skip
 NOT_VLLM = ("attn_implementation load_in_8bit load_in_4bit device_map batch_size tokens_per_batch similarity t_sne "
-            "export_embeddings")  # fmt: skip
+            "export_embeddings trust_remote_code")  # fmt: skip
 
 
 def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> EvaluationSettings:
@@ -146,6 +151,7 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
     r.refuse(vllm and processes > 1, "--engine vllm: not under torchrun; for several GPUs give --tensor_parallel_size")
     r.only_if(not vllm, NOT_VLLM, "not with --engine vllm")
     r.only_if(vllm, "tensor_parallel_size", "only with --engine vllm")
+    r.only_if(not s.plain, "chat_template", "not with --plain")
     r.refuse(s.load_in_8bit and s.load_in_4bit, "give one of --load_in_8bit and --load_in_4bit")
     r.refuse(s.nosplit_data and bool(s.process_split), "--nosplit_data: not with --process_split")
     r.only_if(bool(s.process_split), "test_size split_seed", "only with --process_split")

@@ -24,39 +24,55 @@ tied embeddings) each GPU has a full copy, so W = 1. Bytes per GPU:
 
 The last line allows for fragmentation, the CUDA context and NCCL; both numbers are assumptions, not measured on a GPU.
 On disk, a checkpoint is trained weights and moments, in W files of equal size; the saved model is the weights, or with
-LoRA the adapter. The ten embeddings of predictor tokens that a full model gains are left out.
+LoRA the adapter. The rows of tokens that the model lacks are counted if its tokenizer can be loaded.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pandas
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from llm_jepa.cli import UsageError, first_line
 from llm_jepa.large.settings import LargeSettings, choose_sharding
-from llm_jepa.model import LOADING_ERRORS, MAX_LOGITS, add_adapter
+from llm_jepa.model import LOADING_ERRORS, MAX_LOGITS, add_adapter, load_tokenizer, new_rows, tokenizer_options
 
 HEAD, EMBEDDING = -1, -2  # units of FSDP other than the layers
 MARGIN, RESERVE = 1.05, 2 * 2**30  # factor and bytes that the peak is above the sum of its parts
 PARTS = ("weights", "gradients", "optimizer", "gathered", "reduced", "hidden", "working")
 
 
-def meta_model(name: str, revision: str | None = None) -> Any:
+def plan_tokenizer(s: LargeSettings) -> Any:
+    """The run's tokenizer, or one that has a row for each token if it cannot be loaded: a config is enough to plan."""
+    try:
+        return load_tokenizer(s.model_name, s.revision, **tokenizer_options(s))
+    except UsageError:
+        ids = itertools.count()
+        return SimpleNamespace(convert_tokens_to_ids=lambda tokens: [next(ids) for _ in tokens], get_vocab=dict)
+
+
+def meta_model(s: LargeSettings, tokenizer: Any) -> Any:
     """The model in bfloat16 on the meta device, without an adapter. Raises UsageError if it cannot be built."""
     AttentionInterface.register("counted", counted_attention)
+    code = {"trust_remote_code": s.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(s.model_name, revision=s.revision, **code)
+        text = config.get_text_config()
+        new = new_rows(tokenizer, text.vocab_size, s.stored_predictors)
+        text.vocab_size = max(text.vocab_size, len(tokenizer.get_vocab()))
+        options = {"dtype": torch.bfloat16, "attn_implementation": "counted"} | code
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="counted")
-    except (*LOADING_ERRORS, StrictDataclassError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UsageError(f"--model_name {name}: not a causal language model ({first_line(error)})") from None
+            model = AutoModelForCausalLM.from_config(config, **options)
+    except (*LOADING_ERRORS, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UsageError(f"--model_name {s.model_name}: not a causal language model ({first_line(error)})") from None
+    model.new_rows = new
+    return model
 
 
 class _Attention(torch.autograd.Function):
@@ -113,7 +129,8 @@ def parameter_table(model: Any, trained_model: Any, s: LargeSettings) -> pandas.
     autocast makes a bfloat16 copy).
     """
     unit = {id(p): i for i, layer in enumerate(decoder_layers(model)) for p in layer.parameters()}
-    head, embedding = (f().weight for f in (model.get_output_embeddings, model.get_input_embeddings))
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    head, embedding = (getattr(end, "original_module", end).weight for end in ends)  # that of PEFT's wrapper
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     base = {id(m.weight) for m in model.get_decoder().modules() if type(m) is torch.nn.Linear} - {id(head)}
     width = 2 if s.lora or s.param_dtype == "bfloat16" else 4
@@ -171,17 +188,16 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
     def optim(n: int) -> str:
         return s.optim if s.optim != "auto" else "adamw_bnb_8bit" if n == 1 and not s.lora else "adamw_torch_fused"
 
-    model = meta_model(s.model_name, s.revision)
+    tokenizer = plan_tokenizer(s)
+    model = meta_model(s, tokenizer)
     config, layers = model.config.get_text_config(), decoder_layers(model)
     tied = config.tie_word_embeddings
     copies = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=tied) == "ddp"
     trained_model = model
     if s.lora:
-        tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda tokens: list(range(len(tokens))))
-        predictors = 0 if s.regular else s.predictors
         with torch.device("meta"):
             trained_model = add_adapter(
-                model, tokenizer, rank=s.lora_rank, dropout=0.0, predictors=predictors, plain=False
+                model, tokenizer, rank=s.lora_rank, dropout=0.0, predictors=s.stored_predictors, plain=s.plain
             )
     table = parameter_table(model, trained_model, s)
     trained = table[table.trained]

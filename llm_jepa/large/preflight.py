@@ -96,10 +96,11 @@ def weight_problems(folder: Path) -> list[str]:
     return problems
 
 
-def model_problems(name: str, revision: str | None, pretrain: bool) -> list[str]:
-    """Checks the weights (unless they will be random, `pretrain`) and the tokenizer."""
-    from llm_jepa.model import check_name, load_tokenizer
+def model_problems(s: Any) -> list[str]:
+    """Checks the weights (unless they will be random) and the tokenizer of a training's settings."""
+    from llm_jepa.model import check_name, load_tokenizer, tokenizer_options
 
+    name, revision = s.model_name, s.revision
     try:
         check_name(name)
     except UsageError as error:
@@ -111,9 +112,9 @@ def model_problems(name: str, revision: str | None, pretrain: bool) -> list[str]
             f"{name} is neither a model folder nor downloaded: run `{download} --exclude 'original/*'` (for a gated "
             "model, first request access on its page and run `.venv/bin/hf auth login`)"
         ]
-    problems = [] if pretrain else weight_problems(folder)
+    problems = [] if s.pretrain else weight_problems(folder)
     try:
-        load_tokenizer(name, revision)
+        load_tokenizer(name, revision, **tokenizer_options(s))
     except UsageError as error:
         problems.append(str(error))
     return problems
@@ -282,7 +283,7 @@ def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str],
     shared += ["--revision", s.revision] if s.revision else []
     parsed = [parse_flags(LargeSettings, "", [*shared, *flags]) for flags in trainings]
     last = parsed[-1][0]
-    problems = model_problems(s.model_name, last.revision, last.pretrain)
+    problems = model_problems(last)
     if model_folder(s.model_name, last.revision):
         for training, given in parsed:
             try:

@@ -63,7 +63,7 @@ def check_large_settings(s: LargeSettings, given: set[str], several: bool) -> La
     if several and s.model_name:
         from llm_jepa.model import load_config
 
-        config = load_config(s.model_name, s.revision).get_text_config()
+        config = load_config(s.model_name, s.revision, trust_remote_code=s.trust_remote_code).get_text_config()
         tied = s.lora and not s.load_in_4bit and config.tie_word_embeddings
         sharding = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=tied)
     r.only_if(s.lora, "load_in_4bit", "only with --lora")

@@ -13,6 +13,7 @@ from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, data_sha256
 from llm_jepa.data.rendering import PINNED_DATE, Renderer
 from llm_jepa.distributed import processes
+from llm_jepa.model import not_adapted
 from llm_jepa.run_folder import complete_checkpoints, origin_of_model, provenance
 from llm_jepa.settings import Settings
 
@@ -52,6 +53,8 @@ def start_block(s: Settings, model: Any, renderer: Renderer, train_set: SegmentD
         f"chat     {row['chat']!r}",
         f"labels   {row['label_text']!r}",
     ]
+    if s.lora and (frozen := not_adapted(model)):
+        lines.insert(1, f"adapter  does not reach {', '.join(frozen)}")
     if s.jepa:
         lines += [f"{k:9}{row[f'{k}_view']!r}, read at {row[f'{k}_view_token']!r}" for k in ("text", "code")]
     length = f"{s.max_steps} steps" if s.max_steps > 0 else f"{s.num_epochs:g} epochs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from functools import partial, wraps
@@ -91,6 +92,9 @@ class StepTrainer(Trainer):
 
         `gamma` and `terms`: the objective. `generate(model)` returns metrics from generation, at each evaluation.
         """
+        # The Trainer changes both for its own purposes (use_cache, special tokens); saved is what the model had.
+        model = kwargs["model"]
+        self.config, self.generation_config = copy.deepcopy((model.config, model.generation_config))
         super().__init__(*args, data_collator=partial(collate, collator), **kwargs)
         self.collator, self.micro_batches, self.problems = collator, micro_batches, problems
         self.gamma, self.terms, self.track_flop, self.generate = gamma, terms, track_flop, generate
@@ -253,7 +257,18 @@ class StepTrainer(Trainer):
         self._since = time.time()
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
 
-    # -- checkpoints
+    # -- saving and checkpoints
+
+    def as_saved(self, model: Any) -> Any:
+        """The model with the settings that are saved with it: in the run folder, in checkpoints and merged."""
+        model.config, model.generation_config = self.config, self.generation_config
+        return model
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.as_saved(self.accelerator.unwrap_model(self.model))
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # an adapter comes without
+            model.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Loads the parameters of a checkpoint without training."""

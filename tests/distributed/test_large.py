@@ -37,12 +37,13 @@ def data(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "examples.jsonl", EXAMPLES)
 
 
-def variant(folder: Path, **changes: object) -> Path:
+def variant(folder: Path, kind: str = "llama", **changes: object) -> Path:
     """The golden model with another configuration and random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(MODEL)
-    config.update(changes)
+    values = AutoConfig.from_pretrained(MODEL).to_dict()
+    del values["model_type"]
+    config = AutoConfig.for_model(kind, **values | changes)
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
@@ -170,6 +171,20 @@ def test_adapters_of_several_processes_train_as_one(ranks, tmp_path, data, tied,
         torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=2e-4, msg=name)
         assert weight.any(), name
     same_weights(one / "merged", two / "merged", rtol=1e-3, atol=2e-4)
+
+
+def test_fused_experts_of_several_processes_train_as_one(ranks, tmp_path, data):
+    model = variant(tmp_path / "m", "mixtral", num_local_experts=4, eos_token_id=0, use_cache=True)
+    flags = (*JEPA, "--lora", "--lora_rank", 4, "--lora_dropout", 0, "--merge", "--model_name", model)
+    one = train(ranks, 1, tmp_path / "one", data, *flags, *sizes(1, 8))
+    two = train(ranks, 2, tmp_path / "two", data, *flags, *sizes(2))
+    assert column(two, "loss") == pytest.approx(column(one, "loss"), rel=1e-5)
+    first, second = (weights(run, "adapter_model.safetensors") for run in (one, two))
+    assert any("experts" in name for name in first) and first.keys() == second.keys()
+    same_weights(one / "merged", two / "merged", rtol=1e-3, atol=2e-4)
+    for folder in (one, two, one / "merged", two / "merged"):  # the base's stop token and that of the template
+        assert read_json(folder / "generation_config.json")["eos_token_id"] == [0, 4]
+    assert read_json(two / "merged" / "config.json")["use_cache"]
 
 
 def test_four_bit_weights(ranks, tmp_path, data):

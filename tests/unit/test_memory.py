@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import GOLDEN, call
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import finetune
 from llm_jepa.large import memory
@@ -50,12 +52,18 @@ def test_parameters_of_published_models(tmp_path, values, parameters):
     assert one["optimizer"] == 8 * parameters and found["checkpoint"] == 12 * parameters
 
 
-def test_adapter_has_the_parameters_of_the_training(tmp_path):
-    model = str(GOLDEN / "models/llama3")
+@pytest.mark.parametrize("rows", [531, 525, 540])  # of the embedding; the tokenizer has 531 tokens
+def test_adapter_has_the_parameters_of_the_training(rows, tmp_path):
+    model = str(shutil.copytree(GOLDEN / "models/llama3", tmp_path / "model"))
+    config = AutoConfig.from_pretrained(model, vocab_size=rows)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
     s = finetune.Settings(model_name=model, lora=True, lora_rank=6, predictors=2)
     real = finetune.load_on_device(s, load_tokenizer(model), torch.device("cpu"))
     trained = [p for p in real.parameters() if p.requires_grad]
+    real.save_pretrained(tmp_path / "adapter")
     found = plan(model, lora=True, lora_rank=6, predictors=2)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert found["saved_model"] == sum(w.nbytes for w in stored.values())
     assert found["trainable"] == sum(p.numel() for p in trained)
     assert found["saved_model"] == sum(p.nbytes for p in trained) == found["on"][0]["gradients"]
     regular = plan(model, lora=True, lora_rank=6, predictors=2, regular=True)
@@ -144,7 +152,8 @@ def test_activations_by_hand(tmp_path):
     for t in (256, 512):
         (one,) = plan(folder, param_dtype="bfloat16", tokens_per_batch=t)["on"]
         assert one["hidden"] == 4 * t * d * 2 + 3 * t * t
-    decoder = memory.meta_model(folder).get_decoder()
+    s = LargeSettings(model_name=folder)
+    decoder = memory.meta_model(s, memory.plan_tokenizer(s)).get_decoder()
     few, many = (memory.layer_activations(decoder, decoder.layers[-1], t) for t in (256, 512))
     slope = (many - few) / 256
     assert few == 256 * slope, "weights are counted"

@@ -1,0 +1,290 @@
+"""What an adapter reaches and stores, rows of new tokens, saved settings, and models that are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, JEPA, call, message_row, start, train, weights, write_rows
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from llm_jepa.files import read_json, write_json
+from llm_jepa.model import load_config
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
+MIXERS = {"n_groups": 1, "chunk_size": 16, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+MODELS = {
+    "mixtral": TINY | {"num_local_experts": 4},
+    "glm4_moe": TINY | EXPERTS | {"head_dim": 8, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    "mamba": {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4},
+    "nemotron_h": TINY | MIXERS | {"head_dim": 8, "layers_block_type": ["mamba", "attention"]},
+}
+
+
+def make_model(folder: Path, kind: str = "llama", rows: int = 531, tokens: tuple = (), **values: object) -> Path:
+    """A random model with the golden ChatML tokenizer; `tokens` replace its turn tokens, `rows` are the embedding's."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "models" / "chatml")
+    for new, old in zip(tokens, ("<|im_start|>", "<|im_end|>"), strict=False):
+        tokenizer.add_tokens(new, special_tokens=True)
+        tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+    usual = {"vocab_size": rows, "pad_token_id": None, "eos_token_id": 6, "bos_token_id": None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **usual | MODELS.get(kind, TINY) | values))
+    with torch.no_grad():  # larger than usual, so that each layer changes the outputs
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.2 + 0.1 if p.dim() > 1 else p)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_rows(
+        tmp_path_factory.mktemp("data") / "rows.jsonl", [message_row(f"word {i}", "a" * i) for i in (1, 3, 5, 7)]
+    )
+
+
+@pytest.fixture(scope="module")
+def without_rows(data, tmp_path_factory) -> tuple[Path, Path]:
+    """A base that lacks the rows of its turn tokens and the run of an adapter on it."""
+    folder = tmp_path_factory.mktemp("rows")
+    base = make_model(folder / "base", tokens=("<|begin|>", "<|stop|>"), use_cache=True)
+    return base, train(data, folder / "run", *JEPA, "--lora", "--merge", "--max_steps", 2, model=base)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(5, 60)[None]).logits
+
+
+def same_as_merged(run: Path) -> None:
+    """Asserts that plain PEFT loads the adapter on its base, with the outputs of the merged model."""
+    loaded, merged = AutoPeftModelForCausalLM.from_pretrained(run), AutoModelForCausalLM.from_pretrained(run / "merged")
+    torch.testing.assert_close(logits(loaded), logits(merged), rtol=1e-3, atol=1e-4)
+    with loaded.disable_adapter():
+        assert not torch.allclose(logits(loaded), logits(merged), atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------ what is adapted
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "reached", "left"),
+    [
+        ("mixtral", (), "q_proj o_proj experts", "gate.weight"),
+        ("glm4_moe", (), "q_proj shared_experts.gate_proj layers.0.mlp.down_proj experts.base_layer", "gate.weight"),
+        ("mamba", ("--layout", "separate"), "in_proj x_proj", "out_proj dt_proj conv1d"),
+        ("nemotron_h", ("--layout", "separate"), "in_proj q_proj o_proj", "out_proj conv1d"),
+    ],
+)
+def test_adapter_reaches_what_peft_can_and_records_the_rest(kind, flags, reached, left, data, tmp_path):
+    base = make_model(tmp_path / "base", kind)
+    run = train(data, tmp_path / "run", *JEPA, *flags, "--lora", "--lora_rank", 2, "--merge", "--learning_rate", 0.01,
+                "--max_steps", 2, model=base)  # fmt: skip
+    found = weights(run, "adapter_model.safetensors")
+    trained = " ".join(name for name, w in found.items() if "lora_B" in name and w.any())
+    recorded = read_json(run / "run.json")["not_adapted"]
+    assert all(part in trained for part in reached.split()), trained
+    assert all(any(part in name for name in recorded) for part in left.split()), recorded
+    assert not any("experts" in name or "q_proj" in name for name in recorded)
+    same_as_merged(run)
+    if kind == "mamba":
+        done = start(data, tmp_path / "packed", "--lora", *JEPA, model=base)
+        assert done.code == 2 and "--layout separate" in done.err and "MambaForCausalLM" in done.err
+
+
+def test_towers_of_a_multimodal_model_are_not_adapted(data, tmp_path):
+    part = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = TINY | {"vocab_size": 531, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    tower = part | {"image_size": 28, "patch_size": 14}
+    base = make_model(tmp_path / "base", "gemma3", text_config=text, vision_config=tower, mm_tokens_per_image=4)
+    run = train(data, tmp_path / "run", *JEPA, "--lora", "--max_steps", 1, model=base)
+    names = weights(run, "adapter_model.safetensors")
+    assert any("mlp.down_proj" in n for n in names) and not any("vision" in n or "projector" in n for n in names)
+
+
+# ------------------------------------------------------------------------------------------------ new tokens
+
+
+def test_rows_that_the_model_lacked_train_and_are_all_that_is_stored_besides_lora(without_rows):
+    base, run = without_rows
+    tokenizer, merged, old = AutoTokenizer.from_pretrained(run), weights(run / "merged"), weights(base)
+    begin, stop, predictor = tokenizer.convert_tokens_to_ids(["<|begin|>", "<|stop|>", "<|predictor_1|>"])
+    assert (begin, stop) == (531, 532)
+    stored = weights(run, "adapter_model.safetensors")
+    rows = {name.split(".")[-3]: w for name, w in stored.items() if "lora_" not in name}
+    # The two predictor tokens have rows of the base; they are never labels.
+    assert {name: len(w) for name, w in rows.items()} == {"embed_tokens": 4, "lm_head": 2}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        mean = old[name].mean(dim=0)
+        assert not torch.allclose(merged[name][begin], merged[name][stop], atol=1e-4)
+        assert (merged[name][[begin, stop]] - mean).abs().max() < 0.05
+    name = "model.embed_tokens.weight"
+    assert not merged[name][predictor].equal(old[name][predictor])
+    same_as_merged(run)
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora", "--merge")])
+def test_new_tokens_in_spare_rows_start_at_the_mean(flags, data, tmp_path):
+    base = make_model(tmp_path / "base", rows=540)
+    core, known = read_json(base / "tokenizer.json"), 520
+    core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] < known]
+    write_json(base / "tokenizer.json", core)
+    config = read_json(base / "tokenizer_config.json")
+    write_json(base / "tokenizer_config.json", {k: v for k, v in config.items() if "_special_tokens" not in k})
+    before = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for layer in (before.get_input_embeddings(), before.get_output_embeddings()):
+            layer.weight[known:] = 0
+    before.save_pretrained(base)
+    tiny = ("--plain", "--learning_rate", "1e-9", "--max_steps", 1)
+    run = train(data, tmp_path / "run", *JEPA, *tiny, *flags, model=base)
+    new = AutoTokenizer.from_pretrained(run).convert_tokens_to_ids(
+        ["<|perception|>", *(f"<|predictor_{i}|>" for i in range(1, 3 if flags else 11))]
+    )
+    assert min(new) >= known
+    after, old = weights(run / "merged" if flags else run), weights(base)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        torch.testing.assert_close(
+            after[name][new], old[name][:known].mean(dim=0).expand(len(new), -1), rtol=0, atol=1e-5
+        )
+        rest = [i for i in range(known, 540) if i not in new]
+        assert after[name][rest].abs().max() < 1e-6  # of other tokens and of predictor tokens that are not in use
+    if flags:
+        torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(run)),
+                                   logits(AutoModelForCausalLM.from_pretrained(run / "merged")))  # fmt: skip
+
+
+def test_embedding_of_the_padding_token_trains(data, tmp_path):
+    base = make_model(tmp_path / "base", pad_token_id=6)  # it ends the turns, too
+    name = "model.embed_tokens.weight"
+    run = train(data, tmp_path / "run", *JEPA, "--max_steps", 2, model=base)
+    assert (weights(run)[name][6] - weights(base)[name][6]).abs().max() > 1e-4
+    run = train(data, tmp_path / "random", *JEPA, "--pretrain", "--max_steps", 1, model=base)
+    assert weights(run)[name][6].abs().mean() > 0.2 * weights(run)[name].abs().mean()
+    assert read_json(run / "config.json")["pad_token_id"] == 6
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_tokenizer_without_eos_and_padding_token(special, data, tmp_path):
+    base = make_model(tmp_path / "base")
+    config, core = read_json(base / "tokenizer_config.json"), read_json(base / "tokenizer.json")
+    gone = ("eos_token", "pad_token", *(() if special else ("bos_token", "unk_token", "extra_special_tokens")))
+    core["added_tokens"] = [token | {"special": special} for token in core["added_tokens"]]
+    write_json(base / "tokenizer_config.json", {name: value for name, value in config.items() if name not in gone})
+    write_json(base / "tokenizer.json", core)
+    done = start(data, tmp_path / "run", "--regular", "--max_steps", 1, model=base)
+    if special:
+        assert done.code == 0, done.err
+        assert GenerationConfig.from_pretrained(tmp_path / "run").eos_token_id == [6]
+    else:
+        assert done.code == 2 and "pad_token" in done.err and "Traceback" not in done.err
+
+
+# ------------------------------------------------------------------------------------------------ saved settings
+
+
+def test_saved_settings_are_those_of_the_base(without_rows, data, tmp_path):
+    base, adapter = without_rows
+    run = train(data, tmp_path / "run", *JEPA, "--max_steps", 1, model=base)
+    before = AutoConfig.from_pretrained(base).to_dict()
+    for folder in (run, run / "checkpoint-1", adapter / "merged"):
+        after = AutoConfig.from_pretrained(folder).to_dict()
+        assert {k for k in before if before[k] != after.get(k)} <= {"vocab_size", "_name_or_path"}, folder
+        assert before.keys() == after.keys() and after["vocab_size"] == 533
+    for folder in (run, run / "checkpoint-1", adapter, adapter / "checkpoint-2", adapter / "merged"):
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == [6, 532], folder
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def test_tokenizer_and_template_of_other_files(data, tmp_path):
+    base, template = make_model(tmp_path / "base"), tmp_path / "template.jinja"
+    tokenizer = shutil.copytree(base, tmp_path / "tokenizer")
+    for file in base.glob("*token*"):
+        file.unlink()
+    (base / "chat_template.jinja").unlink()
+    template.write_text("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|im_end|>{% endfor %}")
+    flags = ("--tokenizer_name", tokenizer, "--chat_template", template, "--dry_run", 2)
+    done = start(data, tmp_path / "run", "--regular", *flags, model=base)
+    assert done.code == 0 and json.loads(done.out)["first_row"]["chat"].startswith("[system]"), done.err
+    for flag, file in (("--tokenizer_name", tmp_path / "none"), ("--chat_template", tmp_path / "none")):
+        done = start(data, tmp_path / "run", "--regular", *flags, flag, file, model=base)
+        assert done.code == 2 and f"{flag} {file}" in done.err and done.err.count("\n") == 1
+    out = ("--input_file", data, "--task", "text", "--output_file", tmp_path / "p.jsonl", "--max_new_tokens", 2)
+    done = call("evaluate", "--model_name", base, *out, *flags[:4])
+    assert done.code == 0, done.err
+
+
+def test_code_of_a_repository_needs_its_flag(data, tmp_path):
+    base = make_model(tmp_path / "base")
+    config = read_json(base / "config.json") | {"model_type": "mine"}
+    config["auto_map"] = {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.MineForCausalLM"}
+    write_json(base / "config.json", config)
+    (base / "code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class Mine(LlamaConfig):\n    model_type = 'mine'\n\n\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = Mine\n"
+    )
+    flags = ("--regular", "--max_steps", 1)
+    done = start(data, tmp_path / "run", *flags, model=base)
+    assert done.code == 2 and "--trust_remote_code" in done.err and not (tmp_path / "run").exists()
+    train(data, tmp_path / "run", *flags, "--trust_remote_code", model=base)
+
+
+ENCODERS = [
+    ("bert", {}, "is_decoder"),
+    ("xlm", {}, "causal"),
+    ("t5", {"d_model": 16, "d_ff": 16, "num_layers": 1}, "t5"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "field"), ENCODERS)
+def test_models_that_are_not_causal_are_refused(kind, values, field, data, tmp_path):
+    base = make_model(tmp_path / "base")
+    AutoConfig.for_model(kind, **values).save_pretrained(base)
+    out = tmp_path / "out" / "p.jsonl"
+    evaluation = ("--model_name", base, "--input_file", data, "--task", "text", "--output_file", out)
+    for done in (start(data, tmp_path / "run", "--layout", "separate", model=base), call("evaluate", *evaluation)):
+        assert done.code == 2 and str(base) in done.err and field in done.err and "--layout" not in done.err, done.err
+    assert not out.parent.exists() and not (tmp_path / "run").exists()
+
+
+def test_adapter_that_does_not_fit_is_refused(without_rows, data, tmp_path):
+    _, run = without_rows
+    other = make_model(tmp_path / "other", hidden_size=16)
+    evaluation = ("--input_file", data, "--task", "text", "--output_file", tmp_path / "p.jsonl")
+    done = call("evaluate", "--model_name", run, "--original_model_name", other, *evaluation)
+    assert done.code == 2 and str(other) in done.err and "size mismatch" in done.err
+    broken = shutil.copytree(run, tmp_path / "broken")
+    (broken / "adapter_model.safetensors").unlink()
+    done = call("evaluate", "--model_name", broken, *evaluation)
+    assert done.code == 2 and str(broken) in done.err and "adapter_model.safetensors" in done.err
+
+
+def test_unreachable_hub_is_one_try(monkeypatch):
+    import huggingface_hub
+
+    from llm_jepa import model
+    from llm_jepa.cli import UsageError
+
+    tries = []
+
+    def fails(url: str) -> None:
+        tries.append(url)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(model, "get_hf_file_metadata", fails)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="--model_name no-owner/no-model.*no network"):
+            load_config("no-owner/no-model")
+    assert len(tries) == 1
