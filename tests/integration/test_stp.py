@@ -43,7 +43,8 @@ def test_layouts_agree(data, arm, variant, layer):
             assert other[key] == pytest.approx(separate[key], abs=1e-5), key
         assert other["grad_norm"] == pytest.approx(separate["grad_norm"], rel=1e-4)
         assert other["spans"] == separate["spans"] == 24
-    total = separate["lm_loss"] + (separate["jepa_loss"] or 0) + 2 * separate["stp_loss"]
+    jepa = (separate["jepa_loss"] or 0) * separate["pairs"] / 8  # of 8 pairs before loss dropout
+    total = separate["lm_loss"] + jepa + 2 * separate["stp_loss"]
     assert separate["total_loss"] == pytest.approx(total, rel=1e-6)
 
 
@@ -168,7 +169,7 @@ def test_chats_without_a_span_train_as_without_stp(tmp_path):
         for name, flags in (("none", ()), ("stp", ("--stp", "geodesic", "--stp_lbd", 1)))
     )
     same_weights(none, run)
-    assert column(run, "stp_loss") == column(run, "spans") == [0, 0]
+    assert column(run, "spans") == [0, 0] and not column(run, "stp_loss")
 
 
 def test_stream_has_the_same_spans_in_any_micro_batch(trained):
