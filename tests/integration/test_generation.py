@@ -383,3 +383,13 @@ def test_tokenizer_that_adds_bos_adds_no_second_one(tmp_path):
     folder = changed_copy(GOLDEN / "models" / "llama3", tmp_path / "bos", tokenizer={"post_processor": processor})
     assert load(folder)[1].tokenizer("a").input_ids[0] == 0
     assert [(ids[0], ids.count(0)) for ids in prompts_of(folder, EXAMPLES)] == [(0, 1)] * len(EXAMPLES)
+
+
+def test_held_out_generations_are_as_long_as_the_longest_answer(monkeypatch):
+    model, renderer = load(GOLDEN / "models" / "llama3")
+    limits, answer = [], "a word " * 200
+    monkeypatch.setattr(generation, "generate", lambda *a, max_new_tokens, **k: limits.append(max_new_tokens) or [])
+    examples = [Example(None, "x", text, "data:1", 1) for text in ("a", answer)]
+    for some in (examples[:1], examples):
+        generation.exact_match(renderer, some)(model)
+    assert limits[0] == 128 and len(renderer.tokenizer(answer).input_ids) < limits[1]
