@@ -289,7 +289,10 @@ def text_modules(model: Any) -> list[tuple[str, torch.nn.Module]]:
 def adapter_targets(model: Any) -> tuple[list[str], list[str]]:
     """(linear layers, single parameters) that LoRA adapts, by name: all of the text decoder that PEFT can."""
     from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_adapter_state_dict_for_transformers,
+        convert_peft_config_for_transformers,
+    )
 
     layers, parameters = [], []
     modules = text_modules(model)
@@ -307,7 +310,13 @@ def adapter_targets(model: Any) -> tuple[list[str], list[str]]:
     config = LoraConfig(target_modules=layers, target_parameters=parameters)
     convert_peft_config_for_transformers(config, model, None)
     renamed = [name for name in layers if name not in config.target_modules]
-    return [n for n in layers if n not in renamed], parameters + [f"{name}.weight" for name in renamed]
+    # When PEFT loads an adapter it renames some layers as if they came from an old checkpoint, and loses their weights.
+    keys = {name: f"base_model.model.{name}.lora_A.weight" for name in layers}
+    loaded = convert_peft_adapter_state_dict_for_transformers(
+        model, config, {key: torch.zeros(1, 1) for key in keys.values()}
+    )
+    layers = [name for name in layers if name not in renamed and keys[name] in loaded]
+    return layers, parameters + [f"{name}.weight" for name in renamed]
 
 
 def add_adapter(

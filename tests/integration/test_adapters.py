@@ -22,6 +22,7 @@ EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 MODELS = {
     "mixtral": TINY | {"num_local_experts": 4},
     "glm4_moe": TINY | EXPERTS | {"head_dim": 8, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    "laguna": TINY | EXPERTS | {"head_dim": 8, "num_experts": 4, "shared_expert_intermediate_size": 16},
     "mamba": {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4},
     "nemotron_h": TINY | MIXERS | {"head_dim": 8, "layers_block_type": ["mamba", "attention"]},
 }
@@ -80,6 +81,7 @@ def same_as_merged(run: Path) -> None:
     [
         ("mixtral", (), "q_proj o_proj experts", "gate.weight"),
         ("glm4_moe", (), "q_proj shared_experts.gate_proj layers.0.mlp.down_proj experts.base_layer", "gate.weight"),
+        ("laguna", (), "q_proj mlp.experts", "shared_experts.up_proj"),  # which PEFT would not load again
         ("mamba", ("--layout", "separate"), "in_proj x_proj", "out_proj dt_proj conv1d"),
         ("nemotron_h", ("--layout", "separate"), "in_proj q_proj o_proj", "out_proj conv1d"),
     ],
@@ -93,7 +95,7 @@ def test_adapter_reaches_what_peft_can_and_records_the_rest(kind, flags, reached
     recorded = read_json(run / "run.json")["not_adapted"]
     assert all(part in trained for part in reached.split()), trained
     assert all(any(part in name for name in recorded) for part in left.split()), recorded
-    assert not any("experts" in name or "q_proj" in name for name in recorded)
+    assert not any("mlp.experts" in name or "q_proj" in name for name in recorded)
     same_as_merged(run)
     if kind == "mamba":
         done = start(data, tmp_path / "packed", "--lora", *JEPA, model=base)
@@ -237,7 +239,9 @@ def test_code_of_a_repository_needs_its_flag(data, tmp_path):
     flags = ("--regular", "--max_steps", 1)
     done = start(data, tmp_path / "run", *flags, model=base)
     assert done.code == 2 and "--trust_remote_code" in done.err and not (tmp_path / "run").exists()
-    train(data, tmp_path / "run", *flags, "--trust_remote_code", model=base)
+    run = train(data, tmp_path / "run", *flags, "--trust_remote_code", model=base)
+    out = ("--input_file", data, "--task", "text", "--output_file", tmp_path / "p.jsonl", "--max_new_tokens", 2)
+    assert call("evaluate", "--model_name", run, *out, "--nosplit_data", "--trust_remote_code").code == 0
 
 
 ENCODERS = [
