@@ -49,7 +49,14 @@ SIZES = {
     28: "image_size", 14: "patch_size", 64: "mamba_d_ssm", 128: "sliding_window local_attention",
     256: "max_position_embeddings max_seq_len max_target_positions", 512: "vocab_size",
 }  # fmt: skip
-MORE = {"reformer": {"axial_pos_embds_dim": (16, 16)}}  # what an architecture needs besides
+MORE = {  # what an architecture needs besides
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "moshi": {"audio_vocab_size": 64},
+    "reformer": {"axial_pos_embds_dim": (16, 16)},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba": {"layers_block_type": ["hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+}
 
 
 def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
