@@ -54,7 +54,7 @@ MORE = {  # what an architecture needs besides
     "moshi": {"audio_vocab_size": 64},
     "reformer": {"axial_pos_embds_dim": (16, 16)},
     "zaya": {"num_experts_per_tok": 1},
-    "zamba": {"num_hidden_layers": 3},
+    "zamba": {"layers_block_type": ["hybrid", "hybrid"]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
 }
 
