@@ -34,9 +34,7 @@ class Comparison:
     reference_only_seeds: list[int]
     n: int  # pairs
     mean: float
-    same: float | None = (
-        None  # the score of every run of both arms, if there is only one: 0 is its floor, 100 its ceiling
-    )
+    same: float | None = None  # the score of all runs of both arms if it is equal: 0 is its floor, 100 its ceiling
     sd: float | None = None
     interval: tuple[float, float] | None = None  # 95 %, not corrected; None if it is wider than WIDEST
     p_two_sided: float | None = None  # like all p, only of the primary score
