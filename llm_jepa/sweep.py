@@ -17,6 +17,7 @@ from typing import Any
 
 from llm_jepa.cli import FlagParser, UsageError, run_command
 from llm_jepa.files import read_json, write_json
+from llm_jepa.reports.results import arm_settings
 
 SIGNS = {"learning_rate": "lr", "predictors": "k", "lbd": "λ"}  # the settings of a grid, in the order of preference
 SPLIT = ("data_file", "eval_split", "split_seed")
@@ -25,18 +26,18 @@ SPLIT = ("data_file", "eval_split", "split_seed")
 def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
     """The first run folder of an arm's best cell; writes the cells of both arms to a JSON file and prints this arm's.
 
-    `evaluations`: the folders RUN/eval/DATASET. Raises UsageError if none is of this arm, or if
-    they are not evaluations of finished runs on the same held-out examples.
+    `evaluations`: the folders RUN/eval/DATASET. Raises UsageError if none is of this arm, if they are not evaluations
+    of finished runs on the same held-out examples, or if an arm's runs differ in more than their seed and SIGNS.
     """
     import pandas
 
     runs: list[dict[str, Any]] = []
     expected: list[Any] = []
+    arms: dict[str, dict[str, Any]] = {}
     for folder in evaluations:
         run, metrics = folder.parent.parent, read_json(folder / "metrics.json")
-        settings = read_json(run / "args.json")
-        finished = read_json(run / "run.json").get("status") == "finished"
-        if not finished or metrics["settings"].get("process_split") != "test":
+        record, settings = read_json(run / "run.json"), read_json(run / "args.json")
+        if record.get("status") != "finished" or metrics["settings"].get("process_split") != "test":
             raise UsageError(f"{run} is not finished, or not scored on held-out examples of its train file")
         split = [metrics[name] for name in ("score", "n", "data_sha256")] + [settings[name] for name in SPLIT]
         if split != (expected := expected or split):
@@ -44,6 +45,10 @@ def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
         scores = {name: metrics[name] for name in ("exact", "startswith", "stop_rate", *metrics["scores"])}
         grid = {name: settings[name] for name in SIGNS}
         one = {"arm": "regular" if settings["regular"] else "jepa", "seed": settings["finetune_seed"], "run": str(run)}
+        fixed = {name: value for name, value in arm_settings(settings, record).items() if name not in SIGNS}
+        first = arms.setdefault(one["arm"], fixed)
+        if other := [name for name in first | fixed if first.get(name) != fixed.get(name)]:
+            raise UsageError(f"{run} differs from other runs of its arm in {', '.join(other)}")
         runs.append(one | grid | {"score": metrics[metrics["score"]], "scores": scores})
     cells = pandas.DataFrame(runs).groupby(["arm", *SIGNS]).agg(score=("score", "mean"), run=("run", "first"))
     cells = cells.round({"score": 12})  # equal means stay equal in floating point
