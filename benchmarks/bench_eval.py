@@ -14,7 +14,6 @@ from collections.abc import Callable
 import torch
 from timing import flag_parser, interleave, percentiles, report
 from transformers import ContinuousBatchingConfig, GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 import evaluate
 from llm_jepa.data.examples import Problems, read_examples
@@ -34,9 +33,6 @@ def main() -> int:
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of the longest response (default 128)")
     parser.add_argument("--repeats", type=int, default=5, help="how often each arm is timed (default 5)")
     args = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
     settings = EvaluationSettings(model_name=args.model_name, input_file=args.input_file, task="text")
     model, encoder = evaluate.load(args.model_name, settings)
     examples = read_examples(args.input_file, Problems())[: args.rows]

@@ -21,7 +21,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,6 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from timing import DEVICE, ROOT, flag_parser, interleave, matmul_rate, percentiles, report
 from transformers import AutoTokenizer, LlamaConfig
-from transformers.utils import logging as transformers_logging
 
 import finetune
 from llm_jepa.data.examples import Problems, read_examples
@@ -207,8 +205,8 @@ def write_shape(args: argparse.Namespace, folder: str) -> None:
 
 def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str, Any]]:
     """One row of the table per arm."""
-    seconds, rate = interleave(arms, args.repeats), matmul_rate(getattr(torch, args.dtype))
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    seconds = {name: percentiles(times) for name, times in interleave(arms, args.repeats).items()}
+    rate, medians = matmul_rate(getattr(torch, args.dtype)), {name: times["p50"] for name, times in seconds.items()}
     rates = {name: arm.examples / medians[name] for name, arm in arms.items()}
     others = [name for name in ("reference layout", "TRL padded", "TRL packed") if name in arms]
     usual = arms.get("regular packed")
@@ -225,7 +223,7 @@ def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str
             "useful tokens/s": arm.useful / medians[name],
             "of matmul": arm.flops() / medians[name] / rate,
             "peak MB": memory,
-            **{k: v / args.steps for k, v in percentiles(seconds[name]).items()},
+            **{k: v / args.steps for k, v in seconds[name].items()},
         }
 
 
@@ -290,8 +288,6 @@ def main() -> None:
     parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=5, help="how often each arm is timed (default 5)")
     args = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         write_shape(args, folder)
         if args.memory_of:

@@ -1,6 +1,6 @@
 """Shared by the benchmarks: interleaved timing, percentiles, a text table, a JSON file with provenance.
 
-Importing this module makes the repository's packages importable.
+Importing this module makes the repository's packages importable and transformers quiet.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,6 +24,8 @@ from llm_jepa.files import sha256, write_json  # noqa: E402
 from llm_jepa.run_folder import provenance  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
 
 
 def flag_parser(doc: str) -> argparse.ArgumentParser:
@@ -39,8 +42,8 @@ def interleave(arms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
-    for name in names:
-        arms[name]()
+    for arm in arms.values():
+        arm()
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             seconds[name].append(measure(arms[name]))

@@ -13,16 +13,18 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for finetune.py, which is a script and not part of the package
+sys.path.insert(0, str(ROOT))  # for finetune.py and evaluate.py, which are not part of the package
 
+from evaluate import layer_states  # noqa: E402
 from finetune import fine_tune  # noqa: E402
 from llm_jepa.data.examples import Problems, read_examples  # noqa: E402
 from llm_jepa.data.rendering import Renderer  # noqa: E402
 from llm_jepa.data.segments import Encoder  # noqa: E402
 from llm_jepa.evaluation.embeddings import embed, similarity  # noqa: E402
 from llm_jepa.evaluation.generation import generate  # noqa: E402
+from llm_jepa.evaluation.scores import scored_row, summarize  # noqa: E402
 from llm_jepa.model import load_tokenizer  # noqa: E402
-from llm_jepa.scoring.tasks import TASKS, score_text, wilson  # noqa: E402
+from llm_jepa.scoring.tasks import TASKS  # noqa: E402
 from llm_jepa.settings import Settings, check_settings  # noqa: E402
 
 TRAIN, TEST = (ROOT / "datasets" / f"synth_{part}.jsonl" for part in ("train", "test"))
@@ -50,15 +52,11 @@ def train(train_file: Path, output_dir: str, steps: int) -> Settings:
 
 def evaluate(model, renderer: Renderer, examples: list, task: str, max_new_tokens: int) -> dict[str, tuple]:
     """(share, its 95 % interval) of each score."""
-    rows = []
     with TASKS[task].start(None) as score:  # the argument is the folder of Spider's databases
-        for batch in generate(model, renderer, examples, 64, max_new_tokens):
-            for example, generation in batch:
-                row = score_text(generation.text, example.assistant) | score(generation.text, example)
-                rows.append(row | {"stop_rate": generation.stop_reason == "stop"})
-    names = (*TASKS[task].scores, "exact", "startswith", "stop_rate")
-    hits = {name: sum(row[name] for row in rows) for name in names}
-    return {name: (count / len(rows), wilson(count, len(rows))) for name, count in hits.items()}
+        batches = generate(model, renderer, examples, 64, max_new_tokens)
+        rows = [scored_row(example, generation, score) for batch in batches for example, generation in batch]
+    metrics = summarize(rows, task)
+    return {name: (metrics[name], interval) for name, interval in metrics["ci95"].items()}
 
 
 def main(
@@ -71,7 +69,8 @@ def main(
     renderer = Renderer(tokenizer, predictors=settings.predictors)  # views are rendered as in training
     test = read_examples(str(TEST), Problems())[:examples]
     scores = evaluate(model, renderer, test, "synth", max_new_tokens)
-    text, code = embed(model, Encoder(renderer), test, batch_size=64)  # (P, D) each
+    with layer_states(model, tokenizer.pad_token_id, -1) as read:  # of the last layer, as in training
+        text, code = embed(model, Encoder(renderer), test, read, batch_size=64)  # (P, D) each
     return scores, similarity(text, code, seed=42)
 
 

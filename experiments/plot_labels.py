@@ -9,12 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for llm_jepa
 
 from llm_jepa.cli import UsageError, run_command
-from llm_jepa.reports.plots import PALETTE
+from llm_jepa.reports.plots import PALETTE, subplots
 from llm_jepa.reports.results import read_runs
 
 SCORES = {"exact %": "exact match, %", "startswith %": "startswith, %", "stop_rate %": "stop rate, %"}
@@ -22,20 +20,19 @@ SCOPES = {"reference": "published labels", "answer": "corrected labels"}
 ARMS = {True: "regular", False: "JEPA, k = 1, λ = 1"}  # by the setting `regular`
 
 
-def work(argv: list[str] | None) -> None:
-    """Parses the flags, reads the runs and draws."""
+def main() -> None:
+    """Parses the flags, reads the runs and draws. Raises UsageError if a run of the experiment is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--output_file", required=True, type=Path, help="PNG")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     results, problems = read_runs(options.runs)
     by = {(r.settings["lm_labels"], r.settings["regular"], r.seed): r.columns for r in results}
     seeds = sorted({seed for _, _, seed in by})
     missing = [key for scope in SCOPES for arm in ARMS for s in seeds if (key := (scope, arm, s)) not in by]
     if problems or missing or not seeds:
         raise UsageError("; ".join(problems) or f"no run of (labels, regular, seed) {missing[:1]}")
-    fig = Figure(figsize=(9, 3), layout="constrained")
-    panels = fig.subplots(1, 3, sharey=True)
+    fig, panels = subplots(1, len(SCORES), width=9, height=2.5, sharey=True)
     for axes, (column, heading) in zip(panels, SCORES.items(), strict=True):
         for x, scope in enumerate(SCOPES):
             for seed in seeds:
@@ -54,10 +51,5 @@ def work(argv: list[str] | None) -> None:
     fig.savefig(options.output_file, dpi=110)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 drawn, 2 wrong runs."""
-    return run_command("plot_labels.py", lambda: work(argv))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("plot_labels.py", main))

@@ -25,10 +25,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llm_jepa import sweep
 from llm_jepa.cli import UsageError, build_parser, run_command
 from llm_jepa.evaluation.settings import EvaluationSettings
 from llm_jepa.files import read_json, sha256
-from llm_jepa.reports import sweep
 from llm_jepa.reports.results import EVALUATION_IGNORES
 from llm_jepa.variables import misspelled
 

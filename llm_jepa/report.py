@@ -70,9 +70,7 @@ def work(argv: list[str] | None) -> int:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--line", action="store_true", help="print one line, for one run")
-    parser.add_argument(
-        "--output_dir", type=Path, metavar="DIR", help="write report.md, report.json and report.html into this folder"
-    )
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="folder for report.md, .json and .html")
     parser.add_argument("--against", metavar="ARM", help="reference arm: one of its run folders, or a part of its name")
     parser.add_argument(
         "--allow", nargs="+", action="extend", default=[], metavar="NAME",

@@ -2,17 +2,70 @@
 
     python -m llm_jepa.sweep --pick jepa --output_file sweep.json RUN…          prints the run folder of the best cell
 
-`bash run.sh sweep` trains the cells and picks by itself; this command picks among runs that exist.
+`bash run.sh sweep` trains the cells and picks by itself; this command picks among runs that exist. A cell is a set of
+runs that differ only in their seed; its score is their mean task score on held-out training examples. Of equal cells,
+the one with the smallest learning rate, then k, then λ is picked.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from llm_jepa.cli import FlagParser, UsageError, run_command
-from llm_jepa.reports.sweep import pick
+from llm_jepa.files import read_json, write_json
+from llm_jepa.reports.results import arm_settings
+
+SIGNS = {"learning_rate": "lr", "predictors": "k", "lbd": "λ"}  # the settings of a grid, in the order of preference
+SPLIT = ("data_file", "eval_split", "split_seed")
+
+
+def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
+    """The first run folder of an arm's best cell; writes the cells of both arms to a JSON file and prints this arm's.
+
+    `evaluations`: the folders RUN/eval/DATASET. Raises UsageError if none is of this arm, if they are not evaluations
+    of finished runs on the same held-out examples, or if an arm's runs differ in more than their seed and SIGNS.
+    """
+    import pandas
+
+    runs: list[dict[str, Any]] = []
+    expected: list[Any] = []
+    arms: dict[str, dict[str, Any]] = {}
+    for folder in evaluations:
+        run, metrics = folder.parent.parent, read_json(folder / "metrics.json")
+        record, settings = read_json(run / "run.json"), read_json(run / "args.json")
+        if record.get("status") != "finished" or metrics["settings"].get("process_split") != "test":
+            raise UsageError(f"{run} is not finished, or not scored on held-out examples of its train file")
+        split = [metrics[name] for name in ("score", "n", "data_sha256")] + [settings[name] for name in SPLIT]
+        if split != (expected := expected or split):
+            raise UsageError(f"{run} was scored on other examples, or by another score, than {runs[0]['run']}")
+        scores = {name: metrics[name] for name in ("exact", "startswith", "stop_rate", *metrics["scores"])}
+        grid = {name: settings[name] for name in SIGNS}
+        one = {"arm": "regular" if settings["regular"] else "jepa", "seed": settings["finetune_seed"], "run": str(run)}
+        fixed = {name: value for name, value in arm_settings(settings, record).items() if name not in SIGNS}
+        first = arms.setdefault(one["arm"], fixed)
+        if other := [name for name in first | fixed if first.get(name) != fixed.get(name)]:
+            raise UsageError(f"{run} differs from other runs of its arm in {', '.join(other)}")
+        runs.append(one | grid | {"score": metrics[metrics["score"]], "scores": scores})
+    cells = pandas.DataFrame(runs).groupby(["arm", *SIGNS]).agg(score=("score", "mean"), run=("run", "first"))
+    cells = cells.round({"score": 12})  # equal means stay equal in floating point
+    if arm not in cells.index.get_level_values("arm"):
+        raise UsageError(f"none of the runs is of the arm {arm}")
+    own = cells.loc[[arm]]  # in the order of preference
+    picked, name = own.run[own.score.idxmax()], metrics["score"]
+    held_out = {name: settings[name] for name in SPLIT} | {"n": metrics["n"]}
+    found = {"score": name, "held_out": held_out, "cells": cells.reset_index().to_dict("records"), "runs": runs}
+    output_file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output_file, found)
+    print(f"{arm}, {name} on {held_out['n']} held-out examples of {held_out['data_file']}", file=sys.stderr)
+    for cell in own.reset_index().to_dict("records"):
+        label = " ".join(f"{sign}={cell[key]:g}" for key, sign in SIGNS.items())
+        note = "  picked" if cell["run"] == picked else "  equal score" if cell["score"] == own.score.max() else ""
+        print(f"  {label:26}{100 * cell['score']:7.2f} %{note}", file=sys.stderr)
+    return picked
 
 
 def main(argv: list[str] | None = None) -> int:

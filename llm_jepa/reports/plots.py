@@ -1,7 +1,7 @@
 """Figures: those of a report, drawn as SVG without a display, and the t-SNE plots of evaluate.py.
 
 `draw` returns a dataset's figures and one line for each figure without data, with the command that creates the data.
-Arms and groups differ in color and in marker. matplotlib, pandas and scikit-learn are imported when something is drawn.
+Arms and groups differ in color and in marker. matplotlib and scikit-learn are imported when something is drawn.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas
 
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_jsonl
@@ -24,7 +25,6 @@ from llm_jepa.reports.comparison import Table
 from llm_jepa.reports.results import Result
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -113,12 +113,9 @@ def plot_scores(table: Table, drawn: Drawn) -> None:
     """Each score: one dot per run, dots of a seed connected, a short bar at each arm's mean."""
     names, arms, styles = table.first.scores, table.arms.values(), arm_styles(table, "marker").values()
     fig, panels = subplots(1, len(names), width=2 + 2 * len(names), height=0.5 + 0.4 * len(arms), sharey=True)
-    seeds = sorted({r.seed for arm in arms for r in arm})
     for name, axes in zip(names, panels, strict=True):
         by_arm = [{r.seed: r.columns.get(f"{name} %", math.nan) for r in arm} for arm in arms]
-        for seed in seeds:
-            values = [by_seed.get(seed, math.nan) for by_seed in by_arm]
-            axes.plot(values, range(len(arms)), color="0.7", linewidth=1, zorder=1)
+        axes.plot(pandas.DataFrame(by_arm).sort_index(axis=1), range(len(arms)), color="0.7", linewidth=1, zorder=1)
         for y, (by_seed, style) in enumerate(zip(by_arm, styles, strict=True)):
             values = list(by_seed.values())
             axes.scatter(values, [y] * len(values), s=28, zorder=2, **style)
@@ -133,8 +130,6 @@ def plot_scores(table: Table, drawn: Drawn) -> None:
 
 def plot_grid(table: Table, drawn: Drawn) -> None:
     """The primary score over k and λ: a heat map for each set of JEPA arms that differ in nothing else."""
-    import pandas
-
     grids: dict[str, dict[tuple[float, float], list[Result]]] = {}
     for arm in table.arms.values():
         settings = {name: value for name, value in arm[0].settings.items() if name not in ("predictors", "lbd")}
@@ -183,8 +178,6 @@ def training_steps(table: Table, damaged: list[str]) -> Iterator[tuple[str, Resu
 
     The steps have the columns of CURVES and flops. If a step was repeated after a resume, only its last row is kept.
     """
-    import pandas
-
     for arm, result in ((arm, result) for arm, results in table.arms.items() for result in results):
         path = result.run / "metrics.jsonl"
         if not path.exists():
@@ -221,16 +214,15 @@ def plot_training(table: Table, drawn: Drawn) -> None:
         )
         return
     add_legend(fig)
-    caption = f"Training: one line per seed, smoothed to the means of at most {CURVE_POINTS} blocks of steps"
-    drawn.add(fig, "training", caption)
+    drawn.add(fig, "training", f"Training: one line per seed, the means of at most {CURVE_POINTS} blocks of steps")
 
 
 def plot_costs(table: Table, drawn: Drawn) -> None:
     """The primary score against the cost of training: wall time, and FLOPs if they were counted."""
     results = [(arm, r) for arm, results in table.arms.items() for r in results]
     costs = {"training time, seconds": {r.run: r.columns["train s"] for _, r in results}}
-    flops = {r.run: steps["flops"].max() for _, r, steps in training_steps(table, damaged=[])}  # reported before
-    flops = {run: value for run, value in flops.items() if value > 0}
+    counted = ((r.run, steps["flops"].max()) for _, r, steps in training_steps(table, damaged=[]))  # reported before
+    flops = {run: value for run, value in counted if value > 0}
     what, styles, score = "wall time", arm_styles(table, "marker"), table.first.scores[0]
     if flops:
         costs = {"training FLOPs": flops} | costs
@@ -329,8 +321,7 @@ def plot_embeddings(table: Table, drawn: Drawn) -> None:
         return
     axes.set(xlabel="rank", ylabel="singular value", yscale="log")
     add_legend(fig)
-    caption = f"Largest 100 singular values of Enc(Text) − Enc(Code), one line per run; {first}"
-    drawn.add(fig, "singular_values", caption)
+    drawn.add(fig, "singular_values", f"Largest 100 singular values of Enc(Text) − Enc(Code), a line per run; {first}")
     points = sum(map(len, next(iter(views.values()))[1:]))
     if points < T_SNE_MIN_POINTS:
         drawn.missing.append(f"no t-SNE of the views: {points} points are too few")
@@ -341,7 +332,7 @@ def plot_embeddings(table: Table, drawn: Drawn) -> None:
 def plot_t_sne(views: dict[str, tuple[int, np.ndarray, np.ndarray]], drawn: Drawn) -> None:
     """A t-SNE plane for each of the first arms, of both views of its first pairs; `views`: arm → seed, Text, Code."""
     some = f", the first {T_SNE_ARMS} of {len(views)}" if len(views) > T_SNE_ARMS else ""
-    views = dict(itertools.islice(views.items(), T_SNE_ARMS))
+    views = dict(list(views.items())[:T_SNE_ARMS])
     fig, panels = subplots(math.ceil(len(views) / 3), min(3, len(views)), width=1 + 2.8 * min(3, len(views)))
     for unused in panels[len(views) :]:
         unused.remove()

@@ -85,9 +85,8 @@ def read_run(run: Path) -> list[Result]:
     if record["status"] != "finished":
         raise UsageError(f"{run}: {record['status']}, not finished")
     seed, name, settings = settings["finetune_seed"], settings["model_name"], arm_settings(settings, record)
-    model = settings.get("model_name") or re.sub(
-        r"-s\d+(?=-|$)", "", Path(re.sub(r"/(merged|checkpoint-\d+)/?$", "", name)).name
-    )
+    base = Path(re.sub(r"/(merged|checkpoint-\d+)/?$", "", name)).name
+    model = settings.get("model_name") or re.sub(r"-s\d+(?=-|$)", "", base)
     results = []
     for path in sorted(run.glob("eval/*/metrics.json")):
         metrics = read_json(path)

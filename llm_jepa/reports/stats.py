@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy  # loads scipy.stats and scipy.optimize on first use
+import scipy  # loads scipy.stats and scipy.special on first use
 
 LEVEL, POWER = 0.05, 0.8
 RESAMPLES = 2**16  # sign flips: all of them up to n = 16, above that a random sample
@@ -34,9 +34,7 @@ class Comparison:
     reference_only_seeds: list[int]
     n: int  # pairs
     mean: float
-    same: float | None = (
-        None  # the score of every run of both arms, if there is only one: 0 is its floor, 100 its ceiling
-    )
+    same: float | None = None  # the score of all runs of both arms if it is equal: 0 is its floor, 100 its ceiling
     sd: float | None = None
     interval: tuple[float, float] | None = None  # 95 %, not corrected; None if it is wider than WIDEST
     p_two_sided: float | None = None  # like all p, only of the primary score
@@ -116,18 +114,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def power(difference: float, sd: float, n: int, level: float) -> float:
-    """Probability that a two-sided paired t test detects a true difference > 0, given the sd of the n differences."""
-    critical = scipy.stats.t.ppf(1 - level / 2, n - 1)
-    return float(scipy.stats.nct.sf(critical, n - 1, difference * math.sqrt(n) / sd))
-
-
 def detectable(sd: float, n: int, level: float = LEVEL) -> float:
-    """The true difference that the paired t test detects with probability POWER (noncentral t)."""
-    high = sd
-    while power(high, sd, n, level) < POWER:
-        high *= 2
-    return float(scipy.optimize.brentq(lambda d: power(d, sd, n, level) - POWER, 0, high, rtol=1e-6))
+    """The true difference that the two-sided paired t test detects with probability POWER.
+
+    `sd`: of the n differences. The statistic of a true difference d is noncentral t with noncentrality d √n / sd.
+    """
+    critical = scipy.stats.t.ppf(1 - level / 2, n - 1)
+    return float(scipy.special.nctdtrinc(n - 1, 1 - POWER, critical)) * sd / math.sqrt(n)
 
 
 def conclude(comparisons: list[Comparison], primary: str) -> None:
@@ -143,14 +136,12 @@ def conclude(comparisons: list[Comparison], primary: str) -> None:
     corrected = holm([1.0 if c.p_two_sided is None else c.p_two_sided for c in tested])
     for c, p in zip(tested, corrected, strict=True):
         c.family, c.p_holm = len(tested), None if c.p_two_sided is None else p
+    shown = sum(c.differs for c in tested)
     for c in comparisons:
         if not c.family:
             c.p_two_sided = c.p_one_sided = c.p_sign_flip = None
-    shown = sum(c.differs for c in tested)
-    for c in tested:
-        if c.p_two_sided is not None and not c.differs:
+        elif c.p_two_sided is not None and not c.differs:
             c.detectable = detectable(c.sd, c.n, LEVEL / (c.family - shown))
-    for c in comparisons:
         c.verdict = describe(c) + stopping_note(c, comparisons)
 
 
@@ -177,10 +168,8 @@ def describe(c: Comparison) -> str:
         return f"nothing can show here: every run of both arms scores {c.same:g} %{end}"
     if c.n == 1:
         return f"nothing shown: {points} on one shared seed, so there is no interval and no test"
-    few = ""
-    if c.n <= FEW:
-        least = format_p(c.p_sign_flip_least)
-        few = f"; {c.n} seeds cannot show more: the smallest p that the sign-flip test can give for them is {least}"
+    least = f"the smallest p that the sign-flip test can give for them is {format_p(c.p_sign_flip_least)}"
+    few = f"; {c.n} seeds cannot show more: {least}" if c.n <= FEW else ""
     if c.sd == 0 and c.mean:
         return f"{points} on each of the {c.n} seeds: without variance there is no interval and no t test{few}"
     if c.sd == 0:

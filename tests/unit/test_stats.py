@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from llm_jepa.reports import stats
-from llm_jepa.reports.stats import LEVEL, Comparison, compare, conclude, detectable, holm, power
+from llm_jepa.reports.stats import LEVEL, Comparison, compare, conclude, detectable, holm
 
 SEEDS = (82, 23, 37, 84, 4)
 REGULAR = dict(zip(SEEDS, (92.15, 79.45, 92.90, 95.00, 78.90), strict=True))  # RESULTS.md, exact match
@@ -77,7 +77,7 @@ def test_detectable_difference_is_detected_four_times_in_five(n, level):
     found = scipy.stats.ttest_1samp(np.random.default_rng(0).normal(true, 2.0, (trials, n)), 0, axis=1)
     share = np.mean((found.pvalue <= level) & (found.statistic > 0))
     assert share == pytest.approx(0.8, abs=4 * np.sqrt(0.16 / trials))
-    assert power(1, 1, 10, 0.05) == pytest.approx(0.803, abs=5e-4)  # textbook value
+    assert detectable(1, 10) == pytest.approx(0.996, abs=5e-4)  # textbook: the power for 1 is 0.803
 
 
 def test_one_pair_has_no_interval_and_no_test():
@@ -137,7 +137,8 @@ def test_verdict_without_difference_has_the_detectable_difference():
     (c,) = concluded(compare("JEPA", "regular", "exact", JEPA, REGULAR))
     assert c.verdict.startswith("no significant difference: +0.75 points [−1.26, 2.76], n = 5, p = 0.36")
     assert f"{detectable(c.sd, 5):.2f} points" in c.verdict
-    assert power(c.detectable, c.sd, 5, LEVEL) == pytest.approx(0.8, abs=1e-3)
+    noncentral = scipy.stats.nct(4, c.detectable * np.sqrt(5) / c.sd)
+    assert noncentral.sf(scipy.stats.t.ppf(1 - LEVEL / 2, 4)) == pytest.approx(0.8, abs=1e-3)
     (wide,) = concluded(comparison([-5.0, 9.0, 70.0]))
     assert wide.detectable > 100 and f"{wide.detectable:.2f}" not in wide.verdict
 

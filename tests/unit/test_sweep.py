@@ -1,4 +1,4 @@
-"""llm_jepa/reports/sweep.py: which cell is picked, and the contents of sweep.json."""
+"""llm_jepa/sweep.py: which cell is picked, and the contents of sweep.json."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from synthetic_runs import JEPA, REGULAR, synthetic_run
 
-from llm_jepa import sweep as sweep_command
+from llm_jepa import sweep
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json, write_json
-from llm_jepa.reports import sweep
 
 SPLIT = {"data_file": "datasets/synth_train.jsonl", "eval_split": 0.2, "split_seed": 42}
 
@@ -71,14 +70,14 @@ def test_the_mean_over_seeds_decides_and_the_file_lists_both_arms(cell, tmp_path
 def test_command_picks_among_run_folders(cell, tmp_path, capsys):
     runs = [cell(score, lbd=lbd).parents[1] for lbd, score in ((1.0, 50.0), (2.0, 60.0))]
     output = ("--output_file", str(tmp_path / "sweep.json"))
-    assert sweep_command.main(["--pick", "jepa", *output, *map(str, runs)]) == 0
+    assert sweep.main(["--pick", "jepa", *output, *map(str, runs)]) == 0
     assert capsys.readouterr().out == f"{runs[1]}\n"
     for arm, run, mentioned in (("regular", runs[0], "regular"), ("jepa", tmp_path / "none", "none")):
-        assert sweep_command.main(["--pick", arm, *output, str(run)]) == 2
+        assert sweep.main(["--pick", arm, *output, str(run)]) == 2
         assert mentioned in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("other", [{"split": "train"}, {"split_seed": 43}])
-def test_cells_of_other_examples_are_refused(cell, tmp_path, other):
+@pytest.mark.parametrize("other", [{"split": "train"}, {"split_seed": 43}, {"num_epochs": 4}])
+def test_cells_of_other_examples_or_settings_are_refused(cell, tmp_path, other):
     with pytest.raises(UsageError, match="run-1"):
         sweep.pick("jepa", [cell(50.0), cell(60.0, lbd=2.0, **other)], tmp_path / "sweep.json")
