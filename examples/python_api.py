@@ -13,9 +13,8 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for the scripts, which are not part of the package
+sys.path.insert(0, str(ROOT))  # for finetune.py, which is a script and not part of the package
 
-from evaluate import layer_states  # noqa: E402
 from finetune import fine_tune  # noqa: E402
 from llm_jepa.data.examples import Problems, read_examples  # noqa: E402
 from llm_jepa.data.rendering import Renderer  # noqa: E402
@@ -72,8 +71,7 @@ def main(
     renderer = Renderer(tokenizer, predictors=settings.predictors)  # views are rendered as in training
     test = read_examples(str(TEST), Problems())[:examples]
     scores = evaluate(model, renderer, test, "synth", max_new_tokens)
-    with layer_states(model, tokenizer.pad_token_id, layer=-1) as read:
-        text, code = embed(model, Encoder(renderer), test, read, batch_size=64)  # (P, D) each
+    text, code = embed(model, Encoder(renderer), test, batch_size=64)  # (P, D) each
     return scores, similarity(text, code, seed=42)
 
 
