@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -20,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm_jepa.cli import UsageError, first_line, parse_flags, run_command
-from llm_jepa.distributed import agreed, is_main_process, process_group, processes, start
+from llm_jepa.cli import UsageError, first_line, parse_flags
+from llm_jepa.distributed import agreed, processes, start
 from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings, check_run, notes_on, run_split
 
 if __name__ == "__main__":  # before the slow imports, so that help and wrong flags take no seconds
@@ -31,7 +30,6 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, set_seed
-from transformers.utils import logging as transformers_logging
 
 from finetune import Collator, LMHeadSelector
 from llm_jepa.data.examples import Example, Problems, data_sha256, dataset_name, read_examples, split_examples
@@ -47,7 +45,7 @@ from llm_jepa.run_folder import provenance
 from llm_jepa.scoring.sql import example_database, spider_databases
 from llm_jepa.scoring.tasks import TASKS, Scorer
 from llm_jepa.training.checks import on_device
-from llm_jepa.training.process import write_errors
+from llm_jepa.training.process import run_script, write_errors
 
 HERE = Path(__file__).resolve().parent
 MIN_GOLD_SCORE = 0.9  # of the data's own answers; published datasets contain a few wrong answers
@@ -347,19 +345,14 @@ def evaluate(s: EvaluationSettings) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 scored, 1 failed, 2 wrong usage or data, 130 interrupted."""
     settings, _ = parse_flags(EvaluationSettings, __doc__, argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-
-    def work() -> None:
-        # gloo for GPUs too: only Python objects are exchanged. The timeout bounds how long one batch may take.
-        group = {"backend": "gloo", "timeout": timedelta(days=7)}
-        with process_group("evaluate.py", cpu=not torch.cuda.is_available(), **group) as state:
-            evaluate(check_evaluation_settings(settings, state.num_processes))
-
     resumes = settings.model_name and not settings.embeds
     hint = "; the same command without --overwrite resumes" if resumes else ""
-    return run_command("evaluate.py", work, speaks=is_main_process, hint=hint)
+
+    def work(state: PartialState) -> None:
+        evaluate(check_evaluation_settings(settings, state.num_processes))
+
+    # gloo for GPUs too: only Python objects are exchanged. The timeout bounds how long one batch may take.
+    return run_script("evaluate.py", work, hint, backend="gloo", timeout=timedelta(days=7))
 
 
 if __name__ == "__main__":
