@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -20,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm_jepa.cli import UsageError, first_line, parse_flags, run_command
-from llm_jepa.distributed import agreed, is_main_process, process_group, processes, start
+from llm_jepa.cli import UsageError, first_line, parse_flags
+from llm_jepa.distributed import agreed, processes, start
 from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings, check_run, notes_on, run_split
 
 if __name__ == "__main__":  # before the slow imports, so that help and wrong flags take no seconds
@@ -31,40 +30,22 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, set_seed
-from transformers.utils import logging as transformers_logging
 
 from finetune import Collator, LMHeadSelector
 from llm_jepa.data.examples import Example, Problems, data_sha256, dataset_name, read_examples, split_examples
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, Segment
-from llm_jepa.evaluation import generation, vllm_engine
+from llm_jepa.evaluation import generation, predictions, vllm_engine
 from llm_jepa.evaluation.generation import Generation
-from llm_jepa.evaluation.predictions import (
-    Predictions,
-    begin_output,
-    check_free,
-    check_place,
-    check_resumable,
-    collect,
-    read_predictions,
-    settings_file,
-    write_predictions,
-)
+from llm_jepa.evaluation.predictions import Predictions
 from llm_jepa.evaluation.scores import score_table, scored_row, summarize
 from llm_jepa.files import folder_sha256, read_json, sha256, write_json
-from llm_jepa.model import (
-    LOADING_ERRORS,
-    load_adapter,
-    load_config,
-    load_pretrained,
-    load_tokenizer,
-    tokenizer_options,
-)
+from llm_jepa.model import LOADING_ERRORS, load_adapter, load_config, load_pretrained, load_tokenizer, tokenizer_options
 from llm_jepa.run_folder import provenance
 from llm_jepa.scoring.sql import example_database, spider_databases
 from llm_jepa.scoring.tasks import TASKS, Scorer
 from llm_jepa.training.checks import on_device
-from llm_jepa.training.process import write_errors
+from llm_jepa.training.process import run_script, write_errors
 
 HERE = Path(__file__).resolve().parent
 MIN_GOLD_SCORE = 0.9  # of the data's own answers; published datasets contain a few wrong answers
@@ -200,7 +181,7 @@ def predict(
             for batch in responses(done, share):
                 yield [scored_row(example, found, score) for example, found in batch]
 
-        return collect(path, with_weights(identity, name), s.overwrite, len(examples), rows)
+        return predictions.collect(path, with_weights(identity, name), s.overwrite, len(examples), rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- score
@@ -214,26 +195,23 @@ def databases_of(s: EvaluationSettings) -> Path | None:
     return spider_databases(path if path.exists() else HERE / path, HERE / "datasets" / "spider_databases")
 
 
-@contextlib.contextmanager
-def scorer(s: EvaluationSettings, examples: list[Example]) -> Iterator[Scorer]:
-    """Opens the task's scorer. Raises ExampleError if an example names a database that does not exist."""
+def scorer(s: EvaluationSettings, examples: list[Example]) -> contextlib.AbstractContextManager[Scorer]:
+    """The task's scorer. Raises ExampleError if an example names a database that does not exist."""
     databases = databases_of(s)
     for example in examples if databases else ():
         example_database(databases, example)
-    with TASKS[s.task].start(databases) as score:
-        yield score
+    return TASKS[s.task].start(databases)
 
 
-def score_file(predictions: str, examples: list[Example], s: EvaluationSettings) -> Predictions:
+def score_file(path: str, examples: list[Example], s: EvaluationSettings) -> Predictions:
     """Scores predictions made elsewhere. Raises UsageError if their ids are not those of the examples."""
-    given, ids = {row["id"]: row for row in read_predictions(Path(predictions))}, {e.id for e in examples}
+    given, ids = {row["id"]: row for row in predictions.read(Path(path))}, {e.id for e in examples}
     for wrong, what in ((ids - given.keys(), "without a prediction"), (given.keys() - ids, "without an example")):
         if wrong:
-            raise UsageError(f"--score_only {predictions}: {len(wrong)} ids {what} in {s.input_file}: {min(wrong)} …")
-    responses = [Generation(given[e.id]["prediction"], given[e.id].get("stop_reason")) for e in examples]
+            raise UsageError(f"--score_only {path}: {len(wrong)} ids {what} in {s.input_file}: {min(wrong)} …")
+    responses = {i: Generation(row["prediction"], row.get("stop_reason")) for i, row in given.items()}
     with scorer(s, examples) as score:
-        pairs = zip(examples, tqdm(responses, unit="example"), strict=True)
-        return [scored_row(example, response, score) for example, response in pairs]
+        return [scored_row(example, responses[example.id], score) for example in tqdm(examples, unit="example")]
 
 
 def check_gold(examples: list[Example], s: EvaluationSettings) -> None:
@@ -266,12 +244,12 @@ def evaluate_predictions(
     base, others = dataclasses.replace(s, original_model_name=None), Problems(s.skip_bad_examples)
     if s.split_tune_untune:
         with agreed():  # before the other model generates
-            check_resumable(untuned_path, with_weights(identity, s.original_model_name), s.overwrite)
+            predictions.check_resumable(untuned_path, with_weights(identity, s.original_model_name), s.overwrite)
             encode(*load(s.original_model_name, base), examples, base, others)
     if s.score_only:
         rows = score_file(s.score_only, examples, s)
-        begin_output(path, identity | {"predictions_sha256": sha256(s.score_only)}, s.overwrite)
-        rows = write_predictions(path, rows)
+        predictions.begin_output(path, identity | {"predictions_sha256": sha256(s.score_only)}, s.overwrite)
+        rows = predictions.write(path, rows)
     else:
         rows = predict(s.model_name, examples, s, path, identity, record, problems)
     if s.split_tune_untune:
@@ -292,7 +270,7 @@ def evaluate_predictions(
             print(f"\nexamples the untuned model got {name}: " + score_table(scores))
     write_json(path.with_name("metrics.json"), metrics | record)
     for file in (path, untuned_path):
-        settings_file(file).unlink(missing_ok=True)
+        predictions.settings_file(file).unlink(missing_ok=True)
 
 
 def evaluate_embeddings(
@@ -307,7 +285,7 @@ def evaluate_embeddings(
         if path and path.exists() and not s.overwrite:
             raise UsageError(f"{path} exists; give --overwrite")
         if path:
-            check_place(path)
+            predictions.check_place(path)
     model, encoder = load(s.model_name, s)
     examples, _ = embeddings.encode_views(model, encoder, examples, problems)
     if drawing:  # raises before anything is computed
@@ -350,9 +328,7 @@ def evaluate(s: EvaluationSettings) -> None:
         if s.task and (databases := databases_of(s)):
             identity["databases_sha256"] = folder_sha256(databases)
         if s.output_file and not s.embeds:
-            for name in (Path(s.output_file).name, "metrics.json"):
-                check_place(Path(s.output_file).with_name(name))
-            check_free(Path(s.output_file), s.overwrite)
+            predictions.check_free(Path(s.output_file), s.overwrite)
         record, notes = provenance({}) | identity | {"notes": []}, notes_on(s, examples, file, checksum)
         record["versions"] |= vllm_engine.versions() if s.engine == "vllm" else {}
     add_notes(record, notes)
@@ -369,19 +345,14 @@ def evaluate(s: EvaluationSettings) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 scored, 1 failed, 2 wrong usage or data, 130 interrupted."""
     settings, _ = parse_flags(EvaluationSettings, __doc__, argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-
-    def work() -> None:
-        # gloo for GPUs too: only Python objects are exchanged. The timeout bounds how long one batch may take.
-        group = {"backend": "gloo", "timeout": timedelta(days=7)}
-        with process_group("evaluate.py", cpu=not torch.cuda.is_available(), **group) as state:
-            evaluate(check_evaluation_settings(settings, state.num_processes))
-
     resumes = settings.model_name and not settings.embeds
     hint = "; the same command without --overwrite resumes" if resumes else ""
-    return run_command("evaluate.py", work, speaks=is_main_process, hint=hint)
+
+    def work(state: PartialState) -> None:
+        evaluate(check_evaluation_settings(settings, state.num_processes))
+
+    # gloo for GPUs too: only Python objects are exchanged. The timeout bounds how long one batch may take.
+    return run_script("evaluate.py", work, hint, backend="gloo", timeout=timedelta(days=7))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ from llm_jepa.training.checks import inspect_model, on_device
 from llm_jepa.training.data import load_data
 from llm_jepa.training.describe import final_record, first_example, last_checkpoint, start_block, start_record
 from llm_jepa.training.flops import flop_share
-from llm_jepa.training.process import run_training, write_errors
+from llm_jepa.training.process import run_script, write_errors
 from llm_jepa.training.trainer import StepTrainer, compile_decoder
 
 # ---------------------------------------------------------------------------------------------- layouts and masks
@@ -733,7 +733,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 finished, 1 failed, 2 wrong usage or data, 130 interrupted."""
     settings, given = parse_flags(Settings, __doc__, argv)
 
-    return run_training("finetune.py", lambda state: fine_tune(check_settings(settings, given), state))
+    return run_script("finetune.py", lambda state: fine_tune(check_settings(settings, given), state))
 
 
 if __name__ == "__main__":

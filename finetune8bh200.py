@@ -38,7 +38,7 @@ from llm_jepa.files import read_json
 from llm_jepa.model import load_adapter, load_model
 from llm_jepa.run_folder import launch_id
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
-from llm_jepa.training.process import run_training
+from llm_jepa.training.process import run_script
 
 
 def compute_dtype(s: LargeSettings, device: torch.device) -> torch.dtype:
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
             bf16=uses_bfloat16(s, device) and s.param_dtype == "float32",
         )  # fmt: skip
 
-    return run_training("finetune8bh200.py", work)
+    return run_script("finetune8bh200.py", work)
 
 
 if __name__ == "__main__":

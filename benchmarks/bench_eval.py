@@ -52,7 +52,7 @@ def main() -> int:
         """`generate` on left-padded batches in file order."""
         rows = []
         for begin in range(0, len(prompts), batch_size):
-            inputs = generation.padded(prompts[begin : begin + batch_size], pad, model.device, "left")
+            inputs = generation.prompt_inputs(model, prompts[begin : begin + batch_size], pad, None)
             with generation.default_generation_config(model):
                 out = model.generate(**inputs, generation_config=greedy)
             rows += out[:, inputs["input_ids"].shape[1] :].tolist()

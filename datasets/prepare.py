@@ -26,7 +26,7 @@ import check
 from convert import DATASETS, Dataset, Parts, to_json
 from sources import Source, file_entry, pinned
 
-from llm_jepa.cli import UsageError, run_command
+from llm_jepa.cli import Refusals, UsageError, run_command
 from llm_jepa.data.examples import Example, ExampleError, Fields, Problems, is_hub, read_examples, split_examples
 from llm_jepa.files import read_json, sha256, write_json, write_text
 
@@ -113,17 +113,15 @@ def prepare_all(args: argparse.Namespace) -> None:
 
 def prepare_own(args: argparse.Namespace) -> None:
     """Prepares a user's own examples. Raises UsageError, OSError."""
-    wrong = {
-        f"--name {args.name}: use letters, digits, '_', '-' and '.', and no name of a known dataset": (
-            not re.fullmatch(r"[\w.-]+", args.name) or args.name in DATASETS
-        ),
-        "--text_field and --code_field must be given together": bool(args.text_field) != bool(args.code_field),
-        "--system requires --text_field and --code_field": args.system and not args.text_field,
-        "--test_file and --test_size exclude each other": args.test_file and args.test_size,
-        "--split_seed requires --test_size": args.split_seed is not None and not args.test_size,
-    }
-    if messages := [message for message, applies in wrong.items() if applies]:
-        raise UsageError("\n".join(messages))
+    r = Refusals({name for name, value in vars(args).items() if value is not None})
+    wrong = not re.fullmatch(r"[\w.-]+", args.name) or args.name in DATASETS
+    r.refuse(wrong, f"--name {args.name}: use letters, digits, '_', '-' and '.', and no name of a known dataset")
+    r.refuse(bool(args.text_field) != bool(args.code_field), "--text_field and --code_field must be given together")
+    r.only_if(bool(args.text_field), "system", "only with --text_field and --code_field")
+    r.only_if(not args.test_file, "test_size", "not with --test_file")
+    r.only_if(bool(args.test_size), "split_seed", "only with --test_size")
+    if r:
+        raise UsageError("\n".join(r))
     fields = Fields(args.text_field, args.code_field, args.system) if args.text_field else None
     problems, entries = Problems(skip=args.skip_bad_examples), []
 

@@ -63,7 +63,13 @@ class Source:
         Raises ExampleError if there is no such file, or if `url` cannot be downloaded.
         """
         if self.path is None:
-            place, text = url, self._download(url)
+            place = url
+            try:
+                with urllib.request.urlopen(url, timeout=60) as reply:
+                    content = reply.read()
+            except OSError as error:
+                raise ExampleError(f"{url}: cannot be downloaded ({error})") from None
+            self.entries.append({"url": url, "sha256": hashlib.sha256(content).hexdigest()})
         else:
             parts = url.split("/")
             names = ["/".join(parts[-depth:]) for depth in (1, 2, 3)]
@@ -71,21 +77,13 @@ class Source:
             if place is None:
                 raise ExampleError(f"--source {self.path} has no {' and no '.join(names)}")
             self.entries.append(file_entry(place))
-            try:
-                text = place.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ExampleError(f"{place}: not UTF-8 ({error})") from None
+            content = place.read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ExampleError(f"{place}: not UTF-8 ({error})") from None
         lines = text.removesuffix("\n").split("\n")
         return [(f"{place}:{number}", number, line.strip()) for number, line in enumerate(lines, start=1)]
-
-    def _download(self, url: str) -> str:
-        try:
-            with urllib.request.urlopen(url, timeout=60) as reply:
-                content = reply.read()
-        except OSError as error:
-            raise ExampleError(f"{url}: cannot be downloaded ({error})") from None
-        self.entries.append({"url": url, "sha256": hashlib.sha256(content).hexdigest()})
-        return content.decode("utf-8")
 
 
 def spider_folder(path: Path) -> Path | zipfile.Path:

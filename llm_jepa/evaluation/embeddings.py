@@ -6,7 +6,6 @@ writes them and `t_sne` draws them. Letters: P pairs, R rows of a batch, T token
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -219,7 +218,7 @@ def t_sne(path: Path, groups: dict[str, torch.Tensor], seed: int, title: str) ->
     if len(points) < plots.T_SNE_MIN_POINTS:
         raise UsageError(f"--t_sne needs at least {plots.T_SNE_MIN_POINTS} points, not {len(points)}")
     plane, perplexity = plots.t_sne(points, seed)  # (N, 2)
-    ends = list(itertools.accumulate(map(len, groups.values())))
+    ends = np.cumsum([len(vectors) for vectors in groups.values()])
     coordinates = dict(zip(groups, np.split(plane, ends[:-1]), strict=True))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, plots.t_sne_png(coordinates, title))

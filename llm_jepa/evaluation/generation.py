@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -47,14 +46,6 @@ class Generation:
 Responses = Iterator[list[tuple[Example, Generation]]]  # batch by batch
 
 # ---------------------------------------------------------------------------------------------------------- batches
-
-
-def padded(sequences: Sequence[Any], pad_id: int, device: Any, side: str = "right") -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask, (R, T) each, of token sequences padded on the `side`."""
-    ids = [torch.as_tensor(sequence) for sequence in sequences]
-    options = {"batch_first": True, "padding_side": side}
-    mask = pad_sequence([torch.ones_like(row) for row in ids], **options).to(device)
-    return {"input_ids": pad_sequence(ids, padding_value=pad_id, **options).to(device), "attention_mask": mask}
 
 
 def batches(lengths: list[int], batch_size: int, tokens_per_batch: int = 0) -> Iterator[list[int]]:
@@ -149,20 +140,15 @@ def to_generation(renderer: Renderer, tokens: list[int], stops: list[int]) -> Ge
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """Tokens that all prompts begin with (usually the system turn), and the model's cache after them (one row)."""
-
-    ids: list[int]
-    cache: DynamicCache
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What does not change a model's responses: a cache, other prompts and padding in a batch, a shared prefix."""
+    """What does not change a model's responses: a cache, other prompts and padding in a batch, a shared prefix.
+
+    `prefix` is the cache (one row) after the tokens that all prompts begin with, usually the system turn.
+    """
 
     cache: bool = True
     batch: bool = True
-    prefix: Prefix | None = None
+    prefix: DynamicCache | None = None
 
     def notes(self, model: Any) -> list[str]:
         """What a reader of the results should know about how they were computed."""
@@ -188,14 +174,14 @@ def only_layers(cache: Any, *kinds: type) -> bool:
 
 
 @torch.no_grad()
-def shared_prefix(model: Any, prompts: list[list[int]]) -> Prefix | None:
-    """The tokens that all prompts begin with, encoded once, or None if they are few or the cache cannot be repeated."""
+def shared_prefix(model: Any, prompts: list[list[int]]) -> DynamicCache | None:
+    """The cache after the tokens that all prompts begin with, None if they are few or it cannot be repeated."""
     ids = os.path.commonprefix([prompt[:-1] for prompt in prompts])  # at least one token remains to encode
     if len(ids) < MIN_PREFIX or len(prompts) < 2:
         return None
-    cache = DynamicCache(config=model.config)
-    cache = model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
-    return Prefix(ids, cache.past_key_values) if only_layers(cache.past_key_values, DynamicLayer) else None
+    options = {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
+    cache = model(input_ids=torch.tensor([ids], device=model.device), **options).past_key_values
+    return cache if only_layers(cache, DynamicLayer) else None
 
 
 def make_plan(model: Any, prompts: list[list[int]], pad_id: int) -> Plan:
@@ -241,17 +227,19 @@ def make_plan(model: Any, prompts: list[list[int]], pad_id: int) -> Plan:
     return plan
 
 
-def prompt_inputs(model: Any, prompts: list[list[int]], pad_id: int, prefix: Prefix | None) -> dict[str, Any]:
+def prompt_inputs(model: Any, prompts: list[list[int]], pad_id: int, prefix: DynamicCache | None) -> dict[str, Any]:
     """Prompts as input_ids and attention_mask (B, T), padded on the left, or between the prefix and what follows."""
-    if prefix is None:
-        return padded(prompts, pad_id, model.device, "left")
-    rest = padded([prompt[len(prefix.ids) :] for prompt in prompts], pad_id, model.device, "left")
-    start = torch.tensor(prefix.ids, device=model.device).expand(len(prompts), -1)  # (B, prefix)
-    ids = torch.cat([start, rest["input_ids"]], dim=1)  # (B, T)
-    mask = torch.cat([torch.ones_like(start), rest["attention_mask"]], dim=1)  # (B, T)
-    cache = copy.deepcopy(prefix.cache)
-    cache.batch_repeat_interleave(len(prompts))
-    return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+    shared, width = prefix.get_seq_length() if prefix else 0, max(map(len, prompts))
+    ids = [p[:shared] + [pad_id] * (width - len(p)) + p[shared:] for p in prompts]
+    mask = [[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts]
+    inputs = {
+        "input_ids": torch.tensor(ids, device=model.device),
+        "attention_mask": torch.tensor(mask).to(model.device),
+    }
+    if prefix:
+        inputs["past_key_values"] = copy.deepcopy(prefix)
+        inputs["past_key_values"].batch_repeat_interleave(len(prompts))
+    return inputs
 
 
 def first_logits(model: Any, prompts: list[list[int]], pad_id: int, plan: Plan, steps: int) -> torch.Tensor:
@@ -394,8 +382,7 @@ def float32_logits(model: Any) -> Iterator[None]:
         yield
         return
     exact = copy.deepcopy(layer).float()
-    forward = exact.forward
-    exact.forward = lambda hidden: forward(hidden.float())
+    exact.register_forward_pre_hook(lambda layer, inputs: (inputs[0].float(),))
     model.set_output_embeddings(exact)
     try:
         yield

@@ -25,7 +25,7 @@ from llm_jepa.files import names_file, read_json, read_jsonl, write_json, write_
 Predictions = list[dict[str, Any]]
 
 
-def read_predictions(path: Path) -> Predictions:
+def read(path: Path) -> Predictions:
     """The objects of a predictions file.
 
     Raises UsageError naming file and line if one has no `id` and `prediction`, or the id of another line.
@@ -51,7 +51,7 @@ def json_lines(rows: Predictions) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write_predictions(path: Path, rows: Predictions) -> Predictions:
+def write(path: Path, rows: Predictions) -> Predictions:
     """Writes a predictions file atomically, sorted by id. Returns the sorted rows."""
     rows = sorted(rows, key=lambda row: row["id"])
     write_text(path, json_lines(rows))
@@ -69,8 +69,10 @@ def check_place(path: Path) -> None:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Raises UsageError if the folder has the metrics of another predictions file, or of this one without overwrite."""
+    """Raises UsageError if it cannot be written, or metrics.json is another file's, or its own without overwrite."""
     metrics = path.with_name("metrics.json")
+    for file in (path, metrics):
+        check_place(file)
     try:
         owner = Path(read_json(metrics)["settings"]["output_file"]).name if metrics.exists() else None
     except (KeyError, TypeError):
@@ -99,7 +101,7 @@ def begin_output(path: Path, identity: dict[str, Any], overwrite: bool) -> Predi
     if path.exists():
         with open(path, "rb+") as file:  # a kill may have cut the last line short
             file.truncate(file.read().rfind(b"\n") + 1)
-        rows = read_predictions(path)
+        rows = read(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, identity)
     return rows
@@ -150,4 +152,4 @@ def collect(
                 file.flush()
                 rows += new
                 bar.update(len(new))
-    return write_predictions(path, rows) if main else []
+    return write(path, rows) if main else []

@@ -24,19 +24,17 @@ def summarize(rows: Predictions, task: str, startswith: bool = False) -> dict[st
 
     `cut_at_limit`: the number of responses that ended at the maximum length, None if it is not known of each.
     """
-    own = TASKS[task].scores
+    own, n = TASKS[task].scores, len(rows)
     names = [*own, "exact", "startswith"]
     hits = {name: sum(row[name] for row in rows) for name in names}
     if all(row["stop_reason"] is not None for row in rows):
         hits["stop_rate"] = sum(row["stop_reason"] == "stop" for row in rows)
-    cut = len(rows) - hits["stop_rate"] if "stop_rate" in hits else None
-    n = len(rows)
     return {
         "task": task,
         "n": n,
         "score": "startswith" if startswith else names[0],
         **{name: hits[name] / n if name in hits else None for name in (*names, "stop_rate")},
-        "cut_at_limit": cut,
+        "cut_at_limit": n - hits["stop_rate"] if "stop_rate" in hits else None,
         "scores": list(own),
         "ci95": {name: wilson(count, n) for name, count in hits.items()},
         "failures": dict(Counter(row["failure"] for row in rows if "failure" in row).most_common()),

@@ -21,13 +21,9 @@ class EvaluationSettings:
     """Every flag of evaluate.py."""
 
     model_name: str | None = flag(None, "run folder, adapter folder, model folder or hub name", MODEL)
-    original_model_name: str | None = flag(
-        None, "base model of an adapter; --split_tune_untune: model before fine-tuning", MODEL
-    )
+    original_model_name: str | None = flag(None, "base of an adapter, or --split_tune_untune's other model", MODEL)
     revision: str | None = flag(None, "commit of a hub model", MODEL)
-    tokenizer_name: str | None = flag(
-        None, "folder or hub name of the tokenizer; default: that of the model, or of the run", MODEL
-    )
+    tokenizer_name: str | None = flag(None, "folder or hub name of the tokenizer; default: that of the model", MODEL)
     chat_template: str | None = flag(None, "file with a Jinja chat template that replaces the tokenizer's", MODEL)
     trust_remote_code: bool = flag(False, "run the Python code that a model's repository contains", MODEL)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
@@ -43,13 +39,9 @@ class EvaluationSettings:
     tensor_parallel_size: int = flag(1, "--engine vllm: GPUs that share the model's layers", MODEL)
 
     input_file: str | None = flag(
-        None,
-        "examples to evaluate: a file, or with --text_field a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]",
-        DATA,
+        None, "examples: a file, or with --text_field a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]", DATA
     )
-    text_field: str | None = flag(
-        None, "field of the Text view in JSONL, CSV, Parquet or hub data of another form", DATA
-    )
+    text_field: str | None = flag(None, "field of the Text view in JSON, CSV, Parquet or hub data of other form", DATA)
     code_field: str | None = flag(None, "field of the Code view in such data", DATA)
     system: str | None = flag(None, "system turn of such data; default: none", DATA)
     task: str | None = flag(None, f"how to score ({', '.join(TASKS)}); default: by the file's base name", DATA)
@@ -57,29 +49,21 @@ class EvaluationSettings:
     nosplit_data: bool = flag(False, "use the complete file, even if the run was trained on a part of it", DATA)
     process_split: Literal["train", "test"] | None = flag(
         None,
-        "use one part of a file that finetune.py read as --data_file or with --val_fraction; test: the part held out",
+        "use one part of a file that finetune.py split (--data_file, --val_fraction); test: the held-out part",
         DATA,
     )
-    test_size: float | None = flag(
-        None, "--process_split: fraction of the test part; default: as the run, 0.2 for other files", DATA
-    )
-    split_seed: int | None = flag(
-        None, "--process_split: seed of the split; default: as the run, 42 for other files", DATA
-    )
+    test_size: float | None = flag(None, "--process_split: fraction of test; default: the run's, else 0.2", DATA)
+    split_seed: int | None = flag(None, "--process_split: seed of the split; default: the run's, else 42", DATA)
     max_examples: int = flag(0, "use the first N examples; 0: all", DATA)
     skip_bad_examples: bool = flag(False, "skip bad examples, count and report them", DATA)
 
     batch_size: int = flag(64, "prompts in a batch", GENERATION)
     tokens_per_batch: int = flag(
-        0,
-        "batches of at most this many tokens, padding included, instead of --batch_size prompts; each has at least "
-        "one prompt",
-        GENERATION,
+        0, "batches of this many tokens or fewer, padding included, or one prompt, instead of --batch_size", GENERATION
     )
     max_new_tokens: int | None = flag(
         None,
-        "maximum length of a response in tokens; default: 128, or more if an answer of the data is longer; -1: up to "
-        "the model's context",
+        "longest response in tokens; default: 128, more if the data has longer answers; -1: the context",
         GENERATION,
     )
     plain: bool = flag(False, "no chat format: user<|perception|>", GENERATION)
@@ -103,18 +87,13 @@ class EvaluationSettings:
     )
 
     output_file: str | None = flag(
-        None,
-        "file of the predictions or of the results of --similarity; default in RUN/eval/<dataset>/; required if the "
-        "model is not a run folder",
-        OUTPUT,
+        None, "predictions, or results of --similarity; default in RUN/eval/<dataset>/, if the model is a run", OUTPUT
     )
     overwrite: bool = flag(False, "replace existing predictions", OUTPUT)
     score_only: str | None = flag(None, "score this file of predictions (JSON lines with id and prediction)", OUTPUT)
     score_gold: bool = flag(False, "score the data's own answers, without a model; writes nothing", OUTPUT)
     split_tune_untune: bool = flag(
-        False,
-        "also evaluate --original_model_name, and report separate scores for the examples that it got right and wrong",
-        OUTPUT,
+        False, "also evaluate --original_model_name; separate scores for what it got right and wrong", OUTPUT
     )
 
     @property
@@ -170,28 +149,25 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
     wrong_length = s.max_new_tokens is not None and s.max_new_tokens < 1 and s.max_new_tokens != -1
     r.refuse(wrong_length, f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
     task, output = check_task(s, r), check_output(s, r)
-    for name in ("model_name", "original_model_name"):
-        try:
-            if (value := getattr(s, name)) and not r:
-                from llm_jepa.model import check_name  # imports torch, so after the mistakes that are found without
-
-                check_name(value, name)
-        except UsageError as error:
-            r.append(str(error))
     for name in ("input_file", "score_only"):
         path = Path(getattr(s, name) or "nothing")
         r.refuse(path.exists() and not path.is_file(), f"--{name} {path} is not a regular file")
     if r:
         raise UsageError("\n".join(r))
+    from llm_jepa.model import check_name  # imports torch, so after the mistakes that are found without
+
+    for name in ("model_name", "original_model_name"):
+        if value := getattr(s, name):
+            check_name(value, name)
     return dataclasses.replace(s, task=task, output_file=output, unmask_assistant_special_tokens=False)
 
 
 def check_task(s: EvaluationSettings, r: Refusals) -> str | None:
     """The task, None with embeddings; adds to `r` what is wrong with it."""
-    by_name = dataset_name(s.input_file or "")
-    task = s.task or (by_name if by_name != "text" else None)  # a usual name for data of any task
     if s.embeds or not s.input_file:
         return None
+    by_name = dataset_name(s.input_file)
+    task = s.task or (by_name if by_name != "text" else None)  # a usual name for data of any task
     if task not in TASKS:
         unknown = f"{s.task} is not known" if s.task else f"cannot be inferred from the name {s.input_file}"
         r.append(f"--task {unknown}; give one of {', '.join(TASKS)} (text: compare the texts)")
@@ -199,8 +175,7 @@ def check_task(s: EvaluationSettings, r: Refusals) -> str | None:
     r.only_if(TASKS[task].needs_databases, "spider_path", f"not with task {task}")
     if TASKS[task].choices:
         r.only_if(False, "max_new_tokens", f"task {task} generates nothing")
-        likelihoods = "compares likelihoods; give --engine transformers"
-        r.refuse(s.engine == "vllm", f"--engine vllm: task {task} {likelihoods}")
+        r.refuse(s.engine == "vllm", f"--engine vllm: not with task {task}, which compares likelihoods")
     return task
 
 
@@ -217,8 +192,7 @@ def check_output(s: EvaluationSettings, r: Refusals) -> str | None:
     files = [Path(path).resolve() for path in (s.input_file, s.score_only, output, s.export_embeddings) if path]
     twice = "--input_file, --score_only, --output_file and --export_embeddings must be different files"
     r.refuse(len(set(files)) < len(files), twice)
-    taken = output is not None and Path(output).name == "metrics.json"
-    r.refuse(taken, f"--output_file {output}: metrics.json is written next to it")
+    r.refuse(Path(output or "").name == "metrics.json", f"--output_file {output}: metrics.json is written next to it")
     return output
 
 
@@ -227,7 +201,7 @@ def check_output(s: EvaluationSettings, r: Refusals) -> str | None:
 
 def run_split(name: str | None, checksum: str) -> tuple[float, int] | None:
     """(fraction, seed) by which a run held out a part of the file with this checksum, or None."""
-    record, trained = run_settings(name or "") or ({}, {})
+    record, trained = (name and run_settings(name)) or ({}, {})
     file = trained.get("data_file") or trained.get("train_file")
     share = trained.get("eval_split" if trained.get("data_file") else "val_fraction")
     return (share, trained["split_seed"]) if share and record["data_sha256"].get(file) == checksum else None
@@ -260,7 +234,7 @@ def check_run(name: str, s: EvaluationSettings) -> dict[str, Any]:
 
 def notes_on(s: EvaluationSettings, examples: list[Example], file: list[Example], checksum: str) -> list[str]:
     """What a reader of the scores must know about these examples of a file and those that the run was trained on."""
-    (record, trained), notes = run_settings(s.model_name or "") or ({}, {}), []
+    (record, trained), notes = (s.model_name and run_settings(s.model_name)) or ({}, {}), []
     if record.get("data_sha256", {}).get(trained.get("data_file") or trained.get("train_file")) == checksum:
         split = run_split(s.model_name, checksum)
         known = {example.id for example in (split_examples(file, *split)[0] if split else file)}

@@ -36,9 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Failure(Exception):
     """A call without a result. `reason` is one word: timeout, memory, crash, too_large, or the function's own."""
 
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+    reason = property(str)
 
 
 class Sandbox(contextlib.AbstractContextManager):

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_jepa.cli import UsageError
+from llm_jepa.data.examples import Example, ExampleError
 from llm_jepa.files import sha256
 from llm_jepa.scoring.sandbox import MEGABYTE, Failure, Sandbox
 
-if TYPE_CHECKING:  # the child process imports this module and must not import transformers
-    from llm_jepa.data.examples import Example
+if TYPE_CHECKING:  # tasks.py imports this module
     from llm_jepa.scoring.tasks import Scorer, Scores
 
 MAX_QUERY = 100_000  # characters
@@ -199,8 +199,6 @@ def example_database(databases: Path, example: Example) -> Path:
 
     Raises ExampleError if the user turn does not begin so, or if the database does not exist.
     """
-    from llm_jepa.data.examples import ExampleError
-
     header = re.match(rf"For db_id:\[({DB_ID})\]\r?\n\r?\n", example.user)
     if header is None:
         raise ExampleError(f'{example.source}: the user turn does not begin with "For db_id:[name]" and a blank line')

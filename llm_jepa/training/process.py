@@ -1,10 +1,11 @@
-"""Runs a training script's work in the processes that torchrun started."""
+"""Runs a script's work in the processes that torchrun started."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -21,22 +22,22 @@ from llm_jepa.distributed import is_main_process, process_group
 from llm_jepa.files import names_file
 
 
-def run_training(name: str, work: Callable[[PartialState], None]) -> int:
-    """Runs `work(state)` in this process. Returns the exit code of `run_command`."""
+def run_script(
+    name: str, work: Callable[[PartialState], None], hint: str = "; a run that has started continues with --resume",
+    **group: Any,
+) -> int:  # fmt: skip
+    """Runs `work(state)` in this process, with `group` as in `process_group`. Returns `run_command`'s exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
-    def stop(signum: int, frame: Any) -> None:
-        raise SystemExit(128 + signum)
-
     def in_group() -> None:
         # The others wait while the main process loads and saves; torch's ten minutes are short for that.
-        with process_group(name, cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=2)) as state:
+        options = {"timeout": timedelta(hours=2)} | group
+        with process_group(name, cpu=not torch.accelerator.is_available(), **options) as state:
             work(state)
 
-    signal.signal(signal.SIGTERM, stop)
-    hint = "; a run that has started continues with --resume"
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     return run_command(name, in_group, speaks=is_main_process, hint=hint)
 
 

@@ -616,7 +616,7 @@ def test_checkpoint_is_evaluated_as_its_run(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags", [("--train_file", "--val_fraction", 0.3), ("--data_file", "--eval_split", 0.3)], ids=str
 )
-def test_note_counts_the_examples_that_the_run_was_trained_on(flags, tmp_path):
+def test_note_counts_the_examples_that_the_run_was_trained_on(flags, tmp_path, monkeypatch):
     data = write_rows(tmp_path / "synth_train.jsonl", [message_row(f"q{i}", f"a{i}") for i in range(10)])
     run = trained(tmp_path / "run", flags[0], data, *flags[1:], "--split_seed", 5, "--eval_strategy", "no")
     held_out = [e.id for e in split_examples(read_examples(str(data), Problems()), 0.3, 5)[1]]
@@ -632,6 +632,9 @@ def test_note_counts_the_examples_that_the_run_was_trained_on(flags, tmp_path):
     assert notes["test"] == [] and "7 of these 10" in notes["all"][0] and "7 of these 7" in notes["train"][0]
     done = score(run, data, tmp_path / "other" / "p.jsonl", "--process_split", "test", "--test_size", 0.5)
     assert done.code == 2 and "--test_size 0.3 --split_seed 5" in done.err
+    monkeypatch.chdir(run)  # predictions without a model are not those of a run that happens to be here
+    assert score_file(gold_predictions(tmp_path / "gold.jsonl", data), data).code == 0
+    assert metrics_of(tmp_path)["notes"] == []
 
 
 # ------------------------------------------------------------------------------------- what is refused first, lengths
