@@ -195,7 +195,7 @@ def test_tokenizer_without_eos_and_padding_token(special, data, tmp_path):
 
 def test_saved_settings_are_those_of_the_base(without_rows, data, tmp_path):
     base, adapter = without_rows
-    run = train(data, tmp_path / "run", *JEPA, "--max_steps", 1, model=base)
+    run = train(data, tmp_path / "run", *JEPA, "--max_steps", 1, "--keep_checkpoints", model=base)
     before = AutoConfig.from_pretrained(base).to_dict()
     for folder in (run, run / "checkpoint-1", adapter / "merged"):
         after = AutoConfig.from_pretrained(folder).to_dict()
