@@ -60,7 +60,7 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2g} GiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
 
 
-# ---------------------------------------------------------------------------------------------------- model and data
+# ------------------------------------------------------------------------------------------------------------- model
 
 
 def model_folder(name: str, revision: str | None) -> Path | None:
@@ -118,12 +118,6 @@ def model_problems(s: Any) -> list[str]:
     except UsageError as error:
         problems.append(str(error))
     return problems
-
-
-def data_problems(files: str) -> list[str]:
-    """Checks that every data file exists and is not empty."""
-    missing = [name for name in files.split(",") if name and not (Path(name).is_file() and Path(name).stat().st_size)]
-    return [f"{name} does not exist or is empty; see datasets/README.md" for name in missing]
 
 
 # -------------------------------------------------------------------------------------------------------------- disk
@@ -291,7 +285,10 @@ def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str],
                 plan = memory.plan(check_large_settings(training, given, gpus > 1), [gpus])
             except UsageError as error:
                 problems += str(error).splitlines()
-    problems += data_problems(s.data_files) + folder_problems(s.output_dir)
+    for file in filter(None, s.data_files.split(",")):
+        if not (Path(file).is_file() and Path(file).stat().st_size):
+            problems.append(f"{file} does not exist or is empty; see datasets/README.md")
+    problems += folder_problems(s.output_dir)
     enough = s.device == "cpu" or torch.cuda.device_count() >= s.nproc_per_node
     if not enough:
         hint = "set NPROC (--nproc_per_node), or see nvidia-smi and CUDA_VISIBLE_DEVICES"

@@ -57,7 +57,9 @@ def without_rows(data, tmp_path_factory) -> tuple[Path, Path]:
     """A base that lacks the rows of its turn tokens and the run of an adapter on it."""
     folder = tmp_path_factory.mktemp("rows")
     base = make_model(folder / "base", tokens=("<|begin|>", "<|stop|>"), use_cache=True)
-    return base, train(data, folder / "run", *JEPA, "--lora", "--merge", "--max_steps", 2, model=base)
+    return base, train(
+        data, folder / "run", *JEPA, "--lora", "--merge", "--keep_checkpoints", "--max_steps", 2, model=base
+    )
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
