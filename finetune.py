@@ -48,6 +48,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from torch.utils.checkpoint import checkpoint
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 
@@ -73,7 +74,7 @@ from llm_jepa.model import (
 from llm_jepa.run_folder import RunFolder, complete_checkpoints
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.callbacks import Bar, MetricsCallback
-from llm_jepa.training.checks import inspect_model, on_device
+from llm_jepa.training.checks import inspect_model
 from llm_jepa.training.data import load_data
 from llm_jepa.training.describe import final_record, first_example, last_checkpoint, start_block, start_record
 from llm_jepa.training.flops import flop_share
@@ -601,7 +602,7 @@ def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool
         model.train()
 
     def loss(items: list[Item]) -> torch.Tensor:
-        lm_sum, states = parts.selector.lm_sum(model, on_device(parts.collator(items), device))
+        lm_sum, states = parts.selector.lm_sum(model, send_to_device(parts.collator(items), device))
         return lm_sum + jepa_loss(states.views, s.distance)[0]  # only its FLOPs count
 
     sampler = micro_batches(parts.train_set.items.lengths, shuffle=True, processes=1)

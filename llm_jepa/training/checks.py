@@ -7,15 +7,11 @@ import sys
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from llm_jepa.cli import UsageError, first_line
 from llm_jepa.data.segments import Item
 from llm_jepa.model import attention_window
-
-
-def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch of the collator on a device."""
-    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
 
 
 @torch.no_grad()
@@ -35,7 +31,7 @@ def inspect_model(model: Any, selector: Any, collator: Any, items: list[Item], *
     with torch.autocast(device.type, torch.bfloat16, enabled=flash):  # flash kernels need half precision
         if collator.layout != "separate":
             check_layout(model.eval(), selector, collator, items, half)
-        batch = on_device(collator(items), device)
+        batch = send_to_device(collator(items), device)
         with torch.random.fork_rng(random_states):
             forward(model.train(), selector, batch, collator.layout)  # some models refuse only in training
         selector.slices = logits_can_be_sliced(model.eval(), selector, batch, half)
@@ -79,7 +75,7 @@ def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], ha
 
     def read(items: list[Item], layout: str) -> list[torch.Tensor]:
         batch = dataclasses.replace(one_row, layout=layout)(items)
-        states = forward(model, selector, on_device(batch, device), layout)
+        states = forward(model, selector, send_to_device(batch, device), layout)
         return [states.logits.float(), *states.views.float()]  # (N, V), (P, D), (P, D)
 
     def difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
