@@ -62,13 +62,13 @@ from llm_jepa.evaluation.generation import exact_match
 from llm_jepa.model import (
     MAX_LOGITS,
     add_adapter,
-    add_stop_token,
     blocks_after,
     context_length,
     load_config,
     load_model,
     load_tokenizer,
     not_adapted,
+    stop_tokens,
     tokenizer_options,
 )
 from llm_jepa.run_folder import RunFolder, complete_checkpoints
@@ -690,7 +690,8 @@ def fine_tune(
             trainer.add_callback(callback)
         renderer = parts.encoder.renderer
         stop = end_of_turn(renderer) if s.lm_labels != "answer_text" else None
-        add_stop_token(trainer.generation_config, stop)
+        config = trainer.generation_config
+        config.eos_token_id = stop_tokens(config, stop) or None  # plain `generate` stops where a turn ends
         state.wait_for_everyone()  # every process has checked the folder before the main process fills it
         with agreed():
             if is_main:

@@ -383,8 +383,7 @@ def blocks_after(model: torch.nn.Module, layer: int, flag: str) -> list[torch.nn
     return blocks
 
 
-def add_stop_token(config: Any, token: int | None) -> None:
-    """Makes plain `generate` of the saved model stop at the token that ends the turn in training."""
-    known = config.eos_token_id
-    known = set() if known is None else {known} if isinstance(known, int) else set(known)
-    config.eos_token_id = sorted((known | {token}) - {None}) or None
+def stop_tokens(config: GenerationConfig, *tokens: int | None) -> list[int]:
+    """Ids of the tokens that end generation by its configuration, and of these."""
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return sorted({*known, *tokens} - {None})

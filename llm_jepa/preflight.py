@@ -147,18 +147,7 @@ def folder_problems(folder: str) -> list[str]:
     return []
 
 
-# -------------------------------------------------------------------------------------------------------------- GPUs
-
-
-def memory_problems(free: list[int], peak: int) -> list[str]:
-    """Compares the free bytes of each GPU with the predicted peak."""
-    return [
-        f"GPU {i} has {gib(size)} free, {gib(peak)} are predicted (python -m llm_jepa.memory shows how): end other "
-        "programs on it (nvidia-smi), or use more GPUs, a smaller --batch_size, --lora, or on one GPU "
-        "--optim adamw_bnb_8bit"
-        for i, size in enumerate(free)
-        if size < peak
-    ]
+# -------------------------------------------------------------------------------------------------------- all-reduce
 
 
 def all_reduce(rank: int, processes: int, device: str, store: str) -> None:
@@ -296,8 +285,14 @@ def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str],
     if s.device == "cpu":
         notes.append("GPUs and their memory (--device cpu)")
     elif plan and enough:
-        free = [torch.cuda.mem_get_info(i)[0] for i in range(s.nproc_per_node)]
-        problems += memory_problems(free, plan["on"][0]["peak"])
+        peak = plan["on"][0]["peak"]
+        problems += [
+            f"GPU {i} has {gib(free)} free, {gib(peak)} are predicted (python -m llm_jepa.memory shows how): end other "
+            "programs on it (nvidia-smi), or use more GPUs, a smaller --batch_size, --lora, or on one GPU "
+            "--optim adamw_bnb_8bit"
+            for i in range(s.nproc_per_node)
+            if (free := torch.cuda.mem_get_info(i)[0]) < peak
+        ]
     if plan:
         if last.merge:
             plan["saved_model"] += plan["parameters"] * (4 if last.param_dtype == "float32" else 2)
