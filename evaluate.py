@@ -28,6 +28,7 @@ if __name__ == "__main__":  # before the slow imports, so that help and wrong fl
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, set_seed
 
@@ -44,7 +45,6 @@ from llm_jepa.model import LOADING_ERRORS, load_adapter, load_config, load_pretr
 from llm_jepa.run_folder import provenance
 from llm_jepa.scoring.sql import example_database, spider_databases
 from llm_jepa.scoring.tasks import TASKS, Scorer
-from llm_jepa.training.checks import on_device
 from llm_jepa.training.process import run_script, write_errors
 
 HERE = Path(__file__).resolve().parent
@@ -103,7 +103,7 @@ def label_logits(model: Any, pad_id: int) -> Iterator[Callable[[list[Item]], tor
     """A function of items: the logits (N, V) at their labels."""
     collator = Collator("separate", pad_id, sys.maxsize)
     with generation.float32_logits(model), contextlib.closing(LMHeadSelector(model)) as selector:
-        yield lambda items: selector.read(model, on_device(collator(items), model.device)).logits
+        yield lambda items: selector.read(model, send_to_device(collator(items), model.device)).logits
 
 
 def encode(
@@ -139,7 +139,7 @@ def layer_states(model: Any, pad_id: int, layer: int) -> Iterator[Callable[[list
             batch = collator([(dataclasses.replace(segment, view=None),) for segment in segments])  # in no pairs
             batch["path_at"] = torch.stack(torch.where(batch["input_ids"] >= 0)).unflatten(1, batch["input_ids"].shape)
             batch["label_at"] = batch["path_at"][:, :, 0]  # (2, R): logits of other tokens would need much memory
-            return selector.read(model, on_device(batch, model.device)).path
+            return selector.read(model, send_to_device(batch, model.device)).path
 
         yield read
 

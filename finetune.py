@@ -48,6 +48,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from torch.utils.checkpoint import checkpoint
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 
@@ -61,19 +62,19 @@ from llm_jepa.evaluation.generation import exact_match
 from llm_jepa.model import (
     MAX_LOGITS,
     add_adapter,
-    add_stop_token,
     blocks_after,
     context_length,
     load_config,
     load_model,
     load_tokenizer,
     not_adapted,
+    stop_tokens,
     tokenizer_options,
 )
 from llm_jepa.run_folder import RunFolder, complete_checkpoints
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.callbacks import Bar, MetricsCallback
-from llm_jepa.training.checks import inspect_model, on_device
+from llm_jepa.training.checks import inspect_model
 from llm_jepa.training.data import load_data
 from llm_jepa.training.describe import final_record, first_example, last_checkpoint, start_block, start_record
 from llm_jepa.training.flops import flop_share
@@ -601,7 +602,7 @@ def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool
         model.train()
 
     def loss(items: list[Item]) -> torch.Tensor:
-        lm_sum, states = parts.selector.lm_sum(model, on_device(parts.collator(items), device))
+        lm_sum, states = parts.selector.lm_sum(model, send_to_device(parts.collator(items), device))
         return lm_sum + jepa_loss(states.views, s.distance)[0]  # only its FLOPs count
 
     sampler = micro_batches(parts.train_set.items.lengths, shuffle=True, processes=1)
@@ -689,7 +690,8 @@ def fine_tune(
             trainer.add_callback(callback)
         renderer = parts.encoder.renderer
         stop = end_of_turn(renderer) if s.lm_labels != "answer_text" else None
-        add_stop_token(trainer.generation_config, stop)
+        config = trainer.generation_config
+        config.eos_token_id = stop_tokens(config, stop) or None  # plain `generate` stops where a turn ends
         state.wait_for_everyone()  # every process has checked the folder before the main process fills it
         with agreed():
             if is_main:

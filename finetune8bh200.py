@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -99,10 +98,9 @@ class CheckSharded(TrainerCallback):
 class LargeTrainer(JepaTrainer):
     """JepaTrainer on a model that FSDP2 shards."""
 
-    def __init__(self, *args: Any, full_model: Callable[[Any], Any], **kwargs: Any):
-        """`full_model(tokenizer)` loads the model unsharded and without an adapter."""
+    def __init__(self, *args: Any, settings: LargeSettings, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.full_model = full_model
+        self.settings = settings
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves one complete model; within a checkpoint nothing, because that has the shards."""
@@ -126,13 +124,10 @@ class LargeTrainer(JepaTrainer):
         """The model with its adapter merged in, from the saved adapter; only on the main process."""
         if not self.is_fsdp_enabled and not getattr(self.model, "is_loaded_in_4bit", False):
             return super().merged_model()
-        return load_adapter(self.full_model(self.processing_class), self.args.output_dir).merge_and_unload()
-
-
-def full_model(s: LargeSettings, device: torch.device, tokenizer: Any) -> Any:
-    """The model that a saved adapter belongs to."""
-    set_seed(s.finetune_seed)  # the rows of added tokens are drawn again
-    return load_model(s.model_name, s.revision, tokenizer, dtype=compute_dtype(s, device), **loading(s))
+        s, dtype = self.settings, compute_dtype(self.settings, self.args.device)
+        set_seed(s.finetune_seed)  # the rows of added tokens are drawn again
+        base = load_model(s.model_name, s.revision, self.processing_class, dtype=dtype, **loading(s))
+        return load_adapter(base, self.args.output_dir).merge_and_unload()
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -174,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
             load=load,
             half=None if sharded and not s.dry_run else in_half and not s.dry_run,
             callbacks=lambda parts: [CheckSharded(parts, dtype != torch.float32)] if sharded else [],
-            trainer_class=partial(LargeTrainer, full_model=partial(full_model, s, device)),
+            trainer_class=partial(LargeTrainer, settings=s),
             make_arguments=sharded_arguments if sharded else training_arguments,
             bf16=uses_bfloat16(s, device) and s.param_dtype == "float32",
         )  # fmt: skip

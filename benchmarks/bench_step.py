@@ -33,13 +33,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from timing import DEVICE, ROOT, flag_parser, interleave, matmul_rate, percentiles, report
 from transformers import AutoTokenizer, LlamaConfig
 
 import finetune
 from llm_jepa.data.examples import Problems, read_examples
 from llm_jepa.data.segments import Segment
-from llm_jepa.training.checks import on_device
 from llm_jepa.training.flops import FlopCounter
 
 # About 5M parameters for a CPU, and the shape of Llama-3.2-1B.
@@ -117,7 +117,7 @@ def ours(parts: finetune.Parts, s: finetune.Settings) -> Callable:
     terms = [(term, term.weight) for term in parts.terms]
 
     def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
-        batch = on_device(parts.collator(items), DEVICE)
+        batch = send_to_device(parts.collator(items), DEVICE)
         lm_sum, states = selector.lm_sum(model, batch)
         return finetune.objective(lm_sum, states, batch["counts"].clamp(min=1), s.gamma, terms)[0]
 

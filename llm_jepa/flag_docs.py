@@ -15,7 +15,7 @@ COMMANDS = (
     ("finetune8bh200.py", "llm_jepa.large.settings", "LargeSettings"),
     ("evaluate.py", "llm_jepa.evaluation.settings", "EvaluationSettings"),
     ("python -m llm_jepa.memory", "llm_jepa.memory", "MemoryFlags"),
-    ("python -m llm_jepa.preflight", "llm_jepa.large.preflight", "Preflight"),
+    ("python -m llm_jepa.preflight", "llm_jepa.preflight", "Preflight"),
 )
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
@@ -70,8 +71,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
-        reason = remote_code_hint(error) or first_line(error)
-        raise UsageError(f"--{flag} {name}: its tokenizer cannot be loaded ({reason})") from None
+        raise UsageError(f"--{flag} {name}: its tokenizer cannot be loaded ({loading_reason(error)})") from None
     if not tokenizer.is_fast:
         raise UsageError(f"--{flag} {name}: its tokenizer gives no character offsets (it is not a fast tokenizer)")
     if chat_template:
@@ -87,10 +87,9 @@ def load_tokenizer(
     tokenizer.new_tokens = missing
     if tokenizer.pad_token is None:  # padding is masked, so any special token will do
         specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        known = [token for token in specials if token not in missing] or missing
-        if not (tokenizer.eos_token or known):
+        if not (tokenizer.eos_token or specials):
             raise UsageError(f"--{flag} {name}: its tokenizer_config.json has neither pad_token nor eos_token")
-        tokenizer.pad_token = tokenizer.eos_token or known[0]
+        tokenizer.pad_token = tokenizer.eos_token or specials[0]
     return tokenizer
 
 
@@ -99,9 +98,9 @@ def tokenizer_options(s: Any) -> dict[str, Any]:
     return {name: getattr(s, name) for name in ("plain", "tokenizer_name", "chat_template", "trust_remote_code")}
 
 
-def remote_code_hint(error: Exception) -> str | None:
-    """What to do if transformers refuses to load a model because its repository contains the code."""
-    return "it needs --trust_remote_code" if "trust_remote_code" in str(error) else None
+def loading_reason(error: Exception) -> str:
+    """Why transformers cannot load something: often because the code is in the model's repository."""
+    return "it needs --trust_remote_code" if "trust_remote_code" in str(error) else first_line(error)
 
 
 def load_pretrained(name: str, **options: Any) -> Any:
@@ -136,8 +135,7 @@ def load_config(name: str, revision: str | None = None, *, trust_remote_code: bo
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
-        reason = remote_code_hint(error) or first_line(error)
-        raise UsageError(f"--model_name {name} cannot be loaded: {reason}") from None
+        raise UsageError(f"--model_name {name} cannot be loaded: {loading_reason(error)}") from None
     if kind := not_causal(config):
         raise UsageError(f"--model_name {name} is {kind}, not a causal language model: {config.model_type}")
     return config
@@ -170,30 +168,14 @@ def attention_window(config: Any) -> int | None:
     return min((size for name in used if (size := getattr(text, name, None) or 0) > 0), default=None)
 
 
-def without_weights(config: Any, **options: Any) -> Any:
-    """A model whose parameters another process sends. Their memory is reserved but not written, so it uses no RAM yet.
-
-    They are not on torch's meta device, because accelerate identifies parameters by their addresses.
-    """
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, **options)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.to_empty(device="cpu")
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    model.tie_weights()
-    return model
-
-
 def check_generation_config(name: str, config: GenerationConfig) -> None:
     """Resets sampling settings that have no effect, because transformers refuses to save some published combinations.
 
     Raises UsageError if the configuration still cannot be saved: before training, not at the first checkpoint.
     """
     if config.do_sample is not True:
-        usual = GenerationConfig()
         for setting in SAMPLING:
-            setattr(config, setting, getattr(usual, setting, None))
+            setattr(config, setting, None)
     try:
         config.validate(strict=True)
     except ValueError as error:
@@ -204,8 +186,8 @@ def check_generation_config(name: str, config: GenerationConfig) -> None:
 def new_rows(tokenizer: Any, rows: int, predictors: int = 10) -> list[int]:
     """Ids of the tokens in use that have no trained row in a matrix of so many: the run makes their rows."""
     unused = {predictor_token(i) for i in range(predictors + 1, 11)}
-    found = {t: i for t, i in tokenizer.get_vocab().items() if i >= rows or t in tokenizer.new_tokens}
-    return sorted(i for token, i in found.items() if token not in unused)
+    used = [(t, i) for t, i in tokenizer.get_vocab().items() if t not in unused]
+    return sorted(i for t, i in used if i >= rows or t in tokenizer.new_tokens)
 
 
 @torch.no_grad()
@@ -214,8 +196,7 @@ def start_at_mean(model: Any, tokenizer: Any, rows: int, new: list[int]) -> None
 
     Otherwise resize_token_embeddings has done it. It would count the unused rows, and does not touch spare ones.
     """
-    vocabulary = tokenizer.get_vocab()
-    used = sorted(i for token, i in vocabulary.items() if i < rows and token not in tokenizer.new_tokens)
+    used = sorted(i for t, i in tokenizer.get_vocab().items() if i < rows and t not in tokenizer.new_tokens)
     if not new or len(used) == rows:
         return
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -229,9 +210,9 @@ def load_model(
 ) -> Any:  # fmt: skip
     """The causal language model, with embeddings for all tokens of the tokenizer.
 
-    In float32 unless transformers' `options` say otherwise. `pretrain`: random parameters. `empty`: see
-    `without_weights`. `predictors`: spare rows of further predictor tokens stay as they are, for an adapter that does
-    not store them. The model's `new_rows` are the ids of the tokens whose rows were made. Raises UsageError if it
+    In float32 unless transformers' `options` say otherwise. `pretrain`: random parameters. `empty`: another process
+    sends the parameters. `predictors`: spare rows of further predictor tokens stay as they are, for an adapter that
+    does not store them. The model's `new_rows` are the ids of the tokens whose rows were made. Raises UsageError if it
     cannot be loaded.
     """
     options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code} | options
@@ -243,9 +224,10 @@ def load_model(
     try:
         if empty:
             text.vocab_size = max(rows, len(tokenizer))  # resizing later would touch the memory
-            model = without_weights(config, **options)
-        elif pretrain:
-            model = AutoModelForCausalLM.from_config(config, **options)
+        if empty or pretrain:
+            with no_init_weights() if empty else nullcontext():  # memory that is not written to uses no RAM
+                model = AutoModelForCausalLM.from_config(config, **options)
+            model.tie_weights()
         else:
             model = load_pretrained(name, revision=revision, **options)
             rows = model.get_input_embeddings().num_embeddings
@@ -289,33 +271,27 @@ def text_modules(model: Any) -> list[tuple[str, torch.nn.Module]]:
 def adapter_targets(model: Any) -> tuple[list[str], list[str]]:
     """(linear layers, single parameters) that LoRA adapts, by name: all of the text decoder that PEFT can."""
     from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import (
-        convert_peft_adapter_state_dict_for_transformers,
-        convert_peft_config_for_transformers,
-    )
+    from peft.utils import transformers_weight_conversion as conversion
 
-    layers, parameters = [], []
-    modules = text_modules(model)
-    by_name = dict(modules)
-    for name, module in modules:
+    layers, parameters, modules = [], [], dict(text_modules(model))
+    for name, module in modules.items():
         if isinstance(module, (torch.nn.Linear, Conv1D)):
             parent, _, own = name.rpartition(".")
             # Mamba reads these two weights past an adapter; such routers and groups return other tensors than a layer.
-            bypassed = own in ("out_proj", "dt_proj") and hasattr(by_name.get(parent), "ssm_state_size")
+            bypassed = own in ("out_proj", "dt_proj") and hasattr(modules.get(parent), "ssm_state_size")
             other = re.search("Router|Grouped", type(module).__name__)
             layers += [] if bypassed or other else [name]
         elif "expert" in f"{name} {type(module).__name__}".lower():  # fused: (experts, in, out) or (experts, out, in)
             parameters += [f"{name}.{own}" for own, p in module.named_parameters(recurse=False) if p.dim() == 3]
     # In some architectures PEFT takes gate_proj and others for the names of experts before they were fused.
     config = LoraConfig(target_modules=layers, target_parameters=parameters)
-    convert_peft_config_for_transformers(config, model, None)
+    conversion.convert_peft_config_for_transformers(config, model, None)
     renamed = [name for name in layers if name not in config.target_modules]
     # When PEFT loads an adapter it renames some layers as if they came from an old checkpoint, and loses their weights.
-    keys = {name: f"base_model.model.{name}.lora_A.weight" for name in layers}
-    loaded = convert_peft_adapter_state_dict_for_transformers(
-        model, config, {key: torch.zeros(1, 1) for key in keys.values()}
-    )
-    layers = [name for name in layers if name not in renamed and keys[name] in loaded]
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in layers if name not in renamed}
+    saved = dict.fromkeys(keys, torch.zeros(1, 1))
+    loaded = conversion.convert_peft_adapter_state_dict_for_transformers(model, config, saved)
+    layers = [name for key, name in keys.items() if key in loaded]
     return layers, parameters + [f"{name}.weight" for name in renamed]
 
 
@@ -330,10 +306,8 @@ def add_adapter(
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer, ParamWrapper
 
-    embedding, output = (
-        next(name for name, module in model.named_modules() if module is layer)
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
+    names = {module: name for name, module in model.named_modules()}
+    embedding, output = names[model.get_input_embeddings()], names[model.get_output_embeddings()]
     ids = tokenizer.convert_tokens_to_ids
     views = ids([predictor_token(i) for i in range(1, predictors + 1)])
     labels = ids([PERCEPTION, END_OF_TURN]) if plain else []
@@ -409,8 +383,7 @@ def blocks_after(model: torch.nn.Module, layer: int, flag: str) -> list[torch.nn
     return blocks
 
 
-def add_stop_token(config: Any, token: int | None) -> None:
-    """Makes plain `generate` of the saved model stop at the token that ends the turn in training."""
-    known = config.eos_token_id
-    known = set() if known is None else {known} if isinstance(known, int) else set(known)
-    config.eos_token_id = sorted((known | {token}) - {None}) or None
+def stop_tokens(config: GenerationConfig, *tokens: int | None) -> list[int]:
+    """Ids of the tokens that end generation by its configuration, and of these."""
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return sorted({*known, *tokens} - {None})

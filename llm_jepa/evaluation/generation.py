@@ -27,7 +27,7 @@ from llm_jepa.cli import UsageError, first_line
 from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, Segment, end_of_turn
-from llm_jepa.model import context_length
+from llm_jepa.model import context_length, stop_tokens
 from llm_jepa.scoring.tasks import score_text
 
 
@@ -113,9 +113,7 @@ def encode_prompts(
 
 def stop_ids(generation_config: GenerationConfig, renderer: Renderer) -> list[int]:
     """Ids of the template's end-of-turn token and of all other tokens that end generation."""
-    eos = generation_config.eos_token_id
-    known = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    return sorted((known | {end_of_turn(renderer), renderer.tokenizer.eos_token_id}) - {None})
+    return stop_tokens(generation_config, end_of_turn(renderer), renderer.tokenizer.eos_token_id)
 
 
 def answer_limit(renderer: Renderer, examples: list[Example]) -> int:

@@ -1,1 +1,1 @@
-"""Memory plan, preflight and launcher for large models."""
+"""Flags, memory plan and launcher for large models."""

@@ -191,8 +191,7 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
     tokenizer = plan_tokenizer(s)
     model = meta_model(s, tokenizer)
     config, layers = model.config.get_text_config(), decoder_layers(model)
-    tied = config.tie_word_embeddings
-    copies = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=tied) == "ddp"
+    sharding = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=config.tie_word_embeddings)
     trained_model = model
     if s.lora:
         with torch.device("meta"):
@@ -206,7 +205,7 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
     logits = min(tokens, max(1, MAX_LOGITS // config.vocab_size)) * config.vocab_size
     working, on = max(layer_activations(model.get_decoder(), layers[-1], tokens), 16 * logits), []
     for n in gpus:
-        parts = 1 if copies else n
+        parts = 1 if sharding == "ddp" else n
         width = 2 if parts > 1 or s.lora or s.param_dtype == "bfloat16" else 4
         on.append(gpu_plan(table, optim(n), n, parts, states * width + mask, working))
     return {
@@ -223,8 +222,7 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
 def plan_table(p: dict[str, Any]) -> str:
     """A plan as text, in GiB."""
     counts = f"{p['parameters']:,} parameters, {p['trainable']:,} trained, {p['tokens']} tokens in a micro-batch"
-    lines = [f"{p['model']}: {counts}; GiB per GPU:"]
-    lines.append(f"{'GPUs':18}" + "".join(f"{one['gpus']:>8}" for one in p["on"]))
+    lines = [f"{p['model']}: {counts}; GiB per GPU:", f"{'GPUs':18}" + "".join(f"{one['gpus']:>8}" for one in p["on"])]
     for name in (*PARTS, "peak", "checkpoint_shard"):
         lines.append(f"{name.replace('_', ' '):18}" + "".join(f"{one[name] / 2**30:8.1f}" for one in p["on"]))
     sizes = (p[name] / 2**30 for name in ("checkpoint", "saved_model"))

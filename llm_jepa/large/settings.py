@@ -43,10 +43,8 @@ def choose_sharding(requested: str | None, *, lora: bool, load_in_4bit: bool, ti
     `tied`: whether the embeddings are also the output layer. Raises UsageError if the weights cannot be sharded as
     requested.
     """
-    unshardable = None
-    if load_in_4bit:
-        unshardable = "4-bit weights"
-    elif lora and tied:
+    unshardable = "4-bit weights" if load_in_4bit else None
+    if lora and tied:
         unshardable = "tied embeddings under a LoRA adapter"  # accelerate would shard them twice
     if requested == "fsdp2" and unshardable:
         raise UsageError(f"--sharding fsdp2: cannot shard {unshardable}; use --sharding ddp")
@@ -63,8 +61,8 @@ def check_large_settings(s: LargeSettings, given: set[str], several: bool) -> La
     if several and s.model_name:
         from llm_jepa.model import load_config
 
-        config = load_config(s.model_name, s.revision, trust_remote_code=s.trust_remote_code).get_text_config()
-        tied = s.lora and not s.load_in_4bit and config.tie_word_embeddings
+        config = load_config(s.model_name, s.revision, trust_remote_code=s.trust_remote_code)
+        tied = config.get_text_config().tie_word_embeddings
         sharding = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=tied)
     r.only_if(s.lora, "load_in_4bit", "only with --lora")
     r.only_if(not s.lora, "param_dtype", "not with --lora, whose adapter is float32; --dtype sets the frozen weights")

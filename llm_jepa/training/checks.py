@@ -7,17 +7,14 @@ import sys
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from llm_jepa.cli import UsageError, first_line
 from llm_jepa.data.segments import Item
 from llm_jepa.model import attention_window
 
 
-def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch of the collator on a device."""
-    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
-
-
+@torch.no_grad()
 def inspect_model(model: Any, selector: Any, collator: Any, items: list[Item], *, half: bool, longest: int) -> None:
     """Checks the layout and finds out whether logits can be sliced. Raises UsageError if the layout does not work.
 
@@ -33,13 +30,12 @@ def inspect_model(model: Any, selector: Any, collator: Any, items: list[Item], *
     half, random_states = half or flash, [device] if device.type == "cuda" else []
     with torch.autocast(device.type, torch.bfloat16, enabled=flash):  # flash kernels need half precision
         if collator.layout != "separate":
-            check_layout(model, selector, collator, items, half)
-        batch = on_device(collator(items), device)
-        model.train()
-        with torch.no_grad(), torch.random.fork_rng(random_states):
-            forward(model, selector, batch, collator.layout)  # some models refuse only in training
-        model.train(training)
-        selector.slices = logits_can_be_sliced(model, selector, batch, half)
+            check_layout(model.eval(), selector, collator, items, half)
+        batch = send_to_device(collator(items), device)
+        with torch.random.fork_rng(random_states):
+            forward(model.train(), selector, batch, collator.layout)  # some models refuse only in training
+        selector.slices = logits_can_be_sliced(model.eval(), selector, batch, half)
+    model.train(training)
 
 
 def forward(model: Any, selector: Any, batch: dict[str, Any], layout: str) -> Any:
@@ -53,25 +49,19 @@ def forward(model: Any, selector: Any, batch: dict[str, Any], layout: str) -> An
         raise UsageError(f"{selector.model_name} does not support --layout {layout} ({reason}") from None
 
 
-@torch.no_grad()
-def logits_can_be_sliced(model: Any, selector: Any, batch: dict[str, Any], half: bool = False) -> bool:
+def logits_can_be_sliced(model: Any, selector: Any, batch: dict[str, Any], half: bool) -> bool:
     """Whether sliced logits give the same loss: not if the model does more to logits than its output layer."""
     if len(batch["label_ids"]) < 2:  # one label is one slice, which shows nothing
         return False
-    usual, training = selector.max_logits, model.training
-    model.eval()
-    try:
-        full, _ = selector.lm_sum(model, batch)
-        selector.slices, selector.max_logits = True, selector.vocab_size
-        sliced, _ = selector.lm_sum(model, batch)
-    finally:
-        selector.slices, selector.max_logits = False, usual
-        model.train(training)
+    usual = selector.max_logits
+    full, _ = selector.lm_sum(model, batch)
+    selector.slices, selector.max_logits = True, selector.vocab_size
+    sliced, _ = selector.lm_sum(model, batch)
+    selector.slices, selector.max_logits = False, usual
     return torch.allclose(full, sliced, rtol=1e-2 if half else 1e-3)
 
 
-@torch.no_grad()
-def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], half: bool = False) -> None:
+def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], half: bool) -> None:
     """Encodes a few examples in shared rows. Raises UsageError if a segment's outputs depend on its neighbors.
 
     The first segment of the longest row gets other tokens. The shapes are the same and forward kernels repeat their
@@ -80,13 +70,12 @@ def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], ha
     segment, which no earlier one can attend to, gets other tokens. Compared with separate rows they may differ by
     rounding. Models that carry state along the row (Mamba, linear attention, convolutions) fail.
     """
-    device, training, config = next(model.parameters()).device, model.training, model.config.get_text_config()
+    device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
     name, one_row = selector.model_name, dataclasses.replace(collator, tokens_per_row=sys.maxsize)
-    model.eval()
 
     def read(items: list[Item], layout: str) -> list[torch.Tensor]:
         batch = dataclasses.replace(one_row, layout=layout)(items)
-        states = forward(model, selector, on_device(batch, device), layout)
+        states = forward(model, selector, send_to_device(batch, device), layout)
         return [states.logits.float(), *states.views.float()]  # (N, V), (P, D), (P, D)
 
     def difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
@@ -96,7 +85,7 @@ def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], ha
     def change(number: int) -> float:
         """How much the outputs of the other segments differ if that segment of the longest row has other tokens."""
         old = rows[longest][number]
-        other = dataclasses.replace(old, ids=(old.ids + 1) % config.vocab_size)
+        other = dataclasses.replace(old, ids=(old.ids + 1) % vocabulary)
         found = read([tuple(other if x is old else x for x in item) for item in items], collator.layout)
         return difference(*([x[o != number] for x, o in zip(y, owners, strict=True)] for y in (found, shared)))
 
@@ -111,7 +100,6 @@ def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], ha
     ]
     rounding, leak = difference(shared, separate), change(0)
     allowed = min(2 * change(len(rows[longest]) - 1), 1e-2 if half else 1e-6) if leak > 0 else 0
-    model.train(training)
     if not leak <= allowed or not rounding < (0.1 if half else 1e-3):
         raise UsageError(
             f"{name} does not support --layout {collator.layout}: segments in one row change each other (by "

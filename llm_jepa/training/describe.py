@@ -39,8 +39,7 @@ def first_example(renderer: Renderer, dataset: SegmentDataset) -> dict[str, str 
 
 def start_block(s: Settings, model: Any, renderer: Renderer, train_set: SegmentDataset, held_out: int) -> str:
     """The text at the start of a run: model, method, data and the first example as the model sees it."""
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     row = first_example(renderer, train_set)
     examples = "a stream" if s.streaming else f"{len(train_set)} examples"
     method = f"JEPA, λ {s.lbd:g}, γ {s.gamma:g}, k {s.predictors}, {s.distance}" if s.jepa else "regular"

@@ -96,7 +96,8 @@ class StepTrainer(Trainer):
         model = kwargs["model"]
         self.config, self.generation_config = copy.deepcopy((model.config, model.generation_config))
         super().__init__(*args, data_collator=partial(collate, collator), **kwargs)
-        self.collator, self.micro_batches, self.problems = collator, micro_batches, problems
+        self.micro_batches = partial(micro_batches, processes=self.args.world_size)
+        self.collator, self.problems = collator, problems
         self.gamma, self.terms, self.track_flop, self.generate = gamma, terms, track_flop, generate
         exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         self.statistics = torch.zeros(len(STATISTICS), dtype=exact, device=self.args.device)
@@ -114,14 +115,11 @@ class StepTrainer(Trainer):
     # -- data
 
     def _get_train_sampler(self, train_dataset: Any = None) -> MicroBatches:
-        self.sampler = self._batches(self.train_dataset, shuffle=True)
+        self.sampler = self.micro_batches(self.train_dataset.items.lengths, shuffle=True)
         return self.sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> MicroBatches:
-        return self._batches(eval_dataset, shuffle=False)
-
-    def _batches(self, dataset: Any, shuffle: bool) -> MicroBatches:
-        return self.micro_batches(dataset.items.lengths, shuffle=shuffle, processes=self.args.world_size)
+        return self.micro_batches(eval_dataset.items.lengths, shuffle=False)
 
     def get_train_dataloader(self) -> Any:
         """Of a stream: each process reads its own share of the examples, so accelerate distributes nothing."""

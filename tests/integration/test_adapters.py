@@ -57,7 +57,9 @@ def without_rows(data, tmp_path_factory) -> tuple[Path, Path]:
     """A base that lacks the rows of its turn tokens and the run of an adapter on it."""
     folder = tmp_path_factory.mktemp("rows")
     base = make_model(folder / "base", tokens=("<|begin|>", "<|stop|>"), use_cache=True)
-    return base, train(data, folder / "run", *JEPA, "--lora", "--merge", "--max_steps", 2, model=base)
+    return base, train(
+        data, folder / "run", *JEPA, "--lora", "--merge", "--keep_checkpoints", "--max_steps", 2, model=base
+    )
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -195,7 +197,7 @@ def test_tokenizer_without_eos_and_padding_token(special, data, tmp_path):
 
 def test_saved_settings_are_those_of_the_base(without_rows, data, tmp_path):
     base, adapter = without_rows
-    run = train(data, tmp_path / "run", *JEPA, "--max_steps", 1, model=base)
+    run = train(data, tmp_path / "run", *JEPA, "--max_steps", 1, "--keep_checkpoints", model=base)
     before = AutoConfig.from_pretrained(base).to_dict()
     for folder in (run, run / "checkpoint-1", adapter / "merged"):
         after = AutoConfig.from_pretrained(folder).to_dict()

@@ -16,8 +16,8 @@ import torch
 from conftest import GOLDEN, call
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm_jepa.large import preflight
-from llm_jepa.large.preflight import Preflight
+from llm_jepa import preflight
+from llm_jepa.preflight import Preflight
 
 MODEL = GOLDEN / "models/llama3"
 GIB = 2**30
