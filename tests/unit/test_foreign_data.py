@@ -192,7 +192,7 @@ def test_missing_hub_dataset_is_an_error_and_checksum_depends_on_content(hub, mo
     def unreachable(*args, **kwargs):
         raise HTTPError("[Errno 111] Connection refused")
 
-    monkeypatch.setattr("llm_jepa.data.examples.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     with pytest.raises(ExampleError, match="owner/films:test.*refused"):
         data_sha256("owner/films:test", fields, streaming=True)
 
