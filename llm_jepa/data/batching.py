@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import patch_environment
 
 from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.segments import Encoder, Item, Segment
@@ -17,11 +18,8 @@ from llm_jepa.data.segments import Encoder, Item, Segment
 TEXTS = ("system", "user", "assistant", "text", "code")  # the fields of an example that are encoded
 KINDS = ("chat", "text_view", "code_view")
 EXAMPLES_PER_PROCESS = 10_000  # fewer are not worth a process of their own
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# For code that forks: a tokenizer's threads do not survive a fork, and the child would wait for them.
+NO_THREADS = {"tokenizers_parallelism": "false"}
 
 
 def encode_columns(columns: dict[str, list], encoder: Encoder) -> dict[str, list]:
@@ -55,12 +53,13 @@ def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) ->
     )
     encoded = {name: datasets.LargeList(datasets.Value(kind)) for name, kind in numbers.items()} | {"error": text}
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun that share this node's cores
-    processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, max(1, available_cores() // local))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, max(1, cores // local))
     bar_shown = datasets.is_progress_bar_enabled()
     if len(examples) < EXAMPLES_PER_PROCESS or os.environ.get("LOCAL_RANK", "0") != "0":  # too short for a bar
         datasets.disable_progress_bars()
     try:
-        with no_tokenizer_threads() if processes > 1 else contextlib.nullcontext():
+        with patch_environment(**NO_THREADS) if processes > 1 else contextlib.nullcontext():
             return data.map(
                 encode_columns, batched=True, remove_columns=list(TEXTS), features=datasets.Features(encoded),
                 fn_kwargs={"encoder": encoder}, num_proc=processes if processes > 1 else None, desc="tokenize",
@@ -69,19 +68,6 @@ def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) ->
     finally:
         if bar_shown:
             datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def no_tokenizer_threads() -> Iterator[None]:
-    """For code that forks: a tokenizer's threads do not survive a fork, and the child would wait for them."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 class Items(Sequence):
