@@ -82,18 +82,17 @@ def process_group(name: str, cpu: bool, **options: Any) -> Iterator[PartialState
     clean_environment(name)
     state = PartialState(cpu=cpu, **(options if under_torchrun() else {}))
     state.wait_for_everyone()  # a process that ends at once could not be found by one that is still connecting
-    complete = True
+    mistake = None
     try:
         yield state
-    except BaseException as error:
-        complete = isinstance(error, UsageError)  # raised by every process; after other errors some may be gone
-        raise
-    finally:
-        if complete:
-            # A thread of the group that is still running when the interpreter ends aborts it. Objects that reference
-            # the group are freed first: freed later, they would wait for such a thread and hold the lock that it needs.
-            gc.collect()
-            state.destroy_process_group()
+    except UsageError as error:  # raised by every process; after other errors some may be gone
+        mistake = error
+    # A thread of the group that is still running when the interpreter ends aborts it. Objects that reference the group
+    # are freed first: freed later, they would wait for such a thread and hold the lock that it needs.
+    gc.collect()
+    state.destroy_process_group()
+    if mistake:
+        raise mistake
 
 
 @contextlib.contextmanager

@@ -154,10 +154,8 @@ class RunFolder:
             raise UsageError(f"{was}; with --tokens_per_batch the steps would have other examples")
         step, other = (math.prod((s[name] for name in by), start=n) for s, n in ((before, had), (now, have)))
         if step != other:
-            raise UsageError(
-                f"{was}; a step would have {other} examples instead of {step}: choose --batch_size and --grad_accum so "
-                f"that their product is {step / have:g}"
-            )
+            choice = f"choose --batch_size and --grad_accum with the product {step / have:g}"
+            raise UsageError(f"{was}; a step would have {other} examples instead of {step}: {choice}")
         return set(by)
 
     def start(self, overwrite: bool, record: dict[str, Any]) -> None:

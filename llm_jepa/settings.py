@@ -39,9 +39,7 @@ class Settings:
     max_length: int = flag(512, "maximum length of a chat or view in tokens; a longer one is an error", DATA)
     skip_bad_examples: bool = flag(False, "skip bad examples, count and report them", DATA)
     streaming: bool = flag(False, "read and tokenize --train_file during training, for data larger than memory", DATA)
-    preprocessing_num_workers: int = flag(
-        0, "tokenizing processes; 0: one per 10,000 examples, up to one per core", DATA
-    )
+    preprocessing_num_workers: int = flag(0, "tokenizing processes; 0: one per 10,000 examples, up to all cores", DATA)
 
     model_name: str | None = flag(None, "model folder or hub name", MODEL)
     revision: str | None = flag(None, "commit of a hub model", MODEL)
@@ -108,10 +106,8 @@ class Settings:
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
-    use_default_data_collator: bool = flag(False, "reference implementation: --lm_labels answer_text", METHOD)
-    unmask_assistant_special_tokens: bool = flag(
-        False, "reference implementation: --lm_labels reference; both flags: answer", METHOD
-    )
+    use_default_data_collator: bool = flag(False, "published code: --lm_labels answer_text", METHOD)
+    unmask_assistant_special_tokens: bool = flag(False, "published code: --lm_labels reference; both: answer", METHOD)
     plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
     reference_grad_scale: bool = flag(
         False,

@@ -76,11 +76,9 @@ class Items(Sequence):
     def __init__(self, encoded: Any, rows: list[int]):
         """`encoded`: the return value of `encode_all`; `rows`: the usable rows."""
         self._rows = np.asarray(rows, dtype=np.int64)
-        columns = [encoded.data.column(name).combine_chunks() for name in ("ids", "labels", "shapes")]
-        self._values = [c.values.to_numpy() for c in columns]
-        self._offsets = [c.offsets.to_numpy() for c in columns]
-        self.lengths = np.diff(self._offsets[0])[self._rows]  # tokens of each example
-        self.longest = int(self._values[2].reshape(-1, 9)[:, 1].max())  # tokens of the longest segment
+        self._columns = [encoded.data.column(name).combine_chunks() for name in ("ids", "labels", "shapes")]
+        self.lengths = np.diff(self._columns[0].offsets.to_numpy())[self._rows]  # tokens of each example
+        self.longest = int(self._columns[2].values.to_numpy().reshape(-1, 9)[:, 1].max())  # tokens of a segment
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -88,8 +86,8 @@ class Items(Sequence):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row, segments, begin = self._rows[index], [], 0
-        ids, labels, shapes = (v[o[row] : o[row + 1]] for v, o in zip(self._values, self._offsets, strict=True))
+        ids, labels, shapes = (column[self._rows[index]].values.to_numpy() for column in self._columns)
+        segments, begin = [], 0
         for kind, length, view, stem, branch, *turns in shapes.reshape(-1, 9).tolist():
             part = slice(begin, begin + length)
             view = None if view < 0 else view

@@ -123,10 +123,7 @@ def label_tokens(tokenizer: Any, scope: str, ids: np.ndarray, first: int, stop: 
         special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
         ends = [t for t in range(stop, len(ids)) if int(ids[t]) in special]
         if not ends:
-            raise ValueError(
-                "the chat template ends the answer without a special token, so a model could not learn to stop; "
-                "change the template or give --lm_labels answer_text"
-            )
+            raise ValueError("no special token ends the answer in the chat template; give --lm_labels answer_text")
         stop = ends[0] + 1
     labels[first:stop] = True
     return labels
