@@ -25,9 +25,7 @@ Strategy = Literal["epoch", "steps", "no"] | None
 class Settings:
     """Every flag of finetune.py; the help texts make `--help` and docs/flags.md."""
 
-    train_file: str | None = flag(
-        None, "training file, or with --text_field a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]", DATA
-    )
+    train_file: str | None = flag(None, "training file or hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]", DATA)
     data_file: str | None = flag(None, "one file that is split into training and held-out examples", DATA)
     eval_split: float = flag(0.2, "fraction of --data_file held out", DATA)
     split_seed: int = flag(42, "seed of the --data_file or --val_fraction split", DATA)
@@ -68,14 +66,10 @@ class Settings:
     predictors: int = flag(0, "number of predictor tokens after the Text view, 0 to 10", METHOD)
     lbd: float = flag(0.1, "weight λ of the JEPA loss; 0 is regular fine-tuning", METHOD)
     gamma: float = flag(1.0, "weight γ of the language-model loss", METHOD)
-    last_token: int | None = flag(
-        None, "view token's index, -1 the view's last; default: the last content token", METHOD
-    )
+    last_token: int | None = flag(None, "view token's index, -1 the view's last; default: last content token", METHOD)
     jepa_l2: bool = flag(False, "distance ‖a − b‖₂ between the views instead of 1 − cosine", METHOD)
     jepa_mse: bool = flag(False, "mean squared difference between the views instead of 1 − cosine", METHOD)
-    infonce: bool = flag(
-        False, "InfoNCE over a micro-batch's pairs, at temperature 0.07, instead of 1 − cosine", METHOD
-    )
+    infonce: bool = flag(False, "InfoNCE over a micro-batch's pairs, temperature 0.07, instead of 1 − cosine", METHOD)
     front_pred: bool = flag(False, "predictor tokens before the view's content", METHOD)
     reverse_pred: bool = flag(False, "the assistant turn is the first view and gets the predictor tokens", METHOD)
     text_view: Literal["alone", "in_chat"] = flag(
@@ -100,9 +94,7 @@ class Settings:
     stp_max_length: int = flag(0, "--stp: maximum tokens of a span, or from s to t; 0: no limit", METHOD)
     stp_warmup: float = flag(0.0, "--stp: linear warm-up of its weight in steps; below 1: a fraction of all", METHOD)
     stp_min_lbd: float = flag(0.0, "--stp_warmup: weight at the start of the warm-up", METHOD)
-    stp_layer: int = flag(
-        -1, "--stp: layer, as evaluate.py's --embedding_layer; 0: the embeddings, -1: the last", METHOD
-    )
+    stp_layer: int = flag(-1, "--stp: layer, as evaluate.py's --embedding_layer; 0: embeddings, -1: the last", METHOD)
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
@@ -110,14 +102,9 @@ class Settings:
     unmask_assistant_special_tokens: bool = flag(False, "published code: --lm_labels reference; both: answer", METHOD)
     plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
     reference_grad_scale: bool = flag(
-        False,
-        "divide each micro-batch's loss by its own counts and sum the micro-batches, as in the published JEPA trainer: "
-        "loss and gradients are about --grad_accum times those of the regular arm",
-        METHOD,
+        False, "divide a micro-batch's loss by its own counts, as published: gradients grow --grad_accum times", METHOD
     )
-    train_all: bool = flag(
-        False, "label every token; with --plain the chat is only the user text", METHOD, "--trainall"
-    )
+    train_all: bool = flag(False, "label every token; --plain: the chat is only the user text", METHOD, "--trainall")
 
     batch_size: int = flag(4, "examples per micro-batch of each process", BATCH)
     tokens_per_batch: int = flag(

@@ -116,7 +116,7 @@ class SegmentDataset(torch.utils.data.Dataset):
             else:
                 problems.add(examples[row].source, error)
         if not good:
-            raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
+            raise ExampleError(f"no usable example is left: {problems.report()}")
         self.items, self.examples, self.draws = Items(encoded, good), [examples[row] for row in good], draws
 
     def __len__(self) -> int:

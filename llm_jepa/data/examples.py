@@ -69,11 +69,6 @@ class Problems:
     skip: bool = False
     found: dict[str, str] = field(default_factory=dict)  # reasons by place, so that an example counts once
 
-    @property
-    def messages(self) -> list[str]:
-        """Place and reason of each bad example."""
-        return [f"{source}: {reason}" for source, reason in self.found.items()]
-
     def add(self, source: str, reason: str) -> None:
         """Raises ExampleError unless bad examples are skipped."""
         if not self.skip:
@@ -84,8 +79,9 @@ class Problems:
         """One line for the console, None if nothing was skipped."""
         if not self.found:
             return None
+        first = "; ".join(f"{source}: {reason}" for source, reason in [*self.found.items()][:3])
         more = f" (and {len(self.found) - 3} more)" if len(self.found) > 3 else ""
-        return f"skipped {len(self.found)} bad examples: " + "; ".join(self.messages[:3]) + more
+        return f"skipped {len(self.found)} bad examples: {first}{more}"
 
 
 def check_text(value: Any, what: str, blank: bool = False) -> str:

@@ -77,7 +77,7 @@ def test_empty_value_is_reported_by_place_or_skipped(name, place, tmp_path):
         read(path)
     problems = Problems(skip=True)
     assert [e.id for e in read(path, problems=problems)] == [1, 3]
-    assert len(problems.messages) == 1
+    assert len(problems.found) == 1
 
 
 @pytest.mark.parametrize(
