@@ -10,12 +10,9 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm_jepa.cli import UsageError, end_at_interrupts, run_command
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 TORCHRUN = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all of them
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate reads them too
@@ -72,10 +69,10 @@ def start(name: str, check: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def process_group(name: str, cpu: bool, **options: Any) -> Iterator[PartialState]:
+def process_group(name: str, cpu: bool, **options: Any) -> Iterator[Any]:
     """Joins torchrun's process group, with `options` of `init_process_group`; without torchrun a single process.
 
-    Raises the UsageError of `clean_environment(name)`.
+    Yields accelerate's PartialState. Raises the UsageError of `clean_environment(name)`.
     """
     from accelerate import PartialState
 

@@ -55,19 +55,18 @@ def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) ->
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun that share this node's cores
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, max(1, cores // local))
-    bar_shown = datasets.is_progress_bar_enabled()
-    if len(examples) < EXAMPLES_PER_PROCESS or os.environ.get("LOCAL_RANK", "0") != "0":  # too short for a bar
-        datasets.disable_progress_bars()
-    try:
-        with patch_environment(**NO_THREADS) if processes > 1 else contextlib.nullcontext():
-            return data.map(
-                encode_columns, batched=True, remove_columns=list(TEXTS), features=datasets.Features(encoded),
-                fn_kwargs={"encoder": encoder}, num_proc=processes if processes > 1 else None, desc="tokenize",
-                keep_in_memory=True, load_from_cache_file=False, new_fingerprint="tokens",
-            )  # fmt: skip
-    finally:
-        if bar_shown:
-            datasets.enable_progress_bars()
+    no_bar = len(examples) < EXAMPLES_PER_PROCESS or os.environ.get("LOCAL_RANK", "0") != "0"  # too short for one
+    with contextlib.ExitStack() as stack:
+        if no_bar and datasets.is_progress_bar_enabled():
+            datasets.disable_progress_bars()
+            stack.callback(datasets.enable_progress_bars)
+        if processes > 1:
+            stack.enter_context(patch_environment(**NO_THREADS))
+        return data.map(
+            encode_columns, batched=True, remove_columns=list(TEXTS), features=datasets.Features(encoded),
+            fn_kwargs={"encoder": encoder}, num_proc=processes if processes > 1 else None, desc="tokenize",
+            keep_in_memory=True, load_from_cache_file=False, new_fingerprint="tokens",
+        )  # fmt: skip
 
 
 class Items(Sequence):
