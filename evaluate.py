@@ -230,7 +230,7 @@ def check_gold(examples: list[Example], s: EvaluationSettings) -> None:
 
 def report_skipped(problems: Problems, record: dict[str, Any]) -> None:
     """Counts and prints the examples that were skipped."""
-    record["skipped_examples"] = len(problems.messages)
+    record["skipped_examples"] = len(problems.found)
     if problems.report():
         print(problems.report(), file=sys.stderr)
 

@@ -86,16 +86,6 @@ from llm_jepa.training.trainer import StepTrainer, compile_decoder
 Row = list[Segment]
 
 
-def separate_rows(items: list[Item], tokens_per_row: int) -> list[Row]:
-    """Each segment gets its own row; `tokens_per_row` is not used."""
-    return [[segment] for item in items for segment in item]
-
-
-def additive_rows(items: list[Item], tokens_per_row: int) -> list[Row]:
-    """The chat (an item's first segment) gets a row, and its views share a second one; `tokens_per_row` is not used."""
-    return [list(row) for item in items for row in (item[:1], item[1:]) if row]
-
-
 def packed_rows(items: list[Item], tokens_per_row: int) -> list[Row]:
     """Packs all segments into as few rows as a greedy search finds.
 
@@ -117,7 +107,13 @@ def packed_rows(items: list[Item], tokens_per_row: int) -> list[Row]:
     return rows if segments else []
 
 
-LAYOUTS = {"separate": separate_rows, "additive": additive_rows, "packed": packed_rows}
+# (items, tokens_per_row) → rows. separate: each segment has its own row; additive: the chat (an item's first segment)
+# has a row, and its views share a second one.
+LAYOUTS = {
+    "separate": lambda items, _: [[segment] for item in items for segment in item],
+    "additive": lambda items, _: [list(row) for item in items for row in (item[:1], item[1:]) if row],
+    "packed": packed_rows,
+}
 
 
 @dataclass
@@ -460,9 +456,8 @@ class JepaTrainer(StepTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
         """The step's micro-batches, and their labels, pairs and spans (3,) over all ranks, at least 1 each."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        counts = [
-            torch.cat([b["counts"], b["tokens"][:3].sum()[None]]) for b in batches
-        ]  # labels, pairs, spans, tokens: (4,)
+        # Labels, pairs, spans and tokens (4,) of each micro-batch.
+        counts = [torch.cat([b["counts"], b["tokens"][:3].sum()[None]]) for b in batches]
         none = torch.zeros(4, dtype=torch.long, device=device)  # for a rank without micro-batches
         counts = torch.stack([*counts, none]).sum(dim=0)  # (micro-batches + 1, 4) → (4,)
         counts = self.accelerator.reduce(counts, "sum")
@@ -620,8 +615,6 @@ def build_trainer(
 
     `bf16`: whether float32 parameters are autocast to bfloat16; None follows --dtype.
     """
-    if s.gradient_checkpointing and not parts.model.supports_gradient_checkpointing:
-        raise UsageError(f"--gradient_checkpointing: {type(parts.model).__name__} does not support it")
     bf16 = uses_bfloat16(s, state.device) if bf16 is None else bf16
     micro_batches = partial(MicroBatches, seed=s.finetune_seed, batch_size=s.batch_size, tokens=s.tokens_per_batch)
     steps = s.max_steps
@@ -734,7 +727,6 @@ def fine_tune(
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 finished, 1 failed, 2 wrong usage or data, 130 interrupted."""
     settings, given = parse_flags(Settings, __doc__, argv)
-
     return run_script("finetune.py", lambda state: fine_tune(check_settings(settings, given), state))
 
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import typing
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 
@@ -131,22 +132,17 @@ class Refusals(list):
         self.refuse(bool(unused) and not applies, f"{', '.join(unused)}: {reason}")
 
 
-class _EndAtOnce:
+def _end_at_once(name: str, speaks: Callable[[], bool], *signal_and_frame: Any) -> NoReturn:
     """Handles SIGINT where an exception could appear anywhere: one line, exit code 130."""
-
-    def __init__(self, name: str, speaks: Callable[[], bool]):
-        self.name, self.speaks = name, speaks
-
-    def __call__(self, *signal_and_frame: Any) -> None:
-        if self.speaks():
-            os.write(2, f"{self.name}: interrupted\n".encode())
-        os._exit(130)
+    if speaks():
+        os.write(2, f"{name}: interrupted\n".encode())
+    os._exit(130)
 
 
 def end_at_interrupts(name: str, speaks: Callable[[], bool]) -> None:
     """Outside of `run_command` Ctrl-C ends this process at once. Processes that it forks ignore Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
-        signal.signal(signal.SIGINT, _EndAtOnce(name, speaks))
+        signal.signal(signal.SIGINT, partial(_end_at_once, name, speaks))
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
 
 
@@ -164,7 +160,7 @@ def run_command(
     for stream in (s for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")):
         stream.reconfigure(errors="json")
     outside = signal.getsignal(signal.SIGINT)
-    if isinstance(outside, _EndAtOnce):
+    if isinstance(outside, partial):  # of `end_at_interrupts`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return work() or 0
@@ -176,10 +172,10 @@ def run_command(
         code, lines, speaks = 1, [f"error: {first_line(error)}"], lambda: True
     except KeyboardInterrupt:
         code, lines = 130, [f"interrupted{hint}"]
-        if isinstance(outside, _EndAtOnce):
-            outside.speaks = lambda: False  # a second Ctrl-C has nothing to add
+        if isinstance(outside, partial):
+            outside = partial(_end_at_once, name, lambda: False)  # a second Ctrl-C has nothing to add
     finally:
-        if isinstance(outside, _EndAtOnce):
+        if isinstance(outside, partial):
             signal.signal(signal.SIGINT, outside)
     for line in lines if speaks() else ():
         print(f"{name}: {line}", file=sys.stderr, flush=True)

@@ -10,12 +10,9 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm_jepa.cli import UsageError, end_at_interrupts, run_command
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 TORCHRUN = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all of them
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate reads them too
@@ -72,28 +69,27 @@ def start(name: str, check: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def process_group(name: str, cpu: bool, **options: Any) -> Iterator[PartialState]:
+def process_group(name: str, cpu: bool, **options: Any) -> Iterator[Any]:
     """Joins torchrun's process group, with `options` of `init_process_group`; without torchrun a single process.
 
-    Raises the UsageError of `clean_environment(name)`.
+    Yields accelerate's PartialState. Raises the UsageError of `clean_environment(name)`.
     """
     from accelerate import PartialState
 
     clean_environment(name)
     state = PartialState(cpu=cpu, **(options if under_torchrun() else {}))
     state.wait_for_everyone()  # a process that ends at once could not be found by one that is still connecting
-    complete = True
+    mistake = None
     try:
         yield state
-    except BaseException as error:
-        complete = isinstance(error, UsageError)  # raised by every process; after other errors some may be gone
-        raise
-    finally:
-        if complete:
-            # A thread of the group that is still running when the interpreter ends aborts it. Objects that reference
-            # the group are freed first: freed later, they would wait for such a thread and hold the lock that it needs.
-            gc.collect()
-            state.destroy_process_group()
+    except UsageError as error:  # raised by every process; after other errors some may be gone
+        mistake = error
+    # A thread of the group that is still running when the interpreter ends aborts it. Objects that reference the group
+    # are freed first: freed later, they would wait for such a thread and hold the lock that it needs.
+    gc.collect()
+    state.destroy_process_group()
+    if mistake:
+        raise mistake
 
 
 @contextlib.contextmanager

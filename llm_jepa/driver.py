@@ -405,8 +405,7 @@ class Driver:
                 for future in as_completed(futures):
                     future.result()
             except BaseException:
-                for future in futures:
-                    future.cancel()
+                pool.shutdown(wait=False, cancel_futures=True)
                 self.stop()
                 raise
         return runs

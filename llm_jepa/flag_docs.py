@@ -34,5 +34,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     FlagParser(prog="flag_docs", description=__doc__).parse_args()
-    PAGE.parent.mkdir(exist_ok=True)
     write_text(PAGE, page())

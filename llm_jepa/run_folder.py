@@ -31,12 +31,7 @@ CHECKPOINT_MARK = "complete.json"
 VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "keep_checkpoints",
             "logging_steps", "dataloader_num_workers", "preprocessing_num_workers",
             "use_default_data_collator", "unmask_assistant_special_tokens"}  # the last two set lm_labels  # fmt: skip
-PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that determine a run's numbers."""
-    return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
+PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")  # they determine a run's numbers
 
 
 def code_version() -> dict[str, Any]:
@@ -67,7 +62,7 @@ def provenance(data: dict[str, str]) -> dict[str, Any]:
     return {
         "argv": sys.argv,
         **code_version(),
-        "versions": versions(),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "processes": processes(),
@@ -159,10 +154,8 @@ class RunFolder:
             raise UsageError(f"{was}; with --tokens_per_batch the steps would have other examples")
         step, other = (math.prod((s[name] for name in by), start=n) for s, n in ((before, had), (now, have)))
         if step != other:
-            raise UsageError(
-                f"{was}; a step would have {other} examples instead of {step}: choose --batch_size and --grad_accum so "
-                f"that their product is {step / have:g}"
-            )
+            choice = f"choose --batch_size and --grad_accum with the product {step / have:g}"
+            raise UsageError(f"{was}; a step would have {other} examples instead of {step}: {choice}")
         return set(by)
 
     def start(self, overwrite: bool, record: dict[str, Any]) -> None:
@@ -177,7 +170,8 @@ class RunFolder:
             raise UsageError(f"--resume: {self.path} is finished")
         if record["data_sha256"] != previous.get("data_sha256", record["data_sha256"]):
             raise UsageError(f"--resume: the data of {self.path} has changed since it was started")
-        attempts = previous.get("attempts", []) + [{"argv": record["argv"], "started": _now(), "launch": launch_id()}]
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        attempts = previous.get("attempts", []) + [{"argv": record["argv"], "started": now, "launch": launch_id()}]
         self._previous_seconds = previous.get("wall_seconds", 0.0)
         self.record = {"status": "running", **record, "wall_seconds": self._previous_seconds, "attempts": attempts}
         write_json(self.path / "args.json", self.settings)
@@ -217,16 +211,9 @@ class RunFolder:
 
     def update(self, status: str, **facts: Any) -> None:
         """Records the status of the run: `running`, `finished`, `failed` or `interrupted`."""
-        self.record |= {
-            "status": status,
-            "wall_seconds": round(self._previous_seconds + time.time() - self._started, 1),
-            **facts,
-        }
+        seconds = round(self._previous_seconds + time.time() - self._started, 1)
+        self.record |= {"status": status, "wall_seconds": seconds, **facts}
         write_json(self.path / "run.json", self.record)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def mark_checkpoint(folder: Path) -> None:

@@ -18,33 +18,26 @@ from llm_jepa.files import read_json
 from llm_jepa.run_folder import VOLATILE
 
 DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimization", "Run"
+Strategy = Literal["epoch", "steps", "no"] | None
 
 
 @dataclass
 class Settings:
     """Every flag of finetune.py; the help texts make `--help` and docs/flags.md."""
 
-    train_file: str | None = flag(
-        None,
-        "training examples: a file, or with --text_field a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]",
-        DATA,
-    )
+    train_file: str | None = flag(None, "training file or hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]", DATA)
     data_file: str | None = flag(None, "one file that is split into training and held-out examples", DATA)
     eval_split: float = flag(0.2, "fraction of --data_file held out", DATA)
     split_seed: int = flag(42, "seed of the --data_file or --val_fraction split", DATA)
     eval_file: str | None = flag(None, "held-out examples", DATA)
     val_fraction: float = flag(0.0, "fraction of --train_file held out, instead of --eval_file", DATA)
-    text_field: str | None = flag(
-        None, "field of the Text view in JSONL, CSV, Parquet or hub data of another form", DATA
-    )
+    text_field: str | None = flag(None, "field of the Text view in other JSONL, CSV, Parquet or hub data", DATA)
     code_field: str | None = flag(None, "field of the Code view in such data", DATA)
     system: str | None = flag(None, "system turn of such data; default: none", DATA)
     max_length: int = flag(512, "maximum length of a chat or view in tokens; a longer one is an error", DATA)
     skip_bad_examples: bool = flag(False, "skip bad examples, count and report them", DATA)
     streaming: bool = flag(False, "read and tokenize --train_file during training, for data larger than memory", DATA)
-    preprocessing_num_workers: int = flag(
-        0, "processes that tokenize; 0: one for each 10,000 examples, at most the number of cores", DATA
-    )
+    preprocessing_num_workers: int = flag(0, "tokenizing processes; 0: one per 10,000 examples, up to all cores", DATA)
 
     model_name: str | None = flag(None, "model folder or hub name", MODEL)
     revision: str | None = flag(None, "commit of a hub model", MODEL)
@@ -73,14 +66,10 @@ class Settings:
     predictors: int = flag(0, "number of predictor tokens after the Text view, 0 to 10", METHOD)
     lbd: float = flag(0.1, "weight λ of the JEPA loss; 0 is regular fine-tuning", METHOD)
     gamma: float = flag(1.0, "weight γ of the language-model loss", METHOD)
-    last_token: int | None = flag(
-        None, "view token as an index from the view's end (-1 the last); default: the last content token", METHOD
-    )
+    last_token: int | None = flag(None, "view token's index, -1 the view's last; default: last content token", METHOD)
     jepa_l2: bool = flag(False, "distance ‖a − b‖₂ between the views instead of 1 − cosine", METHOD)
     jepa_mse: bool = flag(False, "mean squared difference between the views instead of 1 − cosine", METHOD)
-    infonce: bool = flag(
-        False, "InfoNCE loss instead of 1 − cosine, over the pairs of a micro-batch, at temperature 0.07", METHOD
-    )
+    infonce: bool = flag(False, "InfoNCE over a micro-batch's pairs, temperature 0.07, instead of 1 − cosine", METHOD)
     front_pred: bool = flag(False, "predictor tokens before the view's content", METHOD)
     reverse_pred: bool = flag(False, "the assistant turn is the first view and gets the predictor tokens", METHOD)
     text_view: Literal["alone", "in_chat"] = flag(
@@ -105,42 +94,28 @@ class Settings:
     stp_max_length: int = flag(0, "--stp: maximum tokens of a span, or from s to t; 0: no limit", METHOD)
     stp_warmup: float = flag(0.0, "--stp: linear warm-up of its weight in steps; below 1: a fraction of all", METHOD)
     stp_min_lbd: float = flag(0.0, "--stp_warmup: weight at the start of the warm-up", METHOD)
-    stp_layer: int = flag(
-        -1, "--stp: layer that is read, as in evaluate.py's --embedding_layer; 0: the embeddings, -1: the last", METHOD
-    )
+    stp_layer: int = flag(-1, "--stp: layer, as evaluate.py's --embedding_layer; 0: embeddings, -1: the last", METHOD)
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
-    use_default_data_collator: bool = flag(False, "reference implementation: --lm_labels answer_text", METHOD)
-    unmask_assistant_special_tokens: bool = flag(
-        False, "reference implementation: --lm_labels reference; both flags: answer", METHOD
-    )
+    use_default_data_collator: bool = flag(False, "published code: --lm_labels answer_text", METHOD)
+    unmask_assistant_special_tokens: bool = flag(False, "published code: --lm_labels reference; both: answer", METHOD)
     plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
     reference_grad_scale: bool = flag(
-        False,
-        "divide each micro-batch's loss by its own counts and sum the micro-batches, as in the published JEPA trainer: "
-        "loss and gradients are about --grad_accum times those of the regular arm",
-        METHOD,
+        False, "divide a micro-batch's loss by its own counts, as published: gradients grow --grad_accum times", METHOD
     )
-    train_all: bool = flag(
-        False, "every token is a label; with --plain the chat is only the user text", METHOD, "--trainall"
-    )
+    train_all: bool = flag(False, "label every token; --plain: the chat is only the user text", METHOD, "--trainall")
 
     batch_size: int = flag(4, "examples per micro-batch of each process", BATCH)
     tokens_per_batch: int = flag(
-        0,
-        "micro-batches of about this many tokens per process, views included, instead of --batch_size examples; "
-        "each has at least one example",
-        BATCH,
+        0, "about this many tokens (with views; at least one example) per micro-batch, instead of --batch_size", BATCH
     )
     grad_accum: int = flag(4, "micro-batches per optimizer step", BATCH)
     layout: Literal["packed", "separate", "additive"] | None = flag(
         None, "how segments share rows, which does not change the losses; default packed", BATCH
     )
     additive_mask: bool = flag(False, "the same as --layout additive", BATCH)
-    tokens_per_row: int = flag(
-        0, "--layout packed: tokens per row; 0: 256 on a CPU, 4096 on a GPU, one row with flash attention", BATCH
-    )
+    tokens_per_row: int = flag(0, "tokens per packed row; 0: 256 (CPU), 4096 (GPU), one row (flash attention)", BATCH)
     dataloader_num_workers: int | None = flag(
         None, "processes that prepare batches; default 2 on a GPU (1 with --streaming), else 0", BATCH
     )
@@ -158,26 +133,16 @@ class Settings:
     same_flop: bool = flag(False, "train with the FLOPs that regular fine-tuning needs for --num_epochs", OPTIM)
 
     output_dir: str | None = flag(None, "run folder; default runs/<dataset>-<model>-<method>-…", RUN)
-    resume: bool | str = flag(
-        False, "resume from the last complete checkpoint; as --resume RUN with the settings of this run folder", RUN
-    )
+    resume: bool | str = flag(False, "resume at the last complete checkpoint; --resume RUN: with RUN's settings", RUN)
     overwrite: bool = flag(False, "replace an existing run folder", RUN)
-    dry_run: int | None = flag(
-        None, "compute the losses of the first N examples, print one JSON object and write nothing", RUN
-    )
-    eval_strategy: Literal["epoch", "steps", "no"] | None = flag(
-        None, "when held-out examples are evaluated; default epoch if there are any", RUN
-    )
+    dry_run: int | None = flag(None, "print the losses of the first N examples as one JSON object; write nothing", RUN)
+    eval_strategy: Strategy = flag(None, "when held-out examples are evaluated; default epoch if there are any", RUN)
     eval_steps: int = flag(500, "steps between evaluations with --eval_strategy steps", RUN)
     eval_generate: int = flag(0, "also generate for N held-out examples; log exact match", RUN)
-    save_strategy: Literal["epoch", "steps", "no"] | None = flag(
-        None, "when checkpoints are saved; default epoch, or steps with --streaming", RUN
-    )
+    save_strategy: Strategy = flag(None, "when checkpoints are saved; default epoch, or steps with --streaming", RUN)
     save_steps: int = flag(500, "steps between checkpoints with --save_strategy steps", RUN)
     save_total_limit: int = flag(1, "number of complete checkpoints to keep", RUN)
-    keep_checkpoints: bool = flag(
-        False, "keep checkpoints after training (by default only the final model is kept)", RUN
-    )
+    keep_checkpoints: bool = flag(False, "keep checkpoints after training (by default only the final model)", RUN)
     logging_steps: int = flag(1, "optimizer steps per line of metrics.jsonl", RUN)
     report_to: str = flag("none", "none, tensorboard, wandb, trackio, or several with commas", RUN)
     track_flop: bool = flag(False, "log floating-point operations to metrics.jsonl (slower)", RUN)
@@ -320,8 +285,7 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
     flex = s.attn_implementation == "flex_attention"
     r.only_if(not flex, "track_flop same_flop", "not with --attn_implementation flex_attention")
-    liger = s.use_liger_kernel
-    missing = liger and importlib.util.find_spec("liger_kernel") is None
+    missing = s.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None
     r.refuse(missing, "--use_liger_kernel: install the package liger-kernel first")
     r.only_if(not r.given & {"num_epochs", "same_flop"}, "max_steps", "not together with --num_epochs or --same_flop")
     r.refuse(s.resume and s.overwrite, "give one of --resume and --overwrite")
@@ -414,12 +378,8 @@ def default_output_dir(s: Settings) -> str:
     dataset = dataset_name(s.train_file or s.data_file)
     method = "regular" if s.regular else f"jepa-lbd{s.lbd:g}-k{s.predictors}"
     named = {"train_file", "model_name", "regular", "lbd", "predictors", "learning_rate", "finetune_seed"}
-    usual = {f.name: f.default for f in dataclasses.fields(s)} | {
-        "layout": "packed",
-        "lm_labels": "answer",
-        "eval_strategy": "no",
-        "save_strategy": "epoch",
-    }
+    usual = {f.name: f.default for f in dataclasses.fields(s)}
+    usual |= {"layout": "packed", "lm_labels": "answer", "eval_strategy": "no", "save_strategy": "epoch"}
     others = {k: v for k, v in dataclasses.asdict(s).items() if k not in named | VOLATILE and v != usual[k]}
     mark = "-x" + hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8] if others else ""
     return f"runs/{dataset}-{Path(s.model_name).name}-{method}-lr{s.learning_rate:g}{mark}-s{s.finetune_seed}"

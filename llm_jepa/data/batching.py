@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import patch_environment
 
 from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.segments import Encoder, Item, Segment
@@ -17,11 +18,8 @@ from llm_jepa.data.segments import Encoder, Item, Segment
 TEXTS = ("system", "user", "assistant", "text", "code")  # the fields of an example that are encoded
 KINDS = ("chat", "text_view", "code_view")
 EXAMPLES_PER_PROCESS = 10_000  # fewer are not worth a process of their own
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# For code that forks: a tokenizer's threads do not survive a fork, and the child would wait for them.
+NO_THREADS = {"tokenizers_parallelism": "false"}
 
 
 def encode_columns(columns: dict[str, list], encoder: Encoder) -> dict[str, list]:
@@ -55,33 +53,20 @@ def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) ->
     )
     encoded = {name: datasets.LargeList(datasets.Value(kind)) for name, kind in numbers.items()} | {"error": text}
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun that share this node's cores
-    processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, max(1, available_cores() // local))
-    bar_shown = datasets.is_progress_bar_enabled()
-    if len(examples) < EXAMPLES_PER_PROCESS or os.environ.get("LOCAL_RANK", "0") != "0":  # too short for a bar
-        datasets.disable_progress_bars()
-    try:
-        with no_tokenizer_threads() if processes > 1 else contextlib.nullcontext():
-            return data.map(
-                encode_columns, batched=True, remove_columns=list(TEXTS), features=datasets.Features(encoded),
-                fn_kwargs={"encoder": encoder}, num_proc=processes if processes > 1 else None, desc="tokenize",
-                keep_in_memory=True, load_from_cache_file=False, new_fingerprint="tokens",
-            )  # fmt: skip
-    finally:
-        if bar_shown:
-            datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def no_tokenizer_threads() -> Iterator[None]:
-    """For code that forks: a tokenizer's threads do not survive a fork, and the child would wait for them."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, max(1, cores // local))
+    no_bar = len(examples) < EXAMPLES_PER_PROCESS or os.environ.get("LOCAL_RANK", "0") != "0"  # too short for one
+    with contextlib.ExitStack() as stack:
+        if no_bar and datasets.is_progress_bar_enabled():
+            datasets.disable_progress_bars()
+            stack.callback(datasets.enable_progress_bars)
+        if processes > 1:
+            stack.enter_context(patch_environment(**NO_THREADS))
+        return data.map(
+            encode_columns, batched=True, remove_columns=list(TEXTS), features=datasets.Features(encoded),
+            fn_kwargs={"encoder": encoder}, num_proc=processes if processes > 1 else None, desc="tokenize",
+            keep_in_memory=True, load_from_cache_file=False, new_fingerprint="tokens",
+        )  # fmt: skip
 
 
 class Items(Sequence):
@@ -90,11 +75,9 @@ class Items(Sequence):
     def __init__(self, encoded: Any, rows: list[int]):
         """`encoded`: the return value of `encode_all`; `rows`: the usable rows."""
         self._rows = np.asarray(rows, dtype=np.int64)
-        columns = [encoded.data.column(name).combine_chunks() for name in ("ids", "labels", "shapes")]
-        self._values = [c.values.to_numpy() for c in columns]
-        self._offsets = [c.offsets.to_numpy() for c in columns]
-        self.lengths = np.diff(self._offsets[0])[self._rows]  # tokens of each example
-        self.longest = int(self._values[2].reshape(-1, 9)[:, 1].max())  # tokens of the longest segment
+        self._columns = [encoded.data.column(name).combine_chunks() for name in ("ids", "labels", "shapes")]
+        self.lengths = np.diff(self._columns[0].offsets.to_numpy())[self._rows]  # tokens of each example
+        self.longest = int(self._columns[2].values.to_numpy().reshape(-1, 9)[:, 1].max())  # tokens of a segment
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -102,8 +85,8 @@ class Items(Sequence):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row, segments, begin = self._rows[index], [], 0
-        ids, labels, shapes = (v[o[row] : o[row + 1]] for v, o in zip(self._values, self._offsets, strict=True))
+        ids, labels, shapes = (column[self._rows[index]].values.to_numpy() for column in self._columns)
+        segments, begin = [], 0
         for kind, length, view, stem, branch, *turns in shapes.reshape(-1, 9).tolist():
             part = slice(begin, begin + length)
             view = None if view < 0 else view
@@ -132,7 +115,7 @@ class SegmentDataset(torch.utils.data.Dataset):
             else:
                 problems.add(examples[row].source, error)
         if not good:
-            raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
+            raise ExampleError(f"no usable example is left: {problems.report()}")
         self.items, self.examples, self.draws = Items(encoded, good), [examples[row] for row in good], draws
 
     def __len__(self) -> int:

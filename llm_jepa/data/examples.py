@@ -69,11 +69,6 @@ class Problems:
     skip: bool = False
     found: dict[str, str] = field(default_factory=dict)  # reasons by place, so that an example counts once
 
-    @property
-    def messages(self) -> list[str]:
-        """Place and reason of each bad example."""
-        return [f"{source}: {reason}" for source, reason in self.found.items()]
-
     def add(self, source: str, reason: str) -> None:
         """Raises ExampleError unless bad examples are skipped."""
         if not self.skip:
@@ -84,8 +79,9 @@ class Problems:
         """One line for the console, None if nothing was skipped."""
         if not self.found:
             return None
+        first = "; ".join(f"{source}: {reason}" for source, reason in [*self.found.items()][:3])
         more = f" (and {len(self.found) - 3} more)" if len(self.found) > 3 else ""
-        return f"skipped {len(self.found)} bad examples: " + "; ".join(self.messages[:3]) + more
+        return f"skipped {len(self.found)} bad examples: {first}{more}"
 
 
 def check_text(value: Any, what: str, blank: bool = False) -> str:
@@ -128,14 +124,13 @@ def _view(row: dict[str, Any], name: str, role: str) -> str | None:
     return check_text(row[name][0].get("content"), f'content of the view "{name}"')
 
 
-def parse_example(row: Any, source: str, number: int, fields: Fields | None) -> Example:
-    """A row → Example; without `fields` it is in the project's own format. Raises ValueError with the reason."""
+def parse_example(source: str, number: int, read: Callable[[], Any], fields: Fields | None) -> Example:
+    """One of `Rows` → Example, without `fields` in the project's own format. Raises ValueError with the reason."""
+    row = read()
     if fields is None:
         return parse_messages(row, source, number)
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    if None in row:  # DictReader's key for additional cells
-        raise ValueError("the row has more cells than the first line")
     for name in (fields.text, fields.code):
         if name not in row:
             raise ValueError(f"no field {name!r} (there are {', '.join(map(repr, row)) or 'none'})")
@@ -258,11 +253,11 @@ def read_examples(path: str, problems: Problems, fields: Fields | None = None) -
     and for a bad row unless `problems` skips those.
     """
     examples = []
-    for source, number, row in read_rows(path, columns_of(fields)):
+    for row in read_rows(path, columns_of(fields)):
         try:
-            examples.append(parse_example(row(), source, number, fields))
+            examples.append(parse_example(*row, fields))
         except ValueError as error:
-            problems.add(source, str(error))
+            problems.add(row[0], str(error))
     if not examples:
         raise ExampleError(f"{path}: no examples in the file" + (f" ({problems.report()})" if problems.found else ""))
     return examples
@@ -276,14 +271,12 @@ def data_sha256(path: str, fields: Fields | None = None, streaming: bool = False
     if not is_hub(path):
         return sha256(path)
     if streaming:  # reading all rows would download them all
-        from huggingface_hub.errors import HTTPError
+        from huggingface_hub import HfApi, errors
 
         place = HUB.fullmatch(path)
         try:
-            from huggingface_hub import HfApi
-
             commit = HfApi().dataset_info(place["name"], revision=place["revision"]).sha
-        except (OSError, ValueError, HTTPError) as error:
+        except (OSError, ValueError, errors.HTTPError) as error:
             raise ExampleError(f"{path}: the hub does not report its commit ({first_line(error)})") from None
         return hashlib.sha256(f"{path.partition('@')[0]}@{commit}".encode()).hexdigest()
     digest = hashlib.sha256()

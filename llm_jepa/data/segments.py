@@ -112,33 +112,24 @@ def content_tokens(offsets: np.ndarray, r: Rendered) -> tuple[int, int]:
     return first, stop
 
 
-def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of all special tokens."""
-    return set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-
-
 def label_tokens(tokenizer: Any, scope: str, ids: np.ndarray, first: int, stop: int) -> np.ndarray:
     """Which tokens (T,) are labels, by --lm_labels. Raises ValueError if no special token ends the answer."""
     labels = np.zeros(len(ids), dtype=bool)
     if scope == "all":
         return ~labels
     if scope == "reference":
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return ids != pad
+        return ids != tokenizer.pad_token_id
     if scope == "answer":
-        special = special_ids(tokenizer)
+        special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
         ends = [t for t in range(stop, len(ids)) if int(ids[t]) in special]
         if not ends:
-            raise ValueError(
-                "the chat template ends the answer without a special token, so a model could not learn to stop; "
-                "change the template or give --lm_labels answer_text"
-            )
+            raise ValueError("no special token ends the answer in the chat template; give --lm_labels answer_text")
         stop = ends[0] + 1
     labels[first:stop] = True
     return labels
 
 
-def _try(function: Callable, *args: Any) -> Any:
+def or_error(function: Callable, *args: Any) -> Any:
     """The function's value, or the ValueError that says why the example cannot be used."""
     try:
         return function(*args)
@@ -176,11 +167,11 @@ class Encoder:
     def chats(self, examples: list[Example]) -> list[Segment | ValueError]:
         """The chat segment of each example, or the reason why there is none."""
         locate = self.locate_user or self.text_view == "in_chat"
-        return self._encode("chat", [_try(self.renderer.chat, example, locate) for example in examples])
+        return self._encode("chat", [or_error(self.renderer.chat, example, locate) for example in examples])
 
     def views(self, examples: list[Example]) -> list[tuple[Segment | ValueError, ...]]:
         """The two view segments of each example, or the reason why there are none."""
-        pairs = [_try(self.renderer.views, example) for example in examples]
+        pairs = [or_error(self.renderer.views, example) for example in examples]
         first, second = ([p if isinstance(p, ValueError) else p[i] for p in pairs] for i in (0, 1))
         return list(zip(self._encode("text_view", first), self._encode("code_view", second), strict=True))
 
@@ -190,7 +181,7 @@ class Encoder:
             tokens = _tokenize_chats(tokenizer, rendered)
         else:
             tokens = iter(_tokenize(tokenizer, [text.text for text in rendered]))
-        return [t if isinstance(t, ValueError) else _try(self._segment, kind, t, *next(tokens)) for t in texts]
+        return [t if isinstance(t, ValueError) else or_error(self._segment, kind, t, *next(tokens)) for t in texts]
 
     def _segment(self, kind: str, rendered: Rendered, ids: np.ndarray, offsets: np.ndarray, prompt: int = 0) -> Segment:
         tokenizer, name = self.renderer.tokenizer, kind.replace("_", " ")

@@ -16,11 +16,6 @@ from llm_jepa.data.segments import Item
 POINTS = {"geodesic": 3, "patch": 8}  # tokens at which each --stp variant reads a span
 
 
-def without_views(item: Item) -> Item:
-    """The example as in regular fine-tuning."""
-    return (item[0].without_view,)
-
-
 @dataclass(frozen=True)
 class Draws:
     """Applies the random draws to an item. The fields are flags of finetune.py.
@@ -39,7 +34,7 @@ class Draws:
     def __call__(self, item: Item, epoch: int, number: int) -> Item:
         """The item of example `number` in an epoch."""
         keep = self.jepa_ratio >= 1 or np.random.default_rng([self.seed, epoch, number]).random() < self.jepa_ratio
-        item = item if keep else without_views(item)
+        item = item if keep else (item[0].without_view,)
         if self.stp_variant is None:
             return item
         chat = item[0]

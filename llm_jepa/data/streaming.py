@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import patch_environment
 
-from llm_jepa.data.batching import no_tokenizer_threads
+from llm_jepa.data.batching import NO_THREADS
 from llm_jepa.data.examples import Example, ExampleError, Fields, Problems, columns_of, parse_example, read_rows
-from llm_jepa.data.segments import Encoder, Item
+from llm_jepa.data.segments import Encoder, Item, or_error
 
 BLOCK = 8192  # examples that are shuffled together
 CHUNK = 256  # examples that are tokenized together
@@ -52,7 +53,7 @@ class SegmentStream(torch.utils.data.IterableDataset):
         return examples
 
     def __iter__(self) -> Iterator[tuple[list[Item], Place, dict[str, str]] | ExampleError]:
-        with no_tokenizer_threads() if torch.utils.data.get_worker_info() else contextlib.nullcontext():
+        with patch_environment(**NO_THREADS) if torch.utils.data.get_worker_info() else contextlib.nullcontext():
             try:
                 yield from self._micro_batches()
             except ExampleError as error:
@@ -94,12 +95,7 @@ class SegmentStream(torch.utils.data.IterableDataset):
 
     def _encoded(self, rows: list) -> list[tuple[Example | None, Item | None]]:
         """An (example, item) for each row, (None, None) for a bad one that is skipped."""
-        examples: list[Example | ValueError] = []
-        for source, number, row in rows:
-            try:
-                examples.append(parse_example(row(), source, number, self.fields))
-            except ValueError as error:
-                examples.append(error)
+        examples = [or_error(parse_example, *row, self.fields) for row in rows]
         encoded = iter(self.encoder([e for e in examples if isinstance(e, Example)]))
         out = []
         for (source, _, _), example in zip(rows, examples, strict=True):

@@ -89,7 +89,7 @@ def encode_usable(
         except (ValueError, TemplateError) as error:
             problems.add(example.source, str(error))
     if examples and not good:
-        raise ExampleError("no usable example is left: " + "; ".join(problems.messages[:3]))
+        raise ExampleError(f"no usable example is left: {problems.report()}")
     return good, encoded
 
 

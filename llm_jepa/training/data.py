@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 from accelerate import PartialState
 
@@ -14,18 +13,14 @@ from llm_jepa.data.spans import Draws
 from llm_jepa.data.streaming import SegmentStream
 from llm_jepa.settings import Settings
 
-
-class Data(NamedTuple):
-    """Training and held-out examples. With --streaming `train_set` has only the first examples."""
-
-    train_set: SegmentDataset
-    stream: SegmentStream | None
-    held_out: SegmentDataset | None
-    problems: Problems
+Data = tuple[SegmentDataset, SegmentStream | None, SegmentDataset | None, Problems]
 
 
 def load_data(s: Settings, encoder: Encoder, state: PartialState) -> Data:
-    """Reads and encodes the examples that the flags name. Raises ExampleError."""
+    """(training set, stream, held-out set, problems) of the examples that the flags name. Raises ExampleError.
+
+    With --streaming the training set has only the first examples.
+    """
     problems, stream = Problems(s.skip_bad_examples), None
     draws = Draws(s.finetune_seed, s.jepa_ratio, s.stp_variant, s.stp_part, s.stp_spans, s.stp_max_length)
     if s.streaming:
@@ -44,7 +39,7 @@ def load_data(s: Settings, encoder: Encoder, state: PartialState) -> Data:
         held_out = read_examples(s.eval_file, problems, s.fields) if s.eval_file else []
     train_set = SegmentDataset(train[: s.dry_run or None], encoder, problems, draws, s.preprocessing_num_workers)
     if s.dry_run or not held_out:
-        return Data(train_set, stream, None, problems)
+        return train_set, stream, None, problems
     draws = dataclasses.replace(draws, jepa_ratio=1.0)  # held-out examples always have their views
     held_out_set = SegmentDataset(held_out, encoder, problems, draws, s.preprocessing_num_workers)
-    return Data(train_set, stream, held_out_set, problems)
+    return train_set, stream, held_out_set, problems

@@ -14,7 +14,7 @@ from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, read_examples
 from llm_jepa.data.rendering import Renderer, predictor_token
 from llm_jepa.data.segments import Encoder
-from llm_jepa.data.spans import Draws, without_views
+from llm_jepa.data.spans import Draws
 from llm_jepa.evaluation import embeddings
 from llm_jepa.model import load_model, load_tokenizer
 
@@ -47,7 +47,7 @@ def read(name: str, items: list, layout: str = "packed") -> finetune.States:
 def test_chat_is_as_without_view_and_view_is_as_without_answer(name, k, layout):
     items = encoder(name, k)(EXAMPLES)
     states = read(name, items, layout)
-    chats = read(name, [without_views(item) for item in items], "separate")
+    chats = read(name, [(item[0].without_view,) for item in items], "separate")
     torch.testing.assert_close(states.logits, chats.logits, rtol=1e-5, atol=1e-5)
     # The view in a row of its own: the chat up to the end of the user text, and the predictor tokens.
     model, expected = loaded(name)[0], []

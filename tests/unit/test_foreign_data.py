@@ -77,7 +77,7 @@ def test_empty_value_is_reported_by_place_or_skipped(name, place, tmp_path):
         read(path)
     problems = Problems(skip=True)
     assert [e.id for e in read(path, problems=problems)] == [1, 3]
-    assert len(problems.messages) == 1
+    assert len(problems.found) == 1
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_missing_hub_dataset_is_an_error_and_checksum_depends_on_content(hub, mo
     def unreachable(*args, **kwargs):
         raise HTTPError("[Errno 111] Connection refused")
 
-    monkeypatch.setattr("llm_jepa.data.examples.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     with pytest.raises(ExampleError, match="owner/films:test.*refused"):
         data_sha256("owner/films:test", fields, streaming=True)
 

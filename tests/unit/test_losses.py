@@ -9,7 +9,7 @@ from templates import dataset, encoder, model, tokenizer
 
 import finetune
 from llm_jepa.data.examples import Example
-from llm_jepa.data.spans import POINTS, without_views
+from llm_jepa.data.spans import POINTS
 from llm_jepa.training.trainer import view_statistics
 
 
@@ -124,7 +124,7 @@ def test_loss_dropout_scales_the_term_by_the_fraction_of_pairs_that_it_leaves(la
     network, selector = model("llama3")
 
     def gradient(kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-        dropped = [*items[:kept], *(without_views(item) for item in items[kept:])]
+        dropped = [*items[:kept], *((item[0].without_view,) for item in items[kept:])]
         batch = finetune.Collator(layout, tokenizer("llama3").pad_token_id, 64)(dropped)
         assert batch["counts"][1] == 4
         states = selector.read(network, batch)
