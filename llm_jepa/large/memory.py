@@ -70,7 +70,7 @@ def meta_model(s: LargeSettings, tokenizer: Any) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **options)
     except (*LOADING_ERRORS, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UsageError(f"--model_name {s.model_name}: not a causal language model ({first_line(error)})") from None
+        raise UsageError(f"--model_name {s.model_name} cannot be loaded: {first_line(error)}") from None
     model.new_rows = new
     return model
 
