@@ -28,7 +28,7 @@ if __name__ == "__main__":  # before the slow imports, so that help and wrong fl
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, set_seed
 
@@ -170,12 +170,14 @@ def predict(
                     add_notes(record, plan.notes(model))
                 response = partial(generation.generate_batch, model, renderer, limit, plan)
                 lengths = [len(prompt) for prompt in encoded]
-            sizes = (s.batch_size, s.tokens_per_batch) if plan.batch else (1, 0)
-            batches = generation.batches(lengths, *sizes)
-            responses = partial(generation.respond, examples, encoded, response, batches)
             if s.engine == "vllm":
                 sizes = (limit, s.tensor_parallel_size)
                 responses = stack.enter_context(vllm_engine.started(model, renderer, examples, encoded, *sizes))
+        if s.engine != "vllm":
+            alike = all(gather_object([plan.batch]))  # each process answers its share of the same batches
+            sizes = (s.batch_size, s.tokens_per_batch) if alike else (1, 0)
+            batches = generation.batches(lengths, *sizes)
+            responses = partial(generation.respond, examples, encoded, response, batches)
 
         def rows(done: set[int], share: tuple[int, int]) -> Iterator[Predictions]:
             for batch in responses(done, share):

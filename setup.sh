@@ -125,7 +125,7 @@ main() {
     -h | --help) usage; exit 0 ;;
     *) printf 'setup.sh: error: unknown arguments: %s (see --help)\n' "$*" >&2; exit 2 ;;
   esac
-  ! command -v "$PYTHON" >/dev/null || "$PYTHON" llm_jepa/variables.py setup.sh PYTHON TORCH_BUILD || exit 2
+  ! new_enough "$PYTHON" 2>/dev/null || "$PYTHON" llm_jepa/variables.py setup.sh PYTHON TORCH_BUILD || exit 2
   STAMP=$VENV/$STAMP UNFINISHED=$VENV/$UNFINISHED
   unset PYTHONHOME PYTHONPATH VIRTUAL_ENV PIP_PREFIX PIP_TARGET PIP_USER # of another environment
   if ! up_to_date; then

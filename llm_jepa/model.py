@@ -145,9 +145,9 @@ def not_causal(config: Any) -> str | None:
     """What a model is whose tokens attend to later ones, by its configuration; None for a causal one."""
     if config.is_encoder_decoder:
         return "an encoder-decoder model"
-    found = {"attn_type": "bi", "use_bidirectional_attention": True}
+    found = {"attn_type": "bi", "use_bidirectional_attention": True, "is_causal": False}
     if config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"):
-        found = {"is_decoder": False, "causal": False}
+        found |= {"is_decoder": False, "causal": False}
     text = config.get_text_config()
     fields = [f"{name}: {value}" for name, value in found.items() if getattr(text, name, None) == value]
     return f"an encoder ({fields[0]} in its config.json)" if fields else None

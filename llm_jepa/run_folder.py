@@ -136,7 +136,7 @@ class RunFolder:
         differing = [
             f"--{name} {before.get(name)!r} (now {now.get(name)!r})"
             for name in sorted(before.keys() | now.keys())
-            if name not in free and before.get(name) != now.get(name)
+            if name not in free and before.get(name, now.get(name)) != now.get(name)  # a flag can be newer than the run
         ]
         if differing:
             raise UsageError(f"--resume: {self.path} was made with other settings: " + ", ".join(differing))

@@ -300,10 +300,11 @@ def check_training(s: Settings, r: Refusals) -> None:
 
 def check_libraries(s: Settings, r: Refusals) -> None:
     """What only torch and transformers know, which take seconds to import: only for flags that are not the default."""
-    if s.dtype == "float16" or s.use_liger_kernel:
+    needs_gpu = {"--dtype float16": s.dtype == "float16", "--use_liger_kernel": s.use_liger_kernel,
+                 "--attn_implementation flex_attention": s.attn_implementation == "flex_attention"}  # fmt: skip
+    for name in [name for name, given in needs_gpu.items() if given]:
         import torch
 
-        name = "--use_liger_kernel" if s.use_liger_kernel else "--dtype float16"
         r.refuse(not torch.cuda.is_available(), f"{name} needs a GPU")
     if (s.lr_scheduler_type, s.optim) != (Settings.lr_scheduler_type, Settings.optim):
         import torch

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Environment, TemplateError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
 
 from llm_jepa.cli import UsageError, first_line
 from llm_jepa.data.examples import Example
@@ -140,6 +140,8 @@ class Renderer:
     def _shows(self, messages: list[dict], template: str | None = None) -> bool:
         try:
             return CONTENT in self._render(messages, template)
+        except TemplateSyntaxError:
+            raise
         except TemplateError:
             return False
 

@@ -151,7 +151,7 @@ class Plan:
     def notes(self, model: Any) -> list[str]:
         """What a reader of the results should know about how they were computed."""
         notes = [] if self.cache else [f"{class_name(model)} generates without a cache, because it fails with one"]
-        one = f"{class_name(model)} generates for one prompt at a time, because padded batches change what it computes"
+        one = f"{class_name(model)} generates for one prompt at a time, because padded batches fail or change results"
         return notes if self.batch else [*notes, one]
 
 
@@ -205,18 +205,20 @@ def make_plan(model: Any, prompts: list[list[int]], pad_id: int) -> Plan:
         differences = (found - alone).norm(dim=-1) / alone.norm(dim=-1)  # (S, 2)
         equal = (found.argmax(-1) == alone.argmax(-1)).cumprod(0)  # (S, 2): the tokens up to each step
         known = torch.cat([torch.ones_like(equal[:1]), equal[:-1]]).bool()
-        return bool((differences[known] < (1e-4 if model.dtype == torch.float32 else 5e-2)).all())
+        return bool((differences[known] < (1e-4 if model.dtype == torch.float32 else 0.1)).all())
 
     plan = Plan(batch=False)
     try:
         alone = logits(plan)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         try:
             plan = Plan(cache=False, batch=False)
             alone = logits(plan)
         except Exception as error:
             raise UsageError(f"{class_name(model)} cannot generate ({first_line(error)})") from None
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # for example of a cache; without memory, batches of one are tried
         batch = dataclasses.replace(plan, batch=True)
         if len(prompts) == 1 or same(batch):
             plan = batch

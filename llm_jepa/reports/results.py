@@ -15,7 +15,8 @@ from llm_jepa.run_folder import VOLATILE, origin_of_model
 # Settings that may differ between the runs of one arm, and between their evaluations.
 ARM_IGNORES = {"finetune_seed"} | VOLATILE
 EVALUATION_IGNORES = set(
-    "model_name input_file output_file spider_path batch_size tokens_per_batch tensor_parallel_size".split()
+    "model_name input_file output_file spider_path batch_size tokens_per_batch tensor_parallel_size "
+    "unmask_assistant_special_tokens".split()
 )
 ENVIRONMENT = ("git_commit", "git_dirty", "code_sha256", "versions", "device", "threads", "processes", "computation",
                "skipped_examples", "steps")  # fmt: skip

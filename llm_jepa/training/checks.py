@@ -99,7 +99,10 @@ def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], ha
         for row, column in (batch["label_at"], *batch["view_at"].unbind(1))
     ]
     rounding, leak = difference(shared, separate), change(0)
-    allowed = min(2 * change(len(rows[longest]) - 1), 1e-2 if half else 1e-6) if leak > 0 else 0
+    noise = change(len(rows[longest]) - 1)  # on every process, because sharded parameters are gathered for it
+    experts = any("expert" in name.lower() for name, _ in model.named_modules())
+    floor = 0 if not experts else 2e-3 if half else 2e-6  # by chance this one change may round nothing
+    allowed = min(max(2 * noise, floor), 1e-2 if half else 1e-5)
     if not leak <= allowed or not rounding < (0.1 if half else 1e-3):
         raise UsageError(
             f"{name} does not support --layout {collator.layout}: segments in one row change each other (by "

@@ -259,7 +259,10 @@ class StepTrainer(Trainer):
 
     def as_saved(self, model: Any) -> Any:
         """The model with the settings that are saved with it: in the run folder, in checkpoints and merged."""
-        model.config, model.generation_config = self.config, self.generation_config
+        config = copy.copy(self.config)
+        if not hasattr(model.config, "quantization_config"):  # merged into the base without quantization
+            vars(config).pop("quantization_config", None)
+        model.config, model.generation_config = config, self.generation_config
         return model
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -191,7 +191,8 @@ def test_four_bit_weights(ranks, tmp_path, data):
     # The CPU kernels require multiples of 32.
     wide = variant(tmp_path / "llama3", hidden_size=64, intermediate_size=128, head_dim=16)
     flags = (*JEPA, "--lora", "--lora_rank", 4, "--lora_dropout", 0, "--model_name", wide)
-    one = train(ranks, 1, tmp_path / "one", data, *flags, "--load_in_4bit", *sizes(1, 8))
+    one = train(ranks, 1, tmp_path / "one", data, *flags, "--load_in_4bit", "--merge", *sizes(1, 8))
+    assert "quantization_config" not in read_json(one / "merged" / "config.json")
     two = train(ranks, 2, tmp_path / "two", data, *flags, "--load_in_4bit", *sizes(2))
     assert read_json(two / "args.json")["sharding"] == "ddp"
     assert column(two, "loss") == pytest.approx(column(one, "loss"), rel=2e-3)

@@ -250,6 +250,7 @@ ENCODERS = [
     ("bert", {}, "is_decoder"),
     ("xlm", {}, "causal"),
     ("t5", {"d_model": 16, "d_ff": 16, "num_layers": 1}, "t5"),
+    ("llama", {"is_causal": False}, "is_causal"),
 ]
 
 

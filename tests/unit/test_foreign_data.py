@@ -130,6 +130,10 @@ def test_columns_that_are_not_used_are_not_read(tmp_path):
     own = pa.Table.from_pylist([message_row("u", "a")]).append_column("far", pa.array([2**55], pa.timestamp("ms")))
     parquet.write_table(own, path)
     assert [e.user for e in read(path, None)] == ["u"]
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["question", "code", "code"])
+    parquet.write_table(twice, path)
+    with pytest.raises(ExampleError, match="'code'"):
+        read(path)
     (tmp_path / "twice.csv").write_text("question,,code,\na,1,c,2\n")
     assert [e.user for e in read(tmp_path / "twice.csv")] == ["a"]
     mixed = [{"question": "a", "code": "c", "x": x} for x in ("a", {"y": 1}, [1, None], None)]

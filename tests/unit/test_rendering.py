@@ -313,8 +313,8 @@ def test_templates_that_cannot_be_used_are_refused():
     assert decode(encoder("chatml"), chat.ids[chat.labels]).strip() == "Good"
     with pytest.raises(ExampleError, match="rows:1"):
         dataset([FIRST], with_template(turns("{{ m['content'] | upper }}")))
-    for hidden in (None, turns("")):
-        with pytest.raises(UsageError, match="template"):
+    for hidden, reason in ((None, "none"), (turns(""), "user turn"), ("{% for m in messages %}{{ m }}", "endfor")):
+        with pytest.raises(UsageError, match=f"template.*{reason}"):
             with_template(hidden)
 
 

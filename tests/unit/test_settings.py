@@ -125,6 +125,7 @@ REFUSED = {
     "--dry_run 2 --overwrite": "--overwrite --dry_run",
     "--track_flop --torch_compile": "--track_flop --torch_compile",
     "--track_flop --attn_implementation flex_attention": "--track_flop --attn_implementation",
+    "--attn_implementation flex_attention": "--attn_implementation flex_attention",
     "--lr_scheduler_type polynomial --learning_rate 1e-8": "--lr_scheduler_type --learning_rate",
     "--learning_rate nan": "",
     "--batch_size 0": "",
