@@ -364,18 +364,20 @@ def blocks_after(model: torch.nn.Module, layer: int, flag: str) -> list[torch.nn
     There are several if a model has towers of equal depth, or lists of a block's parts (XLM): a forward pass shows
     which one receives a text's states first. Raises UsageError if the model has no such layer.
     """
+    if layer == -1:
+        return []
     lists, inside = [], ()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) and not name.startswith(inside):
             lists.append(module)
             inside += (f"{name}.",)
     lists = [m for m in lists if isinstance(m[0], GradientCheckpointingLayer)] or lists
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)  # BLT has several kinds
     if len(lists) == 1:  # LongCat counts each block twice, decoders of encoder-decoder models the encoder's
         count = len(lists[0])
     if not -count - 1 <= layer <= count:
         raise UsageError(f"--{flag} {layer} is not in {-count - 1} to {count}, the layers of {type(model).__name__}")
-    if layer in (-1, count):
+    if layer == count:
         return []
     blocks = [m[layer % (count + 1)] for m in lists if len(m) == count]
     if not blocks:
