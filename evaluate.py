@@ -76,7 +76,11 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
         return vllm_engine.describe(name, s.revision, dtype), encoder
     revision = adapter.get("revision") if adapter and s.revision is None else s.revision
     code = {"trust_remote_code": s.trust_remote_code}
-    load_config(base, revision, **code)
+    try:
+        load_config(base, revision, **code)
+    except UsageError as error:
+        hint = f"; the base of the adapter {name} can also be given as --original_model_name" if adapter else ""
+        raise UsageError(f"{error}{hint}") from None
     options = {"dtype": getattr(torch, dtype), "revision": revision, "device_map": s.device_map} | code
     if s.attn_implementation:
         options["attn_implementation"] = s.attn_implementation
