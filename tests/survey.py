@@ -1,6 +1,6 @@
 """Trains and evaluates every causal-LM architecture of transformers in a tiny size and writes docs/architectures.md.
 
-    nice python tests/survey.py                  # all architectures, about two hours on one core
+    nice python tests/survey.py                  # all architectures, about 20 minutes on one core
     python tests/survey.py table.md llama mamba  # some of them
 
 Each architecture has a child process with a time limit. PAGE describes what is done.
@@ -152,7 +152,7 @@ values and the tokenizer of `models/tiny`. That shows that the code runs, not th
 - *refused*: an error message of one line and exit code 2. *fault*: a traceback or another exit code, which is a bug.
   *not built*: transformers makes no tiny model from the script's settings.
 
-`nice python tests/survey.py` makes this page in about two hours.
+`nice python tests/survey.py` makes this page in about 20 minutes on one core.
 
 {table}
 """
