@@ -23,7 +23,7 @@ from llm_jepa.cli import UsageError, first_line, parse_flags
 from llm_jepa.distributed import agreed, processes, start
 from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings, check_run, notes_on, run_split
 
-if __name__ == "__main__":  # before the slow imports, so that help and wrong flags take no seconds
+if __name__ == "__main__":  # before the slow imports, so that --help and flag errors are fast
     start("evaluate.py", lambda: check_evaluation_settings(parse_flags(EvaluationSettings, __doc__)[0], processes()))
 
 import torch
@@ -178,7 +178,7 @@ def predict(
                 sizes = (limit, s.tensor_parallel_size)
                 responses = stack.enter_context(vllm_engine.started(model, renderer, examples, encoded, *sizes))
         if s.engine != "vllm":
-            alike = all(gather_object([plan.batch]))  # each process answers its share of the same batches
+            alike = all(gather_object([plan.batch]))  # all processes must make the same batches
             sizes = (s.batch_size, s.tokens_per_batch) if alike else (1, 0)
             batches = generation.batches(lengths, *sizes)
             responses = partial(generation.respond, examples, encoded, response, batches)

@@ -41,7 +41,7 @@ from llm_jepa.cli import UsageError, first_line, parse_flags
 from llm_jepa.distributed import agreed, start
 from llm_jepa.settings import Settings, check_settings, is_flash
 
-if __name__ == "__main__":  # before the slow imports, so that help and wrong flags take no seconds
+if __name__ == "__main__":  # before the slow imports, so that --help and flag errors are fast
     start("finetune.py", lambda: check_settings(*parse_flags(Settings, __doc__)))
 
 import numpy as np

@@ -23,7 +23,7 @@ from llm_jepa.cli import UsageError, parse_flags
 from llm_jepa.distributed import processes, start
 from llm_jepa.large.settings import LargeSettings, check_large_settings
 
-if __name__ == "__main__":  # before the slow imports, so that help and wrong flags take no seconds
+if __name__ == "__main__":  # before the slow imports, so that --help and flag errors are fast
     start("finetune8bh200.py", lambda: check_large_settings(*parse_flags(LargeSettings, __doc__), processes() > 1))
 
 import torch

@@ -173,7 +173,7 @@ def run_command(
     except KeyboardInterrupt:
         code, lines = 130, [f"interrupted{hint}"]
         if isinstance(outside, partial):
-            outside = partial(_end_at_once, name, lambda: False)  # a second Ctrl-C has nothing to add
+            outside = partial(_end_at_once, name, lambda: False)  # a second Ctrl-C prints nothing
     finally:
         if isinstance(outside, partial):
             signal.signal(signal.SIGINT, outside)

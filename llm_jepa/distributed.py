@@ -46,7 +46,7 @@ def clean_environment(name: str) -> None:
     for n in [n for n in (*TORCHRUN, *MPI_SIZES) if n != "MASTER_ADDR" and os.environ.get(n)]:
         if not os.environ[n].isdecimal():
             raise UsageError(f"{n}={os.environ[n]} is not a number; unset {n}")
-        if alone and n.endswith("_SIZE") and os.environ[n] != "1" and n != "PMI_SIZE":  # srun may set that on each node
+        if alone and n.endswith("_SIZE") and os.environ[n] != "1" and n != "PMI_SIZE":  # srun can set it on each node
             missing = ", ".join(m for m in TORCHRUN if not os.environ.get(m))
             raise UsageError(f"{n}={os.environ[n]} without {missing}: start with torchrun, or unset {n}")
     for n in (*MPI_SIZES, *((*TORCHRUN, "LOCAL_WORLD_SIZE") if alone else ())):

@@ -139,7 +139,7 @@ def to_generation(renderer: Renderer, tokens: list[int], stops: list[int]) -> Ge
 
 @dataclass(frozen=True)
 class Plan:
-    """What does not change a model's responses: a cache, other prompts and padding in a batch, a shared prefix.
+    """Which optimizations leave a model's responses unchanged: a cache, padded batches, a shared prefix.
 
     `prefix` is the cache (one row) after the tokens that all prompts begin with, usually the system turn.
     """
@@ -183,7 +183,7 @@ def shared_prefix(model: Any, prompts: list[list[int]]) -> DynamicCache | None:
 
 
 def make_plan(model: Any, prompts: list[list[int]], pad_id: int) -> Plan:
-    """The fastest plan with which the first logits after the longest and the shortest prompt are those of each alone.
+    """The fastest plan that gives the longest and the shortest prompt the same first logits as one prompt at a time.
 
     In a batch shorter prompts are padded, after the prefix if there is one. Outputs do not change if attention depends
     on the mask and the positions only. They change if the model ignores the mask, if its layers carry a state along the
@@ -218,7 +218,7 @@ def make_plan(model: Any, prompts: list[list[int]], pad_id: int) -> Plan:
             alone = logits(plan)
         except Exception as error:
             raise UsageError(f"{class_name(model)} cannot generate ({first_line(error)})") from None
-    with contextlib.suppress(Exception):  # for example of a cache; without memory, batches of one are tried
+    with contextlib.suppress(Exception):  # what fails is not used, whatever the error
         batch = dataclasses.replace(plan, batch=True)
         if len(prompts) == 1 or same(batch):
             plan = batch

@@ -99,9 +99,9 @@ def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], ha
         for row, column in (batch["label_at"], *batch["view_at"].unbind(1))
     ]
     rounding, leak = difference(shared, separate), change(0)
-    noise = change(len(rows[longest]) - 1)  # on every process, because sharded parameters are gathered for it
+    noise = change(len(rows[longest]) - 1)  # measured by every process, for sharded parameters
     experts = any("expert" in name.lower() for name, _ in model.named_modules())
-    floor = 0 if not experts else 2e-3 if half else 2e-6  # by chance this one change may round nothing
+    floor = 0 if not experts else 2e-3 if half else 2e-6  # their rounding may happen to stay the same
     allowed = min(max(2 * noise, floor), 1e-2 if half else 1e-5)
     if not leak <= allowed or not rounding < (0.1 if half else 1e-3):
         raise UsageError(

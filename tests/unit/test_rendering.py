@@ -293,7 +293,7 @@ def test_thinking_answers_follow_a_prompt_that_does_not_close_the_thinking(tmp_p
     assert labels == [f"<think>\n{block}\n</think>\n\nGood<|im_end|>" for block in blocks]
     again = Renderer(AutoTokenizer.from_pretrained(tmp_path))
     again.fix_template()
-    assert again.tokenizer.chat_template == e.renderer.tokenizer.chat_template  # a run that thinks goes on so
+    assert again.tokenizer.chat_template == e.renderer.tokenizer.chat_template  # thinking stays on
 
 
 def test_data_with_thinking_answers_turn_thinking_on(tmp_path):
