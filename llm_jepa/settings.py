@@ -14,10 +14,14 @@ from typing import Any, Literal
 
 from llm_jepa.cli import Refusals, UsageError, first_line, flag
 from llm_jepa.data.examples import Fields, dataset_name
+from llm_jepa.distributed import processes
 from llm_jepa.files import read_json
+from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
 from llm_jepa.run_folder import VOLATILE
 
 DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimization", "Run"
+JepaLossName = Literal[*JEPA_LOSSES] | None
+StpName = Literal[*STP_LOSSES] | None
 Strategy = Literal["epoch", "steps", "no"] | None
 
 
@@ -67,9 +71,27 @@ class Settings:
     lbd: float = flag(0.1, "weight λ of the JEPA loss; 0 is regular fine-tuning", METHOD)
     gamma: float = flag(1.0, "weight γ of the language-model loss", METHOD)
     last_token: int | None = flag(None, "view token's index, -1 the view's last; default: last content token", METHOD)
-    jepa_l2: bool = flag(False, "distance ‖a − b‖₂ between the views instead of 1 − cosine", METHOD)
-    jepa_mse: bool = flag(False, "mean squared difference between the views instead of 1 − cosine", METHOD)
-    infonce: bool = flag(False, "InfoNCE over a micro-batch's pairs, temperature 0.07, instead of 1 − cosine", METHOD)
+    jepa_loss: JepaLossName = flag(
+        None, "loss of the pairs, default cosine: " + "; ".join(f"{n}: {x.formula}" for n, x in JEPA_LOSSES.items()),
+        METHOD,
+    )  # fmt: skip
+    jepa_l2: bool = flag(False, "the same as --jepa_loss l2", METHOD)
+    jepa_mse: bool = flag(False, "the same as --jepa_loss mse", METHOD)
+    infonce: bool = flag(False, "the same as --jepa_loss infonce", METHOD)
+    temperature: float | None = flag(
+        None, "temperature τ of --jepa_loss infonce (default 0.07) and clip (default 0.1)", METHOD
+    )
+    negatives_queue: int = flag(
+        0, "--jepa_loss infonce, clip: also contrast with this many earlier pairs, without gradient", METHOD
+    )
+    stop_gradient: Literal["text", "code"] | None = flag(None, "view into which no JEPA gradient flows", METHOD)
+    center: bool = flag(False, "subtract each view's mean over the micro-batch before --jepa_loss", METHOD)
+    sigreg: float = flag(
+        0.0, "W: (1 − W) · JEPA loss + W · SIGReg, both of a projection of the views; 0.02 to 0.05 is usual", METHOD
+    )
+    shuffle_pairs: bool = flag(
+        False, "placebo: pair each Text view with the Code view of another example of the micro-batch", METHOD
+    )
     front_pred: bool = flag(False, "predictor tokens before the view's content", METHOD)
     reverse_pred: bool = flag(False, "the assistant turn is the first view and gets the predictor tokens", METHOD)
     text_view: Literal["alone", "in_chat"] = flag(
@@ -79,11 +101,10 @@ class Settings:
         METHOD,
     )
     jepa_ratio: float = flag(1.0, "fraction of examples that get the JEPA term (1 − the paper's LD rate)", METHOD)
-    stp: Literal["geodesic", "patch"] | None = flag(
+    stp: StpName = flag(
         None,
-        "add the loss of Semantic Tube Prediction, with the JEPA loss or with --regular. geodesic: "
-        "1 − cos(h_t − h_r, h_r − h_s) for random tokens s < r < t; patch: 1 − the cosine between the change of the "
-        "hidden state along a random span and the change along the rest of the chat",
+        "add the loss of Semantic Tube Prediction, with the JEPA loss or with --regular. "
+        + "; ".join(f"{name}: {loss.formula}" for name, loss in STP_LOSSES.items()),
         METHOD,
     )
     stp_lbd: float = flag(0.02, "weight of the --stp loss; 0 turns it off", METHOD)
@@ -95,6 +116,18 @@ class Settings:
     stp_warmup: float = flag(0.0, "--stp: linear warm-up of its weight in steps; below 1: a fraction of all", METHOD)
     stp_min_lbd: float = flag(0.0, "--stp_warmup: weight at the start of the warm-up", METHOD)
     stp_layer: int = flag(-1, "--stp: layer, as evaluate.py's --embedding_layer; 0: embeddings, -1: the last", METHOD)
+    nitp: bool = flag(
+        False, f"add the next-latent loss, with the JEPA loss or with --regular: mean over the chat of {NITP_FORMULA}",
+        METHOD,
+    )  # fmt: skip
+    nitp_lbd: float = flag(0.8, "weight of the --nitp loss; 0 turns it off", METHOD)
+    nitp_layer: int = flag(0, "--nitp: layer of the target z; 0: the embeddings, -1: the last layer", METHOD)
+    nitp_targets: Literal["states", "random", "shuffled"] = flag(
+        "states", "--nitp, controls: a fixed random vector per token; the state of another token", METHOD
+    )
+    gradient_stats: int = flag(
+        100, "every N steps, log the size and direction of each auxiliary gradient; 0: never", RUN
+    )
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
@@ -191,9 +224,20 @@ class Settings:
         return self.text_view == "in_chat" or (bool(self.stp_variant) and self.stp_part in ("content", "user"))
 
     @property
-    def distance(self) -> str:
-        """Name of the distance between the views, a key of DISTANCES."""
-        return next((n for n in ("jepa_l2", "jepa_mse", "infonce") if getattr(self, n)), "cosine")
+    def jepa_loss_or_default(self) -> str:
+        """The loss of the pairs that the flags ask for, a key of JEPA_LOSSES."""
+        old = {"l2": self.jepa_l2, "mse": self.jepa_mse, "infonce": self.infonce}
+        return self.jepa_loss or next((name for name, given in old.items() if given), "cosine")
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether a pair's loss depends on other pairs."""
+        return JEPA_LOSSES[self.jepa_loss_or_default].contrasts or self.center
+
+    @property
+    def has_nitp(self) -> bool:
+        """Whether the --nitp loss has a weight."""
+        return self.nitp and self.nitp_lbd > 0
 
     @property
     def layout_or_default(self) -> str:
@@ -235,8 +279,8 @@ def check_data(s: Settings, r: Refusals) -> None:
 def check_method(s: Settings, r: Refusals) -> None:
     """The loss, the views and their layout."""
     views = (
-        "lbd predictors last_token jepa_l2 jepa_mse infonce front_pred reverse_pred text_view jepa_ratio additive_mask "
-        "same_flop reference_grad_scale"
+        "lbd predictors last_token jepa_loss jepa_l2 jepa_mse infonce temperature negatives_queue stop_gradient center "
+        "sigreg shuffle_pairs front_pred reverse_pred text_view jepa_ratio additive_mask same_flop reference_grad_scale"
     )
     layout, dense = s.layout_or_default, s.attn_implementation in (None, "sdpa", "eager")
     kernel = f"--attn_implementation {s.attn_implementation}"
@@ -245,10 +289,19 @@ def check_method(s: Settings, r: Refusals) -> None:
     r.only_if(s.grad_accum > 1, "reference_grad_scale", "not with --grad_accum 1, where it changes nothing")
     r.only_if(s.predictors > 0, "front_pred reverse_pred", "only with --predictors")
     r.refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
-    r.refuse(s.jepa_l2 + s.jepa_mse + s.infonce > 1, "give one of --jepa_l2, --jepa_mse and --infonce")
-    r.refuse(s.gamma == 0 and not s.jepa and not s.stp_variant, "--gamma 0: no loss is left")
-    single = s.batch_size == 1 and not s.tokens_per_batch
-    r.refuse(s.infonce and single, "--infonce: not with --batch_size 1, which leaves nothing to contrast")
+    losses = s.jepa_l2 + s.jepa_mse + s.infonce + (s.jepa_loss is not None)
+    r.refuse(losses > 1, "give one of --jepa_loss, --jepa_l2, --jepa_mse and --infonce")
+    r.refuse(s.gamma == 0 and not (s.jepa or s.stp_variant or s.has_nitp), "--gamma 0: no loss is left")
+    single, name = s.batch_size == 1 and not s.tokens_per_batch, s.jepa_loss_or_default
+    alone = [f"--jepa_loss {name}"] * JEPA_LOSSES[name].contrasts + ["--center"] * s.center
+    for what in [*alone, *["--shuffle_pairs"] * s.shuffle_pairs]:
+        alone_here = single and (s.shuffle_pairs or processes() == 1)
+        r.refuse(alone_here, f"{what}: not with --batch_size 1, which leaves no other pair")
+    tempered = JEPA_LOSSES[name].temperature is not None
+    r.only_if(tempered, "temperature negatives_queue", "only with --jepa_loss infonce or clip")
+    r.refuse(s.temperature is not None and not s.temperature > 0, f"--temperature {s.temperature} is not positive")
+    r.refuse(not 0 <= s.sigreg < 1, f"--sigreg {s.sigreg} is not in 0 to 1")
+    r.only_if(s.nitp, "nitp_lbd nitp_layer nitp_targets", "only with --nitp")
     r.only_if(not s.tokens_per_batch, "batch_size", "not together with --tokens_per_batch")
     r.only_if(layout == "packed", "tokens_per_batch tokens_per_row", "only with --layout packed")
     r.only_if(not is_flash(s), "tokens_per_row", "flash attention packs each micro-batch into one row")
@@ -321,9 +374,9 @@ def check_libraries(s: Settings, r: Refusals) -> None:
 
 POSITIVE = ("batch_size grad_accum lora_rank max_length save_steps eval_steps logging_steps save_total_limit "
             "stp_spans learning_rate num_epochs").split()  # fmt: skip
-NOT_NEGATIVE = ("lbd gamma stp_lbd stp_max_length stp_warmup stp_min_lbd finetune_seed split_seed eval_generate "
-                "dry_run tokens_per_row tokens_per_batch max_grad_norm warmup_steps weight_decay "
-                "dataloader_num_workers preprocessing_num_workers").split()  # fmt: skip
+NOT_NEGATIVE = ("lbd gamma nitp_lbd negatives_queue gradient_stats stp_lbd stp_max_length stp_warmup stp_min_lbd "
+                "finetune_seed split_seed eval_generate dry_run tokens_per_row tokens_per_batch max_grad_norm "
+                "warmup_steps weight_decay dataloader_num_workers preprocessing_num_workers").split()  # fmt: skip
 
 
 def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -> Settings:
@@ -365,6 +418,10 @@ def resolve(s: Settings) -> Settings:
         s,
         layout=s.layout_or_default,
         additive_mask=s.layout_or_default == "additive",
+        jepa_loss=s.jepa_loss_or_default,
+        jepa_l2=False,
+        jepa_mse=False,
+        infonce=False,
         lm_labels=s.label_scope or ("all" if s.train_all else "answer"),
         use_default_data_collator=False,
         unmask_assistant_special_tokens=False,
@@ -380,7 +437,13 @@ def default_output_dir(s: Settings) -> str:
     method = "regular" if s.regular else f"jepa-lbd{s.lbd:g}-k{s.predictors}"
     named = {"train_file", "model_name", "regular", "lbd", "predictors", "learning_rate", "finetune_seed"}
     usual = {f.name: f.default for f in dataclasses.fields(s)}
-    usual |= {"layout": "packed", "lm_labels": "answer", "eval_strategy": "no", "save_strategy": "epoch"}
+    usual |= {
+        "layout": "packed",
+        "jepa_loss": "cosine",
+        "lm_labels": "answer",
+        "eval_strategy": "no",
+        "save_strategy": "epoch",
+    }
     others = {k: v for k, v in dataclasses.asdict(s).items() if k not in named | VOLATILE and v != usual[k]}
     mark = "-x" + hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8] if others else ""
     return f"runs/{dataset}-{Path(s.model_name).name}-{method}-lr{s.learning_rate:g}{mark}-s{s.finetune_seed}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,6 +57,12 @@ class Segment:
         end = len(self.ids) - self.branch
         ids = np.concatenate([self.ids[: self.stem], self.ids[end:]])
         return Segment("text_view", ids, np.zeros(len(ids), dtype=bool), len(ids) - 1)
+
+    @property
+    def view_id(self) -> int:
+        """A number that is equal for views with the same tokens."""
+        view = self.text_view if self.kind == "chat" else self
+        return int.from_bytes(hashlib.blake2b(view.ids.tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
 Item = tuple[Segment, ...]  # an example: (chat,), (chat, text view, code view) or (chat with a view, code view)

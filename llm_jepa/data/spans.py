@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llm_jepa.data.segments import Item
-
-POINTS = {"geodesic": 3, "patch": 8}  # tokens at which each --stp variant reads a span
+from llm_jepa.losses import STP_LOSSES
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Draws:
         rng = np.random.default_rng([self.seed, epoch, number, 1])  # the 1 makes it independent of the dropout
         drawn = [draw(rng, parts[self.stp_part], self.stp_max_length or full[1]) for _ in range(self.stp_spans)]
         path = np.array([points for points in drawn if points is not None], dtype=np.int64)
-        path = path.reshape(-1, POINTS[self.stp_variant])  # (S, K)
+        path = path.reshape(-1, STP_LOSSES[self.stp_variant].points)  # (S, K)
         return (dataclasses.replace(chat, path=path), *item[1:])
 
 

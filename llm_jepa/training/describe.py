@@ -42,7 +42,9 @@ def start_block(s: Settings, model: Any, renderer: Renderer, train_set: SegmentD
     parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     row = first_example(renderer, train_set)
     examples = "a stream" if s.streaming else f"{len(train_set)} examples"
-    method = f"JEPA, λ {s.lbd:g}, γ {s.gamma:g}, k {s.predictors}, {s.distance}" if s.jepa else "regular"
+    method = f"JEPA, λ {s.lbd:g}, γ {s.gamma:g}, k {s.predictors}, {s.jepa_loss}" if s.jepa else "regular"
+    method += ", shuffled pairs" if s.jepa and s.shuffle_pairs else ""
+    method += f" + NITP, weight {s.nitp_lbd:g}, layer {s.nitp_layer}" if s.has_nitp else ""
     method += f" + STP {s.stp_variant}, weight {s.stp_lbd:g}" if s.stp_variant else ""
     method += f", layer {s.stp_layer}" if s.stp_variant and s.stp_layer != -1 else ""
     lines = [

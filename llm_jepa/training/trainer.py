@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
@@ -23,24 +22,15 @@ from llm_jepa.data.examples import ExampleError, Problems
 from llm_jepa.data.segments import Item
 from llm_jepa.data.streaming import Place, SegmentStream
 from llm_jepa.files import read_json, write_json
+from llm_jepa.losses import nitp_loss
+from llm_jepa.projectors import load_projectors, save_projectors, without_projectors
 from llm_jepa.run_folder import mark_checkpoint
+from llm_jepa.training.diagnostics import PAIR_STATISTICS, effective_rank, gradient_statistics, pair_statistics
 from llm_jepa.training.flops import FlopCounter
 
-STATISTICS = ("lm_sum", "jepa_sum", "cosine_sum", "spread_sum", "stp_sum", "labels", "pairs", "spans",
-              "spread_pairs", "chat", "text_view", "code_view", "padding")  # fmt: skip
-
-
-@torch.no_grad()
-def view_statistics(views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of the pairs' cosines, spread × P) of the views' embeddings (2, P, D).
-
-    Spread is 1 − the mean cosine between different examples' views of one kind, averaged over the two kinds: 0 if all
-    embeddings have collapsed into one direction, near 1 if they point in all directions. It needs P > 1.
-    """
-    text, code = F.normalize(views.float(), dim=-1)  # (P, D) each
-    p = len(text)
-    between = [(u.sum(dim=0).square().sum() - p) / max(1, p * (p - 1)) for u in (text, code)]
-    return (text * code).sum(), (1 - (between[0] + between[1]) / 2) * p
+COUNTED = ("labels", "pairs", "spans", "next_tokens")  # what the sums of a logging interval are divided by
+TOKENS = ("chat", "text_view", "code_view", "padding")
+VIEWS_KEPT = 256  # pairs of a logging interval whose effective rank is logged
 
 
 def compile_decoder(model: torch.nn.Module) -> None:
@@ -85,12 +75,14 @@ class StepTrainer(Trainer):
 
     def __init__(
         self, *args: Any, collator: Callable, micro_batches: Callable[..., MicroBatches], problems: Problems,
-        gamma: float, terms: list[Any], track_flop: bool = False,
+        gamma: float, terms: list[Any], track_flop: bool = False, gradient_stats: int = 0,
         generate: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any,
     ):  # fmt: skip
         """`micro_batches(lengths, shuffle=, processes=)` groups examples; `problems` gets what a stream skips.
 
-        `gamma` and `terms`: the objective. `generate(model)` returns metrics from generation, at each evaluation.
+        `gamma` and `terms`: the objective. Every `gradient_stats` steps the gradients of the terms are compared with
+        that of the language-model loss (0: never). `generate(model)` returns metrics from generation, at each
+        evaluation.
         """
         # The Trainer changes both for its own purposes (use_cache, special tokens); saved is what the model had.
         model = kwargs["model"]
@@ -100,7 +92,11 @@ class StepTrainer(Trainer):
         self.collator, self.problems = collator, problems
         self.gamma, self.terms, self.track_flop, self.generate = gamma, terms, track_flop, generate
         exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        self.statistics = torch.zeros(len(STATISTICS), dtype=exact, device=self.args.device)
+        sums = ("lm", *(term.name for term in terms), "nitp_shuffled", *PAIR_STATISTICS)
+        self.statistics_names = (*sums, *COUNTED, *TOKENS)
+        self.statistics = torch.zeros(len(self.statistics_names), dtype=exact, device=self.args.device)
+        self.gradient_stats, self._measures, self._measured = gradient_stats, False, {}
+        self._views: list[torch.Tensor] = []  # the last ones of the logging interval, (2, P, D) each
         # Tells the Trainer that the loss is already scaled for gradient accumulation.
         self.model_accepts_loss_kwargs = True
         self.streaming = isinstance(self.train_dataset, SegmentStream)
@@ -182,29 +178,54 @@ class StepTrainer(Trainer):
 
     # -- statistics
 
+    def begin_step(self) -> None:
+        """Decides whether gradients are compared in this step's first micro-batch."""
+        usable = self.terms and self.gradient_stats and not self.is_fsdp_enabled  # shards have no gradient of their own
+        self._measures = bool(usable) and self.state.global_step % self.gradient_stats == 0
+
     def add_statistics(
-        self, loss: torch.Tensor, lm_sum: torch.Tensor, sums: dict[str, torch.Tensor], views: torch.Tensor, batch: dict
-    ) -> None:
-        """Adds a micro-batch: its share of the step's loss, its sums and counts, its views (2, P, D)."""
-        self._step_loss = self._step_loss + loss.detach()
-        count, zero = views.shape[1], lm_sum.new_zeros(())
-        cosine, spread = view_statistics(views) if "jepa" in sums else (zero, zero)
-        figures = (lm_sum, sums.get("jepa", zero), cosine, spread if count > 1 else zero, sums.get("stp", zero))
-        figures = torch.stack([x.detach().float() for x in figures]).to(self.statistics)
-        labels, _, spans = batch["counts"].split(1)
-        # Made on the device: copying a number there would make the host wait.
-        pairs, spread_pairs = (labels.new_full((1,), n) for n in (count, count if count > 1 else 0))
-        self.statistics += torch.cat([figures, labels, pairs, spans, spread_pairs, batch["tokens"]])
+        self, shares: dict[str, torch.Tensor], lm_sum: torch.Tensor, sums: dict[str, torch.Tensor], states: Any,
+        batch: dict,
+    ) -> None:  # fmt: skip
+        """Adds a micro-batch: its shares of the step's loss, its unweighted sums, its States and counts."""
+        if self._measures and torch.is_grad_enabled():
+            parameters = [
+                p for name, p in self.model.named_parameters() if p.requires_grad and "projectors" not in name
+            ]
+            self._measured, self._measures = gradient_statistics(shares, parameters), False
+        self._step_loss = self._step_loss + sum(shares.values()).detach()
+        zero = lm_sum.new_zeros(())
+        figures = dict.fromkeys(self.statistics_names, zero) | {"lm": lm_sum} | sums
+        if "jepa" in sums and states.views.shape[1]:
+            figures |= dict(zip(PAIR_STATISTICS, pair_statistics(states.views), strict=True))
+            if torch.is_grad_enabled():
+                kept = sum(v.shape[1] for v in self._views[1:])
+                self._views = [*self._views[kept >= VIEWS_KEPT :], states.views.detach()]
+        if "nitp" in sums:  # with the targets of other tokens of the micro-batch
+            others = states.target.roll(max(1, len(states.target) // 2), dims=0)
+            figures["nitp_shuffled"] = len(others) - nitp_loss(states.predicted, others)[0]
+        figures |= dict(zip(COUNTED, batch["counts"], strict=True)) | dict(zip(TOKENS, batch["tokens"], strict=True))
+        figures["pairs"] = torch.full_like(figures["labels"], states.views.shape[1])  # that loss dropout has left
+        self.statistics += torch.stack([x.detach().to(self.statistics) for x in figures.values()])
 
     def _drain(self, statistics: torch.Tensor) -> dict[str, float]:
-        total = dict(zip(STATISTICS, self.accelerator.reduce(statistics, "sum").tolist(), strict=True))
+        total = dict(zip(self.statistics_names, self.accelerator.reduce(statistics, "sum").tolist(), strict=True))
         statistics.zero_()
         return total
 
-    def _mean(self, term: Any, total: dict[str, float]) -> dict[str, float]:
-        """A term's mean by log key; nothing without pairs or spans."""
-        count = total[term.divisor]
-        return {f"{term.name}_loss": total[f"{term.name}_sum"] / count} if count else {}
+    def _means(self, total: dict[str, float]) -> dict[str, float]:
+        """The terms' means and what shows whether they learn, by log key; nothing without pairs, spans or tokens."""
+        logs = {f"{t.name}_loss": total[t.name] / total[t.divisor] for t in self.terms if total[t.divisor]}
+        if "nitp_loss" in logs:
+            logs["nitp_cosine"] = 1 - logs["nitp_loss"]
+            logs["nitp_cosine_shuffled"] = total["nitp_shuffled"] / total["next_tokens"]
+        if "jepa_loss" in logs:
+            logs["cosine"] = total["cosine"] / total["pairs"]
+        if n := total["contrasted"]:
+            logs["cosine_shuffled"] = total["shuffled"] / n
+            logs["cosine_shuffled_sd"] = (total["shuffled_variance"] / n) ** 0.5
+            logs |= {"retrieval": total["retrieved"] / n, "retrieval_chance": total["chance"] / n}
+        return logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the method's figures to what the Trainer logs."""
@@ -212,19 +233,23 @@ class StepTrainer(Trainer):
             t, now = self._drain(self.statistics), time.time()
             tokens = t["chat"] + t["text_view"] + t["code_view"]
             logs |= {
-                "lm_loss": t["lm_sum"] / max(1, t["labels"]),
+                "lm_loss": t["lm"] / max(1, t["labels"]),
                 "tokens": int(tokens),
                 "padding": int(t["padding"]),
                 "label_tokens": int(t["labels"]),
                 "tokens_per_second": round(tokens / max(1e-9, now - self._since), 1),
             }
             self._since = now
+            logs |= self._means(t) | self._measured
+            self._measured = {}
             for term in self.terms:
-                logs |= self._mean(term, t) | {term.divisor: int(t[term.divisor])}
+                logs[term.divisor] = int(t[term.divisor])
                 if term.warmup:
                     logs[f"{term.name}_lbd"] = term.weight_at(self.state.global_step, self.state.max_steps)
-            logs |= {"cosine": t["cosine_sum"] / t["pairs"]} if t["pairs"] else {}
-            logs |= {"spread": t["spread_sum"] / t["spread_pairs"]} if t["spread_pairs"] else {}
+            if self._views:
+                views = torch.cat(self._views, dim=1)  # (2, ≥ 1, D)
+                logs["effective_rank"] = sum(map(effective_rank, views)) / 2
+                self._views = []
             if self.track_flop:
                 logs["flops"] = self.state.total_flos
         super().log(logs, start_time)
@@ -234,7 +259,7 @@ class StepTrainer(Trainer):
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Losses of the held-out examples, each normalized over all of them, and with --eval_generate exact match."""
-        model, one = self.accelerator.unwrap_model(self.model), torch.ones(3, device=self.args.device)
+        model, one = self.accelerator.unwrap_model(self.model), torch.ones(len(COUNTED), device=self.args.device)
         model.eval()
         during_training, self.statistics = self.statistics, torch.zeros_like(self.statistics)
         step_loss = self._step_loss
@@ -242,13 +267,10 @@ class StepTrainer(Trainer):
             self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=one)
         t = self._drain(self.statistics)
         self.statistics, self._step_loss = during_training, step_loss
-        lm = t["lm_sum"] / max(1, t["labels"])
-        metrics = {"loss": self.gamma * lm, "lm_loss": lm}
+        lm = t["lm"] / max(1, t["labels"])
+        metrics = {"loss": self.gamma * lm, "lm_loss": lm} | self._means(t)
         for term in self.terms:  # at its full weight whatever the warm-up, so that evaluations are comparable
-            metrics |= self._mean(term, t)
             metrics["loss"] += term.weight * metrics.get(f"{term.name}_loss", 0)
-            if term.name == "jepa":
-                metrics["cosine"] = t["cosine_sum"] / max(1, t["pairs"])
         if self.generate is not None:
             metrics |= self.generate(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -267,9 +289,27 @@ class StepTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.as_saved(self.accelerator.unwrap_model(self.model))
-        super()._save(output_dir, state_dict)
+        if state_dict is not None:  # gathered from shards
+            state_dict = {name: v for name, v in state_dict.items() if not name.startswith("projectors.")}
+        with without_projectors(model):
+            super()._save(output_dir, state_dict)
         if self.args.should_save:  # an adapter comes without
             model.generation_config.save_pretrained(output_dir or self.args.output_dir)
+
+    def save_state(self, folder: Path) -> None:
+        """Writes what a subclass keeps in a checkpoint."""
+
+    def load_state(self, folder: Path) -> None:
+        """Reads what `save_state` has written."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            with without_projectors(self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_projectors(self.model, Path(resume_from_checkpoint))
+        self.load_state(Path(resume_from_checkpoint))
 
     def load_checkpoint(self, folder: Path) -> None:
         """Loads the parameters of a checkpoint without training."""
@@ -291,6 +331,10 @@ class StepTrainer(Trainer):
         if self.streaming:
             place = {"place": self.place, "processes": self.args.world_size, "skipped": self.problems.found}
             write_json(folder / f"stream-{self.args.process_index}.json", place)
+        if self.args.should_save:
+            if not self.is_fsdp_enabled:  # else they are among the shards
+                save_projectors(self.accelerator.unwrap_model(self.model), folder)
+            self.save_state(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_checkpoint(folder)

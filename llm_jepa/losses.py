@@ -1,0 +1,256 @@
+"""The losses: pure functions of tensors that return (sum, count), and the registries that name them.
+
+An entry of JEPA_LOSSES or STP_LOSSES is a value of --jepa_loss or --stp, the name in reports and the formula in --help
+and in model cards; nothing else has to be edited to add one.
+
+Letters in shape comments: P pairs of this micro-batch, A pairs that they are contrasted with, D hidden size, V
+vocabulary, N label tokens, S spans of K points each, M tokens with a next token, U random directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+else:
+
+    class _Torch:
+        """torch, imported at its first use: settings.py reads the registries before the slow imports."""
+
+        def __getattr__(self, name: str) -> Any:
+            import torch
+
+            return getattr(torch, name)
+
+    torch = _Torch()
+
+
+def lm_loss(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(sum, count) of the next-token cross-entropy in nats: logits (N, V), label_ids (N,)."""
+    return torch.nn.functional.cross_entropy(logits.float(), label_ids, reduction="sum"), len(label_ids)
+
+
+# --------------------------------------------------------------------------------------- losses of pairs of views
+
+
+class Others(NamedTuple):
+    """The pairs that a micro-batch's P pairs are contrasted with: its own, those of other ranks and of the queue."""
+
+    views: torch.Tensor  # (2, A, D)
+    place: torch.Tensor  # (P,) where the micro-batch's own pairs are among them
+    equal: torch.Tensor  # (P, A) whether the Text or the Code is the same as the own pair's, so it is no negative
+    queued: int = 0  # the last ones are of the queue: earlier pairs without gradient
+
+
+def find_equal(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Which pairs have the same Text or the same Code: view_ids (2, P) and (2, A) → (P, A)."""
+    return (ids[:, :, None] == others[:, None]).any(dim=0)  # (2, P, 1), (2, 1, A) → (2, P, A) → (P, A)
+
+
+def _similarities(views: torch.Tensor, others: Others, temperature: float) -> torch.Tensor:
+    """cos / τ of each first view to all second views, (2, P, D) → (P, A); −inf to those that are no negatives."""
+    first = torch.nn.functional.normalize(views[0], dim=-1)  # (P, D)
+    second = torch.nn.functional.normalize(others.views[1], dim=-1)  # (A, D)
+    logits = first @ second.T / temperature  # (P, A)
+    own = torch.nn.functional.one_hot(others.place, logits.shape[1]).bool()  # (P, A)
+    return logits.masked_fill(others.equal & ~own, -torch.inf)
+
+
+def _infonce(views: torch.Tensor, others: Others, temperature: float) -> torch.Tensor:
+    logits = _similarities(views, others, temperature)  # (P, A)
+    return torch.nn.functional.cross_entropy(logits, others.place, reduction="none").sum()
+
+
+def _clip(views: torch.Tensor, others: Others, temperature: float) -> torch.Tensor:
+    back = others._replace(views=others.views.flip(0))
+    return (_infonce(views, others, temperature) + _infonce(views.flip(0), back, temperature)) / 2
+
+
+def _vicreg(views: torch.Tensor, others: Others, temperature: float) -> torch.Tensor:
+    invariance = (views[0] - views[1]).square().mean(dim=-1).sum()  # (P, D) → (P,) → ()
+    points = others.views[:, : others.views.shape[1] - others.queued]  # (2, A, D)
+    if points.shape[1] < 2:  # a single pair has no variance
+        return invariance
+    centred = points - points.mean(dim=1, keepdim=True)  # (2, A, D)
+    covariance = centred.mT @ centred / (points.shape[1] - 1)  # (2, D, D)
+    variances = covariance.diagonal(dim1=1, dim2=2)  # (2, D)
+    variance = torch.relu(1 - (variances + 1e-4).sqrt()).mean(dim=-1).sum()  # (2, D) → (2,) → ()
+    off_diagonal = (covariance.square().sum() - variances.square().sum()) / points.shape[2]
+    return invariance + views.shape[1] * (variance + 0.04 * off_diagonal)
+
+
+@dataclass(frozen=True)
+class JepaLoss:
+    """A loss of pairs of views a and b (--jepa_loss): its formula, and the sum over pairs."""
+
+    formula: str
+    loss: Callable[[torch.Tensor, Others, float], torch.Tensor]  # views (2, P, D), others, temperature → ()
+    temperature: float | None = None  # the default of --temperature, None without
+    contrasts: bool = False  # whether it depends on other pairs
+
+
+# Sources: cosine, l2, mse and infonce are the paper's (arXiv 2509.14252, section 3.1 and the ablations), clip is
+# arXiv 2103.00020, vicreg arXiv 2105.04906 with its weights 25 : 25 : 1.
+JEPA_LOSSES = {
+    "cosine": JepaLoss("1 − cos(a, b)", lambda v, _, t: (1 - torch.cosine_similarity(*v, dim=-1)).sum()),
+    "l2": JepaLoss("‖a − b‖₂", lambda v, _, t: torch.linalg.vector_norm(v[0] - v[1], dim=-1).sum()),
+    "mse": JepaLoss("mean of (a − b)²", lambda v, _, t: (v[0] - v[1]).square().mean(dim=-1).sum()),
+    "infonce": JepaLoss("InfoNCE of cos / τ, Text → Code", _infonce, 0.07, contrasts=True),
+    "clip": JepaLoss("InfoNCE of cos / τ in both directions", _clip, 0.1, contrasts=True),
+    "vicreg": JepaLoss("mse + Σ of both views' (variance hinge + 0.04 covariance)", _vicreg, contrasts=True),
+}
+
+
+def jepa_loss(
+    views: torch.Tensor, name: str = "cosine", others: Others | None = None, *, temperature: float | None = None,
+    stop_gradient: int | None = None, center: bool = False,
+) -> tuple[torch.Tensor, int]:  # fmt: skip
+    """(sum, count) over pairs of a loss of JEPA_LOSSES, from the views' embeddings (2, P, D).
+
+    `others` are the pairs to contrast with, by default these. No gradient flows into view `stop_gradient` (0 or 1), by
+    default it flows into both. `center` subtracts each view's mean over `others` without the queue. Without pairs the
+    sum is 0 but still part of the graph, so that backward works on every rank.
+    """
+    count = views.shape[1]
+    if others is None:
+        place = torch.arange(count, device=views.device)
+        others = Others(views, place, torch.zeros(count, count, dtype=torch.bool, device=views.device))
+    views, contrasted = views.float(), others.views.float()
+    if count == 0:
+        return views.sum() + 0 * contrasted.sum(), 0
+    if stop_gradient is not None:
+        views, contrasted = (
+            torch.stack([v.detach() if i == stop_gradient else v for i, v in enumerate(x)]) for x in (views, contrasted)
+        )
+    if center:
+        mean = contrasted[:, : contrasted.shape[1] - others.queued].mean(dim=1, keepdim=True)  # (2, A, D) → (2, 1, D)
+        views, contrasted = views - mean, contrasted - mean
+    loss = JEPA_LOSSES[name]
+    return loss.loss(views, others._replace(views=contrasted), temperature or loss.temperature), count
+
+
+KNOTS = 17  # at which SIGReg compares characteristic functions, from 0 to 3
+
+
+def moments(points: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Sums over points of cos and sin of t · projection: points (2, P, D), directions (D, U) → (2, 2, KNOTS, U).
+
+    The first axis is cos and sin, the second the view.
+    """
+    knots = torch.linspace(0, 3, KNOTS, device=points.device)[:, None, None]  # (KNOTS, 1, 1)
+    angles = knots * (points.float() @ directions)[:, None]  # (2, 1, P, U) → (2, KNOTS, P, U)
+    return torch.stack([angles.cos().sum(dim=2), angles.sin().sum(dim=2)])
+
+
+def sigreg_loss(
+    points: torch.Tensor, directions: torch.Tensor, elsewhere: tuple[torch.Tensor, int] | None = None
+) -> tuple[torch.Tensor, int]:
+    """(sum, count) over pairs of SIGReg (arXiv 2511.08544): the distance of both views' embeddings from N(0, 1).
+
+        N · mean over directions of ∫₀³ φ(t) · ((mean cos(t·u) − φ(t))² + (mean sin(t·u))²) dt,   φ(t) = exp(−t²/2)
+
+    u are the projections of N points (2, P, D) on unit directions (D, U). It is averaged over the two views and is one
+    number for all points of the optimizer step: `elsewhere` has the moments and the number of those that are not among
+    these, without gradient. The sum is P times that number, and its gradient is that of N times it.
+    """
+    count = points.shape[1]
+    total, n = moments(points, directions), count
+    if elsewhere is not None:
+        total, n = total + elsewhere[0], count + elsewhere[1]
+    knots = torch.linspace(0, 3, KNOTS, device=points.device)  # (KNOTS,)
+    normal = (-knots.square() / 2).exp()  # (KNOTS,)
+    cos, sin = total / max(1, n)  # (2, KNOTS, U) each
+    error = (cos - normal[:, None]).square() + sin.square()  # (2, KNOTS, U)
+    value = n * torch.trapezoid(normal[:, None] * error, knots, dim=1).mean()  # (2, U) → ()
+    return n * value - (n - count) * value.detach(), count
+
+
+# ----------------------------------------------------------------------- losses of hidden states along the chat
+
+
+def _geodesic(path: torch.Tensor) -> torch.Tensor:
+    first, second = path.diff(dim=0)  # (3, S, D) → (2, S, D) → (S, D) each
+    return 1 - torch.cosine_similarity(second, first, dim=-1)  # (S,)
+
+
+def _patch(path: torch.Tensor) -> torch.Tensor:
+    # The points are, in each of two parts (the user turn and the answer): before the part, before the span, the span's
+    # last, the part's last. The changes between them are summed over the parts.
+    parts = path.unflatten(0, (2, 4))  # (8, S, D) → (2, 4, S, D)
+    before, inside, after = parts.diff(dim=1).sum(dim=0)  # → (2, 3, S, D) → (3, S, D) → (S, D) each
+    return 1 - torch.cosine_similarity(inside, before + after, dim=-1)  # (S,)
+
+
+@dataclass(frozen=True)
+class StpLoss:
+    """A variant of Semantic Tube Prediction (--stp), from the hidden states (K, S, D) of one layer at K points."""
+
+    formula: str
+    points: int  # K
+    loss: Callable[[torch.Tensor], torch.Tensor]  # (K, S, D) → (S,)
+
+
+# arXiv 2602.22617: geodesic is the paper's formula, 0 on a straight path; patch that of the released code.
+STP_LOSSES = {
+    "geodesic": StpLoss("1 − cos(h_t − h_r, h_r − h_s) for random tokens s < r < t", 3, _geodesic),
+    "patch": StpLoss(
+        "1 − cos(change of the hidden state along a random span, change along the rest of the chat)", 8, _patch
+    ),
+}
+
+
+def stp_loss(path: torch.Tensor, variant: str) -> tuple[torch.Tensor, int]:
+    """(sum, count) over spans of a loss of STP_LOSSES, from hidden states (K, S, D) of one layer.
+
+    Gradients flow into all points. Without spans the sum is 0 but still part of the graph.
+    """
+    return STP_LOSSES[variant].loss(path.float()).sum(), path.shape[1]
+
+
+NITP_FORMULA = "1 − cos(P(h_t), sg(z_{t+1})), P a SwiGLU projector, z the hidden state of a lower layer"
+
+
+def nitp_loss(predicted: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(sum, count) over tokens of 1 − cos(P(h_t), sg(z_{t+1})), from (M, D) each (arXiv 2605.24956)."""
+    return (1 - torch.cosine_similarity(predicted.float(), target.detach().float(), dim=-1)).sum(), len(predicted)
+
+
+# --------------------------------------------------------------------------------------------------- objective
+
+COUNTS = ("labels", "pairs", "spans", "next_tokens")  # the order of a batch's `counts`
+
+
+class Term(NamedTuple):
+    """An auxiliary loss. Its name is the prefix of its log keys."""
+
+    name: str
+    reads: tuple[str, ...]  # the fields of States that `loss` takes
+    divisor: str  # one of COUNTS: what its sum is divided by
+    loss: Callable[..., tuple[torch.Tensor, int]]  # → (sum, count)
+    weight: float
+    warmup: float = 0.0  # steps of the weight's linear warm-up, or a fraction of all steps if below 1
+    start_weight: float = 0.0  # at step 0, before the first step
+
+    def weight_at(self, step: int, max_steps: int) -> float:
+        """The weight at an optimizer step counted from 1."""
+        steps = self.warmup if self.warmup >= 1 else self.warmup * max_steps
+        return self.start_weight + (self.weight - self.start_weight) * min(1.0, step / max(1.0, steps))
+
+
+def objective(
+    lm_sum: torch.Tensor, states: Any, counts: torch.Tensor, gamma: float, terms: list[tuple[Term, float]]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The loss gamma · L_LM + Σ weight · term, each term's unweighted sum by name, and the summands of the loss.
+
+    `counts` (4,) are what the sums are divided by, in the order of COUNTS; in training they are those of the complete
+    optimizer step, of which a micro-batch has a share. A pair that loss dropout removes is counted but adds nothing to
+    the sum, so with --jepa_ratio r the expected weight of the JEPA term is λ·r, as published.
+    """
+    sums, shares = {}, {"lm": gamma * lm_sum / counts[0]}
+    for term, weight in terms:
+        sums[term.name], _ = term.loss(*(getattr(states, name) for name in term.reads))
+        shares[term.name] = weight * sums[term.name] / counts[COUNTS.index(term.divisor)]
+    return sum(shares.values()), sums, shares
