@@ -23,14 +23,15 @@ def pair_statistics(views: torch.Tensor) -> torch.Tensor:
     chance             the same if no Code were nearer than another, 1 / P
     """
     text, code = F.normalize(views.float(), dim=-1)  # (P, D) each
-    own, cosines, p = (text * code).sum(dim=-1), text @ code.T, len(text)  # (P,), (P, P)
+    total, cosines, p = (text * code).sum(), text @ code.T, len(text)  # (), (P, P)
+    own = cosines.diagonal()  # (P,)
     if p < 2:
-        return torch.stack([own.sum(), *own.new_zeros(6)])
+        return torch.stack([total, *own.new_zeros(6)])
     others = cosines[~torch.eye(p, dtype=torch.bool, device=views.device)]  # (P · (P − 1),)
     best = cosines == cosines.max(dim=1, keepdim=True).values  # (P, P)
     retrieved = (best.diagonal() / best.sum(dim=1)).sum()
     contrasted, one = own.new_tensor(p), own.new_ones(())
-    sums = (own.sum(), contrasted, own.sum(), others.mean() * p, others.var(unbiased=False) * p, retrieved, one)
+    sums = (total, contrasted, own.sum(), others.mean() * p, others.var(unbiased=False) * p, retrieved, one)
     return torch.stack(sums)
 
 
