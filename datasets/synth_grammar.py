@@ -115,6 +115,13 @@ def draw_phrase(rng: random.Random, kinds: str, depth: int) -> Phrase:
     )
 
 
+def normalize(phrase: Phrase) -> tuple[str, str]:
+    """The description and the regular expression of a sentence, with the strings renamed in order of appearance."""
+    names = dict(zip(dict.fromkeys(STRING_NAME.findall(phrase.words)), STRINGS, strict=False))
+    description, regex = (STRING_NAME.sub(lambda m: names[m[0]], text) for text in phrase[:2])
+    return description, regex
+
+
 def draw_pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(train, test): 8000 and 2000 pairs of a description and its regular expression, without duplicates.
 
@@ -123,9 +130,7 @@ def draw_pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     rng = random.Random(SEED)
     descriptions: dict[str, str] = {}  # by regex
     while len(descriptions) < PAIRS:
-        phrase = draw_phrase(rng, "S", choose(rng, DEPTHS))
-        names = dict(zip(dict.fromkeys(STRING_NAME.findall(phrase.words)), STRINGS, strict=False))
-        description, regex = (STRING_NAME.sub(lambda m, names=names: names[m[0]], text) for text in phrase[:2])
+        description, regex = normalize(draw_phrase(rng, "S", choose(rng, DEPTHS)))
         if len(description.split()) <= MAX_WORDS:
             descriptions.setdefault(regex, description)
     pairs = [(words, regex) for regex, words in descriptions.items()]
