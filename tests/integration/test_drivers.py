@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,20 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, message_row, same_weights, write_rows
-from driver_project import VARIABLES, Project, flag, resolved
+from driver_project import VARIABLES, Project, flag, resolved, templates
 
 from llm_jepa import driver
 from llm_jepa.files import read_json
 
 ONE = {"SEEDS": "4"}
 SWEEP = Path("reports/synth-tiny-sweep-val0.2-42-e2")
+ARMS = {  # what each arm's settings differ in from regular fine-tuning
+    "regular": {},
+    "jepa": {"regular": False, "lbd": 1.0, "predictors": 1},
+    "clip": {"regular": False, "lbd": 0.1, "predictors": 1, "jepa_loss": "clip"},
+    "nitp": {"nitp": True, "nitp_lbd": 0.8},
+    "placebo": {"regular": False, "lbd": 0.1, "predictors": 1, "jepa_loss": "clip", "shuffle_pairs": True},
+}
 
 
 @pytest.fixture
@@ -167,13 +175,19 @@ def test_variables_of_other_programs_are_accepted(project):
     assert (done.code, done.err) == (0, "")
 
 
-def test_help_lists_the_variables_and_the_protocol(project):
+def test_help_lists_the_arms_the_variables_and_the_protocol(project):
     text = subprocess.run(["bash", ROOT / "run.sh", "run_jepa", "--help"], capture_output=True, text=True).stdout
     shown = text.split("PROTOCOL=paper")[1].split("\n\n")[0]
     assert all(f"{name} {value}" in shown for name, value in driver.PAPER_FLAGS.items())
     assert all(f"{name} {value}" in text for name, value in driver.TINY_FLAGS.items())
     values = [driver.TINY_DEFAULTS["learning_rates"], *(f.default for f in driver.dataclasses.fields(driver.Settings))]
     assert {word for word in VARIABLES + values if word not in text} <= {"NNODES", "NODE_RANK"}  # of run8bh200.sh
+    for name in ("learning_rate", "epochs"):
+        assert f"{driver.TINY_DEFAULTS[name]} for models/tiny" in text
+    arms = [line.partition("=")[0].removeprefix("arm_") for line in templates("run.sh")[0] if line.startswith("arm_")]
+    assert [arm.partition(":")[0] for arm in arms] == [*ARMS]
+    for name, _, lbd in (arm.partition(":") for arm in arms):
+        assert re.search(rf"^  {name} +{lbd} ", text, re.MULTILINE) and f"run_{name}" in text
 
 
 def test_shell_scripts_have_valid_syntax():
@@ -281,15 +295,6 @@ def test_flags_about_examples_reach_the_evaluation(project):
 # -------------------------------------------------------------------------------- compare, sweep and run_pretrain
 
 
-ARMS = {  # what each arm's settings differ in from regular fine-tuning
-    "regular": {},
-    "jepa": {"regular": False, "lbd": 1.0, "predictors": 1},
-    "clip": {"regular": False, "lbd": 0.1, "predictors": 1, "jepa_loss": "clip"},
-    "nitp": {"nitp": True, "nitp_lbd": 0.8},
-    "placebo": {"regular": False, "lbd": 0.1, "predictors": 1, "jepa_loss": "clip", "shuffle_pairs": True},
-}
-
-
 def test_compare_trains_five_arms_that_differ_only_in_the_method(project):
     done = project.run("compare", SEEDS="1 2", JOBS="1")
     settings = [resolved(argv) for argv in done.trained]
@@ -324,7 +329,7 @@ def test_arms_chooses_and_orders_the_arms_and_their_weights(project, variables, 
 
 
 def test_the_second_flags_go_to_all_arms_but_regular(project):
-    done = project.run("compare", "--", "--lora", "--", "--stp", "geodesic", **ONE)
+    done = project.run("compare", "synth", "org/M", "--", "--lora", "--", "--stp", "geodesic", **ONE)
     found = [(s["lora"], s["stp"]) for s in map(resolved, done.trained)]
     assert done.code == 0 and found == [(True, None)] + [(True, "geodesic")] * 4
 
@@ -405,12 +410,13 @@ def test_steps_of_run_pretrain(project):
 def test_compare_and_sweep_with_real_runs(project):
     names = ("git_dirty", "git_commit")  # the tests also run in a checkout with changes
     allow = {"ALLOW": " ".join(names + tuple(f"evaluation.{name}" for name in names)), "EPOCHS": "1"} | ONE
-    grid = {"GRID_K": "1", "GRID_LBD": "1", "LEARNING_RATES": "1e-3"} | allow
-    done = project.run("compare", real=True, **allow)
+    grid = {"GRID_K": "1", "GRID_LBD": "1", "LEARNING_RATES": "1e-3", "LR": "1e-3"} | allow
+    done = project.run("compare", real=True, LR="1e-3", **allow)
     assert done.code == 0 and Path(flag(done.reports[0], "--output_dir"), "report.html").exists()
-    regular, jepa = (read_json(Path(run, "args.json")) for run in done.runs)
+    settings = [read_json(Path(run, "args.json")) for run in done.runs]
+    regular, jepa = settings[:2]
     assert {k for k in jepa if jepa[k] != regular[k]} == {"regular", "predictors", "lbd", "output_dir"}
-    assert label_tokens(done.runs[0]) == label_tokens(done.runs[1])
+    assert all(label_tokens(run) == label_tokens(done.runs[0]) for run in done.runs) and len(done.runs) == 5
     done = project.run("sweep", real=True, **grid)
     assert done.code == 0 and len(done.runs) == 2
     assert sum(label_tokens(done.runs[0])) < sum(label_tokens(f"runs/{Path(jepa['output_dir']).name}"))

@@ -41,7 +41,8 @@ def only(done, script: str) -> list[str]:
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, {"MODEL": LLAMA, "PREDICTORS": "0", "ARMS": "regular jepa", "NPROC": "4", "NNODES": "1", "NODE_RANK": "0"}),
+        ({}, {"MODEL": LLAMA, "ARMS": "regular jepa", "PREDICTORS": "0", "NPROC": "4", "NODE_RANK": "0"}),
+        ({"ARMS": "regular clip"}, {"ARMS": "regular clip", "NNODES": "1"}),
         ({"CUDA_VISIBLE_DEVICES": "2,3,5"}, {"NPROC": "3"}),
         ({"CUDA_VISIBLE_DEVICES": ""}, {"NPROC": "8"}),
         (SLURM, {"NNODES": "2", "NODE_RANK": "1", "--master_addr": "c3", "--master_port": "23456"}),
