@@ -2,23 +2,9 @@
 # run.sh for 8B-parameter models on one or more nodes of H200 GPUs. See `bash run8bh200.sh --help`.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
-. ./run.sh # template, fail and drive; its functions of the same name are replaced here
+. ./run.sh # arms, run_arm, template, fail and drive; its functions of the same name are replaced here
 
-# The commands; run.sh explains the names in braces.
-run_regular() { # regular fine-tuning
-  template train_regular "$TRAINER" --train_file {train_file} --model_name {model} --learning_rate {learning_rate} \
-    --num_epochs {epochs} --finetune_seed {seed} --regular {defaults} --output_dir {run} {resume} {flags}
-  template evaluate_regular evaluate.py --model_name {run} --input_file {test_file} --task {task} {fields} {plain} \
-    {eval_flags}
-}
-
-run_jepa() { # fine-tuning with the JEPA loss of weight λ = lbd on k = predictors predictor tokens
-  template train_jepa "$TRAINER" --train_file {train_file} --model_name {model} --learning_rate {learning_rate} \
-    --num_epochs {epochs} --finetune_seed {seed} --predictors {predictors} --lbd {lbd} --last_token {last_token} \
-    {defaults} --output_dir {run} {resume} {flags}
-  template evaluate_jepa evaluate.py --model_name {run} --input_file {test_file} --task {task} {fields} {plain} \
-    {eval_flags}
-}
+jepa_lbd=2 # of the arm jepa: the paper's value for Llama-3.1-8B-Instruct on synth
 
 launchers() {
   local nodes=(--standalone) waiting="join_timeout=$NODE_TIMEOUT,read_timeout=$NODE_TIMEOUT"
@@ -31,17 +17,18 @@ launchers() {
   [ "$PREFLIGHT" = no ] ||
     template preflight -m llm_jepa.preflight --model_name {model} --data_files {data_files} --output_dir {runs_dir} \
       --runs {left} --device "$DEVICE" --nproc_per_node {nproc} --nnodes "$NNODES" --node_rank "$NODE_RANK" \
-      --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" --join_limit "$JOIN_LIMIT" {arms}
+      --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" --join_limit "$JOIN_LIMIT" {trainings}
 }
 
 usage() {
   cat <<'HELP'
-usage: bash run8bh200.sh [run_jepa|run_regular [ARGUMENT…] [-- FLAG…]]
-       bash run8bh200.sh compare [DATASET] [MODEL] [-- FLAG… [-- FLAG…]]
+usage: bash run8bh200.sh run_regular|run_jepa|run_clip|run_nitp|run_placebo [ARGUMENT…] [-- FLAG…]
+       bash run8bh200.sh [compare [DATASET] [MODEL] [-- FLAG… [-- FLAG…]]]
 For each seed: trains on all GPUs of all nodes, evaluates on all GPUs of the first node and prints a line. At the end:
-prints mean ± sd, and for compare writes a report. The default is compare: both arms of meta-llama/Llama-3.1-8B-Instruct on
-synth over the seeds 82 23 37 84 4. Before the first training the preflight reports all problems. Finished trainings and
-evaluations are skipped, interrupted ones are resumed. Ctrl-C ends all processes of this node.
+prints mean ± sd, and for compare writes a report. The default is compare: the arms regular and jepa of
+meta-llama/Llama-3.1-8B-Instruct on synth over the seeds 82 23 37 84 4. Before the first training the preflight reports
+all problems. Finished trainings and evaluations are skipped, interrupted ones are resumed. Ctrl-C ends all processes of
+this node.
 
 Arguments, all optional, in this order ('-' selects the default). The variable in brackets sets the default:
   model          [MODEL]        meta-llama/Llama-3.1-8B-Instruct
@@ -50,11 +37,11 @@ Arguments, all optional, in this order ('-' selects the default). The variable i
   last_token     [LAST_TOKEN]   view token as an index from the view's end; default: found by the training script
   predictors     [PREDICTORS]   0, the paper's value for this model on synth
   seed           [SEEDS]        one, several with commas, or all (default): 82 23 37 84 4
-  lbd            [LBD]          2, the paper's value for this model on synth
+  lbd            [LBD]          λ of the arm; jepa: 2, the paper's value for this model on synth
   dataset        [DATASET]      synth; one or several with commas
   output folder  [RUNS_DIR]     runs: contains the run folders; all nodes need access to it
-FLAGs go to the training, and FLAGs after a second -- only to the JEPA arm. The preflight also gets the flags that affect
-the memory, for example --lora and --batch_size.
+FLAGs go to the training, and FLAGs after a second -- to all arms but regular. The preflight also gets the flags that
+affect the memory, for example --lora and --batch_size.
 
 Variables of a node. Under SLURM the job sets the defaults:
   NPROC          processes, one per GPU (number of GPUs)
@@ -69,7 +56,8 @@ Variables of a node. Under SLURM the job sets the defaults:
   JOIN_LIMIT     seconds that the preflight waits for the other nodes (600)
   DEVICE=cpu     runs without GPUs: DEVICE=cpu NPROC=2 MODEL=models/tiny bash run8bh200.sh run_jepa
   TRAINER        training script (finetune8bh200.py)
-PROTOCOL=paper, TASK, EVAL_FLAGS (flags of evaluate.py), PYTHON_BIN, REPORTS_DIR and ALLOW are explained in `bash run.sh --help`.
+`bash run.sh --help` explains the arms and ARMS (here by default regular jepa), PROTOCOL=paper, TASK, EVAL_FLAGS (flags of
+evaluate.py), PYTHON_BIN, REPORTS_DIR and ALLOW.
 
 One node:    bash run8bh200.sh
              bash run8bh200.sh run_jepa - 2e-5 4 - 0 all 2 synth /data/runs
@@ -101,7 +89,7 @@ node_variables() {
   [ "${JOBS:-1}" = 1 ] || fail "JOBS is not for ${0##*/}: a training uses all GPUs"
   default MODEL '.*' meta-llama/Llama-3.1-8B-Instruct
   default PREDICTORS '.*' 0
-  default LBD '.*' 2
+  default ARMS '.*' 'regular jepa'
   default TRAINER '.*' finetune8bh200.py
   default NPROC "$count" "$gpus"
   default NNODES "$count" "${SLURM_NNODES:-1}"
@@ -126,6 +114,6 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   case " $* " in *" -h "* | *" --help "*) usage && exit ;; esac
   node_variables
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # each restart gets a new store, without the addresses of dead processes
-  run_regular && run_jepa && launchers
+  arms && run_arm && launchers
   drive "${@:-compare}"
 fi

@@ -7,7 +7,7 @@
 #
 # labels      regular and JEPA (k = 1, λ = 1), with published and corrected labels, from random weights
 # stopping    the same on 7500 examples, from a model that has learned to stop on the other 500 examples
-# controls    regular, JEPA, JEPA with λ = 0, and JEPA with each Text paired with the Code of another example
+# controls    regular, JEPA, JEPA with λ = 0, and JEPA with shuffled pairs
 # data        regular, JEPA (k chosen on held-out training examples) and STP on 500, 1000, 2000 and 8000 examples, with
 #             about 1000 steps each
 # pretrained  the arms of `labels` with SmolLM2-135M-Instruct (MODEL: its folder), on 500 training and 300 test examples
@@ -42,28 +42,27 @@ no_pad_runs() { # function of run.sh, flags of finetune.py
   MODEL=runs/models/tiny-no-pad LR=1e-3 EPOCHS=2 bash run.sh "$1" -- --pretrain "${flags[@]}" "${@:2}"
 }
 
+mark() { # flags of finetune.py: the hash of these flags in the names of the folders of no_pad_runs
+  printf '%s\n' --pretrain "${flags[@]}" "$@" | sha256sum | cut -c1-8
+}
+
 labels() {
   no_pad_runs compare --lm_labels reference
   no_pad_runs compare
 }
 
 controls() {
-  local run
-  subset placebo --shuffle_views 0
   no_pad_runs compare # the runs of `labels`
   LBD=0 no_pad_runs run_jepa
-  DATASET=placebo no_pad_runs run_jepa
-  for run in runs/placebo-tiny-no-pad-jepa-*; do # evaluates on the same examples as in the other runs
-    [ -f "$run/eval/synth/metrics.json" ] || "$python" evaluate.py --model_name "$run" --input_file datasets/synth_test.jsonl
-  done
-  corrected=$(printf '%s\n' --pretrain "${flags[@]}" | sha256sum | cut -c1-8) # run.sh names runs with this hash of the flags
-  "$python" -m llm_jepa.report runs/*-tiny-no-pad-*-x"$corrected" --output_dir reports/controls --allow train_file train_data evaluation.threads
+  no_pad_runs run_jepa --shuffle_pairs
+  "$python" -m llm_jepa.report runs/*-tiny-no-pad-*-x"$(mark)" runs/*-tiny-no-pad-*-x"$(mark --shuffle_pairs)" \
+    --output_dir reports/controls
 }
 
 stopping() {
   subset first500 --first 500
   subset other7500 --skip 500
-  EPOCHS=16 SEEDS=42 DATASET=first500 bash run.sh run_regular
+  LR=1e-3 EPOCHS=16 SEEDS=42 DATASET=first500 bash run.sh run_regular
   no_pad runs/first500-tiny-regular-lr1e-3-e16-s42 runs/models/tiny-stops
   export MODEL=runs/models/tiny-stops LR=1e-4 EPOCHS=1 DATASET=other7500
   bash run.sh compare -- "${flags[@]}" --lm_labels reference
@@ -72,7 +71,7 @@ stopping() {
 
 data() {
   local n dataset
-  export LEARNING_RATES=1e-3 GRID_K="0 2" GRID_LBD=1
+  export LR=1e-3 LEARNING_RATES=1e-3 GRID_K="0 2" GRID_LBD=1
   for n in 500 2000 8000 1000; do
     dataset=first$n
     subset "$dataset" --first "$n"
@@ -95,7 +94,7 @@ pretrained() {
   done
 }
 
-export TASK=synth OMP_WAIT_POLICY=PASSIVE
+export TASK=synth OMP_WAIT_POLICY=PASSIVE ARMS="regular jepa"
 [ $# -gt 0 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit 2; }
 for experiment in "$@"; do
   [[ $experiment =~ ^(labels|stopping|controls|data|pretrained)$ ]] || fail "no experiment '$experiment'"

@@ -2,7 +2,8 @@
 
 The shell scripts pass their command lines as templates, for instance `finetune.py --train_file {train_file} {flags}`. A
 word `{name}` is replaced by the value of that name, or by several words if the value is a list. A flag whose value is
-empty is left out. Finished runs are skipped, unfinished ones resumed. The name of a run folder contains its settings.
+empty is left out. A template `arm_NAME:λ` has the flags of an arm and its default λ. Finished runs are skipped,
+unfinished ones resumed. The name of a run folder contains its settings.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from llm_jepa import sweep
-from llm_jepa.cli import UsageError, build_parser, run_command
+from llm_jepa.cli import UsageError, build_parser, parse_flags, run_command
 from llm_jepa.evaluation.settings import EvaluationSettings
 from llm_jepa.files import read_json, sha256
 from llm_jepa.reports.results import EVALUATION_IGNORES
+from llm_jepa.settings import Settings as TrainingSettings
+from llm_jepa.settings import check_settings
 from llm_jepa.variables import misspelled
 
 TINY = "models/tiny"  # has no weights: trained from random initialization
@@ -95,10 +98,11 @@ class Settings:
     last_token: str = variable("LAST_TOKEN", r"(?:-?\d+)?")
     predictors: str = variable("PREDICTORS", WHOLE, "1")
     seeds: str = variable("SEEDS", f"{several(WHOLE)}|all", "all")
-    lbd: str = variable("LBD", NUMBER, "1")
+    lbd: str = variable("LBD", f"(?:{NUMBER})?")  # default: that of the arm
     datasets: str = variable("DATASET", several(NAME), "synth")
     runs_dir: str = variable("RUNS_DIR", ".+", "runs")
     reports_dir: str = variable("REPORTS_DIR", ".+", "reports")
+    arms: str = variable("ARMS", f"(?:{several(NAME + f'(?::{NUMBER})?')})?")  # default: all
     protocol: str = variable("PROTOCOL", "(?:paper)?")
     task: str = variable("TASK", ".*")
     allow: str = variable("ALLOW", ".*")
@@ -110,6 +114,7 @@ class Settings:
     pretrain_dataset: str = variable("PRETRAIN_DATASET", NAME, "paraphrase")
     finetune_lr: str = variable("FINETUNE_LR", f"(?:{NUMBER})?")
     finetune_epochs: str = variable("FINETUNE_EPOCHS", f"(?:{NUMBER})?")
+    sweep_arm: str = variable("SWEEP_ARM", NAME, "jepa")
     grid_k: str = variable("GRID_K", several(WHOLE), "0 1 2 3 4")
     grid_lbd: str = variable("GRID_LBD", several(NUMBER), ".5 1 2 4")
     learning_rates: str = variable("LEARNING_RATES", several(NUMBER), "1e-5 2e-5 4e-5 8e-5")
@@ -121,7 +126,7 @@ class Settings:
     @classmethod
     def read(cls, command: str, given: list[str], environment: Mapping[str, str]) -> Settings:
         """Arguments win over variables, those over defaults; '' and '-' are not given. Raises UsageError."""
-        defaults = {"epochs": "4"} if environment.get("PROTOCOL") else {}
+        defaults = {"epochs": "4", "arms": "regular jepa"} if environment.get("PROTOCOL") else {}
         if command == "run_pretrain":
             defaults["datasets"] = "rotten_tomatoes,yelp"
         found: dict[str, str] = {}
@@ -148,12 +153,25 @@ class Settings:
         return name + (f"-x{mark}" if flags else "")
 
 
+class Arm(NamedTuple):
+    """A line of the table of arms in run.sh."""
+
+    name: str
+    lbd: str  # λ; "" for an arm without one
+    flags: str  # a template
+
+    @property
+    def has_views(self) -> bool:
+        """Whether the arm has a JEPA loss."""
+        return "--regular" not in self.flags
+
+
 @dataclass(frozen=True)
 class Run:
     """One training and its evaluation."""
 
     settings: Settings
-    method: str  # regular or jepa
+    arm: Arm
     dataset: str
     seed: str
     flags: tuple[str, ...] = ()  # of the user, for finetune.py
@@ -171,9 +189,9 @@ class Run:
     @property
     def name(self) -> str:
         s = self.settings
-        details = f"{self.method}-lr{s.learning_rate}"
-        if self.method == "jepa":
-            details += f"-lbd{s.lbd}-k{s.predictors}" + (f"-t{s.last_token}" if s.last_token else "")
+        details = f"{self.arm.name}-lr{s.learning_rate}" + (f"-lbd{self.arm.lbd}" if self.arm.lbd else "")
+        if self.arm.has_views:
+            details += f"-k{s.predictors}" + (f"-t{s.last_token}" if s.last_token else "")
         details += f"-{self.kind}" if self.kind in ("pretrain", "plain") else ""
         split = f"-val{s.eval_split}-{s.split_seed}" if self.kind == "cell" else ""
         return s.folder_name(self.dataset, details, self.flags, f"{split}-s{self.seed}")
@@ -195,7 +213,7 @@ class Run:
             words.append("--pretrain")
         # Without accumulation --reference_grad_scale has no effect and is refused.
         accumulates = not re.search(r" --grad_accum[= ]1 ", f" {' '.join(self.flags)} ")
-        if self.settings.protocol and self.method == "jepa" and accumulates:
+        if self.settings.protocol and self.arm.has_views and accumulates:
             words.append("--reference_grad_scale")
         return words
 
@@ -211,6 +229,7 @@ class Run:
     def values(self) -> dict[str, Any]:
         """The values for a template."""
         lists = {"defaults": self.default_flags(), "flags": list(self.flags), "fields": self.fields()}
+        lists["arm"] = fill(self.arm.flags, vars(self.settings) | {"lbd": self.arm.lbd})
         lists["eval_flags"] = evaluation_flags(self.settings.eval_flags)[0]
         lists |= {"resume": ["--resume"] * self.folder.exists(), "plain": ["--plain"] * ("--plain" in self.flags)}
         own = {name: str(getattr(self, name)) for name in ("seed", "train_file", "test_file", "name")}
@@ -279,68 +298,105 @@ class Driver:
     def __init__(self, script: str, templates: Mapping[str, str], arguments: list[str]):
         self.templates = templates
         self.command, *words = arguments or [""]
-        needs = {"run_regular": "train_regular", "run_jepa": "train_jepa", "compare": "train_jepa"}
-        needs |= {"run_pretrain": "train_plain", "sweep": "train_cell"}
-        commands = [name for name, template in needs.items() if template in templates]
+        named = [(name[4:].partition(":"), flags) for name, flags in templates.items() if name.startswith("arm_")]
+        self.table = {name: Arm(name, lbd, flags) for (name, _, lbd), flags in named}
+        needs = {"compare": "train", "run_pretrain": "train_plain", "sweep": "train_cell"}
+        commands = [f"run_{name}" for name in self.table]
+        commands += [name for name, template in needs.items() if template in templates]
         if self.command not in commands:
             raise UsageError(f"unknown function '{self.command}', expected one of {', '.join(commands)} (see --help)")
         given, rest = partition(words)
         self.flags, self.later = map(tuple, partition(rest))
-        self.both_arms = self.command in ("compare", "sweep")
-        self.arms = ["regular", "jepa"] if self.both_arms else [self.command.removeprefix("run_")]
-        limit = 2 if self.both_arms else 9
+        self.compares = self.command in ("compare", "sweep")
+        limit = 2 if self.compares else 9
         if len(given) > limit:
             raise UsageError(f"too many arguments: {self.command} accepts {limit}, the next is '{given[limit]}'")
-        if "--" in rest and self.command in ("run_regular", "run_jepa"):
+        if "--" in rest and self.command.removeprefix("run_") in self.table:
             raise UsageError("a second -- is only for run_pretrain, compare and sweep")
-        refused = (*REFUSED_FLAGS, "--tokens_per_batch") if self.both_arms else REFUSED_FLAGS
-        for flag in (word.partition("=")[0] for word in self.flags + self.later):
-            if flag in refused:
-                raise UsageError(f"{flag} cannot follow -- in {script} {self.command} (see --help)")
         names = [name for field in dataclasses.fields(Settings) for name in field.metadata["variables"]]
         if wrong := misspelled(script, (*names, *SHELL_VARIABLES), os.environ):
             raise UsageError(wrong)
-        if self.both_arms:
+        if self.compares:
             dataset, model = (*given, "", "")[:2]
             given = [model, *[""] * 6, dataset]
         self.settings = Settings.read(self.command, given, os.environ)
+        self.arms = self.choose_arms()
+        refused = {flag for arm in self.arms for flag in re.findall(r"(\S+) \{", arm.flags)}.union(REFUSED_FLAGS)
+        for flag in (word.partition("=")[0] for word in self.flags + self.later):
+            if flag in refused or (self.compares and flag == "--tokens_per_batch"):
+                raise UsageError(f"{flag} cannot follow -- in {script} {self.command} (see --help)")
         if wrong := evaluation_flags(self.settings.eval_flags)[1].keys() & SET_FLAGS:
             raise UsageError(f"--{min(wrong)} cannot be in EVAL_FLAGS (see --help)")
-        if self.both_arms and len(items(self.settings.datasets)) > 1:
+        if self.compares and len(items(self.settings.datasets)) > 1:
             raise UsageError(f"{self.command} accepts one dataset, not '{self.settings.datasets}'")
-        for run in itertools.chain(*self.chains()):
+        runs = list(itertools.chain(*self.chains()))
+        for run in runs:
             for file in [run.train_file] + [run.test_file] * (run.kind != "pretrain"):
                 if not Path(file).exists():
                     raise UsageError(f"{file} does not exist; see datasets/README.md")
+        self.check_flags({run.arm: run for run in runs} if self.compares else {})
         self.starting, self.stopping = threading.Lock(), False
 
     # ---------------------------------------------------------------------------------------------- which runs
 
-    def make_run(self, method: str, seed: str, dataset: str, settings: Settings, kind: str = "") -> Run:
+    def choose_arms(self) -> list[Arm]:
+        """The arms to train. Raises UsageError if the variables select others than the table has."""
+        s, own = self.settings, self.command.removeprefix("run_")
+        words = {"compare": items(s.arms) or [*self.table], "sweep": ["regular", s.sweep_arm],
+                 "run_pretrain": [s.pretrain_arm]}.get(self.command, [own])  # fmt: skip
+        own = own if own in self.table else "jepa"
+        if s.lbd and self.table[own].lbd:
+            self.table[own] = self.table[own]._replace(lbd=s.lbd)
+        arms = []
+        for word in words:
+            name, _, lbd = word.partition(":")
+            if name not in self.table or (lbd and not self.table[name].lbd):
+                raise UsageError(f"unknown arm '{word}', expected some of {' '.join(self.table)} (see --help)")
+            arms.append(self.table[name]._replace(lbd=lbd or self.table[name].lbd))
+        if self.compares and (self.table["regular"] not in arms or len(set(arms)) < 2):
+            raise UsageError(f"{self.command} needs regular and another arm, not only {' '.join(words)} (see --help)")
+        return list(dict.fromkeys(arms))
+
+    def check_flags(self, runs: Mapping[Arm, Run]) -> None:
+        """Raises UsageError if finetune.py would refuse the flags of an arm, also of one that runs late."""
+        wrong = []
+        for arm, run in runs.items():
+            script, *flags = self.words("train", run)
+            try:
+                if script == "finetune.py":  # without a launcher: torchrun changes which flags are refused
+                    check_settings(*parse_flags(TrainingSettings, "", flags))
+            except UsageError as error:
+                wrong += [f"{arm.name}: {line}" for line in str(error).splitlines()]
+        if wrong:
+            raise UsageError("\n".join(wrong) + " (the variable ARMS selects arms, see --help)")
+
+    def make_run(self, arm: Arm, seed: str, dataset: str, settings: Settings, kind: str = "") -> Run:
         """A run of one arm with the user's flags for it."""
-        flags = self.flags + (self.later if method == "jepa" else ())
-        return Run(settings, method, dataset, seed, flags, kind, settings.model == TINY)
+        flags = self.flags + (self.later if arm.name != "regular" else ())
+        return Run(settings, arm, dataset, seed, flags, kind, settings.model == TINY)
 
     def chains(self) -> list[list[Run]]:
         """The runs in the order in which they start; each chain runs in sequence."""
         s, names = self.settings, items(self.settings.datasets)
         if self.command != "run_pretrain":
-            return [[self.make_run(m, seed, name, s)] for seed in items(s.seeds) for m in self.arms for name in names]
-        chains = []
+            return [[self.make_run(a, seed, name, s)] for seed in items(s.seeds) for a in self.arms for name in names]
+        chains, (arm,) = [], self.arms
         for seed in items(s.seeds):
-            base = Run(s, s.pretrain_arm, s.pretrain_dataset, seed, self.flags, "pretrain", s.model == TINY)
+            base = Run(s, arm, s.pretrain_dataset, seed, self.flags, "pretrain", s.model == TINY)
             after = replace(s, model=str(base.folder), learning_rate=s.finetune_lr or s.learning_rate,
                             epochs=s.finetune_epochs or s.epochs)  # fmt: skip
-            runs = [Run(after, "regular", name, seed, self.later, "plain", base.tiny) for name in names]
+            runs = [Run(after, self.table["regular"], name, seed, self.later, "plain", base.tiny) for name in names]
             chains.append([base, *runs])
         return chains
 
     def report_folder(self) -> Path:
-        """The folder of the report of both arms."""
+        """The folder of the report of all arms."""
         s = self.settings
-        details = f"lr{s.learning_rate}-lbd{s.lbd}-k{s.predictors}"
+        details = f"lr{s.learning_rate}-lbd{self.table['jepa'].lbd}-k{s.predictors}"
         if self.command == "sweep":
-            details = f"val{s.eval_split}-{s.split_seed}"
+            details = f"val{s.eval_split}-{s.split_seed}" + f"-{s.sweep_arm}" * (s.sweep_arm != "jepa")
+        elif s.arms:
+            details += "-" + "-".join(items(s.arms)).replace(":", "")
         flags = self.flags + (("--", *self.later) if self.later else ())
         return Path(s.reports_dir, s.folder_name(items(s.datasets)[0], f"{self.command}-{details}", flags))
 
@@ -349,19 +405,19 @@ class Driver:
         s, file = self.settings, self.report_folder() / "sweep.json"
         done: list[Run] = []
 
-        def best(method: str, grid: list[Settings]) -> Settings:
-            cells = [self.make_run(method, seed, dataset, cell, "cell") for cell in grid for seed in seeds]
+        def best(grid: list[tuple[Arm, Settings]]) -> Run:
+            cells = [self.make_run(arm, seed, dataset, cell, "cell") for arm, cell in grid for seed in seeds]
             self.run_all([[cell] for cell in cells])
             done.extend(cells)
-            picked = sweep.pick(method, [run.folder / "eval" / run.dataset for run in done], file)
-            return next(run.settings for run in cells if str(run.folder) == picked)
+            picked = sweep.pick(cells[0].arm.name, [run.folder / "eval" / run.dataset for run in done], file)
+            return next(run for run in cells if str(run.folder) == picked)
 
-        seeds, (dataset,) = items(s.sweep_seeds), items(s.datasets)
-        s = replace(self.settings, runs_dir=str(file.parent / "cells"))
-        grid = [replace(s, learning_rate=rate) for rate in items(s.learning_rates)]
-        picked = best("regular", grid)
-        grid = [replace(picked, predictors=k, lbd=lbd) for k in items(s.grid_k) for lbd in items(s.grid_lbd)]
-        self.settings = replace(best("jepa", grid), runs_dir=self.settings.runs_dir)
+        seeds, (dataset,), (regular, arm) = items(s.sweep_seeds), items(s.datasets), self.arms
+        s = replace(s, runs_dir=str(file.parent / "cells"))
+        s = best([(regular, replace(s, learning_rate=rate)) for rate in items(s.learning_rates)]).settings
+        ks, lbds = items(s.grid_k) if arm.has_views else [s.predictors], items(s.grid_lbd)
+        picked = best([(arm._replace(lbd=lbd), replace(s, predictors=k)) for k in ks for lbd in lbds])
+        self.arms, self.settings = [regular, picked.arm], replace(picked.settings, runs_dir=self.settings.runs_dir)
 
     # ------------------------------------------------------------------------------------------ running commands
 
@@ -375,20 +431,21 @@ class Driver:
         if self.settings.node_rank != "0":
             return 0
         words = ["-m", "llm_jepa.report", *(str(run.folder) for run in runs)]
-        if self.both_arms:
+        if self.compares:
+            words += ["--output_dir", str(self.report_folder())]
+            words += ["--against", next(str(run.folder) for run in runs if run.arm.name == "regular")]
             allow = self.settings.allow.split() + ["reference_grad_scale"] * bool(self.settings.protocol)
-            words += ["--output_dir", str(self.report_folder()), *(["--allow", *allow] if allow else [])]
+            words += ["--allow", *allow] if allow else []
         return self.call(words)[0]
 
     def preflight(self) -> None:
         """Checks the node, the model and the disk, unless all runs are finished."""
         s, runs = self.settings, [run for (run,) in self.chains()]
-        longest = {run.method: run for run in sorted(runs, key=lambda run: int(MAX_LENGTH.get(run.dataset, 0)))}
-        arms = {"regular": ["--regular"], "jepa": ["--predictors", s.predictors, "--lbd", s.lbd]}
-        flags = [["--", *arms[arm], *longest[arm].default_flags(), *longest[arm].flags] for arm in self.arms]
+        longest = {run.arm: run for run in sorted(runs, key=lambda run: int(MAX_LENGTH.get(run.dataset, 0)))}
+        trainings = [fill("-- {arm} {defaults} {flags}", run.values()) for run in longest.values()]
         files = ",".join(dict.fromkeys(file for run in runs for file in (run.train_file, run.test_file)))
         left = sum(not is_finished(run.folder) for run in runs)
-        values = vars(s) | {"data_files": files, "left": str(left), "arms": sum(flags, [])}
+        values = vars(s) | {"data_files": files, "left": str(left), "trainings": sum(trainings, [])}
         if left and (code := self.call(fill(self.templates["preflight"], values))[0]):
             raise CommandFailed("not ready (see above)", code)
 
@@ -431,8 +488,7 @@ class Driver:
 
     def words(self, step: str, run: Run) -> list[str]:
         """A command line of a run; cells of a sweep read the two parts of the train file."""
-        kind = {"pretrain": f"pretrain_{run.method}", "plain": "plain"}.get(run.kind, run.method)
-        text = self.templates[step if step == "check" else f"{step}_{kind}"]
+        text = self.templates[f"{step}_{run.kind}" if run.kind in ("pretrain", "plain") and step != "check" else step]
         if run.kind == "cell":
             text = text.replace("--train_file {train_file}", self.templates["train_cell"])
             text = text.replace("--input_file {test_file}", self.templates["evaluate_cell"])
@@ -441,7 +497,7 @@ class Driver:
     def execute(self, step: str, run: Run) -> list[str]:
         """Trains or evaluates. Raises CommandFailed with the end of the log if there is one."""
         log = None
-        if self.both_arms or self.settings.jobs != "1":
+        if self.compares or self.settings.jobs != "1":
             node = f"-node{self.settings.node_rank}" if self.settings.node_rank != "0" else ""
             log = run.folder.parent / ".logs" / f"{run.name}{node}.log"
             log.parent.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,10 @@
     python -m llm_jepa.preflight --model_name MODEL --data_files datasets/synth_train.jsonl --output_dir runs \\
         --nproc_per_node 8 --runs 10 -- --param_dtype bfloat16 --batch_size 4
 
-The flags of the training follow `--`. To train with several sets of flags, put another `--` between them and the set
-that needs the most memory last. With several nodes, run this on each with its own --node_rank: the nodes exchange their
-problems at --master_addr, and each prints all of them. Exit code: 0 ready, 1 something is missing, 2 wrong flags.
+The flags of the training follow `--`. For trainings with several sets of flags, put another `--` between the sets: the
+one that needs the most memory decides. With several nodes, run this on each with its own --node_rank: the nodes
+exchange their problems at --master_addr, and each prints all of them. Exit code: 0 ready, 1 something is missing, 2
+wrong flags.
 """
 
 from __future__ import annotations
@@ -261,7 +262,7 @@ def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str],
     from llm_jepa.large import memory
     from llm_jepa.large.settings import LargeSettings, check_large_settings
 
-    notes, plan, gpus = [], None, s.nproc_per_node * s.nnodes
+    notes, plans, gpus = [], [], s.nproc_per_node * s.nnodes
     shared = ["--model_name", s.model_name, "--train_file", s.data_files.split(",")[0] or "examples.jsonl"]
     shared += ["--revision", s.revision] if s.revision else []
     parsed = [parse_flags(LargeSettings, "", [*shared, *flags]) for flags in trainings]
@@ -270,8 +271,7 @@ def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str],
     if model_folder(s.model_name, last.revision):
         for training, given in parsed:
             try:
-                plan = None
-                plan = memory.plan(check_large_settings(training, given, gpus > 1), [gpus])
+                plans.append(memory.plan(check_large_settings(training, given, gpus > 1), [gpus]))
             except UsageError as error:
                 problems += str(error).splitlines()
     for file in filter(None, s.data_files.split(",")):
@@ -284,8 +284,8 @@ def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str],
         problems.append(f"{s.nproc_per_node} GPUs are needed, {torch.cuda.device_count()} found: {hint}")
     if s.device == "cpu":
         notes.append("GPUs and their memory (--device cpu)")
-    elif plan and enough:
-        peak = plan["on"][0]["peak"]
+    elif plans and enough:
+        peak = max(plan["on"][0]["peak"] for plan in plans)
         problems += [
             f"GPU {i} has {gib(free)} free, {gib(peak)} are predicted (python -m llm_jepa.memory shows how): end other "
             "programs on it (nvidia-smi), or use more GPUs, a smaller --batch_size, --lora, or on one GPU "
@@ -293,7 +293,8 @@ def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str],
             for i in range(s.nproc_per_node)
             if (free := torch.cuda.mem_get_info(i)[0]) < peak
         ]
-    if plan:
+    if plans:
+        plan = max(plans, key=lambda plan: plan["checkpoint"])
         if last.merge:
             plan["saved_model"] += plan["parameters"] * (4 if last.param_dtype == "float32" else 2)
         problems += disk_problems(s.output_dir, plan, s.runs, last.save_total_limit, last.keep_checkpoints)

@@ -28,6 +28,7 @@ def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
 
     `evaluations`: the folders RUN/eval/DATASET. Raises UsageError if none is of this arm, if they are not evaluations
     of finished runs on the same held-out examples, or if an arm's runs differ in more than their seed and SIGNS.
+    Runs without an auxiliary loss are the arm regular, all others the other arm. λ of `--regular --nitp` is nitp_lbd.
     """
     import pandas
 
@@ -43,8 +44,11 @@ def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
         if split != (expected := expected or split):
             raise UsageError(f"{run} was scored on other examples, or by another score, than {runs[0]['run']}")
         scores = {name: metrics[name] for name in ("exact", "startswith", "stop_rate", *metrics["scores"])}
+        nitp = settings["regular"] and settings.get("nitp")  # older runs do not have the setting
+        settings |= {"lbd": settings.pop("nitp_lbd")} if nitp else {}
         grid = {name: settings[name] for name in SIGNS}
-        one = {"arm": "regular" if settings["regular"] else "jepa", "seed": settings["finetune_seed"], "run": str(run)}
+        name = "regular" if settings["regular"] and not nitp else "jepa" if arm == "regular" else arm
+        one = {"arm": name, "seed": settings["finetune_seed"], "run": str(run)}
         fixed = {name: value for name, value in arm_settings(settings, record).items() if name not in SIGNS}
         first = arms.setdefault(one["arm"], fixed)
         if other := [name for name in first | fixed if first.get(name) != fixed.get(name)]:
@@ -72,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 picked, 2 wrong usage or runs."""
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder with one evaluation")
-    parser.add_argument("--pick", required=True, choices=["regular", "jepa"], help="arm whose best cell is printed")
+    parser.add_argument("--pick", required=True, metavar="ARM", help="regular, or any name for the other arm")
     parser.add_argument("--output_file", required=True, type=Path, help="JSON file for all cells")
 
     def work() -> None:

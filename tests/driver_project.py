@@ -25,11 +25,14 @@ NODE_VARIABLES = ["MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "NODE_TIMEOUT", 
                   "TRAINER", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_NODEID",
                   "SLURM_JOB_NODELIST", "SLURM_SUBMIT_DIR"]  # fmt: skip
 FUNCTIONS = {
-    "run.sh": "run_regular; run_jepa; run_pretrain; sweep; launchers",
-    "run8bh200.sh": "node_variables; run_regular; run_jepa; launchers",
+    "run.sh": "arms; run_arm; run_pretrain; sweep; launchers",
+    "run8bh200.sh": "node_variables; arms; run_arm; launchers",
 }
 MODULES = ("llm_jepa.report", "llm_jepa.preflight")
-NODE_DEFAULTS = ("MODEL", "PREDICTORS", "LBD", "NPROC", "NNODES", "NODE_RANK")
+NODE_DEFAULTS = ("MODEL", "PREDICTORS", "ARMS", "NPROC", "NNODES", "NODE_RANK")
+# Defaults of the tiny model that the tests expect, whatever recipe the driver has; real runs use the driver's.
+TINY = {"learning_rate": "1e-3", "epochs": "2", "learning_rates": "5e-4 1e-3 2e-3 4e-3"}
+TINY_FLAGS = {"--batch_size": "8", "--grad_accum": "1", "--warmup_steps": "0.05", "--adam_beta2": "0.98"}
 
 
 @cache
@@ -87,6 +90,9 @@ class Project:
         with self.patch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.setattr(driver.Driver, "call", recorded)
             patch.setattr(signal, "signal", lambda *_: None)  # the scripts run in threads
+            if not real:
+                patch.setattr(driver, "TINY_DEFAULTS", TINY)
+                patch.setattr(driver, "TINY_FLAGS", TINY_FLAGS)
             large = self.script == "run8bh200.sh"
             lines, more = templates(self.script, tuple(sorted(variables.items())) if large else ())
             for name, value in (variables | more).items():
@@ -118,8 +124,8 @@ def pretend(script: str, argv: list[str], score) -> str:
     if script.startswith("finetune"):
         run, data = Path(flag(argv, "--output_dir")), flag(argv, "--train_file") or flag(argv, "--data_file")
         run.mkdir(parents=True, exist_ok=True)
-        args = {"model_name": flag(argv, "--model_name"), "regular": "--regular" in argv}
-        numbers = {"finetune_seed": int, "learning_rate": float, "predictors": int, "lbd": float}
+        args = {"model_name": flag(argv, "--model_name"), "regular": "--regular" in argv, "nitp": "--nitp" in argv}
+        numbers = {"finetune_seed": int, "learning_rate": float, "predictors": int, "lbd": float, "nitp_lbd": float}
         args |= {name: read(flag(argv, f"--{name}") or 0) for name, read in numbers.items()}
         args |= {"data_file": flag(argv, "--data_file"), "eval_split": 0.2, "split_seed": 42}
         (run / "args.json").write_text(json.dumps(args))

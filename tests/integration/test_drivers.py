@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,20 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, message_row, same_weights, write_rows
-from driver_project import VARIABLES, Project, flag, resolved
+from driver_project import VARIABLES, Project, flag, resolved, templates
 
 from llm_jepa import driver
 from llm_jepa.files import read_json
 
 ONE = {"SEEDS": "4"}
 SWEEP = Path("reports/synth-tiny-sweep-val0.2-42-e2")
+ARMS = {  # what each arm's settings differ in from regular fine-tuning
+    "regular": {},
+    "jepa": {"regular": False, "lbd": 1.0, "predictors": 1},
+    "clip": {"regular": False, "lbd": 0.1, "predictors": 1, "jepa_loss": "clip"},
+    "nitp": {"nitp": True, "nitp_lbd": 0.8},
+    "placebo": {"regular": False, "lbd": 0.1, "predictors": 1, "jepa_loss": "clip", "shuffle_pairs": True},
+}
 
 
 @pytest.fixture
@@ -41,6 +49,9 @@ NAMES = [
     ("run_jepa", {"PROTOCOL": "paper"}, "synth-tiny-jepa-lr1e-3-lbd1-k1-e4-paper-s4"),
     ("run_jepa -- --lora --lora_rank 64", {}, "synth-tiny-jepa-lr1e-3-lbd1-k1-e2-s4-x33182f5f"),
     ("run_jepa -- --max_steps=7", {}, "synth-tiny-jepa-lr1e-3-lbd1-k1-7steps-s4-x1775805f"),
+    ("run_clip", {}, "synth-tiny-clip-lr1e-3-lbd0.1-k1-e2-s4"),
+    ("run_placebo - - - -2 0 4 .2", {}, "synth-tiny-placebo-lr1e-3-lbd.2-k0-t-2-e2-s4"),
+    ("run_nitp - - - -2 3", {"LBD": ".5"}, "synth-tiny-nitp-lr1e-3-lbd.5-e2-s4"),
 ]  # fmt: skip
 
 
@@ -55,12 +66,15 @@ def test_run_folder_names_of_several_runs(project):
                        FINETUNE_LR="4e-5")  # fmt: skip
     base = "paraphrase-tiny-jepa-lr1e-3-lbd1-k1-pretrain-e2-s4-x5dd8336c"
     assert done.runs == [f"runs/{base}", f"runs/yelp-{base}-regular-lr4e-5-plain-e2-s4-xd14d0b09"]
-    done = project.run("compare", "--", "--weight_decay", "0.1", "--", "--jepa_ratio", "0.5", **ONE)
+    flags = ["--", "--weight_decay", "0.1", "--", "--jepa_ratio", "0.5"]
+    done = project.run("compare", *flags, ARMS="regular jepa", **ONE)
     assert done.runs == [
         "runs/synth-tiny-regular-lr1e-3-e2-s4-xd14d0b09",
         "runs/synth-tiny-jepa-lr1e-3-lbd1-k1-e2-s4-xd25239c1",
     ]
-    assert flag(done.reports[0], "--output_dir") == "reports/synth-tiny-compare-lr1e-3-lbd1-k1-e2-x69980c44"
+    assert (
+        flag(done.reports[0], "--output_dir") == "reports/synth-tiny-compare-lr1e-3-lbd1-k1-regular-jepa-e2-x69980c44"
+    )
     assert [resolved(argv)["jepa_ratio"] for argv in done.trained] == [1.0, 0.5]
 
 
@@ -83,6 +97,11 @@ SETTINGS = [
     ("run_jepa -- --tokens_per_batch 4096 --lm_labels=answer", {"PROTOCOL": "paper"},
      PAPER | {"tokens_per_batch": 4096, "lm_labels": "answer"}),
     ("run_jepa -- --grad_accum 1", {"PROTOCOL": "paper"}, PAPER | {"grad_accum": 1, "reference_grad_scale": False}),
+    ("run_jepa -- --jepa_loss clip", {}, {"jepa_loss": "clip", "lbd": 1.0}),
+    ("run_clip -- --jepa_loss vicreg --nitp", {}, {"jepa_loss": "vicreg", "lbd": 0.1, "nitp": True, "nitp_lbd": 0.8}),
+    ("run_nitp -- --nitp_layer 1", {}, {"regular": True, "nitp": True, "nitp_lbd": 0.8, "nitp_layer": 1}),
+    ("run_nitp", {"PROTOCOL": "paper", "LBD": "2"}, PAPER | {"nitp_lbd": 2.0, "reference_grad_scale": False}),
+    ("run_placebo", {"PROTOCOL": "paper"}, PAPER | {"jepa_loss": "clip", "shuffle_pairs": True, "lbd": 0.1}),
 ]  # fmt: skip
 
 
@@ -117,6 +136,17 @@ WRONG = [
     ("run_pretrain", {"ARM": "both"}, "ARM"),
     ("run_pretrain", {"PRETRAIN_DATASET": "none"}, "none_train.jsonl"),
     ("compare synth,turk", {}, "one dataset"),
+    ("compare", {"ARMS": "regular jepa vicreg"}, "regular jepa clip nitp placebo"),
+    ("compare", {"ARMS": "regular:2 jepa"}, "regular:2"),
+    ("compare", {"ARMS": "regular clip:x"}, "ARMS"),
+    ("compare", {"ARMS": "jepa clip"}, "regular"),
+    ("compare", {"ARMS": "regular"}, "regular"),
+    ("compare -- -- --nitp_lbd 0.5", {}, "--nitp_lbd"),
+    ("compare -- -- --jepa_ratio 0.5", {}, "nitp: --jepa_ratio"),
+    ("compare -- --shuffle_pairs", {"ARMS": "regular clip"}, "regular: --shuffle_pairs"),
+    ("sweep", {"SWEEP_ARM": "regular"}, "regular"),
+    ("sweep", {"SWEEP_ARM": "vicreg"}, "vicreg"),
+    ("run_nitp -- --nitp_lbd=0.5", {}, "--nitp_lbd"),
     ("sweep", {"GRID_K": "1 x"}, "GRID_K"),
     ("run_jepa -- --output_dir x", {}, "--output_dir"),
     ("run_jepa -- --finetune_seed=5", {}, "--finetune_seed"),
@@ -145,13 +175,19 @@ def test_variables_of_other_programs_are_accepted(project):
     assert (done.code, done.err) == (0, "")
 
 
-def test_help_lists_the_variables_and_the_protocol(project):
+def test_help_lists_the_arms_the_variables_and_the_protocol(project):
     text = subprocess.run(["bash", ROOT / "run.sh", "run_jepa", "--help"], capture_output=True, text=True).stdout
     shown = text.split("PROTOCOL=paper")[1].split("\n\n")[0]
     assert all(f"{name} {value}" in shown for name, value in driver.PAPER_FLAGS.items())
     assert all(f"{name} {value}" in text for name, value in driver.TINY_FLAGS.items())
     values = [driver.TINY_DEFAULTS["learning_rates"], *(f.default for f in driver.dataclasses.fields(driver.Settings))]
     assert {word for word in VARIABLES + values if word not in text} <= {"NNODES", "NODE_RANK"}  # of run8bh200.sh
+    for name in ("learning_rate", "epochs"):
+        assert f"{driver.TINY_DEFAULTS[name]} for models/tiny" in text
+    arms = [line.partition("=")[0].removeprefix("arm_") for line in templates("run.sh")[0] if line.startswith("arm_")]
+    assert [arm.partition(":")[0] for arm in arms] == [*ARMS]
+    for name, _, lbd in (arm.partition(":") for arm in arms):
+        assert re.search(rf"^  {name} +{lbd} ", text, re.MULTILINE) and f"run_{name}" in text
 
 
 def test_shell_scripts_have_valid_syntax():
@@ -259,7 +295,46 @@ def test_flags_about_examples_reach_the_evaluation(project):
 # -------------------------------------------------------------------------------- compare, sweep and run_pretrain
 
 
-def test_compare_runs_both_arms_on_each_seed_and_reports(project):
+def test_compare_trains_five_arms_that_differ_only_in_the_method(project):
+    done = project.run("compare", SEEDS="1 2")
+    settings = [resolved(argv) for argv in done.trained]
+    assert done.code == 0 and [s["finetune_seed"] for s in settings] == [1] * 5 + [2] * 5
+    assert [Path(run).name.split("-")[2] for run in done.runs] == [*ARMS] * 2
+    for own, name in zip(settings, [*ARMS] * 2, strict=True):
+        expected = settings[0] | ARMS[name]
+        assert {key for key in own if own[key] != expected[key]} <= {"output_dir", "finetune_seed"}
+    (report,) = done.reports
+    assert report[:10] == done.runs and flag(report, "--against") == done.runs[0]
+
+
+@pytest.mark.parametrize(
+    ("variables", "arms"),
+    [
+        ({"ARMS": "clip,regular"}, "clip-lr1e-3-lbd0.1-k1 regular-lr1e-3"),
+        ({"ARMS": "regular clip:.3 clip nitp:2 jepa", "LBD": "4"},
+         "regular-lr1e-3 clip-lr1e-3-lbd.3-k1 clip-lr1e-3-lbd0.1-k1 nitp-lr1e-3-lbd2 jepa-lr1e-3-lbd4-k1"),
+        ({"ARMS": "regular clip clip:0.1 regular", "PREDICTORS": "0"}, "regular-lr1e-3 clip-lr1e-3-lbd0.1-k0"),
+        ({"PROTOCOL": "paper"}, "regular-lr1e-3 jepa-lr1e-3-lbd1-k1"),
+    ],
+)  # fmt: skip
+def test_arms_chooses_and_orders_the_arms_and_their_weights(project, variables, arms):
+    done = project.run("compare", **ONE | variables)
+    epochs = "e4-paper" if "PROTOCOL" in variables else "e2"
+    assert done.runs == [f"runs/synth-tiny-{arm}-{epochs}-s4" for arm in arms.split()]
+    reference = next(run for run in done.runs if "-regular-" in run)
+    assert done.reports[0][: len(done.runs) + 1] == [*done.runs, "--output_dir"]
+    assert flag(done.reports[0], "--against") == reference
+    other = project.run("compare", **ONE | {"ARMS": "regular placebo"})
+    assert flag(other.reports[0], "--output_dir") != flag(done.reports[0], "--output_dir")
+
+
+def test_the_second_flags_go_to_all_arms_but_regular(project):
+    done = project.run("compare", "synth", "org/M", "--", "--lora", "--", "--stp", "geodesic", **ONE)
+    found = [(s["lora"], s["stp"]) for s in map(resolved, done.trained)]
+    assert done.code == 0 and found == [(True, None)] + [(True, "geodesic")] * 4
+
+
+def test_compare_skips_what_is_done_and_allows_what_the_protocol_needs(project):
     done = project.run("compare", SEEDS="1 2", PROTOCOL="paper", ALLOW="git_dirty")
     assert [resolved(argv)["regular"] for argv in done.trained] == [True, False] * 2
     (report,) = done.reports
@@ -279,13 +354,29 @@ def test_sweep_picks_on_held_out_examples_and_reads_the_test_data_last(project):
     expected += [f"jepa-lr2e-3-lbd{lbd}-k{k}" for k in (0, 1, 2) for lbd in (".5", "1")]
     cells = [f"{SWEEP}/cells/synth-tiny-{cell}-e2-val0.2-42-s42" for cell in expected]
     final = [f"runs/synth-tiny-{arm}-e2-s{s}" for s in (1, 2) for arm in ("regular-lr2e-3", "jepa-lr2e-3-lbd.5-k1")]
-    assert done.runs == cells + final and done.reports == [[*final, "--output_dir", str(SWEEP)]]
+    assert done.runs == cells + final
+    assert done.reports == [[*final, "--output_dir", str(SWEEP), "--against", final[0]]]
     for argv in done.evaluated[:9]:
         assert flag(argv, "--input_file") == "datasets/synth_train.jsonl" and flag(argv, "--process_split") == "test"
     first_read = next(i for i, (_, argv) in enumerate(done.steps) if "datasets/synth_test.jsonl" in argv)
     assert not any("cells" in word for _, argv in done.steps[first_read:] for word in argv)
     again = project.run("sweep", score=score, **grid)
     assert again.trained == again.evaluated == [] and again.reports == done.reports
+
+
+@pytest.mark.parametrize(("arm", "found"), [("clip", "-lbd{}-k{}"), ("nitp", "-lbd{}")])
+def test_sweep_arm_is_the_arm_whose_weight_is_picked(project, arm, found):
+    def score(run) -> float:
+        return 0.1 if run.regular and not run.nitp else 0.5 - abs((run.nitp_lbd or run.lbd) - 0.2)
+
+    grid = {"GRID_K": "0 1", "GRID_LBD": ".1 .2 .4", "LEARNING_RATES": "1e-3", "SWEEP_ARM": arm} | ONE
+    done = project.run("sweep", score=score, **grid)
+    cells = dict.fromkeys(found.format(lbd, k) for k in (0, 1) for lbd in (".1", ".2", ".4"))
+    names = ["regular", *(arm + cell for cell in cells), "regular", arm + found.format(".2", 0)]
+    shown = [Path(run).name.removeprefix("synth-tiny-").partition("-e2-")[0] for run in done.runs]
+    assert [name.replace("-lr1e-3", "") for name in shown] == names and done.out.count("\n") == len(names)
+    cells = read_json(Path(flag(done.reports[0], "--output_dir"), "sweep.json"))["cells"]
+    assert {(cell["arm"], cell["lbd"]) for cell in cells} >= {(arm, 0.1), (arm, 0.2), (arm, 0.4)}
 
 
 def test_a_failing_run_ends_a_sweep_and_the_same_command_resumes_it(project):
@@ -318,12 +409,13 @@ def test_steps_of_run_pretrain(project):
 def test_compare_and_sweep_with_real_runs(project):
     names = ("git_dirty", "git_commit")  # the tests also run in a checkout with changes
     allow = {"ALLOW": " ".join(names + tuple(f"evaluation.{name}" for name in names)), "EPOCHS": "1"} | ONE
-    grid = {"GRID_K": "1", "GRID_LBD": "1", "LEARNING_RATES": "1e-3"} | allow
-    done = project.run("compare", real=True, **allow)
+    grid = {"GRID_K": "1", "GRID_LBD": "1", "LEARNING_RATES": "1e-3", "LR": "1e-3"} | allow
+    done = project.run("compare", real=True, LR="1e-3", **allow)
     assert done.code == 0 and Path(flag(done.reports[0], "--output_dir"), "report.html").exists()
-    regular, jepa = (read_json(Path(run, "args.json")) for run in done.runs)
+    settings = [read_json(Path(run, "args.json")) for run in done.runs]
+    regular, jepa = settings[:2]
     assert {k for k in jepa if jepa[k] != regular[k]} == {"regular", "predictors", "lbd", "output_dir"}
-    assert label_tokens(done.runs[0]) == label_tokens(done.runs[1])
+    assert all(label_tokens(run) == label_tokens(done.runs[0]) for run in done.runs) and len(done.runs) == 5
     done = project.run("sweep", real=True, **grid)
     assert done.code == 0 and len(done.runs) == 2
     assert sum(label_tokens(done.runs[0])) < sum(label_tokens(f"runs/{Path(jepa['output_dir']).name}"))
@@ -386,7 +478,7 @@ time.sleep(300)
 def start(project: Project, **variables: str) -> subprocess.Popen:
     """The driver with TRAINER, in a process of its own."""
     Path("train.py").write_text(TRAINER)
-    lines = ["train_jepa=train.py {run}", "check=-c pass"]
+    lines = ["arm_jepa:1=--lbd {lbd}", "train=train.py {run}", "check=-c pass"]
     command = [sys.executable, "-m", "llm_jepa.driver", "run.sh", *lines, "--", "run_jepa"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     return subprocess.Popen(

@@ -41,7 +41,8 @@ def only(done, script: str) -> list[str]:
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, {"MODEL": LLAMA, "PREDICTORS": "0", "LBD": "2", "NPROC": "4", "NNODES": "1", "NODE_RANK": "0"}),
+        ({}, {"MODEL": LLAMA, "ARMS": "regular jepa", "PREDICTORS": "0", "NPROC": "4", "NODE_RANK": "0"}),
+        ({"ARMS": "regular clip"}, {"ARMS": "regular clip", "NNODES": "1"}),
         ({"CUDA_VISIBLE_DEVICES": "2,3,5"}, {"NPROC": "3"}),
         ({"CUDA_VISIBLE_DEVICES": ""}, {"NPROC": "8"}),
         (SLURM, {"NNODES": "2", "NODE_RANK": "1", "--master_addr": "c3", "--master_port": "23456"}),
@@ -72,6 +73,20 @@ def test_without_arguments_it_compares_after_one_preflight(node):
     assert [flag(check, name) for name in ("--runs", "--nproc_per_node", "--model_name")] == ["10", "4", LLAMA]
     assert flag(check, "--data_files") == "datasets/synth_train.jsonl,datasets/synth_test.jsonl"
     assert {name for name, _ in node.run("compare").steps} == {"llm_jepa.report"}
+
+
+def test_the_preflight_gets_the_flags_of_each_arm(node):
+    done = node.run("compare", "--", "--lora", "--", "--stp", "geodesic", ARMS="clip nitp:.5 regular", SEEDS="4")
+    trainings = " ".join(only(done, "llm_jepa.preflight")).split(" -- ")[1:]
+    plans = [resolved(["--train_file", "x", "--model_name", "x", *words.split()]) for words in trainings]
+    assert done.code == 0 and len(plans) == len(done.trained) == 3
+    for plan, training in zip(plans, map(resolved, done.trained), strict=True):
+        names = ("regular", "nitp", "nitp_lbd", "lbd", "jepa_loss", "predictors", "stp", "lora")
+        assert [plan[name] for name in names] == [training[name] for name in names]
+    assert [(plan["jepa_loss"], plan["nitp_lbd"], plan["stp"]) for plan in plans] == [
+        ("clip", 0.8, "geodesic"), ("cosine", 0.5, "geodesic"), ("cosine", 0.8, None)
+    ]  # fmt: skip
+    assert all(script != "finetune" for script, _ in done.steps), "TRAINER is the script of all arms"
 
 
 @pytest.mark.parametrize(("flags", "length"), [([], 2048), (["--max_length", "900"], 900)])

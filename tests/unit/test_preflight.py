@@ -66,8 +66,10 @@ def test_gpu_memory_is_compared_with_the_plan(check, monkeypatch):
     monkeypatch.setattr(preflight, "collective_problems", lambda *a: [])
     (line,) = missing(check(device="cuda", nproc_per_node=2))
     assert "GPU 0 has 1.0 GiB free, 2.1 GiB" in line
-    lines = missing(check("--tokens_per_batch", 65536, device="cuda", nproc_per_node=2))
-    assert len(lines) == 2 and "GPU 1 has 3.0 GiB free" in lines[1]
+    large = ("--tokens_per_batch", 65536)
+    for trainings in (large, (*large, "--", "--regular"), ("--regular", "--", *large)):  # the largest one decides
+        lines = missing(check(*trainings, device="cuda", nproc_per_node=2))
+        assert len(lines) == 2 and "GPU 1 has 3.0 GiB free" in lines[1]
 
 
 def test_disk_space(monkeypatch):
