@@ -37,7 +37,7 @@ def config_folder(folder: Path, **values) -> str:
 
 
 def plan(model: str, *gpus: int, **flags) -> dict:
-    return memory.plan(LargeSettings(model_name=model, **{"gradient_stats": 0} | flags), gpus or (1,))
+    return memory.plan(LargeSettings(model_name=model, **flags), gpus or (1,))
 
 
 def trained_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -223,8 +223,7 @@ def test_tokens_in_a_micro_batch(tmp_path, flags, tokens):
 
 def test_command_prints_json_or_a_table(tmp_path):
     model = config_folder(tmp_path, **TINY)
-    flags = ("--model_name", model, "--tokens", 64, "--gpus", "1,4", "--gradient_stats", 0, "--json")
-    done = call("llm_jepa.memory", *flags)
+    done = call("llm_jepa.memory", "--model_name", model, "--tokens", 64, "--gpus", "1,4", "--json")
     assert done.code == 0 and json.loads(done.out) == plan(model, 1, 4, tokens_per_batch=64)
     table = call("llm_jepa.memory", "--model_name", model, "--gpus", "1,8").out.split()
     assert {*memory.PARTS, "peak", "1", "8"} <= set(table)
