@@ -170,11 +170,11 @@ def moments(trained: pandas.DataFrame, elements: pandas.Series, optim: str) -> f
 
 
 def gpu_plan(
-    table: pandas.DataFrame, optim: str, gpus: int, parts: int, hidden: int, working: int, compared: bool
+    table: pandas.DataFrame, optim: str, gpus: int, parts: int, copies: int, hidden: int, working: int
 ) -> dict[str, int]:
     """Bytes on the GPU with the most, if `gpus` store the weights in `parts` shards; and of its checkpoint file.
 
-    `compared`: whether --gradient_stats holds two losses' gradients at the same time.
+    `copies`: of the gradients.
     """
     shard = -(-table.length // parts) * (table.numel // table.length)  # elements on the GPU with the most
     trained = table[table.trained]
@@ -194,7 +194,7 @@ def gpu_plan(
         need["gathered"] = end + gathered[gathered.index >= 0].nlargest(2).sum() + gathered.get(PROJECTORS, 0)
         need["reduced"] = 6 * trained.groupby("unit").numel.sum().max()
     checkpoint = need["gradients"] + need["optimizer"]
-    need["gradients"] *= 1 + compared
+    need["gradients"] *= copies
     need["peak"] = MARGIN * sum(need.values()) + RESERVE
     need["checkpoint_shard"] = checkpoint
     return {"gpus": gpus} | {name: int(size) for name, size in need.items()}
@@ -215,17 +215,14 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
     model = meta_model(s, tokenizer)
     config, layers = model.config.get_text_config(), decoder_layers(model)
     sharding = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=config.tie_word_embeddings)
-    trained_model = model
-    if s.lora:
-        with torch.device("meta"):
+    trained_model, size = model, model.get_output_embeddings().weight.shape[1]
+    with torch.device("meta"):
+        if s.lora:
             trained_model = add_adapter(
                 model, tokenizer, rank=s.lora_rank, dropout=0.0, predictors=s.stored_predictors, plain=s.plain
             )
-    size = model.get_output_embeddings().weight.shape[1]
-    with torch.device("meta"):
-        trained_model.projectors = torch.nn.ModuleList(
-            Projector(size) for _ in range(s.has_nitp + bool(s.jepa and s.sigreg))
-        )
+        count = s.has_nitp + bool(s.jepa and s.sigreg)
+        trained_model.projectors = torch.nn.ModuleList(Projector(size) for _ in range(count))
     table = parameter_table(model, trained_model, s)
     trained, saved = table[table.trained], table[table.unit != PROJECTORS]
     tokens = s.tokens_per_batch or s.batch_size * s.max_length * (1 if s.regular else 2)  # views are parts of the chat
@@ -233,11 +230,11 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
     logits = min(tokens, max(1, MAX_LOGITS // config.vocab_size)) * config.vocab_size
     working, on = max(layer_activations(model.get_decoder(), layers[-1], tokens), 16 * logits), []
     nitp = nitp_activations(size, tokens // (1 + s.jepa)) if s.has_nitp else 0
-    compares = bool(s.gradient_stats) and (s.jepa or s.has_nitp or bool(s.stp_variant)) and not s.torch_compile
     for n in gpus:
         parts = 1 if sharding == "ddp" else n
         width = 2 if parts > 1 or s.lora or s.param_dtype == "bfloat16" else 4
-        on.append(gpu_plan(table, optim(n), n, parts, states * width + mask + nitp, working, compares and parts == 1))
+        copies = 1 + (parts == 1 and s.gradient_stats > 0)
+        on.append(gpu_plan(table, optim(n), n, parts, copies, states * width + mask + nitp, working))
     return {
         "model": s.model_name,
         "parameters": int((saved[~saved.trained] if s.lora else saved).numel.sum()),

@@ -35,12 +35,7 @@ class LargeSettings(Settings):
         "optimizer of transformers; auto: adamw_bnb_8bit for full fine-tuning on one GPU, else adamw_torch_fused",
         OPTIM,
     )
-    gradient_stats: int = flag(
-        0,
-        "every N steps, log the size and direction of each auxiliary gradient, which needs memory for a second copy of "
-        "the gradients; 0: never",
-        RUN,
-    )
+    gradient_stats: int = flag(0, "compare gradients every N steps, with a second copy of them; 0: never", RUN)
 
 
 def choose_sharding(requested: str | None, *, lora: bool, load_in_4bit: bool, tied: bool) -> str:
