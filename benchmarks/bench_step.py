@@ -223,7 +223,9 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
     else:
         loss = trainers(parts, s, bf16) if "stat" in name else ours(parts, s)
     useful = sum(len(segment.ids) for item in items for segment in item)
-    return Arm(parts.model, batches, loss, len(items), useful, bf16)
+    arm = Arm(parts.model, batches, loss, len(items), useful, bf16)
+    arm.optimizer.state = shared.setdefault("moments", arm.optimizer.state)  # one copy for all arms
+    return arm
 
 
 def write_shape(args: argparse.Namespace, folder: str) -> None:
