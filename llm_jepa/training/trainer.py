@@ -180,8 +180,8 @@ class StepTrainer(Trainer):
 
     def begin_step(self) -> None:
         """Decides whether gradients are compared in this step's first micro-batch."""
-        usable = self.terms and self.gradient_stats and not self.is_fsdp_enabled  # shards have no gradient of their own
-        self._measures = bool(usable) and self.state.global_step % self.gradient_stats == 0
+        compares = bool(self.terms and self.gradient_stats)
+        self._measures = compares and self.state.global_step % self.gradient_stats == 0
 
     def add_statistics(
         self, shares: dict[str, torch.Tensor], lm_sum: torch.Tensor, sums: dict[str, torch.Tensor], states: Any,
