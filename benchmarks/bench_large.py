@@ -141,10 +141,11 @@ def train_arm(name: str, args: argparse.Namespace, model: Path) -> dict[str, Any
     shutil.rmtree(run)
     rate = statistics.median(step["tokens_per_second"] for step in steps)
     labels = sum(step["label_tokens"] for step in steps) / sum(step["tokens"] for step in steps)  # per token
-    full = memory.meta_model(str(model))
+    settings = parse_flags(LargeSettings, "", flags)[0]
+    full = memory.meta_model(settings, memory.plan_tokenizer(settings))
     layers = sum(p.numel() for layer in memory.decoder_layers(full) for p in layer.parameters())
     work = (4 if "lora" in name else 6) * (layers + full.get_output_embeddings().weight.numel() * labels)
-    predicted = memory.plan(parse_flags(LargeSettings, "", flags)[0], [args.nproc_per_node])["on"][0]["peak"]
+    predicted = memory.plan(settings, [args.nproc_per_node])["on"][0]["peak"]
     used = max(first["used bytes"], again["used bytes"])
     return {
         "arm": name,

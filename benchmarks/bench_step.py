@@ -6,11 +6,14 @@
 
 Arms: the reference implementation's method (three rows per example, padded to 512 tokens, logits and all layers' hidden
 states at every token); the additive mask, with both views of an example in one row; packed, the default of finetune.py;
-packed with the Text view in the chat; regular fine-tuning, packed; TRL's SFTTrainer, padded to the longest row and
-packed. A step is collation, forward, backward, clipping and AdamW. `useful` tokens are those of chats and views without
-padding. `time/tokens` is an arm's time over that of regular packed, divided by the ratio of their useful tokens: 1 if
-the views cost as much per token as the chats. FLOPs are torch's count for the forward and backward pass; `of matmul` is
-their rate over that of a large matrix product timed in the same run.
+packed with the Text view in the chat; regular fine-tuning, packed; the auxiliary losses, packed; TRL's SFTTrainer,
+padded to the longest row and packed. `statistics` is a step with what the Trainer computes for the log. In
+`gradient_stats 1` every step also compares gradients, so at the default --gradient_stats 100 the difference between
+these two arms is divided by 100 and by the micro-batches of a step. A step is collation, forward, backward, clipping
+and AdamW. `useful` tokens are those of chats and views without padding. `time` is relative to regular packed.
+`time/tokens` is that divided by the ratio of their useful tokens: 1 if the views cost as much per token as the chats.
+FLOPs are torch's count for the forward and backward pass; `of matmul` is their rate over that of a large matrix product
+timed in the same run.
 
 With --growth: the time of a packed step for 1, 2, 4 and 8 times the examples, and for 1, 2, 4 and 8 times their length.
 """
@@ -50,7 +53,24 @@ SHAPES = {
                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
                      "tie_word_embeddings": True, "rope_theta": 500000.0},
 }  # fmt: skip
-ARMS = ("reference layout", "additive", "packed", "packed, in_chat", "regular packed", "TRL padded", "TRL packed")
+ARMS: dict[str, dict[str, Any]] = {  # name → settings
+    "reference layout": {},
+    "additive": {"layout": "additive"},
+    "packed": {},
+    "packed, in_chat": {"text_view": "in_chat"},
+    "regular packed": {"regular": True},
+    "clip": {"jepa_loss": "clip"},
+    "clip, in_chat": {"jepa_loss": "clip", "text_view": "in_chat"},
+    "vicreg": {"jepa_loss": "vicreg"},
+    "sigreg": {"sigreg": 0.05},
+    "regular + stp": {"regular": True, "stp": "geodesic"},
+    "regular + nitp": {"regular": True, "nitp": True},
+    "clip + nitp": {"jepa_loss": "clip", "nitp": True},
+    "clip + nitp, statistics": {"jepa_loss": "clip", "nitp": True, "gradient_stats": 0},
+    "clip + nitp, gradient_stats 1": {"jepa_loss": "clip", "nitp": True, "gradient_stats": 1},
+    "TRL padded": {"regular": True},
+    "TRL packed": {"regular": True},
+}
 PADDED = 512  # tokens of each of the reference's rows
 GROWTH = (1, 2, 4, 8)
 
@@ -67,13 +87,14 @@ class Arm:
     bf16: bool
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=DEVICE == "cuda" or None)
+        self.parameters = list(self.model.parameters())  # with the arm's own projectors
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=DEVICE == "cuda" or None)
 
     def __call__(self) -> None:
         """Runs all steps."""
         for batch in self.batches:
             self.backward(batch)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -112,14 +133,18 @@ def peak_bytes() -> int:
 
 
 def ours(parts: finetune.Parts, s: finetune.Settings) -> Callable:
-    """The loss of finetune.py with the layout of `parts`."""
-    selector = finetune.LMHeadSelector(parts.model)
-    terms = [(term, term.weight) for term in parts.terms]
+    """The loss of finetune.py."""
+    return lambda _, items: parts.objective(send_to_device(parts.collator(items), DEVICE), s.gamma)[0]
+
+
+def trainers(parts: finetune.Parts, s: finetune.Settings, bf16: bool) -> Callable:
+    """The same by the Trainer, which adds to its statistics."""
+    trainer = finetune.build_trainer(s, parts, PartialState(), bf16=bf16)
 
     def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
+        trainer.begin_step()
         batch = send_to_device(parts.collator(items), DEVICE)
-        lm_sum, states = selector.lm_sum(model, batch)
-        return finetune.objective(lm_sum, states, batch["counts"].clamp(min=1), s.gamma, terms)[0]
+        return trainer.compute_loss(model, batch, num_items_in_batch=batch["counts"].clamp(min=1).float())
 
     return loss
 
@@ -170,27 +195,37 @@ def trl_arm(args: argparse.Namespace, parts: finetune.Parts, packing: bool, fold
 
 def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any]) -> Arm | None:
     """The arm, or None if its package is not installed; arms with the same `shared` train one model."""
-    regular = name.startswith(("regular", "TRL"))
+    settings = {"predictors": 0 if "regular" in ARMS[name] else 1, "layout": "packed", "jepa_loss": "cosine"}
     s = finetune.Settings(
-        train_file=args.input_file, model_name=folder, pretrain=True, predictors=0 if regular else 1, lbd=1.0,
-        regular=regular, layout="additive" if name == "additive" else "packed", lm_labels="answer",
-        text_view="in_chat" if name == "packed, in_chat" else "alone", attn_implementation=args.attn_implementation,
-        max_length=args.max_length, batch_size=args.batch_size, tokens_per_row=args.tokens_per_row, finetune_seed=1,
-        skip_bad_examples=True,
+        train_file=args.input_file, model_name=folder, pretrain=True, lbd=1.0, lm_labels="answer",
+        attn_implementation=args.attn_implementation, max_length=args.max_length, batch_size=args.batch_size,
+        tokens_per_row=args.tokens_per_row, finetune_seed=1, skip_bad_examples=True, output_dir=f"{folder}/run",
+        eval_strategy="no", save_strategy="no", **settings | ARMS[name],
     )  # fmt: skip
-    parts = finetune.prepare(s, PartialState())
+
+    def load(*given: Any) -> torch.nn.Module:
+        model = shared["model"] = shared.get("model") or finetune.load_on_device(*given)
+        model._modules.pop("projectors", None)  # those of another arm
+        return model.train()
+
+    parts = finetune.prepare(s, PartialState(), load)
     items = parts.train_set.items = parts.train_set.items[: args.steps * args.batch_size]
     if len(items) < args.steps * args.batch_size:
         raise SystemExit(f"{args.input_file} has only {len(items)} usable examples for {args.steps} steps")
-    parts.model = shared.setdefault("model", parts.model).train()
     if name.startswith("TRL"):
         installed = importlib.util.find_spec("trl") is not None
         return trl_arm(args, parts, name == "TRL packed", folder) if installed else None
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
     pad = parts.encoder.renderer.tokenizer.pad_token_id
-    loss = reference_loss(pad, s.lbd) if name == "reference layout" else ours(parts, s)
+    bf16 = args.dtype == "bfloat16"
+    if name == "reference layout":
+        loss = reference_loss(pad, s.lbd)
+    else:
+        loss = trainers(parts, s, bf16) if "stat" in name else ours(parts, s)
     useful = sum(len(segment.ids) for item in items for segment in item)
-    return Arm(parts.model, batches, loss, len(items), useful, args.dtype == "bfloat16")
+    arm = Arm(parts.model, batches, loss, len(items), useful, bf16)
+    arm.optimizer.state = shared.setdefault("moments", arm.optimizer.state)  # one copy for all arms
+    return arm
 
 
 def write_shape(args: argparse.Namespace, folder: str) -> None:
@@ -219,6 +254,7 @@ def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str
             "arm": name,
             "examples/s": rates[name],
             **{f"× {other}": rates[name] / rates[other] for other in others},
+            "time": usual and medians[name] / medians["regular packed"],
             "time/tokens": usual and medians[name] / medians["regular packed"] / (arm.useful / usual.useful),
             "useful tokens/s": arm.useful / medians[name],
             "of matmul": arm.flops() / medians[name] / rate,
@@ -284,7 +320,7 @@ def main() -> None:
     parser.add_argument("--tokens_per_row", type=int, default=0, help="of packed rows (default: finetune.py's)")
     parser.add_argument("--attn_implementation", help="attention kernel of this project's arms")
     parser.add_argument("--growth", metavar="PNG", help="measure growth instead and plot it to this file")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=5, help="how often each arm is timed (default 5)")
     args = parser.parse_args()

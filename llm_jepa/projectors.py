@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 FILE = "projectors.safetensors"  # in a checkpoint
 
@@ -23,6 +24,7 @@ class Projector(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, D) → (…, D)."""
+        x = x.to(self.gate.weight.dtype)  # trained parameters are float32 even if frozen ones are not
         return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
 
 
@@ -33,11 +35,11 @@ def add_projectors(model: Any, names: list[str], seed: int) -> None:
     """
     if not names:
         return
-    weight, size = model.get_output_embeddings().weight, model.config.get_text_config().hidden_size
+    weight = model.get_output_embeddings().weight  # (V, D)
     trained = next((p.dtype for p in model.parameters() if p.requires_grad), weight.dtype)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        projectors = torch.nn.ModuleDict({name: Projector(size) for name in names})
+        projectors = torch.nn.ModuleDict({name: Projector(weight.shape[1]) for name in names})
     model.projectors = projectors.to(weight.device, trained)
 
 
@@ -53,12 +55,15 @@ def without_projectors(model: Any) -> Iterator[None]:
 
 
 def save_projectors(model: Any, folder: Path) -> None:
-    """Writes the projectors, if there are any, to a file in the checkpoint."""
+    """Writes the projectors, if there are any, to a file in the checkpoint; shards are gathered on the main process."""
     if projectors := getattr(model, "projectors", None):
-        save_file({k: v.contiguous() for k, v in projectors.state_dict().items()}, folder / FILE)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        if gathered := get_model_state_dict(projectors, options=options):  # empty on other processes
+            save_file(gathered, folder / FILE)
 
 
 def load_projectors(model: Any, folder: Path) -> None:
     """Reads the projectors, if there are any, from a file in the checkpoint."""
     if projectors := getattr(model, "projectors", None):
-        projectors.load_state_dict(load_file(folder / FILE))
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(projectors, load_file(folder / FILE), options=options)

@@ -118,6 +118,7 @@ def survey(name: str, folder: Path) -> dict[str, str]:
         return outcome
 
     found = {"training": fine_tune("--output_dir", tuned)}
+    found["with --nitp"] = fine_tune("--output_dir", folder / "nitp", "--nitp", "--jepa_loss", "clip")
     found["with --lora"] = fine_tune("--output_dir", folder / "lora", "--lora", "--lora_rank", 2)
     if found["training"].startswith("ok"):
         files = ["--model_name", tuned, "--input_file", data, "--output_file", folder / "out" / "predictions.jsonl"]
@@ -140,7 +141,7 @@ def in_child(name: str) -> dict[str, str]:
 
 
 LIMIT = 300  # seconds
-COLUMNS = ("training", "with --lora", "evaluation")
+COLUMNS = ("training", "with --nitp", "with --lora", "evaluation")
 PAGE = """# Architectures
 
 Every architecture for causal language models of transformers {version}, as a random model with two layers of 32
@@ -148,7 +149,8 @@ values and the tokenizer of `models/tiny`. That shows that the code runs, not th
 
 - training: two steps with `--predictors 1 --lbd 1`. *separate rows*: the packed layout is refused, because the model
   carries state along a row or counts positions by row, and `--layout separate` works.
-- with --lora: the same with `--lora`. evaluation: the trained model generates 8 tokens for two prompts.
+- with --nitp, with --lora: the same with `--nitp --jepa_loss clip` or `--lora`. evaluation: the trained model generates
+  8 tokens for two prompts.
 - *refused*: an error message of one line and exit code 2. *fault*: a traceback or another exit code, which is a bug.
   *not built*: transformers makes no tiny model from the script's settings.
 

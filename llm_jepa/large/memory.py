@@ -7,30 +7,31 @@ GPUs over which FSDP2 shards the first dimension of every tensor. With DDP (also
 tied embeddings) each GPU has a full copy, so W = 1. Bytes per GPU:
 
     weights        P·w / W        a 4-bit weight: 0.5 + 4 per block of 64; LoRA's own: 4
-    gradients      Q·w / W        reduced after each micro-batch
+    gradients      Q·w / W        reduced after each micro-batch; twice that for --gradient_stats, if W = 1
     optimizer      2·Q·w / W      AdamW's two moments, in the precision of the weights; with 8 bits 2 + 8 per block of
                                   256, but 8 for embeddings and for tensors below 4096 elements, as in transformers
-    gathered       2·(end + 2 layers), W > 1: the layer in use, the next one, and the larger end of the model:
-                   embeddings, or last norm and head (tied: one unit), as accelerate 1.15 shards them;
+    gathered       2·(end + 2 layers + projectors), W > 1: the layer in use, the next one, and the larger end of the
+                   model: embeddings, or last norm and head (tied: one unit), as accelerate 1.15 shards them;
                    W = 1 with float32: autocast's bfloat16 copies of the trained matrices
     reduced        6·(largest trained unit), W > 1: its bfloat16 gradient and the float32 copy that is scattered;
                    DDP: its buckets, as large as the gradients
     hidden         (L + 1)·T·D·w (w = 2 if W > 1) and the mask, T·min(T, 4096)·3: what checkpointing stores for T tokens
-                   and L layers
+                   and L layers; and what autograd stores of the projection of --nitp
     working        the larger of: what autograd stores of one layer while it is recomputed, counted by running the layer
                    on torch's meta device; and MAX_LOGITS logits at 16 bytes (bfloat16, float32, gradients, softmax)
 
     peak         = 1.05 · sum + 2 GiB
 
 The last line allows for fragmentation, the CUDA context and NCCL; both numbers are assumptions, not measured on a GPU.
-On disk, a checkpoint is trained weights and moments, in W files of equal size; the saved model is the weights, or with
-LoRA the adapter. The rows of tokens that the model lacks are counted if its tokenizer can be loaded.
+P and Q count the projectors of --nitp and --sigreg (12·D² each). On disk, a checkpoint is trained weights and moments,
+in W files of equal size; the saved model is the weights without projectors, or with LoRA the adapter. The rows of
+tokens that the model lacks are counted if its tokenizer can be loaded.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,9 +42,11 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from llm_jepa.cli import UsageError, first_line
 from llm_jepa.large.settings import LargeSettings, choose_sharding
+from llm_jepa.losses import nitp_loss
 from llm_jepa.model import LOADING_ERRORS, MAX_LOGITS, add_adapter, load_tokenizer, new_rows, tokenizer_options
+from llm_jepa.projectors import Projector
 
-HEAD, EMBEDDING = -1, -2  # units of FSDP other than the layers
+HEAD, EMBEDDING, PROJECTORS = -1, -2, -3  # units of FSDP other than the layers
 MARGIN, RESERVE = 1.05, 2 * 2**30  # factor and bytes that the peak is above the sum of its parts
 PARTS = ("weights", "gradients", "optimizer", "gathered", "reduced", "hidden", "working")
 
@@ -101,11 +104,10 @@ def decoder_layers(model: Any) -> list[Any]:
     return layers
 
 
-def layer_activations(decoder: Any, layer: Any, tokens: int) -> int:
-    """Bytes that autograd stores for one layer's forward pass over a row of tokens, without the weights."""
-    weights = {p.untyped_storage()._cdata for p in decoder.parameters()}
+def saved_bytes(module: Any, run: Callable[[], Any]) -> int:
+    """Bytes that autograd stores for a forward pass, without the module's weights."""
+    weights = {p.untyped_storage()._cdata for p in module.parameters()}
     stored: dict[int, torch.UntypedStorage] = {}
-    inputs: list[Any] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -113,22 +115,36 @@ def layer_activations(decoder: Any, layer: Any, tokens: int) -> int:
             stored[storage._cdata] = storage
         return tensor
 
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in stored.values())
+
+
+def layer_activations(decoder: Any, layer: Any, tokens: int) -> int:
+    """Bytes that autograd stores for one layer's forward pass over a row of tokens."""
+    inputs: list[Any] = []
     with layer.register_forward_pre_hook(lambda _, *given: inputs.extend(given), with_kwargs=True):
         decoder(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=False)
     args, kwargs = inputs
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(*args, **kwargs)
-    return sum(storage.nbytes() for storage in stored.values())
+    return saved_bytes(decoder, lambda: layer(*args, **kwargs))
+
+
+def nitp_activations(size: int, tokens: int) -> int:
+    """Bytes that autograd stores for the loss of --nitp at so many tokens."""
+    with torch.device("meta"):
+        projector, states = Projector(size).bfloat16(), torch.empty(2, tokens, size, dtype=torch.bfloat16)
+    return saved_bytes(projector, lambda: nitp_loss(projector(states[0]), states[1]))
 
 
 def parameter_table(model: Any, trained_model: Any, s: LargeSettings) -> pandas.DataFrame:
     """One row per parameter of `trained_model`, which is `model`, or with LoRA wraps it.
 
     numel, length (of the first dimension), bytes (per element), trained, unit (of FSDP: number of the decoder layer,
-    HEAD or EMBEDDING), quantized, embedding (bitsandbytes keeps its moments in float32), autocast (a matrix of which
-    autocast makes a bfloat16 copy).
+    HEAD, EMBEDDING or PROJECTORS), quantized, embedding (bitsandbytes keeps its moments in float32), autocast (a matrix
+    of which autocast makes a bfloat16 copy).
     """
     unit = {id(p): i for i, layer in enumerate(decoder_layers(model)) for p in layer.parameters()}
+    unit |= {id(p): PROJECTORS for p in trained_model.projectors.parameters()}
     ends = (model.get_output_embeddings(), model.get_input_embeddings())
     head, embedding = (getattr(end, "original_module", end).weight for end in ends)  # that of PEFT's wrapper
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
@@ -153,8 +169,13 @@ def moments(trained: pandas.DataFrame, elements: pandas.Series, optim: str) -> f
     return (8 * elements).where(full, 2 * (elements + 4 * -(-elements // 256))).sum()
 
 
-def gpu_plan(table: pandas.DataFrame, optim: str, gpus: int, parts: int, hidden: int, working: int) -> dict[str, int]:
-    """Bytes on the GPU with the most, if `gpus` store the weights in `parts` shards; and of its checkpoint file."""
+def gpu_plan(
+    table: pandas.DataFrame, optim: str, gpus: int, parts: int, copies: int, hidden: int, working: int
+) -> dict[str, int]:
+    """Bytes on the GPU with the most, if `gpus` store the weights in `parts` shards; and of its checkpoint file.
+
+    `copies`: of the gradients.
+    """
     shard = -(-table.length // parts) * (table.numel // table.length)  # elements on the GPU with the most
     trained = table[table.trained]
     gathered = (table.numel * table.bytes.where(table.quantized, 2)).groupby(table.unit).sum()
@@ -170,10 +191,12 @@ def gpu_plan(table: pandas.DataFrame, optim: str, gpus: int, parts: int, hidden:
         "working": working,
     }
     if parts > 1:
-        need["gathered"] = end + gathered[gathered.index >= 0].nlargest(2).sum()
+        need["gathered"] = end + gathered[gathered.index >= 0].nlargest(2).sum() + gathered.get(PROJECTORS, 0)
         need["reduced"] = 6 * trained.groupby("unit").numel.sum().max()
+    checkpoint = need["gradients"] + need["optimizer"]
+    need["gradients"] *= copies
     need["peak"] = MARGIN * sum(need.values()) + RESERVE
-    need["checkpoint_shard"] = need["gradients"] + need["optimizer"]
+    need["checkpoint_shard"] = checkpoint
     return {"gpus": gpus} | {name: int(size) for name, size in need.items()}
 
 
@@ -192,29 +215,33 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
     model = meta_model(s, tokenizer)
     config, layers = model.config.get_text_config(), decoder_layers(model)
     sharding = choose_sharding(s.sharding, lora=s.lora, load_in_4bit=s.load_in_4bit, tied=config.tie_word_embeddings)
-    trained_model = model
-    if s.lora:
-        with torch.device("meta"):
+    trained_model, size = model, model.get_output_embeddings().weight.shape[1]
+    with torch.device("meta"):
+        if s.lora:
             trained_model = add_adapter(
                 model, tokenizer, rank=s.lora_rank, dropout=0.0, predictors=s.stored_predictors, plain=s.plain
             )
+        count = s.has_nitp + bool(s.jepa and s.sigreg)
+        trained_model.projectors = torch.nn.ModuleList(Projector(size) for _ in range(count))
     table = parameter_table(model, trained_model, s)
-    trained = table[table.trained]
+    trained, saved = table[table.trained], table[table.unit != PROJECTORS]
     tokens = s.tokens_per_batch or s.batch_size * s.max_length * (1 if s.regular else 2)  # views are parts of the chat
     states, mask = (len(layers) + 1) * tokens * config.hidden_size, 3 * tokens * min(tokens, 4096)
     logits = min(tokens, max(1, MAX_LOGITS // config.vocab_size)) * config.vocab_size
     working, on = max(layer_activations(model.get_decoder(), layers[-1], tokens), 16 * logits), []
+    nitp = nitp_activations(size, tokens // (1 + s.jepa)) if s.has_nitp else 0
     for n in gpus:
         parts = 1 if sharding == "ddp" else n
         width = 2 if parts > 1 or s.lora or s.param_dtype == "bfloat16" else 4
-        on.append(gpu_plan(table, optim(n), n, parts, states * width + mask, working))
+        copies = 1 + (parts == 1 and s.gradient_stats > 0)
+        on.append(gpu_plan(table, optim(n), n, parts, copies, states * width + mask + nitp, working))
     return {
         "model": s.model_name,
-        "parameters": int((table[~table.trained] if s.lora else table).numel.sum()),
+        "parameters": int((saved[~saved.trained] if s.lora else saved).numel.sum()),
         "trainable": int(trained.numel.sum()),
         "tokens": tokens,
         "checkpoint": int((trained.numel * trained.bytes).sum() + moments(trained, trained.numel, optim(max(gpus)))),
-        "saved_model": int((trained.numel * trained.bytes).sum() if s.lora else (table.numel * table.bytes).sum()),
+        "saved_model": int((saved.numel * saved.bytes)[saved.trained | (not s.lora)].sum()),
         "on": on,
     }
 

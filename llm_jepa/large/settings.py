@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llm_jepa.cli import Refusals, UsageError, flag
-from llm_jepa.settings import MODEL, OPTIM, Settings, check_settings
+from llm_jepa.settings import MODEL, OPTIM, RUN, Settings, check_settings
 
 
 @dataclass
@@ -26,7 +26,7 @@ class LargeSettings(Settings):
         None,
         "for several processes: fsdp2 shards parameters, gradients and optimizer states; ddp keeps a full copy in each "
         "process. Default fsdp2, but ddp with --load_in_4bit, or with --lora on a model with tied embeddings. "
-        "--eval_generate, --same_flop and --torch_compile are refused with fsdp2",
+        "--eval_generate, --same_flop, --torch_compile and --gradient_stats are refused with fsdp2",
         MODEL,
     )
     load_in_4bit: bool = flag(False, "QLoRA: frozen parameters in 4 bits (needs the package bitsandbytes)", MODEL)
@@ -35,6 +35,7 @@ class LargeSettings(Settings):
         "optimizer of transformers; auto: adamw_bnb_8bit for full fine-tuning on one GPU, else adamw_torch_fused",
         OPTIM,
     )
+    gradient_stats: int = flag(0, "compare gradients every N steps, with a second copy of them; 0: never", RUN)
 
 
 def choose_sharding(requested: str | None, *, lora: bool, load_in_4bit: bool, tied: bool) -> str:
@@ -69,7 +70,7 @@ def check_large_settings(s: LargeSettings, given: set[str], several: bool) -> La
     mixed = s.param_dtype == "bfloat16" and s.dtype not in ("auto", "bfloat16")
     r.refuse(mixed, f"--dtype {s.dtype}: not with --param_dtype bfloat16")
     r.only_if(several, "sharding", "only with several processes")
-    unsharded = "eval_generate same_flop torch_compile"
+    unsharded = "eval_generate same_flop torch_compile gradient_stats"
     r.only_if(sharding != "fsdp2", unsharded, "not with --sharding fsdp2, where no process has the full model")
     s = replace(s, sharding=sharding)
     if s.optim == "auto":

@@ -67,6 +67,7 @@ def gradient_statistics(losses: dict[str, torch.Tensor], parameters: list[torch.
         size = dot(own, own) ** 0.5
         logs[f"{name}_grad_ratio"] = size / max(norm, 1e-30)
         logs[f"{name}_grad_cosine"] = dot(own, reference) / max(size * norm, 1e-30)
+        del own  # before the next one is computed
     return logs
 
 

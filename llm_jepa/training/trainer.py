@@ -180,8 +180,8 @@ class StepTrainer(Trainer):
 
     def begin_step(self) -> None:
         """Decides whether gradients are compared in this step's first micro-batch."""
-        usable = self.terms and self.gradient_stats and not self.is_fsdp_enabled  # shards have no gradient of their own
-        self._measures = bool(usable) and self.state.global_step % self.gradient_stats == 0
+        compares = bool(self.terms and self.gradient_stats)
+        self._measures = compares and self.state.global_step % self.gradient_stats == 0
 
     def add_statistics(
         self, shares: dict[str, torch.Tensor], lm_sum: torch.Tensor, sums: dict[str, torch.Tensor], states: Any,
@@ -308,7 +308,7 @@ class StepTrainer(Trainer):
         else:
             with without_projectors(self.model):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-            load_projectors(self.model, Path(resume_from_checkpoint))
+        load_projectors(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
         self.load_state(Path(resume_from_checkpoint))
 
     def load_checkpoint(self, folder: Path) -> None:
@@ -331,9 +331,8 @@ class StepTrainer(Trainer):
         if self.streaming:
             place = {"place": self.place, "processes": self.args.world_size, "skipped": self.problems.found}
             write_json(folder / f"stream-{self.args.process_index}.json", place)
+        save_projectors(self.accelerator.unwrap_model(self.model), folder)
         if self.args.should_save:
-            if not self.is_fsdp_enabled:  # else they are among the shards
-                save_projectors(self.accelerator.unwrap_model(self.model), folder)
             self.save_state(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

@@ -22,6 +22,7 @@ from llm_jepa.files import read_json, write_json
 # 22 examples in steps of 8: the last step of an epoch has 6, so some of four processes have one example or none.
 EXAMPLES = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 5)) for i in range(22)]
 STEPS = 6  # two epochs
+CHECKPOINTS = ("--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
 MODEL = GOLDEN / "models" / "llama3"
 
 
@@ -75,7 +76,7 @@ def sizes(processes: int, batch: int = 1) -> tuple[object, ...]:
 
 def same_run(one: Path, other: Path) -> None:
     """Asserts equal losses, gradients and weights, up to the order of sums."""
-    for key in ("loss", "lm_loss", "jepa_loss"):
+    for key in ("loss", "lm_loss", "jepa_loss", "nitp_loss", "sigreg_loss"):
         assert column(other, key) == pytest.approx(column(one, key), rel=1e-5)
     assert column(other, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-4)
     for key in ("tokens", "label_tokens", "pairs"):
@@ -100,6 +101,26 @@ def test_several_processes_train_as_one(ranks, tmp_path, data, flags, more, coun
     for count in counts:
         several = train(ranks, count, tmp_path / str(count), data, *flags, *more, *sizes(count, count // 2))
         same_run(one, several)
+
+
+@pytest.mark.parametrize(
+    ("flags", "count", "batch"),
+    [
+        (("--regular", "--nitp"), 2, 1),
+        ((*JEPA, "--sigreg", 0.05, "--nitp", "--nitp_layer", 1), 4, 1),
+        # Each pair has the same negatives only if the micro-batches of all processes together are the same.
+        ((*JEPA, "--jepa_loss", "clip", "--negatives_queue", 99, "--nitp", "--jepa_ratio", 0.5), 4, 2),
+        ((*JEPA, "--jepa_loss", "vicreg", "--center"), 2, 4),
+    ],
+    ids=["nitp", "sigreg", "clip", "vicreg"],
+)
+def test_each_term_of_several_processes_trains_as_one(ranks, tmp_path, data, flags, count, batch):
+    one = train(ranks, 1, tmp_path / "one", data, *flags, *sizes(1, 8))
+    several = train(ranks, count, tmp_path / "several", data, *flags, *sizes(count, batch))
+    same_run(one, several)
+    assert column(one, "nitp_loss" if "--nitp" in flags else "jepa_loss")
+    for run in (one, several):
+        assert not any("projectors" in name for name in weights(run))
 
 
 def test_tied_embeddings_are_sharded_once(ranks, tmp_path, data, tied):
@@ -135,12 +156,17 @@ def set_status(run: Path, **values: object) -> None:
 
 
 def test_resume_with_half_the_processes(ranks, tmp_path, data):
-    flags = (*JEPA, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
-    full = train(ranks, 4, tmp_path / "full", data, *flags, *sizes(4))
+    terms = ("--jepa_loss", "clip", "--negatives_queue", 99, "--nitp", "--sigreg", 0.05)
+    flags = (*JEPA, *terms, *CHECKPOINTS)
+    full = train(ranks, 4, tmp_path / "full", data, *flags, *sizes(4, 2))
+    stored = weights(full / "checkpoint-2", "projectors.safetensors")
+    assert {name.split(".")[0] for name in stored} == {"nitp", "sigreg"}
+    assert not any("projectors" in name for name in weights(full))
     for kept in (2, 4, 6):  # in the first epoch, in the second, and at the end, before the model was saved
         cut = interrupted(full, kept, tmp_path / f"cut-{kept}")
-        train(ranks, 2, cut, data, *flags, *sizes(2), "--resume")
+        train(ranks, 2, cut, data, *flags, *sizes(2, 4), "--resume")
         same_weights(full, cut, rtol=1e-4, atol=1e-6)
+        assert column(cut, "loss") == pytest.approx(column(full, "loss"), rel=1e-5)
         assert read_json(cut / "run.json")["processes"] == 2
         assert column(cut, "tokens") == column(full, "tokens")
 
@@ -159,7 +185,7 @@ def test_resume_needs_the_same_steps(ranks, tmp_path, data, flags, mentioned):
 )
 def test_adapters_of_several_processes_train_as_one(ranks, tmp_path, data, tied, sharding, more):
     model = tied if sharding == "ddp" else MODEL
-    flags = (*JEPA, *more, "--lora", "--lora_rank", 4, "--lora_dropout", 0, "--merge", "--model_name", model)
+    flags = (*JEPA, *more, "--nitp", "--lora", "--lora_rank", 4, "--lora_dropout", 0, "--merge", "--model_name", model)
     one = train(ranks, 1, tmp_path / "one", data, *flags, *sizes(1, 8))
     two = train(ranks, 2, tmp_path / "two", data, *flags, *sizes(2))
     assert read_json(two / "args.json")["sharding"] == sharding
@@ -190,7 +216,7 @@ def test_fused_experts_of_several_processes_train_as_one(ranks, tmp_path, data):
 def test_four_bit_weights(ranks, tmp_path, data):
     # The CPU kernels require multiples of 32.
     wide = variant(tmp_path / "llama3", hidden_size=64, intermediate_size=128, head_dim=16)
-    flags = (*JEPA, "--lora", "--lora_rank", 4, "--lora_dropout", 0, "--model_name", wide)
+    flags = (*JEPA, "--nitp", "--lora", "--lora_rank", 4, "--lora_dropout", 0, "--model_name", wide)
     one = train(ranks, 1, tmp_path / "one", data, *flags, "--load_in_4bit", "--merge", *sizes(1, 8))
     assert "quantization_config" not in read_json(one / "merged" / "config.json")
     two = train(ranks, 2, tmp_path / "two", data, *flags, "--load_in_4bit", *sizes(2))
@@ -208,6 +234,7 @@ def test_four_bit_weights(ranks, tmp_path, data):
         (1, ("--param_dtype", "bfloat16", "--dtype", "float32"), "--dtype float32: not with --param_dtype"),
         (2, ("--optim", "adamw_bnb_8bit"), "--optim adamw_bnb_8bit: not with --sharding fsdp2"),
         (2, ("--eval_generate", 2, "--val_fraction", 0.2), "--eval_generate: not with --sharding fsdp2"),
+        (2, ("--gradient_stats", 5), "--gradient_stats: not with --sharding fsdp2"),
         (2, ("--lora", "--load_in_4bit", "--sharding", "fsdp2"), "--sharding fsdp2: "),
     ],
 )
@@ -218,11 +245,26 @@ def test_contradictory_flags_are_refused(ranks, tmp_path, data, processes, flags
 
 
 def test_param_dtype_is_that_of_the_saved_model(ranks, tmp_path, data):
-    half = train(ranks, 2, tmp_path / "half", data, *JEPA, *sizes(2), "--param_dtype", "bfloat16")
-    full = train(ranks, 2, tmp_path / "full", data, *JEPA, *sizes(2), "--dtype", "bfloat16")
+    flags = (*JEPA, "--nitp", "--sigreg", 0.05)
+    half = train(ranks, 2, tmp_path / "half", data, *flags, *sizes(2), "--param_dtype", "bfloat16")
+    full = train(ranks, 2, tmp_path / "full", data, *flags, *sizes(2), "--dtype", "bfloat16")
     assert {w.dtype for w in weights(half).values()} == {torch.bfloat16}
     assert {w.dtype for w in weights(full).values()} == {torch.float32}
     assert column(half, "lm_loss") == pytest.approx(column(full, "lm_loss"), rel=0.02)
+
+
+def test_adapter_on_half_precision_resumes_with_float32_projectors(ranks, tmp_path, data):
+    flags = (*JEPA, "--nitp", "--lora", "--lora_dropout", 0, "--dtype", "bfloat16", *CHECKPOINTS)
+    one = train(ranks, 1, tmp_path / "one", data, *flags, *sizes(1, 8))
+    two = train(ranks, 2, tmp_path / "two", data, *flags, *sizes(2))
+    assert column(two, "nitp_loss") == pytest.approx(column(one, "nitp_loss"), rel=0.02)
+    for run in (one, two):  # an adapter's sharded checkpoint has no other parameters
+        stored = weights(run / "checkpoint-2", "projectors.safetensors")
+        assert {(w.dtype, w.ndim) for w in stored.values()} == {(torch.float32, 2)} and len(stored) == 3
+    cut = interrupted(two, 2, tmp_path / "cut")
+    train(ranks, 2, cut, data, *flags, *sizes(2), "--resume")
+    assert column(cut, "nitp_loss") == column(two, "nitp_loss")
+    same_weights(two, cut)
 
 
 def test_shard_that_cannot_be_written_is_reported_in_one_line(ranks, tmp_path, data):

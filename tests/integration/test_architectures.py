@@ -19,6 +19,7 @@ import finetune
 from llm_jepa.cli import UsageError
 from llm_jepa.data.segments import Segment
 from llm_jepa.model import attention_window, context_length
+from llm_jepa.projectors import add_projectors
 
 TOKENIZER = GOLDEN / "models" / "chatml"
 SIZE = {"vocab_size": 531, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -58,6 +59,7 @@ def model(kind: str):
     for parameter in made.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.2)
+    add_projectors(made, ["nitp"], 0)
     return made
 
 
@@ -92,13 +94,19 @@ def test_evaluation_and_training_read_what_the_block_or_the_output_layer_receive
     made, blocks = model(kind), model(kind).get_submodule(MODELS[kind][1])
     batch = finetune.Collator("separate", 10, 1)([tuple(VIEWS)])
     batch["path_at"] = torch.tensor([[[1]], [[5]]])  # of the Code view
+    batch["next_at"] = torch.tensor([[1], [4]])
+    last = received(made, made.get_output_embeddings())
     for layer in (0, 1, -1, -2, -3):
         expected = received(made, made.get_output_embeddings() if layer == -1 else blocks[layer % 3])
         with evaluate.layer_states(made, 10, layer) as read, torch.no_grad():
             torch.testing.assert_close(read(VIEWS)[1], expected, rtol=1e-5, atol=1e-5)
-        with contextlib.closing(finetune.LMHeadSelector(made, layer)) as selector, torch.no_grad():
+        selector = finetune.LMHeadSelector(made, layer, target_layer=layer)
+        with contextlib.closing(selector), torch.no_grad():
             states = selector.read(made, batch)
+            projected = made.projectors["nitp"](last[4])
         torch.testing.assert_close(states.path[0, 0], expected[5], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(states.target[0], expected[5], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(states.predicted[0], projected, rtol=1e-5, atol=1e-5)
         if layer == -1:
             torch.testing.assert_close(states.views[1, 0], expected[3], rtol=1e-5, atol=1e-5)
 
@@ -111,6 +119,9 @@ def test_layer_without_one_state_per_token_is_refused(kind):
         with evaluate.layer_states(model(kind), 10, layer) as read, torch.no_grad():
             with pytest.raises(UsageError, match=f"--embedding_layer {layer}: "):
                 read(VIEWS)
+        selector = finetune.LMHeadSelector(model(kind), target_layer=layer)
+        with contextlib.closing(selector), pytest.raises(UsageError, match=f"--nitp_layer {layer}: "):
+            selector.read(model(kind), finetune.Collator("separate", 10, 1)([tuple(VIEWS)]))
 
 
 def test_layer_number_outside_of_the_model_is_refused():

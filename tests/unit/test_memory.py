@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, L
 import finetune
 from llm_jepa.large import memory
 from llm_jepa.large.settings import LargeSettings
+from llm_jepa.losses import nitp_loss
 from llm_jepa.model import load_tokenizer
+from llm_jepa.projectors import Projector
 
 TINY = {"vocab_size": 515, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -145,6 +147,48 @@ def test_default_optimizer_of_one_gpu_has_eight_bits(tmp_path):
         for optim in ("auto", "adamw_bnb_8bit", "adamw_torch")
     )
     assert default == [eight[0], full[1]] and eight[0] < full[0]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_projectors_train_but_are_not_saved(tmp_path, gpus, lora):
+    model, projector = config_folder(tmp_path, **TINY), 12 * TINY["hidden_size"] ** 2
+    terms = {"nitp": True, "sigreg": 0.05}
+    plain, more = (plan(model, gpus, lora=lora, optim="adamw_torch", **x) for x in ({}, terms))
+    for key, size in (("trainable", 2), ("parameters", 0), ("saved_model", 0), ("checkpoint", 2 * 3 * 4)):
+        assert more[key] - plain[key] == size * projector, key
+    (before,), (now,) = plain["on"], more["on"]
+    for key, size in (("weights", 4), ("gradients", 4), ("optimizer", 8)):
+        assert now[key] - before[key] == 2 * size * projector // gpus, key
+    assert now["hidden"] > before["hidden"]
+    if gpus > 1:  # gathered from the beginning of a forward pass to the end of the backward pass
+        assert now["gathered"] - before["gathered"] == 2 * 2 * projector
+        assert now["reduced"] >= 6 * 2 * projector
+
+
+def test_activations_of_a_projection(tmp_path):
+    size, tokens, stored = 64, 100, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        stored[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    projector = Projector(size).bfloat16()
+    states = torch.randn(2, tokens, size, dtype=torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        nitp_loss(projector(states[0]), states[1])
+    weights = {p.untyped_storage()._cdata for p in projector.parameters()}
+    real = sum(x.nbytes() for key, x in stored.items() if key not in weights)
+    assert memory.nitp_activations(size, tokens) == real
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_compared_gradients_are_a_second_copy_where_they_are_not_sharded(tmp_path, lora):
+    model = config_folder(tmp_path, **TINY)
+    usual, compared = (plan(model, 1, 8, gradient_stats=n, lora=lora) for n in (0, 100))
+    assert compared["on"][0]["gradients"] == 2 * usual["on"][0]["gradients"]
+    assert compared["on"][0]["checkpoint_shard"] == usual["on"][0]["checkpoint_shard"]
+    assert compared["on"][1] == usual["on"][1] and compared["checkpoint"] == usual["checkpoint"]
 
 
 def test_activations_by_hand(tmp_path):
