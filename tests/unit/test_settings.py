@@ -94,7 +94,7 @@ REFUSED = {
     "--regular --reference_grad_scale": "--reference_grad_scale --regular",
     "--reference_grad_scale --grad_accum 1": "--reference_grad_scale --grad_accum",
     "--jepa_l2 --jepa_mse": "--jepa_l2 --jepa_mse",
-    "--infonce --batch_size 1": "--infonce --batch_size",
+    "--infonce --batch_size 1": "infonce --batch_size",
     "--predictors 11": "",
     "--predictors -1": "",
     "--front_pred": "--front_pred --predictors",
