@@ -42,14 +42,14 @@ class InnerLayer:
         """Raises UsageError if the model has no such layer; `flag` is the one that asks for it."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.name, self.where = type(base).__name__, f"--{flag} {layer}"
-        self.shape: torch.Size | None = None  # (R, T) during a forward pass
+        self.ids: torch.Tensor | None = None  # (R, T) during a forward pass; a shape would be compiled as a constant
         self.states = self._block = None
         self.blocks = blocks_after(model, layer, flag)
         self.hooks = [block.register_forward_pre_hook(self._keep, with_kwargs=True) for block in self.blocks]
 
-    def begin(self, shape: torch.Size | None) -> None:
-        """Forgets the last pass. `shape`: (R, T) of the pass that begins, None outside of one."""
-        self.shape, self.states, self._block = shape, None, None
+    def begin(self, ids: torch.Tensor | None) -> None:
+        """Forgets the last pass. `ids`: input_ids (R, T) of the pass that begins, None outside of one."""
+        self.ids, self.states, self._block = ids, None, None
 
     def read(self, last: torch.Tensor) -> torch.Tensor:
         """The states (R, T, D), on the device of the last layer's, which they are if no block receives them."""
@@ -58,11 +58,11 @@ class InnerLayer:
         return last if self.states is None else self.states.to(last.device)  # a model may be on several devices
 
     def _keep(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.shape is None or (self._block is not None and self._block is not module):
+        if self.ids is None or (self._block is not None and self._block is not module):
             return
         hidden = args[0] if args else kwargs.get("hidden_states")
         shape = getattr(hidden, "shape", ())  # R, T, D
-        if self._block is module or len(shape) != 3 or shape[:2] != self.shape:
+        if self._block is module or len(shape) != 3 or shape[:2] != self.ids.shape:
             raise UsageError(f"{self.where}: {self.name} has no single state of a token there")
         self._block, self.states = module, hidden
 
@@ -139,6 +139,9 @@ class LMHeadSelector:
                 self.table = table.to(hidden)
             return self.table[self.batch["input_ids"][row, column + 1]]
         states = self.target_layer.read(hidden)[row, column + 1]
+        if states.shape[1] != hidden.shape[2]:
+            sizes = f"{states.shape[1]} dimensions there, {hidden.shape[2]} before its output layer"
+            raise UsageError(f"{self.target_layer.where}: the states of {self.model_name} have {sizes}")
         return states.roll(len(states) // 2, dims=0) if self.targets == "shuffled" else states
 
     def _add_output(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
@@ -174,7 +177,7 @@ class LMHeadSelector:
         self.batch = batch
         try:
             for layer in self.inner:
-                layer.begin(batch["input_ids"].shape)
+                layer.begin(batch["input_ids"])
             logits = model(**self._inputs(batch)).logits[0]  # (1, N, V) → (N, V), sliced: (1, N, 1) → (N, 1)
             return States(logits, **self.states)
         finally:

@@ -33,11 +33,11 @@ def add_projectors(model: Any, names: list[str], seed: int) -> None:
     """
     if not names:
         return
-    weight, size = model.get_output_embeddings().weight, model.config.get_text_config().hidden_size
+    weight = model.get_output_embeddings().weight  # (V, D)
     trained = next((p.dtype for p in model.parameters() if p.requires_grad), weight.dtype)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        projectors = torch.nn.ModuleDict({name: Projector(size) for name in names})
+        projectors = torch.nn.ModuleDict({name: Projector(weight.shape[1]) for name in names})
     model.projectors = projectors.to(weight.device, trained)
 
 

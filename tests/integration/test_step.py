@@ -209,8 +209,9 @@ def test_step_waits_for_the_device_once(tmp_path, flags):
         (*JEPA, "--jepa_ratio", 0.5, "--lora"),
         ("--regular", "--stp", "geodesic", "--stp_lbd", 1, "--stp_layer", 1, "--gradient_checkpointing"),
         (*JEPA, "--layout", "additive", "--eval_generate", 1),
+        (*JEPA, "--nitp", "--nitp_layer", 1, "--jepa_loss", "clip", "--negatives_queue", 9, "--sigreg", 0.1),
     ],
-    ids=["lora", "stp-checkpointing", "additive"],
+    ids=["lora", "stp-checkpointing", "additive", "nitp-clip-sigreg"],
 )
 def test_compiler_gets_few_graphs_and_changes_no_number(tmp_path, monkeypatch, flags):
     """12 steps with other numbers of rows, tokens, labels, pairs and spans, evaluated after each half."""
