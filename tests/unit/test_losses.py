@@ -35,37 +35,34 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a @ b.T) / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)[None]
 
 
-def cross_entropies(a: np.ndarray, b: np.ndarray, own: list[int], negatives: np.ndarray, temperature: float) -> float:
+def cross_entropies(a: np.ndarray, b: np.ndarray, negatives: np.ndarray, temperature: float) -> float:
     """−log of the share of each a's own b in exp(cos / τ), among its own and its negatives."""
     total = 0.0
-    for row, i, allowed in zip(cosines(a, b), own, negatives, strict=True):
-        total += np.log(np.exp(row / temperature)[allowed | (np.arange(len(b)) == i)].sum()) - row[i] / temperature
+    for i, (row, allowed) in enumerate(zip(cosines(a, b) / temperature, negatives, strict=True)):
+        total += np.log(np.exp(row)[allowed | (np.arange(len(b)) == i)].sum()) - row[i]
     return total
 
 
-def vicreg(a: np.ndarray, b: np.ndarray, all_a: np.ndarray, all_b: np.ndarray) -> float:
+def vicreg(a: np.ndarray, b: np.ndarray) -> float:
     total = ((a - b) ** 2).mean() * len(a)
-    for points in (all_a, all_b):
-        covariance = np.cov(points.T)  # divides by A − 1
+    for points in (a, b):
+        covariance = np.cov(points.T)  # divides by P − 1
         hinge = np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-4)).mean()
         off_diagonal = (covariance[~np.eye(len(covariance), dtype=bool)] ** 2).sum() / len(covariance)
         total += len(a) * (hinge + 0.04 * off_diagonal)
     return total
 
 
-# From the micro-batch's views a and b (P, D), all views (A, D) with the queue at their end, the own pairs' places, the
-# negatives (P, A), the number of queued pairs and the temperature.
+# From the views a and b (P, D), those of the queue after them (A, D), the negatives (P, A) and the temperature.
 FORMULAS = {
     "cosine": lambda a, b, *_: (1 - np.diag(cosines(a, b))).sum(),
     "l2": lambda a, b, *_: np.sqrt(((a - b) ** 2).sum(axis=1)).sum(),
     "mse": lambda a, b, *_: ((a - b) ** 2).mean() * len(a),
-    "infonce": lambda a, b, all_a, all_b, own, negatives, queued, t: cross_entropies(a, all_b, own, negatives, t),
-    "clip": lambda a, b, all_a, all_b, own, negatives, queued, t: (
-        cross_entropies(a, all_b, own, negatives, t) + cross_entropies(b, all_a, own, negatives, t)
+    "infonce": lambda a, b, all_a, all_b, negatives, t: cross_entropies(a, all_b, negatives, t),
+    "clip": lambda a, b, all_a, all_b, negatives, t: (
+        cross_entropies(a, all_b, negatives, t) + cross_entropies(b, all_a, negatives, t)
     ) / 2,
-    "vicreg": lambda a, b, all_a, all_b, own, negatives, queued, t: vicreg(
-        a, b, all_a[: len(all_a) - queued], all_b[: len(all_b) - queued]
-    ),
+    "vicreg": lambda a, b, *_: vicreg(a, b),
 }  # fmt: skip
 TEMPERATURES = {"infonce": 0.07, "clip": 0.1}
 
@@ -76,47 +73,68 @@ def test_every_loss_has_its_formula_here():
     assert STP_LOSSES.keys() == {"geodesic", "patch"}, "test_stp_loss_is_one_minus_cosine_of_steps has theirs"
 
 
-def expected_loss(name: str, views: torch.Tensor, others: Others, temperature: float | None, center: bool) -> float:
-    (a, b), contrasted = views.detach().double().numpy(), others.views.detach().double().numpy()
+def expected_loss(name: str, others: Others, temperature: float | None, center: bool) -> float:
+    views, pairs = others.views.detach().double().numpy(), len(others.equal)
     if center:
-        mean = contrasted[:, : contrasted.shape[1] - others.queued].mean(axis=1, keepdims=True)
-        (a, b), contrasted = np.stack([a, b]) - mean, contrasted - mean
-    negatives = ~others.equal.numpy()
+        views = views - views[:, :pairs].mean(axis=1, keepdims=True)
     t = temperature or TEMPERATURES.get(name, 1.0)
-    return FORMULAS[name](a, b, *contrasted, others.place.tolist(), negatives, others.queued, t)
+    return FORMULAS[name](*views[:, :pairs], *views, ~others.equal.numpy(), t)
 
 
-@pytest.mark.parametrize("center", [False, True], ids=["as-is", "center"])
+CENTER = pytest.mark.parametrize("center", [False, True], ids=["as-is", "center"])
+
+
+@CENTER
 @pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
 def test_loss_of_pairs_equals_its_formula_and_has_gradient_in_both_views(name, center):
     views = random(2, 5, 7)
-    others = Others(views, torch.arange(5), torch.zeros(5, 5, dtype=torch.bool))
     total, count = jepa_loss(views, name, center=center)
-    assert total.item() == pytest.approx(expected_loss(name, views, others, None, center), rel=1e-5) and count == 5
+    expected = expected_loss(name, Others(views, torch.eye(5, dtype=torch.bool)), None, center)
+    assert total.item() == pytest.approx(expected, rel=1e-5) and count == 5
     total.backward()
     assert (views.grad.abs().sum(dim=-1) > 0).all()  # (2, P)
 
 
-@pytest.mark.parametrize("center", [False, True], ids=["as-is", "center"])
+# Ten pairs, of which the last two are of the queue: 0 has the Text of 4, 9 the Code of 3.
+IDS = torch.tensor([[4, 1, 2, 3, 4, 5, 6, 7, 8, 9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 23]])
+EQUAL = torch.eye(8, 10, dtype=torch.bool)
+EQUAL[0, 4] = EQUAL[4, 0] = EQUAL[3, 9] = True
+
+
+def test_pairs_with_an_equal_text_or_an_equal_code_are_found():
+    assert find_equal(IDS[:, :8], IDS).equal(EQUAL)
+
+
+@CENTER
 @pytest.mark.parametrize("temperature", [None, 0.5])
 @pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
 def test_loss_of_pairs_contrasts_with_the_others_that_have_another_text_and_code(name, temperature, center):
-    """Pairs 3 to 6 of ten, of which the last two are of the queue; 0 has the Text of 4, 9 the Code of 3."""
-    ids = torch.tensor([[4, 1, 2, 3, 4, 5, 6, 7, 8, 9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 23]])
-    contrasted, place = random(2, 10, 7), torch.tensor([3, 4, 5, 6])
-    equal = torch.zeros(4, 10, dtype=torch.bool)
-    equal[range(4), place] = equal[1, 0] = equal[0, 9] = True
-    assert find_equal(ids[:, place], ids).equal(equal)
-    others = Others(contrasted, place, equal, queued=2)
-    total, count = jepa_loss(contrasted[:, place], name, others, temperature=temperature, center=center)
-    expected = expected_loss(name, contrasted[:, place], others, temperature, center)
-    assert total.item() == pytest.approx(expected, rel=1e-5) and count == 4
+    options = {"temperature": temperature, "center": center}
+    others = Others(random(2, 10, 7), EQUAL)
+    total, count = jepa_loss(others.views[:, :8], name, others, **options)
+    assert total.item() == pytest.approx(expected_loss(name, others, temperature, center), rel=1e-5) and count == 8
     if JEPA_LOSSES[name].temperature:
-        assert total < jepa_loss(contrasted[:, place], name, others._replace(equal=equal & False), center=center,
-                                 temperature=temperature)[0]  # fmt: skip
+        unmasked = Others(others.views, torch.eye(8, 10, dtype=torch.bool))
+        assert total < jepa_loss(others.views[:, :8], name, unmasked, **options)[0]
 
 
-@pytest.mark.parametrize("center", [False, True], ids=["as-is", "center"])
+@CENTER
+@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
+def test_sums_and_gradients_of_ranks_add_up_to_those_of_all_pairs(name, center):
+    """Ranks with 3, 0 and 5 of the pairs, which have gradient in their own pairs only."""
+    views = random(2, 10, 7)
+    views.data[:, 8:] *= 0.5
+    full, _ = jepa_loss(views[:, :8], name, Others(torch.cat([views[:, :8], views[:, 8:].detach()], 1), EQUAL),
+                        center=center)  # fmt: skip
+    (want,), total = torch.autograd.grad(full, views), 0
+    for own in (slice(0, 3), slice(3, 3), slice(3, 8)):
+        parts = views[:, : own.start].detach(), views[:, own], views[:, own.stop :].detach()
+        total = total + jepa_loss(views[:, own], name, Others(torch.cat(parts, dim=1), EQUAL), center=center)[0]
+    torch.testing.assert_close(total, full)
+    torch.testing.assert_close(torch.autograd.grad(total, views)[0], want)
+
+
+@CENTER
 @pytest.mark.parametrize("detached", [0, 1])
 @pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
 def test_stopped_gradient_is_zero_in_that_view_and_the_same_in_the_other(name, detached, center):
@@ -217,14 +235,15 @@ def test_nothing_to_score_gives_zero_with_gradient(name):
     assert (total.item(), count) == (0.0, 0) and empty.grad is not None
 
 
+@pytest.mark.parametrize("pairs", [0, 5], ids=["nowhere", "elsewhere"])
 @pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
-def test_rank_without_pairs_has_zero_loss_beside_other_ranks_pairs(name):
-    views, contrasted = torch.zeros(2, 0, 7, requires_grad=True), random(2, 5, 7)
-    others = Others(contrasted, torch.zeros(0, dtype=torch.long), torch.zeros(0, 5, dtype=torch.bool))
-    total, count = jepa_loss(views, name, others, center=True)
+def test_rank_without_pairs_has_zero_loss_and_gradient(name, pairs):
+    """Beside other ranks' pairs and the queue's two."""
+    views = torch.zeros(2, 0, 7, requires_grad=True)
+    others = torch.cat([views, random(2, pairs + 2, 7).detach()], dim=1)
+    total, count = jepa_loss(views, name, Others(others, torch.eye(pairs, pairs + 2, dtype=torch.bool)), center=True)
     total.backward()
     assert (total.item(), count) == (0.0, 0) and views.grad is not None
-    assert contrasted.grad is not None and not contrasted.grad.any(), "other ranks wait for it"
 
 
 @pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
