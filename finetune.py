@@ -249,7 +249,7 @@ def auxiliary_terms(s: Settings) -> list[Term]:
         reads = ("projected" if s.sigreg else "views", *(["others"] if s.contrasts else []))
 
         def jepa(views: torch.Tensor, others: Others | None = None) -> tuple[torch.Tensor, int]:
-            return jepa_loss(views, s.jepa_loss, others, **options)
+            return jepa_loss(views, s.jepa_loss_or_default, others, **options)
 
         terms.append(Term("jepa", reads, "pairs", jepa, s.lbd * (1 - s.sigreg)))
         if s.sigreg:

@@ -41,7 +41,7 @@ SGD = ("--gamma", 0, "--optim", "sgd", "--learning_rate", 1, "--lr_scheduler_typ
 def prepared(data: Path, layout: str = "packed", **flags: object) -> finetune.Parts:
     """A run's parts before training."""
     options = {"train_file": str(data), "model_name": str(MODEL), "lm_labels": "answer", "layout": layout,
-               "batch_size": 8, "jepa_loss": "cosine", "max_steps": 1}  # fmt: skip
+               "batch_size": 8, "max_steps": 1}  # fmt: skip
     return finetune.prepare(finetune.Settings(**options | flags), PartialState(cpu=True))
 
 
