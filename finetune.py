@@ -154,10 +154,12 @@ class JepaTrainer(StepTrainer):
     def _add_moments(self, batches: list[dict[str, Any]]) -> None:
         """Adds to each micro-batch the moments of the rest of the optimizer step, from a pass without gradient."""
         directions, own = random_directions(self.selector, self.state.global_step), []
-        for batch in batches:
-            with self.compute_loss_context_manager():
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
+            torch.manual_seed(self.state.global_step)  # dropout: the Trainer restores generators after this pass
+            for batch in batches:
                 projected = self.selector.read(self.model_wrapped, batch).projected
-            own.append((moments(projected, directions), projected.shape[1]))
+                own.append((moments(projected, directions), projected.shape[1]))
         total = self.accelerator.reduce(torch.stack([m for m, _ in own]).sum(dim=0), "sum")
         count = int(self.accelerator.reduce(torch.tensor(sum(n for _, n in own), device=self.args.device), "sum"))
         for batch, (moment, n) in zip(batches, own, strict=True):
@@ -247,7 +249,7 @@ def auxiliary_terms(s: Settings) -> list[Term]:
         reads = ("projected" if s.sigreg else "views", *(["others"] if s.contrasts else []))
 
         def jepa(views: torch.Tensor, others: Others | None = None) -> tuple[torch.Tensor, int]:
-            return jepa_loss(views, s.jepa_loss, others, **options)
+            return jepa_loss(views, s.jepa_loss_or_default, others, **options)
 
         terms.append(Term("jepa", reads, "pairs", jepa, s.lbd * (1 - s.sigreg)))
         if s.sigreg:

@@ -3,8 +3,8 @@
 An entry of JEPA_LOSSES or STP_LOSSES is a value of --jepa_loss or --stp, the name in reports and the formula in --help
 and in model cards; nothing else has to be edited to add one.
 
-Letters in shape comments: P pairs of this micro-batch, A pairs that they are contrasted with, D hidden size, V
-vocabulary, N label tokens, S spans of K points each, M tokens with a next token, U random directions.
+Letters in shape comments: P pairs, A pairs that they are contrasted with, D hidden size, V vocabulary, N label tokens,
+S spans of K points each, M tokens with a next token, U random directions.
 """
 
 from __future__ import annotations
@@ -37,12 +37,10 @@ def lm_loss(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor
 
 
 class Others(NamedTuple):
-    """The pairs that a micro-batch's P pairs are contrasted with: its own, those of other ranks and of the queue."""
+    """The A pairs that are contrasted with each other: P pairs of all ranks, in rank order, and those of the queue."""
 
-    views: torch.Tensor  # (2, A, D)
-    place: torch.Tensor  # (P,) where the micro-batch's own pairs are among them
-    equal: torch.Tensor  # (P, A) whether the Text or the Code is the same as the own pair's, so it is no negative
-    queued: int = 0  # the last ones are of the queue: earlier pairs without gradient
+    views: torch.Tensor  # (2, A, D), with gradient only to this rank's own pairs
+    equal: torch.Tensor  # (P, A) whether two pairs have the same Text or the same Code, so they are no negatives
 
 
 def find_equal(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -55,13 +53,13 @@ def _similarities(views: torch.Tensor, others: Others, temperature: float) -> to
     first = torch.nn.functional.normalize(views[0], dim=-1)  # (P, D)
     second = torch.nn.functional.normalize(others.views[1], dim=-1)  # (A, D)
     logits = first @ second.T / temperature  # (P, A)
-    own = torch.nn.functional.one_hot(others.place, logits.shape[1]).bool()  # (P, A)
+    own = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)  # (P, A)
     return logits.masked_fill(others.equal & ~own, -torch.inf)
 
 
 def _infonce(views: torch.Tensor, others: Others, temperature: float) -> torch.Tensor:
-    logits = _similarities(views, others, temperature)  # (P, A)
-    return torch.nn.functional.cross_entropy(logits, others.place, reduction="none").sum()
+    logits, own = _similarities(views, others, temperature), torch.arange(views.shape[1], device=views.device)
+    return torch.nn.functional.cross_entropy(logits, own, reduction="sum")  # (P, A), (P,) → ()
 
 
 def _clip(views: torch.Tensor, others: Others, temperature: float) -> torch.Tensor:
@@ -71,14 +69,13 @@ def _clip(views: torch.Tensor, others: Others, temperature: float) -> torch.Tens
 
 def _vicreg(views: torch.Tensor, others: Others, temperature: float) -> torch.Tensor:
     invariance = (views[0] - views[1]).square().mean(dim=-1).sum()  # (P, D) → (P,) → ()
-    points = others.views[:, : others.views.shape[1] - others.queued]  # (2, A, D)
-    if points.shape[1] < 2:  # a single pair has no variance
+    if views.shape[1] < 2:  # a single pair has no variance
         return invariance
-    centred = points - points.mean(dim=1, keepdim=True)  # (2, A, D)
-    covariance = centred.mT @ centred / (points.shape[1] - 1)  # (2, D, D)
+    centred = views - views.mean(dim=1, keepdim=True)  # (2, P, D)
+    covariance = centred.mT @ centred / (views.shape[1] - 1)  # (2, D, D)
     variances = covariance.diagonal(dim1=1, dim2=2)  # (2, D)
     variance = torch.relu(1 - (variances + 1e-4).sqrt()).mean(dim=-1).sum()  # (2, D) → (2,) → ()
-    off_diagonal = (covariance.square().sum() - variances.square().sum()) / points.shape[2]
+    off_diagonal = (covariance.square().sum() - variances.square().sum()) / views.shape[2]
     return invariance + views.shape[1] * (variance + 0.04 * off_diagonal)
 
 
@@ -111,25 +108,24 @@ def jepa_loss(
     """(sum, count) over pairs of a loss of JEPA_LOSSES, from the views' embeddings (2, P, D).
 
     `others` are the pairs to contrast with, by default these. No gradient flows into view `stop_gradient` (0 or 1), by
-    default it flows into both. `center` subtracts each view's mean over `others` without the queue. Without pairs the
-    sum is 0 but still part of the graph, so that backward works on every rank.
+    default it flows into both. `center` subtracts each view's mean over the pairs of all ranks. With pairs of other
+    ranks the loss is one number for all of them: the sum is this rank's share of it, but its gradient is complete, so
+    no rank waits for another one in the backward pass. Without pairs the sum is 0 but still part of the graph.
     """
     count = views.shape[1]
     if others is None:
-        place = torch.arange(count, device=views.device)
-        others = Others(views, place, torch.zeros(count, count, dtype=torch.bool, device=views.device))
-    views, contrasted = views.float(), others.views.float()
-    if count == 0:
-        return views.sum() + 0 * contrasted.sum(), 0
+        others = Others(views, torch.eye(count, dtype=torch.bool, device=views.device))
+    views = others.views.float()  # (2, A, D)
+    total = len(others.equal)
+    if total == 0:
+        return views.sum() * 0, 0
     if stop_gradient is not None:
-        views, contrasted = (
-            torch.stack([v.detach() if i == stop_gradient else v for i, v in enumerate(x)]) for x in (views, contrasted)
-        )
+        views = torch.stack([v.detach() if i == stop_gradient else v for i, v in enumerate(views)])
     if center:
-        mean = contrasted[:, : contrasted.shape[1] - others.queued].mean(dim=1, keepdim=True)  # (2, A, D) → (2, 1, D)
-        views, contrasted = views - mean, contrasted - mean
-    loss = JEPA_LOSSES[name]
-    return loss.loss(views, others._replace(views=contrasted), temperature or loss.temperature), count
+        views = views - views[:, :total].mean(dim=1, keepdim=True)
+    entry = JEPA_LOSSES[name]
+    loss = entry.loss(views[:, :total], others._replace(views=views), temperature or entry.temperature)
+    return loss - (1 - count / total) * loss.detach(), count
 
 
 KNOTS = 17  # at which SIGReg compares characteristic functions, from 0 to 3

@@ -7,14 +7,14 @@ from functools import cache
 from typing import Any
 
 from conftest import GOLDEN, MODELS, ROOT
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-import finetune
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Example, Problems
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder
 from llm_jepa.data.spans import Draws
+from llm_jepa.forward import LMHeadSelector
 from llm_jepa.model import load_model, load_tokenizer
 
 FAMILIES = ("deepseek_v3", "gemma3", "llama3_2", "mistral_nemo", "qwen3")
@@ -50,17 +50,17 @@ def dataset(examples: list[Example], encoder: Encoder, draws: Draws | None = Non
 
 
 @cache
-def model(name: str, plain: bool = False) -> tuple[Any, finetune.LMHeadSelector]:
+def model(name: str, plain: bool = False) -> tuple[Any, LMHeadSelector]:
     """A small model and its selector: a golden model, or random parameters."""
     text = tokenizer(name, plain)
     if name in MODELS:
         loaded = load_model(str(FOLDERS[name]), None, text)
     else:
-        finetune.set_seed(0)
+        set_seed(0)
         config = LlamaConfig(
             vocab_size=len(text), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=1,
         )  # fmt: skip
         loaded = LlamaForCausalLM(config)
     loaded.eval()
-    return loaded, finetune.LMHeadSelector(loaded)
+    return loaded, LMHeadSelector(loaded)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-PAIR_STATISTICS = ("cosine", "contrasted", "matched", "shuffled", "shuffled_variance", "retrieved", "chance")
+PAIR_STATISTICS = ("cosine", "contrasted", "shuffled", "shuffled_variance", "retrieved", "chance")
 
 
 @torch.no_grad()
@@ -16,7 +16,6 @@ def pair_statistics(views: torch.Tensor) -> torch.Tensor:
 
     cosine             cosines of the pairs
     contrasted         P, if there are other pairs to compare with; the following are 0 if there are none
-    matched            cosines of the pairs
     shuffled           mean cosine of a Text with the Codes of the other pairs
     shuffled_variance  variance of these cosines
     retrieved          whether the Text's nearest Code is its own; a share if several are equally near
@@ -26,12 +25,12 @@ def pair_statistics(views: torch.Tensor) -> torch.Tensor:
     total, cosines, p = (text * code).sum(), text @ code.T, len(text)  # (), (P, P)
     own = cosines.diagonal()  # (P,)
     if p < 2:
-        return torch.stack([total, *own.new_zeros(6)])
+        return torch.stack([total, *own.new_zeros(5)])
     others = cosines[~torch.eye(p, dtype=torch.bool, device=views.device)]  # (P · (P − 1),)
     best = cosines == cosines.max(dim=1, keepdim=True).values  # (P, P)
     retrieved = (best.diagonal() / best.sum(dim=1)).sum()
     contrasted, one = own.new_tensor(p), own.new_ones(())
-    sums = (total, contrasted, own.sum(), others.mean() * p, others.var(unbiased=False) * p, retrieved, one)
+    sums = (total, contrasted, others.mean() * p, others.var(unbiased=False) * p, retrieved, one)
     return torch.stack(sums)
 
 
@@ -43,7 +42,7 @@ def effective_rank(vectors: torch.Tensor) -> float:
     """
     vectors = vectors.float()
     singular = torch.linalg.svdvals(vectors - vectors.mean(dim=0))
-    if not singular.sum() > 0:
+    if not singular.sum() > vectors.norm() * max(vectors.shape) * torch.finfo(vectors.dtype).eps:  # only rounding
         return 0.0
     shares = singular / singular.sum()
     return torch.special.entr(shares).sum().exp().item()

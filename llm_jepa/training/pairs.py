@@ -5,26 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from accelerate.utils import pad_across_processes
+from accelerate.utils import gather, pad_across_processes
 from safetensors.torch import load_file, save_file
-from torch.distributed.nn.functional import all_gather
 
 from llm_jepa.losses import Others, find_equal
 
 FILE = "queue.safetensors"  # in a checkpoint
 
 
-def gather_pairs(views: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(views of all ranks, their ids, where this rank's begin): (2, P, D) and (2, P) → (2, A, D) and (2, A).
+def gather_pairs(views: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pairs of all ranks in rank order: (2, P, D) and (2, P) → the same with the sum of all P.
 
-    Ranks may have different P. Gradients of the gathered views flow back to the rank that they come from.
+    Ranks may have different P. Only this rank's own views have a gradient.
     """
-    count = views.shape[1]
-    counts = [int(n) for n in all_gather(torch.tensor([count], device=views.device))]
-    padded_views, padded_ids = (pad_across_processes(x, dim=1) for x in (views.contiguous(), ids.contiguous()))
-    views = torch.cat([x[:, :n] for x, n in zip(all_gather(padded_views), counts, strict=True)], dim=1)
-    ids = torch.cat([x[:, :n] for x, n in zip(all_gather(padded_ids), counts, strict=True)], dim=1)
-    return views, ids, sum(counts[: torch.distributed.get_rank()])
+    counts = gather(torch.tensor([views.shape[1]], device=views.device)).tolist()
+    padded = (gather(pad_across_processes(x.detach().contiguous(), dim=1)) for x in (views, ids))  # (2 · ranks, …)
+    parts, all_ids = ([x[:, :n] for x, n in zip(y.split(2), counts, strict=True)] for y in padded)
+    parts[torch.distributed.get_rank()] = views
+    return torch.cat(parts, dim=1), torch.cat(all_ids, dim=1)
 
 
 class Contrast:
@@ -36,21 +34,14 @@ class Contrast:
 
     def __call__(self, views: torch.Tensor, ids: torch.Tensor, *, keep: bool) -> Others:
         """The others of a micro-batch's views (2, P, D) with view_ids (2, P); `keep`: add these pairs to the queue."""
-        first, count = 0, views.shape[1]
-        own_ids = ids
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            views, ids, first = gather_pairs(views, ids)
-        now = {"views": views.detach(), "ids": ids}
-        queued = 0
+            views, ids = gather_pairs(views, ids)
+        own = ids
         if self.queue:
-            queued = self.queue["ids"].shape[1]
-            views = torch.cat([views, self.queue["views"].to(views)], dim=1)
-            ids = torch.cat([ids, self.queue["ids"].to(ids.device)], dim=1)
+            views, ids = (torch.cat([x, self.queue[n].to(x)], dim=1) for n, x in (("views", views), ("ids", ids)))
         if keep and self.queue_size:
-            joined = {k: torch.cat([now[k], self.queue[k].to(now[k])], 1) if self.queue else now[k] for k in now}
-            self.queue = {name: tensor[:, : self.queue_size] for name, tensor in joined.items()}
-        place = first + torch.arange(count, device=views.device)
-        return Others(views, place, find_equal(own_ids, ids), queued)
+            self.queue = {"views": views.detach()[:, : self.queue_size], "ids": ids[:, : self.queue_size]}
+        return Others(views, find_equal(own, ids))
 
     def save(self, folder: Path) -> None:
         """Writes the queue to a file in the checkpoint."""

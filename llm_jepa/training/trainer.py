@@ -22,13 +22,12 @@ from llm_jepa.data.examples import ExampleError, Problems
 from llm_jepa.data.segments import Item
 from llm_jepa.data.streaming import Place, SegmentStream
 from llm_jepa.files import read_json, write_json
-from llm_jepa.losses import nitp_loss
+from llm_jepa.losses import COUNTS, nitp_loss
 from llm_jepa.projectors import load_projectors, save_projectors, without_projectors
 from llm_jepa.run_folder import mark_checkpoint
 from llm_jepa.training.diagnostics import PAIR_STATISTICS, effective_rank, gradient_statistics, pair_statistics
 from llm_jepa.training.flops import FlopCounter
 
-COUNTED = ("labels", "pairs", "spans", "next_tokens")  # what the sums of a logging interval are divided by
 TOKENS = ("chat", "text_view", "code_view", "padding")
 VIEWS_KEPT = 256  # pairs of a logging interval whose effective rank is logged
 
@@ -93,7 +92,7 @@ class StepTrainer(Trainer):
         self.gamma, self.terms, self.track_flop, self.generate = gamma, terms, track_flop, generate
         exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         sums = ("lm", *(term.name for term in terms), "nitp_shuffled", *PAIR_STATISTICS)
-        self.statistics_names = (*sums, *COUNTED, *TOKENS)
+        self.statistics_names = (*sums, *COUNTS, *TOKENS)
         self.statistics = torch.zeros(len(self.statistics_names), dtype=exact, device=self.args.device)
         self.gradient_stats, self._measures, self._measured = gradient_stats, False, {}
         self._views: list[torch.Tensor] = []  # the last ones of the logging interval, (2, P, D) each
@@ -201,10 +200,10 @@ class StepTrainer(Trainer):
             if torch.is_grad_enabled():
                 kept = sum(v.shape[1] for v in self._views[1:])
                 self._views = [*self._views[kept >= VIEWS_KEPT :], states.views.detach()]
-        if "nitp" in sums:  # with the targets of other tokens of the micro-batch
-            others = states.target.roll(max(1, len(states.target) // 2), dims=0)
+        if "nitp" in sums:  # with the targets of other tokens, also if --nitp_targets shuffled has moved them by half
+            others = states.target.roll(max(1, len(states.target) // 3), dims=0)
             figures["nitp_shuffled"] = len(others) - nitp_loss(states.predicted, others)[0]
-        figures |= dict(zip(COUNTED, batch["counts"], strict=True)) | dict(zip(TOKENS, batch["tokens"], strict=True))
+        figures |= dict(zip(COUNTS, batch["counts"], strict=True)) | dict(zip(TOKENS, batch["tokens"], strict=True))
         figures["pairs"] = torch.full_like(figures["labels"], states.views.shape[1])  # that loss dropout has left
         self.statistics += torch.stack([x.detach().to(self.statistics) for x in figures.values()])
 
@@ -259,7 +258,7 @@ class StepTrainer(Trainer):
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Losses of the held-out examples, each normalized over all of them, and with --eval_generate exact match."""
-        model, one = self.accelerator.unwrap_model(self.model), torch.ones(len(COUNTED), device=self.args.device)
+        model, one = self.accelerator.unwrap_model(self.model), torch.ones(len(COUNTS), device=self.args.device)
         model.eval()
         during_training, self.statistics = self.statistics, torch.zeros_like(self.statistics)
         step_loss = self._step_loss

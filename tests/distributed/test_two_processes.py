@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -56,8 +57,10 @@ def launch(out: Path, data: Path, *flags: object) -> subprocess.Popen:
         (("--regular",), ((1, 4),)),
         ((*JEPA, "--jepa_ratio", 0.5), ((4, 1), (1, 4))),
         ((*JEPA, "--stp", "geodesic", "--stp_lbd", 1, "--stp_spans", 2, "--stp_layer", 1), ((4, 1),)),
+        ((*JEPA, "--sigreg", 0.3, "--nitp", "--nitp_layer", 1), ((4, 1), (1, 4))),
+        ((*JEPA, "--sigreg", 0.3, "--jepa_loss", "clip", "--jepa_ratio", 0.3, "--nitp"), ((4, 1),)),
     ],
-    ids=["regular", "jepa-dropout", "jepa-stp"],
+    ids=["regular", "jepa-dropout", "jepa-stp", "sigreg-nitp", "sigreg-clip-dropout"],
 )
 def test_two_processes_equal_one(ranks, data, tmp_path, flags, sizes):
     flags = (*flags, "--eval_file", data, "--eval_generate", 1)  # one of two processes has nothing to generate
@@ -74,12 +77,66 @@ def test_two_processes_equal_one(ranks, data, tmp_path, flags, sizes):
     for batch, accum in sizes:
         two = train(2, batch, accum)
         same_weights(one, two, rtol=1e-3, atol=2e-4)
-        for key in ("loss", "lm_loss", "stp_loss", "eval_loss"):
+        evaluated = ("eval_nitp_loss",) if "--sigreg" in flags else ("eval_loss",)  # SIGReg: of a micro-batch
+        for key in ("loss", "lm_loss", "stp_loss", "sigreg_loss", "nitp_loss", *evaluated):
             assert column(two, key) == pytest.approx(column(one, key), rel=1e-5)
         assert column(two, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-4)
-        for key in ("tokens", "label_tokens", "pairs", "spans"):
+        for key in ("tokens", "label_tokens", "pairs", "spans", "next_tokens"):
             assert column(two, key) == column(one, key)
         assert read_json(two / "run.json")["processes"] == 2
+
+
+# Reports each micro-batch's pairs, and the queue in an order that does not depend on the processes.
+REPORT = """
+import os
+from llm_jepa.training import pairs
+call = pairs.Contrast.__call__
+def reported(self, views, ids, *, keep):
+    others = call(self, views, ids, keep=keep)
+    queue = self.queue.get("ids")
+    queue = sorted(queue[0].tolist()) if queue is not None else []
+    rank, total, queue = os.environ.get("RANK", 0), others.views.shape[1], hash(tuple(queue))
+    sys.stderr.write(f"rank {rank}: {views.shape[1]} of {total}, queue {queue}\\n")
+    return others
+pairs.Contrast.__call__ = reported
+"""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("clip",),
+        ("clip", "--negatives_queue", 99, "--gradient_stats", 1),
+        ("infonce", "--jepa_ratio", 0.3, "--negatives_queue", 99),
+        ("vicreg", "--jepa_ratio", 0.5),
+        ("cosine", "--center", "--jepa_ratio", 0.5),
+        ("vicreg", "--center", "--stop_gradient", "text", "--gradient_checkpointing"),
+    ],
+    ids=["clip", "clip-queue-measured", "infonce-queue-dropout", "vicreg-dropout", "center-dropout", "vicreg-center"],
+)
+def test_pairs_of_all_processes_are_contrasted_as_those_of_one_micro_batch(ranks, data, tmp_path, flags):
+    runs, reports = [], []
+    for processes, batch in ((1, 8), (2, 4)):
+        runs.append(tmp_path / str(processes))
+        where = ("--train_file", data, "--output_dir", runs[-1], "--model_name", MODEL, "--learning_rate", 1e-3)
+        size = ("--batch_size", batch, "--grad_accum", 1, "--num_epochs", 3, "--gamma", 0)
+        flags_ = (*JEPA, *size, "--eval_file", data, "--jepa_loss", *flags)
+        codes, errors = ranks(processes, *where, *flags_, before=REPORT, after=NO_GLOO_THREAD)
+        assert codes == [0] * processes, errors
+        reports.append(re.findall(r"rank (\d): (\d+) of (\d+), queue (-?\d+)", errors))
+    one, two = runs
+    same_weights(one, two, rtol=1e-3, atol=2e-4)
+    for key in ("loss", "jepa_loss", "eval_jepa_loss"):
+        assert column(two, key) == pytest.approx(column(one, key), rel=1e-4), key
+    assert column(two, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-3)
+    assert column(two, "pairs") == column(one, "pairs") and min(column(one, "pairs")) < 8
+    seen = [[line[1:] for line in lines if line[0] == str(r)] for lines, r in ((reports[0], 0), (reports[1], 0), (
+        reports[1], 1))]  # fmt: skip
+    alone, *ranked = ([int(own) for own, *_ in lines] for lines in seen)
+    assert [a + b for a, b in zip(*ranked, strict=True)] == alone
+    rest = [[others for _, *others in lines] for lines in seen]
+    assert rest[1] == rest[2] == rest[0], "all contrast with the same number of pairs and keep the same queue"
+    assert any(a != b for a, b in zip(*ranked, strict=True)) and ("--jepa_ratio" not in flags or 0 in ranked[1])
 
 
 SMALL = {"vocab_size": 531, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -33,6 +33,7 @@ from conftest import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune
+from llm_jepa import forward
 from llm_jepa.files import read_json, sha256
 from llm_jepa.run_folder import complete_checkpoints
 
@@ -119,7 +120,7 @@ def test_logged_loss_is_the_formula(trained):
     for m in metrics(trained(*JEPA, "--gamma", 0.5, "--lbd", 2, "--max_steps", 2)):
         assert m["loss"] == pytest.approx(0.5 * m["lm_loss"] + 2 * m["jepa_loss"], rel=1e-5)
         assert m["jepa_loss"] == pytest.approx(1 - m["cosine"], abs=1e-5)
-        assert {"spread", "tokens", "padding", "pairs", "tokens_per_second", "grad_norm", "learning_rate"} <= m.keys()
+        assert {"effective_rank", "tokens", "padding", "pairs", "grad_norm", "learning_rate"} <= m.keys()
 
 
 @pytest.mark.parametrize("flags", [(), ("--reference_grad_scale",), ("--lora",)], ids=str)
@@ -510,7 +511,7 @@ def test_existing_folder_is_kept_unless_overwritten(data, tmp_path):
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
 @pytest.mark.parametrize("norm", [1, 0], ids=["clipped", "unclipped"])
 def test_step_that_is_not_finite_stops_training(data, tmp_path, monkeypatch, what, norm):
-    real, calls = finetune.lm_loss, []
+    real, calls = forward.lm_loss, []
 
     def broken(logits, label_ids):
         calls.append(1)
@@ -520,7 +521,7 @@ def test_step_that_is_not_finite_stops_training(data, tmp_path, monkeypatch, wha
         root = (total - total.detach()).abs().sqrt()  # 0 with an infinite slope
         return total * float("nan") if what == "loss" else total + root, count
 
-    monkeypatch.setattr(finetune, "lm_loss", broken)
+    monkeypatch.setattr(forward, "lm_loss", broken)
     flags = ("--regular", "--num_epochs", 1, "--save_strategy", "steps", "--save_steps", 2, "--max_grad_norm", norm)
     run = train(data, tmp_path / "run", *flags, code=1)
     record = read_json(run / "run.json")

@@ -9,13 +9,14 @@ import torch
 from conftest import GOLDEN, MODELS, call, dry_run, message_row, write_rows
 
 import evaluate
-import finetune
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, read_examples
 from llm_jepa.data.rendering import Renderer, predictor_token
 from llm_jepa.data.segments import Encoder
 from llm_jepa.data.spans import Draws
 from llm_jepa.evaluation import embeddings
+from llm_jepa.forward import LMHeadSelector, States
+from llm_jepa.layouts import LAYOUTS, Collator
 from llm_jepa.model import load_model, load_tokenizer
 
 DATA = str(GOLDEN / "regex_rows.jsonl")
@@ -28,7 +29,7 @@ def loaded(name: str) -> tuple:
     path = str(GOLDEN / "models" / name)
     tokenizer = load_tokenizer(path)
     model = load_model(path, None, tokenizer).eval()
-    return model, finetune.LMHeadSelector(model), tokenizer
+    return model, LMHeadSelector(model), tokenizer
 
 
 def encoder(name: str, k: int) -> Encoder:
@@ -36,12 +37,12 @@ def encoder(name: str, k: int) -> Encoder:
 
 
 @torch.no_grad()
-def read(name: str, items: list, layout: str = "packed") -> finetune.States:
+def read(name: str, items: list, layout: str = "packed") -> States:
     model, selector, tokenizer = loaded(name)
-    return selector.read(model, finetune.Collator(layout, tokenizer.pad_token_id, 256)(items))
+    return selector.read(model, Collator(layout, tokenizer.pad_token_id, 256)(items))
 
 
-@pytest.mark.parametrize("layout", sorted(finetune.LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize("k", [0, 1, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_chat_is_as_without_view_and_view_is_as_without_answer(name, k, layout):
@@ -76,7 +77,7 @@ def test_layouts_agree_and_only_code_view_and_predictors_cost_tokens(k):
     flags = ("--train_file", DATA, "--model_name", GOLDEN / "models" / "chatml", "--lbd", 1, "--dry_run", 5)
     flags += ("--predictors", k) if k else ()
     alone = dry_run(*flags)
-    in_chat = {layout: dry_run(*flags, "--text_view", "in_chat", "--layout", layout) for layout in finetune.LAYOUTS}
+    in_chat = {layout: dry_run(*flags, "--text_view", "in_chat", "--layout", layout) for layout in LAYOUTS}
     packed = in_chat["packed"]
     for got in in_chat.values():
         assert got["lm_loss"] == pytest.approx(alone["lm_loss"], abs=1e-5)

@@ -9,12 +9,13 @@ import torch
 from conftest import GOLDEN, column, message_row, same_weights, train, weights, write_rows
 from transformers import set_seed
 
-import finetune
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
 from llm_jepa.data.examples import Problems, read_examples
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder
 from llm_jepa.data.spans import Draws
+from llm_jepa.forward import LMHeadSelector
+from llm_jepa.layouts import Collator
 from llm_jepa.model import load_model, load_tokenizer
 
 MODEL = str(GOLDEN / "models" / "llama3")
@@ -31,10 +32,10 @@ def by_hand(data: Path, lm_labels: str) -> tuple[dict[str, torch.Tensor], list[f
     tokenizer = load_tokenizer(MODEL)
     set_seed(42)  # embeddings of added tokens are random
     model = load_model(MODEL, None, tokenizer).train()
-    selector, encoder = finetune.LMHeadSelector(model), Encoder(Renderer(tokenizer), lm_labels)
+    selector, encoder = LMHeadSelector(model), Encoder(Renderer(tokenizer), lm_labels)
     items = SegmentDataset(read_examples(str(data), Problems()), encoder, Problems(), Draws(42)).items
     micro_batches = [part for _, part in MicroBatches(items.lengths, 42, True, batch_size=2)]
-    collator, norms, totals = finetune.Collator("packed", tokenizer.pad_token_id, 256), [], []
+    collator, norms, totals = Collator("packed", tokenizer.pad_token_id, 256), [], []
     for step in (micro_batches[:4], micro_batches[4:]):
         totals.append(0.0)
         for part in step:

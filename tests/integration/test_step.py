@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import finetune
+from llm_jepa import forward
+from llm_jepa.layouts import LAYOUTS
 from llm_jepa.training.flops import FlopCounter
 
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -55,7 +57,7 @@ def loaded(model: str | Path = "llama3", **flags: object) -> tuple[finetune.Part
 
 @pytest.mark.parametrize("case", CASES[::4], ids=lambda c: f"{c['model']}-{c['file']}-k{c['predictors']}")
 def test_sliced_logits_give_golden_numbers(case, monkeypatch):
-    monkeypatch.setattr(finetune, "MAX_LOGITS", 1800)  # three vectors
+    monkeypatch.setattr(forward, "MAX_LOGITS", 1800)  # three vectors
     score(case, next(s for s in ("reference", "answer_text") if f"lm_labels={s}" in case))
 
 
@@ -82,7 +84,7 @@ def test_slices_change_no_gradient_keep_no_logits_and_restore_the_model(training
 def test_training_with_sliced_logits_gives_equal_weights(data, tmp_path, monkeypatch):
     flags = ("--train_all", "--plain", "--regular", "--max_steps", 3, "--lora")
     full = train(data, tmp_path / "full", *flags)
-    monkeypatch.setattr(finetune, "MAX_LOGITS", 20_000)
+    monkeypatch.setattr(forward, "MAX_LOGITS", 20_000)
     same_weights(full, train(data, tmp_path / "sliced", *flags), rtol=1e-3, atol=2e-5)
 
 
@@ -114,7 +116,7 @@ def flops(parts: finetune.Parts, batch: dict) -> int:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("layout", sorted(finetune.LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_attention_counts_whatever_the_kernel(layout, lora, checkpointing):
     """Against torch's count of eager attention, which consists of matrix products that torch has formulas for."""
     counted = []
@@ -207,8 +209,9 @@ def test_step_waits_for_the_device_once(tmp_path, flags):
         (*JEPA, "--jepa_ratio", 0.5, "--lora"),
         ("--regular", "--stp", "geodesic", "--stp_lbd", 1, "--stp_layer", 1, "--gradient_checkpointing"),
         (*JEPA, "--layout", "additive", "--eval_generate", 1),
+        (*JEPA, "--nitp", "--nitp_layer", 1, "--jepa_loss", "clip", "--negatives_queue", 9, "--sigreg", 0.1),
     ],
-    ids=["lora", "stp-checkpointing", "additive"],
+    ids=["lora", "stp-checkpointing", "additive", "nitp-clip-sigreg"],
 )
 def test_compiler_gets_few_graphs_and_changes_no_number(tmp_path, monkeypatch, flags):
     """12 steps with other numbers of rows, tokens, labels, pairs and spans, evaluated after each half."""

@@ -24,6 +24,7 @@ from conftest import (
 )
 
 import finetune
+from llm_jepa.losses import STP_LOSSES, stp_loss
 
 MODEL = GOLDEN / "models" / "llama3"
 ARMS = {"regular": ("--regular",), "jepa": JEPA, "dropout": (*JEPA, "--jepa_ratio", 0.5),
@@ -72,7 +73,7 @@ class Read:
 
     def gradients(self, path: torch.Tensor) -> dict[str, torch.Tensor]:
         self.model.zero_grad()
-        finetune.stp_loss(path, "geodesic")[0].backward()
+        stp_loss(path, "geodesic")[0].backward()
         return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
@@ -155,7 +156,7 @@ def test_logged_loss_is_the_formula_under_a_warmup(trained, warmup, start, expec
         assert m["loss"] == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("variant", sorted(finetune.STP_VARIANTS))
+@pytest.mark.parametrize("variant", sorted(STP_LOSSES))
 def test_training_straightens_the_path(data, trained, variant):
     flags = ("--regular", "--stp", variant, "--stp_spans", 8, "--num_epochs", 6, "--eval_file", data, "--stp_lbd")
     little, much = (column(trained(*flags, weight), "eval_stp_loss")[-1] for weight in ("1e-9", 10))

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates import FOLDERS, dataset, encoder, model, tokenizer
 
-import finetune
 from llm_jepa.data.examples import Example
+from llm_jepa.layouts import LAYOUTS, Collator
+from llm_jepa.losses import JEPA_LOSSES, jepa_loss, lm_loss
 
 text = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=30)
 content = text.filter(lambda t: t.strip())
@@ -29,11 +30,11 @@ def items_of(name: str, examples: list[Example], k: int = 1, **flags) -> list:
 def score(name: str, items: list, layout: str, tokens_per_row: int = 64, distance: str = "cosine") -> dict:
     """The mean losses, the gradient of their sum, and the hidden states and logits that they are computed from."""
     network, selector = model(name)
-    batch = finetune.Collator(layout, tokenizer(name).pad_token_id, tokens_per_row)(items)
+    batch = Collator(layout, tokenizer(name).pad_token_id, tokens_per_row)(items)
     states = selector.read(network, batch)
     labels, pairs = batch["counts"][:2].clamp(min=1)
-    lm = finetune.lm_loss(states.logits, batch["label_ids"])[0] / labels
-    jepa = finetune.jepa_loss(states.views, distance)[0] / pairs
+    lm = lm_loss(states.logits, batch["label_ids"])[0] / labels
+    jepa = jepa_loss(states.views, distance)[0] / pairs
     gradient = torch.autograd.grad(lm + jepa, list(network.parameters()))
     return {"counts": batch["counts"].tolist(), "lm": lm.detach(), "jepa": jepa.detach(),
             "gradient": torch.cat([g.flatten() for g in gradient]), "views": states.views.detach(),
@@ -68,7 +69,7 @@ def test_layouts_agree_in_chat(name, k):
     assert_layouts_agree(name, items_of(name, PAIRS, k, text_view="in_chat"), 60)
 
 
-@pytest.mark.parametrize("distance", sorted(finetune.DISTANCES))
+@pytest.mark.parametrize("distance", sorted(JEPA_LOSSES))
 @quick
 @given(st.lists(pair, min_size=2, max_size=5), st.randoms(use_true_random=False))
 def test_order_and_padding_change_nothing(distance, examples, random):
@@ -79,7 +80,7 @@ def test_order_and_padding_change_nothing(distance, examples, random):
     assert_same(score("chatml", shuffled, "separate", 0, distance), expected)
 
 
-@pytest.mark.parametrize("layout", sorted(finetune.LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @quick
 @given(pair, pair, pair, content)
 def test_changed_text_affects_no_other_segment(layout, example, other, changed, new):
@@ -107,7 +108,7 @@ def test_changed_text_affects_its_own_view():
 def test_selected_states_equal_the_models_own_forward(examples):
     network, selector = model("chatml")
     items = items_of("chatml", examples, k=2)
-    states = selector.read(network, finetune.Collator("packed", 0, 100)(items))
+    states = selector.read(network, Collator("packed", 0, 100)(items))
     logits, own = [], ([], [])
     for item in items:
         outs = [network(torch.tensor(s.ids)[None], output_hidden_states=True) for s in item]

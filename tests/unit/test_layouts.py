@@ -8,10 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import finetune
-from finetune import Collator
 from llm_jepa.data.batching import MicroBatches
 from llm_jepa.data.segments import Item, Segment
+from llm_jepa.layouts import LAYOUTS, Collator, attention_mask, packed_rows
 
 LENGTHS = [(9, 4, 3), (7, 2, 5), (1, 1, 1), (12, 6, 2)]
 
@@ -29,7 +28,7 @@ def items(lengths: list[tuple[int, int, int]]) -> list[Item]:
     return out
 
 
-@pytest.mark.parametrize("layout", sorted(finetune.LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize("tokens_per_row", [1, 5, 16, 1000])
 def test_every_layout_contains_the_same_segments_labels_and_views(layout, tokens_per_row):
     examples = items(LENGTHS)
@@ -44,7 +43,7 @@ def test_every_layout_contains_the_same_segments_labels_and_views(layout, tokens
     label_ids = [int(t) for item in examples for t in item[0].ids[item[0].labels] if t % 1000]
     assert batch["label_ids"].tolist() == label_ids
     assert (ids[tuple(batch["label_at"])] + 1).tolist() == label_ids
-    assert batch["counts"].tolist() == [len(label_ids), 4, 0]
+    assert batch["counts"].tolist() == [len(label_ids), 4, 0, 0]
     for kind, at in zip((1, 2), batch["view_at"].transpose(0, 1), strict=True):
         assert ids[tuple(at)].tolist() == [int(item[kind].ids[-1]) for item in examples]
 
@@ -52,7 +51,7 @@ def test_every_layout_contains_the_same_segments_labels_and_views(layout, tokens
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=60), st.integers(1, 200))
 def test_packed_rows_contain_every_segment_once_within_the_budget(lengths, tokens_per_row):
     chats = [(Segment("chat", np.arange(n), np.zeros(n, dtype=bool)),) for n in lengths]
-    rows = finetune.packed_rows(chats, tokens_per_row)
+    rows = packed_rows(chats, tokens_per_row)
     assert sorted(id(s) for row in rows for s in row) == sorted(id(s) for (s,) in chats)
     sums = [sum(len(s.ids) for s in row) for row in rows]
     assert max(sums) <= max(tokens_per_row, *lengths) and min(sums) > 0
@@ -63,7 +62,7 @@ def test_packed_rows_contain_every_segment_once_within_the_budget(lengths, token
 def test_tokens_attend_to_their_own_segment_only(layout, mask):
     batch = Collator(layout, pad_id=-7, tokens_per_row=16)(items(LENGTHS))
     assert batch["mask"] == mask
-    seen = finetune.attention_mask(batch["segment_ids"], batch["branches"])  # (R, T, T)
+    seen = attention_mask(batch["segment_ids"], batch["branches"])  # (R, T, T)
     owner = batch["input_ids"].div(1000, rounding_mode="floor")  # −1 for padding
     position = torch.arange(owner.shape[1])
     assert seen.equal((owner[:, :, None] == owner[:, None]) & (position[None] <= position[:, None]))
@@ -81,13 +80,13 @@ def test_branch_tokens_attend_to_stem_only_and_continue_its_positions():
     batch = Collator("packed", pad_id=0, tokens_per_row=10)([(chat, other)])
     expected = torch.block_diag(torch.ones(6, 6).tril(), torch.ones(3, 3).tril()).bool()
     expected[4:6, 2:4] = False  # the chat after the stem
-    seen = finetune.attention_mask(batch["segment_ids"], batch["branches"])[0]
+    seen = attention_mask(batch["segment_ids"], batch["branches"])[0]
     assert batch["mask"] == "dense" and seen.equal(expected)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 0, 1, 2]]
     assert batch["tokens"].tolist() == [4, 2, 3, 0]
 
 
-@pytest.mark.parametrize("layout", sorted(finetune.LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_empty_micro_batch_has_one_row(layout):
     batch = Collator(layout, pad_id=3, tokens_per_row=16)([(), ()])
     assert batch["input_ids"].shape == (1, 1)

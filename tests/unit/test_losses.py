@@ -7,52 +7,222 @@ import pytest
 import torch
 from templates import dataset, encoder, model, tokenizer
 
-import finetune
 from llm_jepa.data.examples import Example
-from llm_jepa.data.spans import POINTS
-from llm_jepa.training.trainer import view_statistics
+from llm_jepa.forward import States
+from llm_jepa.layouts import LAYOUTS, Collator
+from llm_jepa.losses import (
+    JEPA_LOSSES,
+    KNOTS,
+    STP_LOSSES,
+    Others,
+    Term,
+    find_equal,
+    jepa_loss,
+    lm_loss,
+    moments,
+    nitp_loss,
+    objective,
+    sigreg_loss,
+    stp_loss,
+)
 
 
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), requires_grad=True)
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a @ b.T) / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)[None]
 
 
+def cross_entropies(a: np.ndarray, b: np.ndarray, negatives: np.ndarray, temperature: float) -> float:
+    """−log of the share of each a's own b in exp(cos / τ), among its own and its negatives."""
+    total = 0.0
+    for i, (row, allowed) in enumerate(zip(cosines(a, b) / temperature, negatives, strict=True)):
+        total += np.log(np.exp(row)[allowed | (np.arange(len(b)) == i)].sum()) - row[i]
+    return total
+
+
+def vicreg(a: np.ndarray, b: np.ndarray) -> float:
+    total = ((a - b) ** 2).mean() * len(a)
+    for points in (a, b):
+        covariance = np.cov(points.T)  # divides by P − 1
+        hinge = np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-4)).mean()
+        off_diagonal = (covariance[~np.eye(len(covariance), dtype=bool)] ** 2).sum() / len(covariance)
+        total += len(a) * (hinge + 0.04 * off_diagonal)
+    return total
+
+
+# From the views a and b (P, D), those of the queue after them (A, D), the negatives (P, A) and the temperature.
 FORMULAS = {
-    "cosine": lambda a, b: (1 - np.diag(cosines(a, b))).sum(),
-    "jepa_l2": lambda a, b: np.sqrt(((a - b) ** 2).sum(axis=1)).sum(),
-    "jepa_mse": lambda a, b: ((a - b) ** 2).mean() * len(a),
-    "infonce": lambda a, b: sum(
-        -row[i] / 0.07 + np.log(np.exp(row / 0.07).sum()) for i, row in enumerate(cosines(a, b))
-    ),
-}
+    "cosine": lambda a, b, *_: (1 - np.diag(cosines(a, b))).sum(),
+    "l2": lambda a, b, *_: np.sqrt(((a - b) ** 2).sum(axis=1)).sum(),
+    "mse": lambda a, b, *_: ((a - b) ** 2).mean() * len(a),
+    "infonce": lambda a, b, all_a, all_b, negatives, t: cross_entropies(a, all_b, negatives, t),
+    "clip": lambda a, b, all_a, all_b, negatives, t: (
+        cross_entropies(a, all_b, negatives, t) + cross_entropies(b, all_a, negatives, t)
+    ) / 2,
+    "vicreg": lambda a, b, *_: vicreg(a, b),
+}  # fmt: skip
+TEMPERATURES = {"infonce": 0.07, "clip": 0.1}
 
 
-@pytest.mark.parametrize("distance", sorted(finetune.DISTANCES))
-def test_distance_equals_its_formula_and_has_gradient_in_both_views(distance):
+def test_every_loss_has_its_formula_here():
+    assert FORMULAS.keys() == JEPA_LOSSES.keys()
+    assert {name: loss.temperature for name, loss in JEPA_LOSSES.items() if loss.temperature} == TEMPERATURES
+    assert STP_LOSSES.keys() == {"geodesic", "patch"}, "test_stp_loss_is_one_minus_cosine_of_steps has theirs"
+
+
+def expected_loss(name: str, others: Others, temperature: float | None, center: bool) -> float:
+    views, pairs = others.views.detach().double().numpy(), len(others.equal)
+    if center:
+        views = views - views[:, :pairs].mean(axis=1, keepdims=True)
+    t = temperature or TEMPERATURES.get(name, 1.0)
+    return FORMULAS[name](*views[:, :pairs], *views, ~others.equal.numpy(), t)
+
+
+CENTER = pytest.mark.parametrize("center", [False, True], ids=["as-is", "center"])
+
+
+@CENTER
+@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
+def test_loss_of_pairs_equals_its_formula_and_has_gradient_in_both_views(name, center):
     views = random(2, 5, 7)
-    total, count = finetune.jepa_loss(views, distance)
-    assert total.item() == pytest.approx(FORMULAS[distance](*views.detach().double().numpy()), rel=1e-5)
-    assert count == 5
+    total, count = jepa_loss(views, name, center=center)
+    expected = expected_loss(name, Others(views, torch.eye(5, dtype=torch.bool)), None, center)
+    assert total.item() == pytest.approx(expected, rel=1e-5) and count == 5
     total.backward()
     assert (views.grad.abs().sum(dim=-1) > 0).all()  # (2, P)
 
 
+# Ten pairs, of which the last two are of the queue: 0 has the Text of 4, 9 the Code of 3.
+IDS = torch.tensor([[4, 1, 2, 3, 4, 5, 6, 7, 8, 9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 23]])
+EQUAL = torch.eye(8, 10, dtype=torch.bool)
+EQUAL[0, 4] = EQUAL[4, 0] = EQUAL[3, 9] = True
+
+
+def test_pairs_with_an_equal_text_or_an_equal_code_are_found():
+    assert find_equal(IDS[:, :8], IDS).equal(EQUAL)
+
+
+@CENTER
+@pytest.mark.parametrize("temperature", [None, 0.5])
+@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
+def test_loss_of_pairs_contrasts_with_the_others_that_have_another_text_and_code(name, temperature, center):
+    options = {"temperature": temperature, "center": center}
+    others = Others(random(2, 10, 7), EQUAL)
+    total, count = jepa_loss(others.views[:, :8], name, others, **options)
+    assert total.item() == pytest.approx(expected_loss(name, others, temperature, center), rel=1e-5) and count == 8
+    if JEPA_LOSSES[name].temperature:
+        unmasked = Others(others.views, torch.eye(8, 10, dtype=torch.bool))
+        assert total < jepa_loss(others.views[:, :8], name, unmasked, **options)[0]
+
+
+@CENTER
+@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
+def test_sums_and_gradients_of_ranks_add_up_to_those_of_all_pairs(name, center):
+    """Ranks with 3, 0 and 5 of the pairs, which have gradient in their own pairs only."""
+    views = random(2, 10, 7)
+    views.data[:, 8:] *= 0.5
+    full, _ = jepa_loss(views[:, :8], name, Others(torch.cat([views[:, :8], views[:, 8:].detach()], 1), EQUAL),
+                        center=center)  # fmt: skip
+    (want,), total = torch.autograd.grad(full, views), 0
+    for own in (slice(0, 3), slice(3, 3), slice(3, 8)):
+        parts = views[:, : own.start].detach(), views[:, own], views[:, own.stop :].detach()
+        total = total + jepa_loss(views[:, own], name, Others(torch.cat(parts, dim=1), EQUAL), center=center)[0]
+    torch.testing.assert_close(total, full)
+    torch.testing.assert_close(torch.autograd.grad(total, views)[0], want)
+
+
+@CENTER
+@pytest.mark.parametrize("detached", [0, 1])
+@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
+def test_stopped_gradient_is_zero_in_that_view_and_the_same_in_the_other(name, detached, center):
+    views = random(2, 5, 7)
+    total, _ = jepa_loss(views, name, stop_gradient=detached, center=center)
+    full, _ = jepa_loss(views, name, center=center)
+    assert total.item() == full.item()
+    (got,), (want,) = torch.autograd.grad(total, views), torch.autograd.grad(full, views)
+    assert not got[detached].any()
+    torch.testing.assert_close(got[1 - detached], want[1 - detached])
+
+
+# ------------------------------------------------------------------------------------------- SIGReg and next latents
+
+
+def sigreg(points: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Epps and Pulley's statistic of both views' projections, direction by direction and knot by knot."""
+    total = points.new_zeros(())
+    for view in points:
+        for direction in directions.T:
+            u, at = view @ direction, [3 * k / 16 for k in range(17)]
+            heights = []
+            for t in at:
+                normal = np.exp(-(t**2) / 2)
+                heights.append(normal * (((t * u).cos().mean() - normal) ** 2 + (t * u).sin().mean() ** 2))
+            integral = sum(3 / 16 * (left + right) / 2 for left, right in zip(heights, heights[1:], strict=False))
+            total = total + len(u) * integral / directions.shape[1] / 2
+    return total
+
+
+def test_sigreg_equals_its_formula():
+    points, directions = random(2, 6, 5), torch.nn.functional.normalize(random(5, 3, seed=1).detach(), dim=0)
+    total, count = sigreg_loss(points, directions)
+    expected = sigreg(points.detach().double(), directions.double())
+    assert count == 6 and total.item() == pytest.approx(6 * expected.item(), rel=1e-5)
+    assert KNOTS == 17
+
+
+def test_sigreg_of_parts_of_a_step_adds_up_to_that_of_all_points():
+    """The parts' mean is the value of all 9 points, and so is the gradient."""
+    points, directions = random(2, 9, 5), torch.nn.functional.normalize(random(5, 4, seed=1).detach(), dim=0)
+    value = sigreg_loss(points, directions)[0] / 9
+    (want,) = torch.autograd.grad(value, points)
+    parts, total = (points[:, :2], points[:, 2:2], points[:, 2:]), 0
+    for i, part in enumerate(parts):
+        rest = [x.detach() for j, x in enumerate(parts) if j != i]
+        elsewhere = sum(moments(x, directions) for x in rest), sum(x.shape[1] for x in rest)
+        total = total + sigreg_loss(part, directions, elsewhere)[0] / 9
+    torch.testing.assert_close(total, value)
+    torch.testing.assert_close(torch.autograd.grad(total, points)[0], want)
+
+
+def test_sigreg_is_small_for_normal_points_only():
+    directions = torch.nn.functional.normalize(random(4, 64, seed=1).detach(), dim=0)
+    normal = random(2, 500, 4).detach()
+    good, *bad = (sigreg_loss(x, directions)[0] / 500 for x in (normal, 0 * normal, 3 * normal, normal + 1))
+    assert all(x > 10 * good for x in bad)
+
+
+def test_next_latent_loss_equals_its_formula_without_gradient_in_the_target():
+    predicted, target = random(4, 7), random(4, 7, seed=1)
+    total, count = nitp_loss(predicted, target)
+    expected = (1 - np.diag(cosines(predicted.detach().numpy(), target.detach().numpy()))).sum()
+    assert total.item() == pytest.approx(expected, rel=1e-5) and count == 4
+    total.backward()
+    assert (predicted.grad.abs().sum(dim=-1) > 0).all() and target.grad is None
+
+
+# ------------------------------------------------------------------------------------------------------- zero cases
+
+
 def test_lm_loss_is_summed_cross_entropy():
     logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
-    total, count = finetune.lm_loss(logits, torch.tensor([0, 2]))
+    total, count = lm_loss(logits, torch.tensor([0, 2]))
     expected = -np.log(np.exp(2) / (np.exp(2) + 1 + np.exp(-1))) + np.log(3)
     assert total.item() == pytest.approx(expected, rel=1e-6)
     assert count == 2
 
 
+# Each loss of one tensor, and the tensor's shape with 0 for what is counted.
 LOSSES = {
-    **{f"jepa {d}": (lambda x, d=d: finetune.jepa_loss(x, d), (2, 0, 7)) for d in finetune.DISTANCES},
-    **{f"stp {v}": (lambda x, v=v: finetune.stp_loss(x, v), (POINTS[v], 0, 7)) for v in finetune.STP_VARIANTS},
-    "lm": (lambda x: finetune.lm_loss(x, torch.zeros(len(x), dtype=torch.long)), (0, 7)),
+    **{f"jepa {name}": (lambda x, n=name: jepa_loss(x, n), (2, 0, 7)) for name in JEPA_LOSSES},
+    "jepa centered": (lambda x: jepa_loss(x, center=True), (2, 0, 7)),
+    **{f"stp {name}": (lambda x, n=name: stp_loss(x, n), (loss.points, 0, 7)) for name, loss in STP_LOSSES.items()},
+    "sigreg": (lambda x: sigreg_loss(x, torch.eye(7)), (2, 0, 7)),
+    "sigreg, points elsewhere": (lambda x: sigreg_loss(x, torch.eye(7), (torch.ones(2, 2, 17, 7), 5)), (2, 0, 7)),
+    "nitp": (lambda x: nitp_loss(x, torch.ones(len(x), 7)), (0, 7)),
+    "lm": (lambda x: lm_loss(x, torch.zeros(len(x), dtype=torch.long)), (0, 7)),
 }
 
 
@@ -63,6 +233,26 @@ def test_nothing_to_score_gives_zero_with_gradient(name):
     total, count = loss(empty)
     total.backward()
     assert (total.item(), count) == (0.0, 0) and empty.grad is not None
+
+
+@pytest.mark.parametrize("pairs", [0, 5], ids=["nowhere", "elsewhere"])
+@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
+def test_rank_without_pairs_has_zero_loss_and_gradient(name, pairs):
+    """Beside other ranks' pairs and the queue's two."""
+    views = torch.zeros(2, 0, 7, requires_grad=True)
+    others = torch.cat([views, random(2, pairs + 2, 7).detach()], dim=1)
+    total, count = jepa_loss(views, name, Others(others, torch.eye(pairs, pairs + 2, dtype=torch.bool)), center=True)
+    total.backward()
+    assert (total.item(), count) == (0.0, 0) and views.grad is not None
+
+
+@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
+def test_single_pair_has_a_finite_loss_and_gradient(name):
+    views = random(2, 1, 7)
+    total, _ = jepa_loss(views, name)
+    total.backward()
+    assert torch.isfinite(total) and torch.isfinite(views.grad).all()
+    assert (total.item() == 0) == (name in ("infonce", "clip"))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -88,36 +278,47 @@ def test_half_precision_is_summed_in_float32(name):
 )
 def test_stp_loss_is_one_minus_cosine_of_steps(points, expected):
     variant = {3: "geodesic", 8: "patch"}[len(points)]
-    total, count = finetune.stp_loss(torch.tensor(points)[:, None], variant)
+    total, count = stp_loss(torch.tensor(points)[:, None], variant)
     assert (total.item(), count) == (pytest.approx(expected, abs=1e-6), 1)
 
 
-@pytest.mark.parametrize("variant", sorted(finetune.STP_VARIANTS))
+@pytest.mark.parametrize("variant", sorted(STP_LOSSES))
 def test_stp_loss_sums_spans_and_has_gradient_in_every_point(variant):
-    path = random(POINTS[variant], 6, 7)
-    total, count = finetune.stp_loss(path, variant)
-    single = [finetune.stp_loss(path[:, [i]], variant)[0].item() for i in range(6)]
+    path = random(STP_LOSSES[variant].points, 6, 7)
+    total, count = stp_loss(path, variant)
+    single = [stp_loss(path[:, [i]], variant)[0].item() for i in range(6)]
     assert count == 6 and total.item() == pytest.approx(sum(single), rel=1e-6)
     total.backward()
     assert (path.grad.abs().sum(dim=-1) > 0).all()
 
 
 def test_objective_weighs_each_term_and_divides_by_its_count_in_the_step():
-    lm_sum, views, path = random(1).sum(), random(2, 4, 3), random(3, 5, 3)
-    states = finetune.States(torch.zeros(0, 1), views, path)
-    terms = [
-        (finetune.Term("jepa", "views", "pairs", finetune.jepa_loss, 0), 0.3),
-        (finetune.Term("stp", "path", "spans", lambda x: finetune.stp_loss(x, "geodesic"), 0), 0.7),
-    ]
-    loss, sums = finetune.objective(lm_sum, states, torch.tensor([10.0, 8.0, 5.0]), 0.5, terms)
-    assert loss.item() == pytest.approx((0.05 * lm_sum + 0.3 / 8 * sums["jepa"] + 0.7 / 5 * sums["stp"]).item())
-    got = torch.autograd.grad(loss, [lm_sum, views, path], retain_graph=True)
-    want = [torch.tensor(0.05), *(torch.autograd.grad(sums[n], x)[0] for n, x in (("jepa", views), ("stp", path)))]
-    for gradient, expected, weight in zip(got, want, (1, 0.3 / 8, 0.7 / 5), strict=True):
-        torch.testing.assert_close(gradient, weight * expected)
+    """The counts are those of a step of which this micro-batch has a share."""
+    lm_sum, views, path, predicted = random(1).sum(), random(2, 4, 3), random(3, 5, 3), random(6, 3)
+    states = States(torch.zeros(0, 1), views, path, predicted, random(6, 3, seed=1), directions=torch.eye(3))
+    losses = {
+        "jepa": (("views",), "pairs", jepa_loss),
+        "sigreg": (("views", "directions", "elsewhere"), "pairs", sigreg_loss),
+        "stp": (("path",), "spans", lambda x: stp_loss(x, "geodesic")),
+        "nitp": (("predicted", "target"), "next_tokens", nitp_loss),
+    }
+    weights, counts = (0.3, 0.2, 0.7, 1.5), {"labels": 10.0, "pairs": 8.0, "spans": 15.0, "next_tokens": 12.0}
+    terms = [(Term(name, *loss, 0), weight) for (name, loss), weight in zip(losses.items(), weights, strict=True)]
+    loss, sums, shares = objective(lm_sum, states, torch.tensor(list(counts.values())), 0.5, terms)
+    inputs, expected = [lm_sum, views, path, predicted], [torch.tensor(0.05), 0, 0, 0]
+    assert shares["lm"].item() == pytest.approx(0.05 * lm_sum.item()) and [*shares] == ["lm", *losses]
+    for (name, (reads, divisor, function)), weight in zip(losses.items(), weights, strict=True):
+        alone, _ = function(*(getattr(states, field) for field in reads))
+        assert sums[name].item() == alone.item()
+        assert shares[name].item() == pytest.approx(weight * alone.item() / counts[divisor])
+        for i, gradient in enumerate(torch.autograd.grad(alone, inputs, allow_unused=True, retain_graph=True)):
+            expected[i] = expected[i] + (0 if gradient is None else weight / counts[divisor] * gradient)
+    assert loss.item() == pytest.approx(sum(shares.values()).item())
+    for got, want in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
+        torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("layout", sorted(finetune.LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_loss_dropout_scales_the_term_by_the_fraction_of_pairs_that_it_leaves(layout):
     """Items with the same views: without the others' pairs the term has a fraction of its gradient."""
     items = dataset(4 * [Example("s", "Is it (a|b)?", "c d", "rows:1", 1)], encoder("llama3", predictors=1)).items[:]
@@ -125,11 +326,11 @@ def test_loss_dropout_scales_the_term_by_the_fraction_of_pairs_that_it_leaves(la
 
     def gradient(kept: int) -> tuple[torch.Tensor, torch.Tensor]:
         dropped = [*items[:kept], *((item[0].without_view,) for item in items[kept:])]
-        batch = finetune.Collator(layout, tokenizer("llama3").pad_token_id, 64)(dropped)
+        batch = Collator(layout, tokenizer("llama3").pad_token_id, 64)(dropped)
         assert batch["counts"][1] == 4
         states = selector.read(network, batch)
-        term = finetune.Term("jepa", "views", "pairs", lambda x: finetune.jepa_loss(x, "jepa_mse"), 1)
-        loss, _ = finetune.objective(states.logits.sum() * 0, states, batch["counts"].clamp(min=1), 0, [(term, 2.0)])
+        term = Term("jepa", ("views",), "pairs", lambda x: jepa_loss(x, "mse"), 1)
+        loss, _, _ = objective(states.logits.sum() * 0, states, batch["counts"].clamp(min=1), 0, [(term, 2.0)])
         return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
 
     (loss, full), *rest = (gradient(kept) for kept in (4, 3, 1, 0))
@@ -143,12 +344,5 @@ def test_loss_dropout_scales_the_term_by_the_fraction_of_pairs_that_it_leaves(la
     ("warmup", "start", "expected"), [(0, 0, [2, 2, 2]), (4, 0, [0.5, 1, 2]), (0.2, 1, [1.5, 2, 2])]
 )
 def test_weight_warms_up_linearly(warmup, start, expected):
-    term = finetune.Term("stp", "path", "spans", len, 2.0, warmup, start)
+    term = Term("stp", ("path",), "spans", len, 2.0, warmup, start)
     assert [term.weight_at(step, 10) for step in (1, 2, 10)] == pytest.approx(expected)
-
-
-def test_view_statistics_sum_cosines_and_spread():
-    collapsed, eye = torch.ones(4, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None], torch.eye(4)
-    for text, code, expected in ((collapsed, collapsed, (4, 0)), (eye, eye, (4, 4)), (eye, -eye, (-4, 4))):
-        cosine, spread = view_statistics(torch.stack([text, code]))
-        assert (cosine.item(), spread.item()) == (pytest.approx(expected[0]), pytest.approx(expected[1], abs=1e-5))

@@ -42,13 +42,22 @@ def test_defaults():
     assert s.output_dir == "runs/t-m-jepa-lbd0.1-k0-lr2e-05-s42"
 
 
+@pytest.mark.parametrize("name", ["l2", "mse", "infonce"])
+def test_flags_of_the_published_losses_are_values_of_jepa_loss(name):
+    published = {"l2": "jepa_l2", "mse": "jepa_mse"}.get(name, name)
+    assert resolve(f"--{published}") == resolve("--jepa_loss", name)
+    assert resolve().jepa_loss == "cosine" and not getattr(resolve(f"--{published}"), published)
+
+
 def test_default_folder_depends_on_every_setting_that_changes_numbers():
     arms = ["", "--regular", "--lbd 1", "--predictors 2", "--learning_rate 1", "--lm_labels all", "--num_epochs 9",
             "--infonce", "--lora", "--plain", "--finetune_seed 3", "--batch_size 9", "--jepa_ratio 0.5",
-            "--last_token -1", "--pretrain", "--additive_mask", "--stp patch"]  # fmt: skip
+            "--last_token -1", "--pretrain", "--additive_mask", "--stp patch", "--jepa_loss clip", "--nitp",
+            "--nitp --nitp_layer 1", "--center", "--shuffle_pairs", "--stop_gradient code"]  # fmt: skip
     folders = [resolve(*arm.split()).output_dir for arm in arms]
     assert len({*folders}) == len(arms)
-    for same, arm in (("--layout additive", "--additive_mask"), ("--lm_labels answer", ""), ("--layout packed", "")):
+    for same, arm in (("--layout additive", "--additive_mask"), ("--lm_labels answer", ""), ("--layout packed", ""), (
+            "--jepa_loss infonce", "--infonce")):  # fmt: skip
         assert resolve(*same.split()).output_dir == folders[arms.index(arm)]
 
 
@@ -94,7 +103,22 @@ REFUSED = {
     "--regular --reference_grad_scale": "--reference_grad_scale --regular",
     "--reference_grad_scale --grad_accum 1": "--reference_grad_scale --grad_accum",
     "--jepa_l2 --jepa_mse": "--jepa_l2 --jepa_mse",
-    "--infonce --batch_size 1": "--infonce --batch_size",
+    "--infonce --batch_size 1": "infonce --batch_size",
+    "--jepa_loss clip --infonce": "--jepa_loss --infonce",
+    "--jepa_loss vicreg --batch_size 1": "--jepa_loss --batch_size",
+    "--center --batch_size 1": "--center --batch_size",
+    "--shuffle_pairs --batch_size 1": "--shuffle_pairs --batch_size",
+    "--temperature 0.1": "--temperature --jepa_loss",
+    "--negatives_queue 9 --jepa_loss vicreg": "--negatives_queue --jepa_loss",
+    "--jepa_loss clip --temperature 0": "--temperature",
+    "--negatives_queue -1 --jepa_loss clip": "",
+    "--sigreg 1": "",
+    "--regular --jepa_loss clip --center --sigreg 0.1": "--jepa_loss --center --sigreg --regular",
+    "--regular --stop_gradient text --shuffle_pairs": "--stop_gradient --shuffle_pairs --regular",
+    "--nitp_layer 1 --nitp_targets random --nitp_lbd 2": "--nitp_layer --nitp_targets --nitp_lbd --nitp",
+    "--nitp --nitp_lbd -1": "--nitp_lbd",
+    "--gamma 0 --lbd 0 --nitp --nitp_lbd 0": "--gamma",
+    "--gradient_stats -1": "",
     "--predictors 11": "",
     "--predictors -1": "",
     "--front_pred": "--front_pred --predictors",

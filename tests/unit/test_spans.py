@@ -10,12 +10,12 @@ import torch
 from conftest import GOLDEN, MODELS
 from templates import dataset, encoder, tokenizer
 
-import finetune
-from finetune import Collator
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, read_examples
 from llm_jepa.data.segments import Segment
-from llm_jepa.data.spans import POINTS, Draws, draw_patch, draw_triple
+from llm_jepa.data.spans import Draws, draw_patch, draw_triple
+from llm_jepa.layouts import LAYOUTS, Collator
+from llm_jepa.losses import STP_LOSSES, stp_loss
 
 EXAMPLES = read_examples(str(GOLDEN / "regex_rows.jsonl"), Problems())[:6]
 PARTS = ((3, 7), (10, 13))  # seven tokens, with three tokens of the template between them
@@ -78,7 +78,7 @@ def test_patch_loss_compares_the_steps_inside_a_span_with_the_other_steps(parts)
             inside, rest = steps[a:b].sum(axis=0), steps[:a].sum(axis=0) + steps[b:].sum(axis=0)
             expected = 1 - inside @ rest / np.linalg.norm(inside) / np.linalg.norm(rest)
             points = draw_patch(Fixed(a, b - 1), parts, 99)
-            loss, count = finetune.stp_loss(torch.from_numpy(hidden[points])[:, None], "patch")
+            loss, count = stp_loss(torch.from_numpy(hidden[points])[:, None], "patch")
             assert count == 1 and loss.item() == pytest.approx(expected, abs=1e-5), (a, b)
 
 
@@ -101,14 +101,14 @@ def test_user_turn_and_answer_are_located(name):
 
 @pytest.mark.parametrize("flags", [{}, {"jepa": False}, {"text_view": "in_chat"}, {"plain": True}], ids=str)
 @pytest.mark.parametrize("part", ["content", "user", "answer", "chat"])
-@pytest.mark.parametrize("variant", POINTS)
+@pytest.mark.parametrize("variant", sorted(STP_LOSSES))
 def test_spans_lie_in_their_part_of_the_chat(variant, part, flags):
     draws = Draws(42, stp_variant=variant, stp_part=part, stp_spans=20)
     for chat, *_ in encoded(draws=draws, **flags)[0, range(6)]:
         inside = {*range(*chat.user)} if part in ("content", "user") else set()
         inside |= {*range(*chat.answer)} if part in ("content", "answer") else set()
         inside = {*range(len(chat.ids) - chat.branch)} if part == "chat" else inside
-        assert chat.path.shape == (20, POINTS[variant]) and chat.path.min() >= 0
+        assert chat.path.shape == (20, STP_LOSSES[variant].points) and chat.path.min() >= 0
         if variant == "geodesic":
             assert {*chat.path.flatten().tolist()} <= inside and (np.diff(chat.path) > 0).all()
         else:  # the step of token t is read at t − 1 and t
@@ -116,7 +116,7 @@ def test_spans_lie_in_their_part_of_the_chat(variant, part, flags):
             assert between == inside - {0}
 
 
-@pytest.mark.parametrize("variant", POINTS)
+@pytest.mark.parametrize("variant", sorted(STP_LOSSES))
 def test_draws_depend_on_seed_epoch_and_example_only(variant):
     def drawn(seed: int = 42, spans: int = 3, ratio: float = 1.0, **flags) -> SegmentDataset:
         return encoded(draws=Draws(seed, ratio, variant, stp_spans=spans), **flags)
@@ -132,7 +132,7 @@ def test_draws_depend_on_seed_epoch_and_example_only(variant):
     assert encoded()[0, [0]][0][0].path is None
 
 
-@pytest.mark.parametrize("layout", sorted(finetune.LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_batch_points_at_the_tokens_of_the_spans(layout):
     chats = [
         Segment("chat", 1000 * i + np.arange(n), np.ones(n, dtype=bool), path=np.array(path, int).reshape(-1, 3))

@@ -1,0 +1,437 @@
+"""The auxiliary losses in training: their gradients by hand, their weights, their projectors, and their figures."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from conftest import (
+    EXAMPLES,
+    GOLDEN,
+    JEPA,
+    column,
+    interrupted,
+    metrics,
+    same_weights,
+    start,
+    train,
+    weights,
+    write_rows,
+)
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import finetune
+from llm_jepa import projectors
+from llm_jepa.layouts import LAYOUTS
+from llm_jepa.losses import Term, nitp_loss
+
+MODEL = GOLDEN / "models" / "llama3"
+NITP = ("--regular", "--nitp")
+SIGREG = (*JEPA, "--sigreg", 0.3)
+# One step of SGD with rate 1: the parameters show the gradient.
+SGD = ("--gamma", 0, "--optim", "sgd", "--learning_rate", 1, "--lr_scheduler_type", "constant", "--max_grad_norm", 0,
+       "--max_steps", 1, "--save_strategy", "steps", "--save_steps", 1, "--keep_checkpoints")  # fmt: skip
+
+
+def prepared(data: Path, layout: str = "packed", **flags: object) -> finetune.Parts:
+    """A run's parts before training."""
+    options = {"train_file": str(data), "model_name": str(MODEL), "lm_labels": "answer", "layout": layout,
+               "batch_size": 8, "max_steps": 1}  # fmt: skip
+    return finetune.prepare(finetune.Settings(**options | flags), PartialState(cpu=True))
+
+
+# ------------------------------------------------------------------------------------------------ gradients by hand
+
+
+class Read:
+    """What each loss reads of the first eight examples, from the model's own forward pass of each segment."""
+
+    def __init__(self, parts: finetune.Parts):
+        self.model, self.projectors = parts.model, getattr(parts.model, "projectors", {})
+        self.items = parts.train_set[0, range(8)]
+
+    def states(self, segment: object) -> list[torch.Tensor]:
+        """The hidden states (T, D) of a segment at each layer."""
+        return [h[0] for h in self.model(torch.tensor(segment.ids)[None], output_hidden_states=True).hidden_states]
+
+    def views(self) -> torch.Tensor:
+        """(2, P, D)"""
+        pairs = [item[1:] for item in self.items if len(item) == 3]
+        return torch.stack([torch.stack([self.states(s)[-1][s.view] for s in pair]) for pair in pairs], dim=1)
+
+    def project(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        p = self.projectors[name]
+        return (F.silu(x @ p.gate.weight.T) * (x @ p.up.weight.T)) @ p.down.weight.T
+
+
+def cosine(views: torch.Tensor) -> torch.Tensor:
+    return (1 - F.cosine_similarity(*views, dim=-1)).sum() / 8
+
+
+def clip(r: Read) -> torch.Tensor:
+    text, code = F.normalize(r.views(), dim=-1)
+    logits, own = text @ code.T / 0.1, torch.arange(len(text))
+    return (F.cross_entropy(logits, own, reduction="sum") + F.cross_entropy(logits.T, own, reduction="sum")) / 16
+
+
+def vicreg(r: Read) -> torch.Tensor:
+    text, code = r.views()
+    loss = F.mse_loss(text, code)
+    for x in (text, code):
+        covariance = torch.cov(x.T)
+        loss = loss + F.relu(1 - (covariance.diag() + 1e-4).sqrt()).mean()
+        loss = loss + 0.04 * (covariance - covariance.diag().diag()).square().sum() / len(covariance)
+    return loss * len(text) / 8
+
+
+def centered(r: Read) -> torch.Tensor:
+    views = r.views()
+    return cosine(views - views.mean(dim=1, keepdim=True))
+
+
+def sigreg(r: Read) -> torch.Tensor:
+    """With --sigreg 0.3."""
+    points = r.project("sigreg", r.views())
+    drawn = torch.randn(points.shape[2], 256, generator=torch.Generator().manual_seed(0))  # of step 0
+    t = torch.linspace(0, 3, 17)
+    angles = t[:, None, None, None] * (points @ F.normalize(drawn, dim=0))  # (17, 2, P, 256)
+    normal = torch.exp(-(t**2) / 2)[:, None, None]
+    heights = normal * ((angles.cos().mean(dim=2) - normal) ** 2 + angles.sin().mean(dim=2) ** 2)  # (17, 2, 256)
+    n = points.shape[1]
+    return 0.7 * cosine(points) + 0.3 * n * torch.trapezoid(heights, t, dim=0).mean() * n / 8
+
+
+def stp(r: Read) -> torch.Tensor:
+    paths = [r.states(item[0])[-1][item[0].path.T] for item in r.items]  # (3, S, D) each
+    return torch.cat([1 - F.cosine_similarity(p[2] - p[1], p[1] - p[0], dim=-1) for p in paths]).mean()
+
+
+def nitp(r: Read, layer: int = 0) -> torch.Tensor:
+    states = [r.states(item[0]) for item in r.items]
+    predicted = torch.cat([r.project("nitp", h[-1][:-1]) for h in states])
+    target = torch.cat([h[layer][1:] for h in states]).detach()
+    return (1 - F.cosine_similarity(predicted, target, dim=-1)).mean()
+
+
+# The flags of each loss, and its mean over the step.
+BY_HAND = {
+    "cosine": ({"jepa_loss": "cosine"}, lambda r: cosine(r.views())),
+    "clip": ({"jepa_loss": "clip"}, clip),
+    "vicreg": ({"jepa_loss": "vicreg"}, vicreg),
+    "center": ({"center": True}, centered),
+    "sigreg": ({"sigreg": 0.3}, sigreg),
+    "stp": ({"regular": True, "stp": "geodesic", "stp_spans": 2, "stp_lbd": 3}, stp),
+    "nitp": ({"regular": True, "nitp": True, "nitp_lbd": 3}, nitp),
+    "nitp-layer-1": ({"regular": True, "nitp": True, "nitp_lbd": 3, "nitp_layer": 1}, lambda r: nitp(r, 1)),
+}
+# Losses of pairs that contrast with their own micro-batch have another value with another size of it.
+SIZES = {"8x1": (8, 1), "2x4": (2, 4)}
+CONTRASTING = ("clip", "vicreg", "center")
+CASES = [
+    (name, size, ratio)
+    for name, (flags, _) in BY_HAND.items()
+    for size in (["8x1"] if name in CONTRASTING else SIZES)
+    for ratio in ([1] if "regular" in flags else [1, 0.5])
+]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("eight") / "rows.jsonl", EXAMPLES[:8])
+
+
+@pytest.mark.parametrize(("name", "size", "ratio"), CASES)
+def test_gradient_of_a_step_is_weight_times_that_of_the_mean_over_the_step(eight, tmp_path, name, size, ratio):
+    flags, by_hand = BY_HAND[name]
+    flags = flags if "regular" in flags else flags | {"predictors": 1, "lbd": 3, "jepa_ratio": ratio}
+    parts = prepared(eight, **flags)
+    before = {n: p.detach().clone() for n, p in parts.model.named_parameters()}
+    loss = 3 * by_hand(Read(parts))
+    loss.backward()
+    argv = [x for k, v in flags.items() for x in ([f"--{k}"] if v is True else [f"--{k}", v])]
+    batch_size, accum = SIZES[size]
+    run = train(eight, tmp_path / "run", *argv, *SGD, "--batch_size", batch_size, "--grad_accum", accum)
+    after = weights(run)
+    if hasattr(parts.model, "projectors"):
+        projected = weights(run / "checkpoint-1", projectors.FILE)
+        after |= {f"projectors.{n}": p for n, p in projected.items()}
+    assert column(run, "loss") == [pytest.approx(loss.item(), rel=1e-5)]
+    assert len(after) == len(before)
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parts.model.named_parameters()}
+    scale = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    assert scale > 1e-2
+    for n, gradient in gradients.items():
+        torch.testing.assert_close(before[n] - after[n], gradient, rtol=1e-3, atol=1e-5 * float(scale), msg=n)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["usual", "reverse"])
+@pytest.mark.parametrize("detached", ["text", "code"])
+def test_stopped_gradient_does_not_reach_the_view_of_that_name(eight, detached, reverse):
+    flags = {"predictors": 1, "lbd": 1.0, "reverse_pred": reverse}
+    parts, full = (prepared(eight, **flags, **more) for more in ({"stop_gradient": detached}, {}))
+    batch = parts.collator(parts.train_set[0, range(8)])
+    states = parts.selector.read(parts.model, batch)
+    (term,), (other,) = parts.terms, full.terms
+    (got,), (want,) = (torch.autograd.grad(t.loss(states.views)[0], states.views, retain_graph=True)
+                       for t in (term, other))  # fmt: skip
+    first = parts.encoder.renderer.tokenizer.decode(parts.train_set.items[0][1].ids)
+    assert (EXAMPLES[0]["messages"][2]["content"] in first) == reverse
+    number = int((detached == "code") != reverse)
+    assert not got[number].any() and got[1 - number].equal(want[1 - number]) and want[number].any()
+
+
+# ------------------------------------------------------------------------------------------------------ zero weight
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lbd", 0, "--jepa_loss", "clip", "--negatives_queue", 8),
+        ("--lbd", 0, "--sigreg", 0.1),
+        ("--lbd", 0, "--shuffle_pairs", "--center", "--stop_gradient", "text"),
+        (*NITP, "--nitp_lbd", 0),
+        (*NITP, "--nitp_lbd", 0, "--stp", "patch", "--stp_lbd", 0),
+    ],
+    ids=["clip", "sigreg", "shuffled", "nitp", "nitp-stp"],
+)
+def test_zero_weight_equals_regular_bit_for_bit(trained, flags):
+    regular, zero = trained("--regular", "--max_steps", 3), trained(*flags, "--max_steps", 3)
+    same_weights(regular, zero)
+    assert column(zero, "loss") == column(regular, "loss") and metrics(zero)[0].keys() == metrics(regular)[0].keys()
+
+
+@pytest.mark.parametrize("trained_projector", [False, True], ids=["idle", "weight-0"])
+def test_projector_without_weight_changes_nothing(data, trained, tmp_path, monkeypatch, trained_projector):
+    flags = ("--regular", "--max_steps", 3)
+    if trained_projector:
+        term = Term("nitp", ("predicted", "target"), "next_tokens", nitp_loss, 0.0)
+        monkeypatch.setattr(finetune, "auxiliary_terms", lambda s: [term])
+        run = train(data, tmp_path / "run", *flags, "--nitp")
+    else:
+        add = projectors.add_projectors
+        monkeypatch.setattr(finetune, "add_projectors", lambda model, names, seed: add(model, ["nitp", "x"], seed))
+        run = train(data, tmp_path / "run", *flags)
+    same_weights(trained(*flags), run)
+    assert column(run, "grad_norm") == column(trained(*flags), "grad_norm")
+
+
+# ------------------------------------------------------------------------------------------------------- invariance
+
+ARMS = {
+    "clip": {"jepa_loss": "clip", "predictors": 1},
+    "vicreg": {"jepa_loss": "vicreg", "predictors": 2},
+    "center": {"center": True},
+    "sigreg": {"sigreg": 0.3, "predictors": 1},
+    "nitp": {"nitp": True, "predictors": 1},
+    "nitp-layer-1": {"nitp": True, "nitp_layer": 1},
+    "shuffled": {"shuffle_pairs": True, "jepa_loss": "infonce"},
+}
+
+
+@pytest.mark.parametrize("text_view", ["alone", "in_chat"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_layouts_agree(eight, arm, text_view):
+    flags = ARMS[arm] | {"lbd": 1.0, "text_view": text_view}
+    found = {}
+    for layout in LAYOUTS:
+        parts = prepared(eight, layout, **flags)
+        batch = parts.collator(parts.train_set[0, range(8)])
+        loss, _, sums, _ = parts.objective(batch, 1.0)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in parts.model.parameters() if p.grad is not None])
+        found[layout] = (batch["counts"].tolist(), [x.item() for x in sums.values()], gradient)
+    counts, sums, gradient = found.pop("separate")
+    for other_counts, other_sums, other in found.values():
+        assert other_counts == counts and other_sums == pytest.approx(sums, rel=1e-5)
+        assert (other - gradient).abs().max() <= 1e-4 * gradient.norm()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [NITP, (*SIGREG, "--nitp", "--nitp_layer", 1), (*JEPA, "--nitp", "--jepa_ratio", 0.5)],
+    ids=["nitp", "sigreg-nitp", "dropout"],
+)
+def test_micro_batch_size_accumulation_and_streaming_change_nothing(trained, flags):
+    one, *others = (
+        trained(*flags, "--max_steps", 3, "--batch_size", b, "--grad_accum", a) for b, a in ((8, 1), (4, 2), (1, 8))
+    )
+    for other in others:
+        same_weights(one, other, rtol=1e-3, atol=5e-5)
+        for key in ("loss", "jepa_loss", "sigreg_loss", "nitp_loss", "grad_norm", "nitp_cosine"):
+            assert column(other, key) == pytest.approx(column(one, key), rel=1e-4), key
+        for key in ("pairs", "next_tokens"):
+            assert column(other, key) == column(one, key)
+    assert column(one, "nitp_loss") and column(one, "next_tokens")
+    stream = ("--streaming", "--max_steps", 2)
+    first, second = (trained(*flags, *stream, "--batch_size", b, "--grad_accum", a) for b, a in ((8, 1), (2, 4)))
+    same_weights(first, second, rtol=1e-3, atol=5e-5)
+    assert column(second, "nitp_loss") == pytest.approx(column(first, "nitp_loss"), rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", [NITP, SIGREG, (*JEPA, "--jepa_loss", "clip")], ids=["nitp", "sigreg", "clip"])
+def test_gradient_checkpointing_and_measuring_change_nothing(trained, flags):
+    flags = (*flags, "--max_steps", 3)
+    run = trained(*flags, "--gradient_stats", 0)
+    same_weights(run, measured := trained(*flags, "--gradient_stats", 1))
+    name = "nitp" if "--nitp" in flags else "jepa"
+    assert not column(run, f"{name}_grad_ratio") and len(column(measured, f"{name}_grad_ratio")) == 3
+    assert all(-1 <= x <= 1 for x in column(measured, f"{name}_grad_cosine"))
+    checkpointed = trained(*flags, "--gradient_checkpointing", "--gradient_stats", 1)
+    same_weights(run, checkpointed, rtol=1e-5, atol=1e-6)
+    ratios = column(measured, f"{name}_grad_ratio")
+    assert column(checkpointed, f"{name}_grad_ratio") == pytest.approx(ratios, rel=1e-3)
+
+
+def test_gradient_figures_are_those_of_the_first_micro_batch(eight, tmp_path):
+    """Without a projector in the norm: it has no gradient of the language-model loss."""
+    flags = {"predictors": 1, "lbd": 3.0, "nitp": True}
+    run = train(eight, tmp_path / "run", "--predictors", 1, "--lbd", 3, "--nitp", "--batch_size", 8, "--grad_accum", 1,
+                "--max_steps", 1)  # fmt: skip
+    parts = prepared(eight, **flags)
+    batch = parts.collator(parts.train_set[0, range(8)])
+    lm_sum, states = parts.selector.lm_sum(parts.model, batch)
+    parameters = [p for n, p in parts.model.named_parameters() if "projectors" not in n]
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten()
+                          for p, g in zip(parameters, found, strict=True)])  # fmt: skip
+
+    lm = gradient(lm_sum / batch["counts"][0])
+    losses = {"jepa": 3 * (1 - F.cosine_similarity(*states.views, dim=-1)).mean(),
+              "nitp": 0.8 * (1 - F.cosine_similarity(states.predicted, states.target, dim=-1)).mean()}  # fmt: skip
+    for name, loss in losses.items():
+        own, line = gradient(loss), metrics(run)[0]
+        assert line[f"{name}_grad_ratio"] == pytest.approx((own.norm() / lm.norm()).item(), rel=1e-3)
+        assert line[f"{name}_grad_cosine"] == pytest.approx(F.cosine_similarity(own, lm, dim=0).item(), abs=1e-3)
+
+
+# ------------------------------------------------------------------------------- checkpoints and the models they give
+
+SAVED = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        NITP,
+        (*SIGREG, "--nitp", "--lora", "--lora_dropout", 0.3),
+        (*JEPA, "--jepa_loss", "clip", "--negatives_queue", 20, "--nitp", "--streaming"),
+    ],
+    ids=["nitp", "sigreg-lora", "queue-streaming"],
+)
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(data, trained, tmp_path, flags):
+    straight = trained(*flags, *SAVED)
+    run = train(data, interrupted(straight, 4, tmp_path / "moved"), *flags, *SAVED, "--resume")
+    same_weights(straight, run)
+    for key in ("loss", "grad_norm", "jepa_loss", "nitp_loss"):
+        assert column(run, key) == column(straight, key)
+    files = [projectors.FILE] + ["queue.safetensors"] * ("--negatives_queue" in flags)
+    for name in files:
+        first, second = (load_file(x / "checkpoint-6" / name) for x in (straight, run))
+        assert first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
+    early = load_file(straight / "checkpoint-4" / projectors.FILE)
+    assert not all(early[k].equal(x) for k, x in load_file(run / "checkpoint-6" / projectors.FILE).items())
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora", "--merge")], ids=["full", "lora"])
+def test_saved_models_have_no_projector(trained, lora):
+    run = trained(*SIGREG, "--nitp", *lora, *SAVED)
+    folders = [run / "merged"] if lora else [run, run / "checkpoint-6"]
+    for folder in folders:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()) and not hasattr(model, "projectors")
+    saved = [f for f in run.rglob("*.safetensors") if f.name not in (projectors.FILE, "queue.safetensors")]
+    assert len(saved) >= 3
+    for file in saved:
+        assert not any("projector" in name or ".gate." in name for name in load_file(file)), file
+    assert (run / "checkpoint-6" / projectors.FILE).is_file() and not (run / projectors.FILE).exists()
+    assert "projectors" not in "".join(f.read_text() for f in run.rglob("*.json") if "config" in f.name)
+
+
+def test_projector_is_trained_with_an_adapter(trained):
+    run = trained(*NITP, "--lora", *SAVED)
+    early, late = (load_file(run / f"checkpoint-{step}" / projectors.FILE) for step in (2, 6))
+    assert early.keys() == late.keys() and not any(early[k].equal(late[k]) for k in early)
+    losses = column(run, "nitp_loss")
+    assert losses[-1] < losses[0]
+
+
+# -------------------------------------------------------------------------------------------------- targets and models
+
+
+def targets(data: Path, **flags: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids of the next tokens (M,) and their targets (M, D)."""
+    parts = prepared(data, regular=True, nitp=True, **flags)
+    batch = parts.collator(parts.train_set[0, range(8)])
+    row, at = batch["next_at"]
+    return batch["input_ids"][row, at + 1], parts.selector.read(parts.model, batch).target
+
+
+def test_targets_are_embeddings_and_the_controls_what_they_say(eight):
+    ids, states = targets(eight)
+    embeddings = prepared(eight, regular=True).model.get_input_embeddings().weight
+    assert states.equal(embeddings[ids].detach())
+    _, shuffled = targets(eight, nitp_targets="shuffled")
+    assert sorted(map(tuple, shuffled.tolist())) == sorted(map(tuple, states.tolist()))
+    same = (shuffled == states).all(dim=1)
+    assert same.float().mean() < 0.3, "equal tokens only"
+    _, fixed = targets(eight, nitp_targets="random")
+    assert fixed.equal(targets(eight, nitp_targets="random", finetune_seed=7)[1])
+    by_id = {i: fixed[ids == i] for i in set(ids.tolist())}
+    assert all(x.eq(x[0]).all() for x in by_id.values())
+    different = torch.stack([x[0] for x in by_id.values()])
+    cosines = F.cosine_similarity(different[:, None], different[None], dim=-1)
+    assert (cosines - torch.eye(len(different))).abs().mean() < 0.3, "of independent directions"
+    assert F.cosine_similarity(fixed, states, dim=-1).mean().abs() < 0.2
+
+
+def test_next_tokens_are_those_of_the_chat_before_its_predictors(eight):
+    parts = prepared(eight, nitp=True, predictors=2, text_view="in_chat")
+    items = parts.train_set[0, range(8)]
+    batch = parts.collator(items)
+    row, at = batch["next_at"]
+    expected = torch.cat([torch.tensor(item[0].without_view.ids) for item in items])
+    firsts = {int(item[0].ids[0]) for item in items}
+    assert batch["counts"][3] == len(row) == len(expected) - 8 and len(firsts) == 1
+    assert batch["input_ids"][row, at + 1].tolist() == [int(i) for item in items for i in item[0].without_view.ids[1:]]
+
+
+def test_learned_targets_are_nearer_than_others(trained):
+    """Not with the targets of other tokens, which cannot be learned."""
+    flags = (*NITP, "--num_epochs", 8, "--learning_rate", "3e-3")
+    for control, learned in ((), True), (("--nitp_targets", "shuffled"), False):
+        run = trained(*flags, *control)
+        gaps = [a - b for a, b in zip(column(run, "nitp_cosine"), column(run, "nitp_cosine_shuffled"), strict=True)]
+        assert (gaps[-1] > 0.15) == learned and abs(gaps[0]) < 0.1, gaps[-1]
+
+
+def opt(folder: Path, word_embed_proj_dim: int) -> Path:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("opt", vocab_size=531, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                  ffn_dim=48, word_embed_proj_dim=word_embed_proj_dim)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return folder
+
+
+def test_model_whose_inner_states_have_another_size_is_refused_in_one_line(data, tmp_path):
+    model = opt(tmp_path / "model", 16)
+    done = start(data, tmp_path / "run", *NITP, model=model)
+    assert done.code == 2 and "--nitp_layer 0" in done.err and done.err.count("\n") == 1, done.err
+    assert not (tmp_path / "run").exists()
+    train(data, tmp_path / "last", *NITP, "--nitp_layer", -1, "--max_steps", 1, model=model)
+    train(data, tmp_path / "sigreg", *SIGREG, "--max_steps", 1, model=model)
+    shutil.rmtree(tmp_path / "model")
+    train(data, tmp_path / "same", *NITP, "--max_steps", 1, model=opt(tmp_path / "model", 32))
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_layer_that_the_model_does_not_have_is_refused(data, tmp_path, layer):
+    done = start(data, tmp_path / "run", *NITP, "--nitp_layer", layer)
+    assert done.code == 2 and f"--nitp_layer {layer}" in done.err and done.err.count("\n") == 1, done.err

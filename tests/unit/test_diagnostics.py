@@ -1,0 +1,99 @@
+"""The statistics that show whether an auxiliary loss learns: against their formulas and on hand-made views."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from llm_jepa.training.diagnostics import PAIR_STATISTICS, effective_rank, gradient_statistics, pair_statistics
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def means(text: torch.Tensor, code: torch.Tensor) -> dict[str, float]:
+    """The statistics of a pair."""
+    return {k: v / len(text) for k, v in zip(PAIR_STATISTICS, pair_statistics(torch.stack([text, code])).tolist())}  # noqa: B905
+
+
+def test_pair_statistics_equal_their_formulas():
+    text, code = random(6, 4), random(6, 4, seed=1)
+    cosines = np.array([[float(torch.cosine_similarity(a, b, dim=0)) for b in code] for a in text])
+    shuffled = cosines[~np.eye(6, dtype=bool)]
+    expected = {
+        "cosine": np.diag(cosines).mean(), "contrasted": 1,
+        "shuffled": shuffled.mean(), "shuffled_variance": shuffled.var(),
+        "retrieved": (cosines.argmax(axis=1) == np.arange(6)).mean(), "chance": 1 / 6,
+    }  # fmt: skip
+    assert means(text, code) == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected["retrieved"] < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "cosine", "shuffled", "retrieved"),
+    [
+        (torch.ones(4, 3), torch.ones(4, 3), 1, 1, 0.25),
+        (torch.arange(1.0, 5)[:, None] * torch.ones(3), torch.ones(4, 3), 1, 1, 0.25),
+        (torch.eye(4), torch.eye(4), 1, 0, 1),
+        (torch.eye(4), torch.eye(4).roll(1, dims=0), 0, 1 / 3, 0),
+        (torch.eye(4), -torch.eye(4), -1, 0, 0),
+        (torch.eye(4)[[0, 0, 1, 1]], torch.eye(4)[[0, 0, 1, 1]], 1, 1 / 3, 0.5),
+    ],
+    ids=["collapsed", "one-direction", "learned", "other-pairs", "opposite", "equal-in-twos"],
+)
+def test_pair_statistics_of_hand_made_views(text, code, cosine, shuffled, retrieved):
+    got = means(text, code)
+    assert (got["cosine"], got["shuffled"]) == (pytest.approx(cosine, abs=1e-6), pytest.approx(shuffled, abs=1e-6))
+    assert (got["retrieved"], got["chance"]) == (pytest.approx(retrieved), 0.25)
+
+
+@pytest.mark.parametrize("p", [0, 1])
+def test_too_few_pairs_to_contrast_have_a_cosine_only(p):
+    views = random(2, p, 5)
+    expected = torch.cosine_similarity(*views, dim=-1).sum().item()
+    assert pair_statistics(views).tolist() == [pytest.approx(expected, abs=1e-6), *[0] * 5]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "rank"),
+    [
+        (torch.cat([torch.eye(5), -torch.eye(5)]), 5),
+        (torch.arange(8.0)[:, None] * random(1, 5), 1),
+        (torch.cat([torch.eye(5)[:2], -torch.eye(5)[:2]]) + 100, 2),
+        (torch.ones(8, 5), 0),
+        (random(1, 5).expand(7, 5), 0),
+        (random(1, 5), 0),
+    ],
+    ids=["isotropic", "a-line", "a-plane-off-the-origin", "equal", "equal-up-to-rounding", "one-vector"],
+)
+def test_effective_rank_counts_the_directions(vectors, rank):
+    assert effective_rank(vectors) == pytest.approx(rank, abs=1e-3)
+
+
+def test_effective_rank_equals_its_formula():
+    vectors = random(9, 4) * torch.tensor([5.0, 1, 1, 0.1])
+    singular = np.linalg.svd(vectors.numpy() - vectors.numpy().mean(axis=0), compute_uv=False)
+    shares = singular / singular.sum()
+    assert effective_rank(vectors) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+
+
+def test_gradient_statistics_equal_autograd_by_hand():
+    w, v = random(3, 4).requires_grad_(), random(2, seed=1).requires_grad_()
+    losses = {
+        "lm": w.square().sum() + v.sum(),
+        "jepa": (w**3).sum(),  # does not depend on v
+        "nitp": -3 * (w.square().sum() + v.sum()),
+        "nothing": 0 * w.sum(),
+    }
+    lm = torch.cat([2 * w.detach().flatten(), torch.ones(2)])
+    jepa = torch.cat([3 * w.detach().flatten() ** 2, torch.zeros(2)])
+    got = gradient_statistics(losses, [w, v])
+    assert got == pytest.approx({
+        "jepa_grad_ratio": (jepa.norm() / lm.norm()).item(),
+        "jepa_grad_cosine": torch.cosine_similarity(jepa, lm, dim=0).item(),
+        "nitp_grad_ratio": 3, "nitp_grad_cosine": -1, "nothing_grad_ratio": 0, "nothing_grad_cosine": 0,
+    }, rel=1e-5)  # fmt: skip
+    assert w.grad is None and v.grad is None
+    sum(losses.values()).backward()  # the graph is still there

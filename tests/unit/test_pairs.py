@@ -1,0 +1,75 @@
+"""What pairs are contrasted with in one process: the micro-batch and the queue of earlier pairs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llm_jepa.losses import jepa_loss
+from llm_jepa.training.pairs import Contrast
+
+
+def micro_batch(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(views, ids): pair i has views full of i and the ids i and 100 + i."""
+    numbers = torch.arange(first, first + count)
+    views = numbers[:, None].expand(2, count, 3).float().clone().requires_grad_()
+    return views, torch.stack([numbers, 100 + numbers])
+
+
+def test_without_a_queue_pairs_are_contrasted_with_their_micro_batch_only():
+    contrast = Contrast(0)
+    for first in (0, 3):
+        views, ids = micro_batch(first, 3)
+        others = contrast(views, ids, keep=True)
+        assert others.views is views and others.equal.equal(torch.eye(3, dtype=torch.bool))
+
+
+def test_queue_has_the_newest_pairs_first_without_gradient():
+    contrast = Contrast(5)
+    for first, count, queue in ((0, 2, []), (2, 2, [0, 1]), (4, 3, [2, 3, 0, 1]), (7, 6, [4, 5, 6, 2, 3]), (
+        13, 1, [7, 8, 9, 10, 11])):  # fmt: skip
+        views, ids = micro_batch(first, count)
+        others = contrast(views, ids, keep=True)
+        assert others.equal.shape == (count, count + len(queue))
+        assert others.views[0, :, 0].tolist() == [*range(first, first + count), *queue]
+        (gradient,) = torch.autograd.grad(others.views.sum(), views)
+        assert gradient.equal(torch.ones_like(views))
+    assert contrast.queue["views"][1, :, 0].tolist() == [13, 7, 8, 9, 10]
+    assert not contrast.queue["views"].requires_grad
+
+
+def test_pairs_of_an_evaluation_do_not_enter_the_queue():
+    contrast = Contrast(5)
+    contrast(*micro_batch(0, 2), keep=True)
+    assert contrast(*micro_batch(2, 2), keep=False).views.shape[1] == 4
+    assert contrast.queue["ids"].tolist() == [[0, 1], [100, 101]]
+
+
+def test_queued_pairs_of_the_same_text_or_code_are_no_negatives():
+    contrast = Contrast(9)
+    views, ids = micro_batch(0, 4)
+    contrast(views, ids, keep=True)
+    ids = torch.tensor([[2, 7], [107, 100]])  # the Text of pair 2, the Code of pair 0
+    others = contrast(views[:, :2], ids, keep=False)
+    assert others.equal[:, 2:].tolist() == [[False, False, True, False], [True, False, False, False]]
+
+
+@pytest.mark.parametrize("name", ["infonce", "clip"])
+def test_queue_of_a_micro_batch_without_pairs_is_kept(name):
+    contrast = Contrast(4)
+    contrast(*micro_batch(0, 3), keep=True)
+    views, ids = micro_batch(3, 0)
+    loss, count = jepa_loss(views, name, contrast(views, ids, keep=True))
+    assert (loss.item(), count) == (0, 0) and contrast.queue["ids"].shape == (2, 3)
+
+
+def test_queue_is_restored_from_a_checkpoint(tmp_path):
+    contrast, other = Contrast(2), Contrast(2)
+    contrast.save(tmp_path)
+    other.load(tmp_path)  # before the first pair there is nothing to restore
+    assert other.queue == {}
+    contrast(*micro_batch(0, 3), keep=True)
+    contrast.save(tmp_path)
+    other.load(tmp_path)
+    for name, tensor in contrast.queue.items():
+        assert other.queue[name].equal(tensor) and other.queue[name].dtype == tensor.dtype
