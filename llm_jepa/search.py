@@ -88,7 +88,7 @@ def search(run: str, corpus: str, question: str | None, side: str, top: int, ind
     if not examples or not Path(run).is_dir():
         raise UsageError(f"{run}: there is no such folder" if examples else f"{corpus}: no entries in the file")
     model, encoder = load(run, EvaluationSettings(model_name=run, plain=trained.get("plain", False)))
-    if record.get("learned", {}).get("jepa", {}).get("collapsed"):
+    if (record.get("learned", {}).get("jepa") or {}).get("collapsed"):
         note(f"warning: the JEPA loss of {run} has not learned its pairs; matches may be no better than chance")
     views, weights, tokens = encode(examples, side), hashlib.sha256(), hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -111,9 +111,9 @@ def search(run: str, corpus: str, question: str | None, side: str, top: int, ind
                     note(f"{index}: written")
             except OSError as error:
                 note(f"the index is not kept: {first_line(error)}")
-        lines = enumerate(sys.stdin.buffer if question is None else [question.encode()], start=1)
-        units = F.normalize(vectors, dim=-1)  # (N, D)
-        for asked in entries(lines, "stdin" if question is None else "the question", system):
+        lines = sys.stdin.buffer if question is None else [question.encode(errors="surrogateescape")]
+        units, place = F.normalize(vectors, dim=-1), "stdin" if question is None else "the question"  # (N, D)
+        for asked in entries(enumerate(lines, start=1), place, system):
             query = embed(encode([asked], "text" if side == "code" else "code"), show=False)  # (1, D)
             cosines = units @ F.normalize(query, dim=-1)[0]  # (N,)
             if question is None:
