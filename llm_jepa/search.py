@@ -87,7 +87,7 @@ def search(run: str, corpus: str, question: str | None, side: str, top: int, ind
     examples = list(entries(jsonl_lines(corpus), corpus, system)) if texts else read_examples(corpus, Problems())
     if not examples or not Path(run).is_dir():
         raise UsageError(f"{run}: there is no such folder" if examples else f"{corpus}: no entries in the file")
-    model, encoder = load(run, EvaluationSettings(model_name=run, plain=False))
+    model, encoder = load(run, EvaluationSettings(model_name=run, plain=trained.get("plain", False)))
     if (record.get("learned", {}).get("jepa") or {}).get("collapsed"):
         note(f"warning: the JEPA loss of {run} has not learned its pairs; matches may be no better than chance")
     views, weights, tokens = encode(examples, side), hashlib.sha256(), hashlib.sha256()
