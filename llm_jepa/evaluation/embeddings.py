@@ -63,6 +63,7 @@ def encode_views(
     return encode_usable(examples, encode, problems)
 
 
+@torch.inference_mode()
 def embed_batches(
     segments: list[Segment], read: Callable[[list[Segment]], torch.Tensor], batch_size: int = 1,
     pooling: str = "last", *, tokens_per_batch: int = 0, share: tuple[int, int] = (0, 1), show: bool = True,
@@ -74,7 +75,7 @@ def embed_batches(
     """
     lengths, views = [len(s.ids) for s in segments], [s.view for s in segments]
     chosen = itertools.islice(batches(lengths, batch_size, tokens_per_batch), share[0], None, share[1])
-    with tqdm(total=len(segments), unit="view", disable=not show or share[0] > 0) as bar, torch.inference_mode():
+    with tqdm(total=len(segments), unit="view", disable=not show or share[0] > 0) as bar:
         for indices in chosen:
             hidden = read([segments[i] for i in indices])  # (R, T, D)
             length, view_at = (torch.tensor([x[i] for i in indices]) for x in (lengths, views))
@@ -133,18 +134,17 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def retrieval(text: np.ndarray, code: np.ndarray) -> dict[str, Any]:
-    """How near the two views of a pair are by cosine, compared with the views of other pairs; (P, D) each, float64.
+    """Whether each view finds the other one of its pair among those of all P pairs by cosine; (P, D) each, float64.
 
-    Let m of the P Codes be nearer to a Text than its own Code, and e as near as its own Code, which is one of the e.
-    Equally near Codes are ranked at random, so the own rank is one of m + 1 … m + e. `text_to_code` has the means over
-    all Texts of these expectations, `code_to_text` the same for Codes:
+    For a Text, m Codes are nearer than its own, and e Codes (its own included) are as near. Equally near ones are
+    ranked at random, so the rank of its own Code is one of m + 1 … m + e. `text_to_code` has the means over all Texts,
+    `code_to_text` those over all Codes:
 
         r1, r10   P(rank ≤ k) = min(max((k − m) / e, 0), 1) for k = 1, 10
         mrr       E[1 / rank] = (H(m + e) − H(m)) / e, with H(i) = 1 + 1/2 + … + 1/i
 
-    `chance` has those of equal embeddings (m = 0, e = P), to which an order at random is equal in expectation: 1 / P,
-    min(10 / P, 1) and H(P) / P. `n`: P. `cosine`: the mean over pairs. `cosine_shuffled`: the mean over all Texts with
-    the Codes of other pairs, close to `cosine` if the embeddings have collapsed; None for a single pair.
+    `chance`: the same for equal embeddings, m = 0 and e = P. `n`: P. `cosine`: the mean over pairs. `cosine_shuffled`:
+    the mean over all Texts and the Codes of other pairs, None for a single pair.
     """
     text, code, n, rounding = unit(text), unit(code), len(text), 1e-12  # of equal vectors' cosines in float64
     own = (text * code).sum(axis=1)  # (P,)
