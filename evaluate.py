@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,27 +21,24 @@ from typing import Any
 
 from llm_jepa.cli import UsageError, first_line, parse_flags
 from llm_jepa.distributed import agreed, processes, start
-from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings, check_run, notes_on, run_split
+from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings, notes_on, run_split
 
 if __name__ == "__main__":  # before the slow imports, so that --help and flag errors are fast
     start("evaluate.py", lambda: check_evaluation_settings(parse_flags(EvaluationSettings, __doc__)[0], processes()))
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from tqdm import tqdm
-from transformers import BitsAndBytesConfig, set_seed
 
-from finetune import Collator, LMHeadSelector
 from llm_jepa.data.examples import Example, Problems, data_sha256, dataset_name, read_examples, split_examples
-from llm_jepa.data.rendering import Renderer
-from llm_jepa.data.segments import Encoder, Item, Segment
+from llm_jepa.data.segments import Encoder
 from llm_jepa.evaluation import generation, predictions, vllm_engine
 from llm_jepa.evaluation.generation import Generation
+from llm_jepa.evaluation.model import label_logits, layer_states, load
 from llm_jepa.evaluation.predictions import Predictions
-from llm_jepa.evaluation.scores import score_table, scored_row, summarize
-from llm_jepa.files import folder_sha256, read_json, sha256, write_json
-from llm_jepa.model import LOADING_ERRORS, load_adapter, load_config, load_pretrained, load_tokenizer, tokenizer_options
+from llm_jepa.evaluation.scores import retrieval_table, score_table, scored_row, summarize
+from llm_jepa.files import folder_sha256, sha256, write_json
 from llm_jepa.run_folder import provenance
 from llm_jepa.scoring.sql import example_database, spider_databases
 from llm_jepa.scoring.tasks import TASKS, Scorer
@@ -49,65 +46,9 @@ from llm_jepa.training.process import run_script, write_errors
 
 HERE = Path(__file__).resolve().parent
 MIN_GOLD_SCORE = 0.9  # of the data's own answers; published datasets contain a few wrong answers
-
-# ----------------------------------------------------------------------------------------------------------- load
-
-
-def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
-    """The model on its device in evaluation mode (only a description of it for vLLM, which loads it), and its encoder.
-
-    Raises UsageError if it cannot be loaded, or is a run that is not finished or was trained in another format.
-    """
-    folder, trained = Path(name), check_run(name, s)
-    adapter = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
-    base = s.original_model_name or adapter["base_model_name_or_path"] if adapter else name
-    has_tokenizer = (folder / "tokenizer_config.json").is_file() or not folder.is_dir()
-    source = name if has_tokenizer else s.original_model_name or base
-    tokenizer = load_tokenizer(source, s.revision, predictors=False, **tokenizer_options(s))
-    labels = "answer_text" if s.task and TASKS[s.task].choices else "answer"
-    flags = trained if s.embeds else {}  # views are embedded as in training; prompts have no predictors
-    views = {k: flags[k] for k in ("predictors", "front_pred", "reverse_pred") if k in flags}
-    places = {k: flags[k] for k in ("last_token", "text_view") if k in flags}
-    encoder = Encoder(Renderer(tokenizer, plain=s.plain, **views), labels, max_length=sys.maxsize, **places)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    auto = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    dtype = auto if s.dtype == "auto" else s.dtype
-    if s.engine == "vllm":
-        return vllm_engine.describe(name, s.revision, dtype), encoder
-    revision = adapter.get("revision") if adapter and s.revision is None else s.revision
-    code = {"trust_remote_code": s.trust_remote_code}
-    try:
-        load_config(base, revision, **code)
-    except UsageError as error:
-        hint = f"; the base of the adapter {name} can also be given as --original_model_name" if adapter else ""
-        raise UsageError(f"{error}{hint}") from None
-    options = {"dtype": getattr(torch, dtype), "revision": revision, "device_map": s.device_map} | code
-    if s.attn_implementation:
-        options["attn_implementation"] = s.attn_implementation
-    if s.load_in_8bit or s.load_in_4bit:
-        bits = {"load_in_8bit": s.load_in_8bit, "load_in_4bit": s.load_in_4bit}
-        options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=options["dtype"])
-        options["device_map"] = s.device_map or device  # quantized parameters cannot move between devices
-    set_seed(42)  # embeddings of tokens that a model lacks (--plain) are drawn at random
-    try:
-        model = load_pretrained(base, **options)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-    except LOADING_ERRORS as error:
-        raise UsageError(f"--model_name {base} cannot be loaded: {first_line(error)}") from None
-    model = load_adapter(model, name) if adapter else model
-    return (model if options["device_map"] else model.to(device)).eval(), encoder
-
+TOKENS_PER_BATCH = 2048  # of views, which are embedded after generating, without --tokens_per_batch
 
 # ------------------------------------------------------------------------------------------------------- generate
-
-
-@contextlib.contextmanager
-def label_logits(model: Any, pad_id: int) -> Iterator[Callable[[list[Item]], torch.Tensor]]:
-    """A function of items: the logits (N, V) at their labels."""
-    collator = Collator("separate", pad_id, sys.maxsize)
-    with generation.float32_logits(model), contextlib.closing(LMHeadSelector(model)) as selector:
-        yield lambda items: selector.read(model, send_to_device(collator(items), model.device)).logits
 
 
 def encode(
@@ -131,21 +72,6 @@ def add_notes(record: dict[str, Any], notes: list[str]) -> None:
     record["notes"] += notes
     for note in notes if PartialState().is_main_process else ():
         print(f"evaluate.py: note: {note}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def layer_states(model: Any, pad_id: int, layer: int) -> Iterator[Callable[[list[Segment]], torch.Tensor]]:
-    """A function of segments: a layer's hidden states (R, T, D), one segment per row, as training reads them."""
-    collator = Collator("separate", pad_id, sys.maxsize)
-    with contextlib.closing(LMHeadSelector(model, layer, "embedding_layer")) as selector:
-
-        def read(segments: list[Segment]) -> torch.Tensor:
-            batch = collator([(dataclasses.replace(segment, view=None),) for segment in segments])  # in no pairs
-            batch["path_at"] = torch.stack(torch.where(batch["input_ids"] >= 0)).unflatten(1, batch["input_ids"].shape)
-            batch["label_at"] = batch["path_at"][:, :, 0]  # (2, R): logits of other tokens would need much memory
-            return selector.read(model, send_to_device(batch, model.device)).path
-
-        yield read
 
 
 def predict(
@@ -187,7 +113,40 @@ def predict(
             for batch in responses(done, share):
                 yield [scored_row(example, found, score) for example, found in batch]
 
-        return predictions.collect(path, with_weights(identity, name), s.overwrite, len(examples), rows)
+        found = predictions.collect(path, with_weights(identity, name), s.overwrite, len(examples), rows)
+    add_retrieval(model, encoder, examples, s, record)
+    return found
+
+
+def add_retrieval(
+    model: Any, encoder: Encoder, examples: list[Example], s: EvaluationSettings, record: dict[str, Any]
+) -> None:
+    """Adds `retrieval` to the main process's record: see `embeddings.retrieval`. The processes share the views.
+
+    If the views cannot be embedded, a note says why.
+    """
+    from llm_jepa.evaluation import embeddings
+
+    state = PartialState()
+    sizes = {"tokens_per_batch": s.tokens_per_batch or TOKENS_PER_BATCH}
+    try:
+        if s.engine == "vllm":
+            raise UsageError("--engine vllm returns no hidden states")
+        if TASKS[s.task].choices:
+            raise UsageError(f"task {s.task} only compares likelihoods")
+        _, views = embeddings.encode_views(model, encoder, examples, Problems(s.skip_bad_examples))
+        with layer_states(model, encoder.renderer.tokenizer.pad_token_id, -1) as read:
+            share = (state.process_index, state.num_processes)
+            parts = list(embeddings.embed_batches(embeddings.by_side(views), read, share=share, **sizes))
+    except Exception as error:  # whatever it is, the scores must not be lost
+        parts = [first_line(error)]
+    parts = gather_object(parts)
+    reasons = [part for part in parts if isinstance(part, str)]
+    if reasons:
+        add_notes(record, [f"no retrieval: {reasons[0]}"])
+    elif state.is_main_process:
+        text, code = embeddings.in_order(parts).double().chunk(2)
+        record["retrieval"] = embeddings.retrieval(text.numpy(), code.numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------- score
@@ -266,11 +225,13 @@ def evaluate_predictions(
     report_skipped(problems, record)
     metrics = summarize(rows, s.task, s.startswith)
     print(score_table(metrics))
+    if "retrieval" in record:
+        print(f"\n{retrieval_table(record['retrieval'])}")
     if untuned:
         right = {row["id"] for row in untuned if row[metrics["score"]]}
         parts = {"right": [r for r in rows if r["id"] in right], "wrong": [r for r in rows if r["id"] not in right]}
         found = {name: summarize(part, s.task, s.startswith) for name, part in parts.items() if part}
-        metrics["untuned"] = summarize(untuned, s.task, s.startswith)
+        metrics["untuned"] = summarize(untuned, s.task, s.startswith) | {"retrieval": own.get("retrieval")}
         metrics["by_untuned"] = {name: found.get(name) for name in parts}
         for name, scores in found.items():
             print(f"\nexamples the untuned model got {name}: " + score_table(scores))
@@ -311,6 +272,7 @@ def evaluate_embeddings(
         figures.parent.mkdir(parents=True, exist_ok=True)
         write_json(figures, origin | measured | record)
         print("\n".join(f"{k:34}{v:.6g}" for k, v in measured.items() if isinstance(v, (int, float))))
+        print(f"\n{retrieval_table(measured)}")
     if drawing:  # last, because it raises for data that cannot be drawn
         groups = embeddings.t_sne_groups(s.t_sne_type, text, code, examples)
         embeddings.t_sne(drawing, groups, seed=42, title=f"{Path(s.model_name).name}, {dataset_name(s.input_file)}")

@@ -13,15 +13,15 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for finetune.py and evaluate.py, which are not part of the package
+sys.path.insert(0, str(ROOT))  # for finetune.py, which is not part of the package
 
-from evaluate import layer_states  # noqa: E402
 from finetune import fine_tune  # noqa: E402
 from llm_jepa.data.examples import Problems, read_examples  # noqa: E402
 from llm_jepa.data.rendering import Renderer  # noqa: E402
 from llm_jepa.data.segments import Encoder  # noqa: E402
 from llm_jepa.evaluation.embeddings import embed, similarity  # noqa: E402
 from llm_jepa.evaluation.generation import generate  # noqa: E402
+from llm_jepa.evaluation.model import layer_states  # noqa: E402
 from llm_jepa.evaluation.scores import scored_row, summarize  # noqa: E402
 from llm_jepa.model import load_tokenizer  # noqa: E402
 from llm_jepa.scoring.tasks import TASKS  # noqa: E402

@@ -6,8 +6,9 @@ writes them and `t_sne` draws them. Letters: P pairs, R rows of a batch, T token
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,36 @@ def encode_views(
     return encode_usable(examples, encode, problems)
 
 
+@torch.inference_mode()
+def embed_batches(
+    segments: list[Segment], read: Callable[[list[Segment]], torch.Tensor], batch_size: int = 1,
+    pooling: str = "last", *, tokens_per_batch: int = 0, share: tuple[int, int] = (0, 1), show: bool = True,
+) -> Iterator[tuple[list[int], torch.Tensor]]:  # fmt: skip
+    """(indices of segments, their embeddings (R, D), float32 on the CPU) batch by batch, with the arguments of `embed`.
+
+    `share` (n, N) selects the batches n, n + N, n + 2N …; `show`: whether to show progress, if n is 0. Raises
+    UsageError for embeddings that overflow.
+    """
+    lengths, views = [len(s.ids) for s in segments], [s.view for s in segments]
+    chosen = itertools.islice(batches(lengths, batch_size, tokens_per_batch), share[0], None, share[1])
+    with tqdm(total=len(segments), unit="view", disable=not show or share[0] > 0) as bar:
+        for indices in chosen:
+            hidden = read([segments[i] for i in indices])  # (R, T, D)
+            length, view_at = (torch.tensor([x[i] for i in indices]) for x in (lengths, views))
+            mask = (torch.arange(hidden.shape[1]) < length[:, None]).to(hidden.device)  # (R, T)
+            vectors = POOLINGS[pooling](hidden, mask, view_at).float().cpu()  # (R, D)
+            if not vectors.isfinite().all():
+                raise UsageError("the embeddings are not finite in this precision; give --dtype float32")
+            yield indices, vectors
+            bar.update(len(indices) * share[1])
+
+
+def in_order(parts: Iterable[tuple[list[int], torch.Tensor]]) -> torch.Tensor:
+    """The embeddings (N, D) of `embed_batches`, of all shares, in the order of the segments."""
+    indices, vectors = zip(*parts, strict=True)
+    return torch.cat(vectors)[torch.tensor(list(itertools.chain(*indices))).argsort()]
+
+
 def embed(
     model: Any, encoder: Encoder, examples: list[Example], read: Callable[[list[Segment]], torch.Tensor],
     batch_size: int, pooling: str = "last", *, tokens_per_batch: int = 0,
@@ -75,23 +106,15 @@ def embed(
 
     Raises ExampleError for a view that cannot be encoded, UsageError for embeddings that overflow.
     """
-    _, pairs = encode_views(model, encoder, examples, Problems())
-    segments = [view for side in zip(*pairs, strict=True) for view in side]  # all Text views, then all Code views
+    segments = by_side(encode_views(model, encoder, examples, Problems())[1])
     model.eval()
-    parts, order = [], []
-    with tqdm(total=len(segments), unit="view") as bar, torch.inference_mode():
-        for indices in batches([len(s.ids) for s in segments], batch_size, tokens_per_batch):
-            batch = [segments[i] for i in indices]
-            order += indices
-            hidden = read(batch)  # (R, T, D)
-            lengths, view_at = (torch.tensor(x) for x in zip(*((len(s.ids), s.view) for s in batch), strict=True))
-            mask = (torch.arange(hidden.shape[1]) < lengths[:, None]).to(hidden.device)  # (R, T)
-            parts.append(POOLINGS[pooling](hidden, mask, view_at).float().cpu())  # (R, D)
-            bar.update(len(batch))
-    vectors = torch.cat(parts)[torch.tensor(order).argsort()]  # (2P, D)
-    if not vectors.isfinite().all():
-        raise UsageError("the embeddings are not finite in this precision; give --dtype float32")
-    return vectors[: len(pairs)], vectors[len(pairs) :]
+    parts = embed_batches(segments, read, batch_size, pooling, tokens_per_batch=tokens_per_batch)
+    return tuple(in_order(parts).chunk(2))
+
+
+def by_side(pairs: list[tuple[Segment, Segment]]) -> list[Segment]:
+    """All Text views, then all Code views."""
+    return [view for side in zip(*pairs, strict=True) for view in side]
 
 
 # -------------------------------------------------------------------------------------------------------- measure
@@ -110,22 +133,44 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.where(norms > 0, norms, 1)
 
 
-def retrieval(text: np.ndarray, code: np.ndarray, at: tuple[int, ...] = (1, 10)) -> dict[int, float]:
-    """Share of the texts whose own code is among the k codes of highest cosine, for each k of `at`.
+def retrieval(text: np.ndarray, code: np.ndarray) -> dict[str, Any]:
+    """Whether each view finds the other one of its pair among those of all P pairs by cosine; (P, D) each, float64.
 
-    Ties are broken at random, in expectation: the own code counts with the probability that it is among the first k
-    when equally near codes are in random order. Embeddings collapsed into one point thus score chance, k / P.
+    For a Text, m Codes are nearer than its own, and e Codes (its own included) are as near. Equally near ones are
+    ranked at random, so the rank of its own Code is one of m + 1 … m + e. `text_to_code` has the means over all Texts,
+    `code_to_text` those over all Codes:
+
+        r1, r10   P(rank ≤ k) = min(max((k − m) / e, 0), 1) for k = 1, 10
+        mrr       E[1 / rank] = (H(m + e) − H(m)) / e, with H(i) = 1 + 1/2 + … + 1/i
+
+    `chance`: the same for equal embeddings, m = 0 and e = P. `n`: P. `cosine`: the mean over pairs. `cosine_shuffled`:
+    the mean over all Texts and the Codes of other pairs, None for a single pair.
     """
-    text, code, found = unit(text), unit(code), dict.fromkeys(at, 0.0)
-    for begin in range(0, len(text), 1000):
-        cosines = text[begin : begin + 1000] @ code.T  # (≤ 1000, P)
-        own = np.take_along_axis(cosines, begin + np.arange(len(cosines))[:, None], axis=1)
-        rounding = 1e-12  # of equal vectors' cosines in float64
-        nearer = (cosines > own + rounding).sum(axis=1)
-        equal = (np.abs(cosines - own) <= rounding).sum(axis=1)  # including the own code
-        for k in at:
-            found[k] += float(np.clip((k - nearer) / equal, 0, 1).sum())
-    return {k: found[k] / len(text) for k in at}
+    text, code, n, rounding = unit(text), unit(code), len(text), 1e-12  # of equal vectors' cosines in float64
+    own = (text * code).sum(axis=1)  # (P,)
+    nearer, equal = np.zeros((2, 2, n), dtype=np.int64)  # (2, P) each: for Texts and for Codes
+    harmonic = np.append(0, np.cumsum(1 / np.arange(1, n + 1)))  # (P + 1,)
+
+    def scores(m: np.ndarray, e: np.ndarray) -> dict[str, float]:
+        shares = {f"r{k}": float(np.clip((k - m) / e, 0, 1).mean()) for k in (1, 10)}
+        return shares | {"mrr": float(((harmonic[m + e] - harmonic[m]) / e).mean())}
+
+    size = max(1, 2**22 // n)  # rows of 32 MiB together
+    for rows in (slice(begin, begin + size) for begin in range(0, n, size)):
+        cosines = text[rows] @ code.T  # (≤ size, P)
+        for side, to, reference, axis in ((0, rows, own[rows, None], 1), (1, slice(n), own, 0)):
+            gap = cosines - reference
+            nearer[side, to] += (gap > rounding).sum(axis=axis)
+            equal[side, to] += (np.abs(gap) <= rounding).sum(axis=axis)
+    shuffled = (text.sum(axis=0) @ code.sum(axis=0) - own.sum()) / max(1, n * (n - 1))
+    return {
+        "n": n,
+        "text_to_code": scores(nearer[0], equal[0]),
+        "code_to_text": scores(nearer[1], equal[1]),
+        "chance": scores(np.array([0]), np.array([n])),
+        "cosine": float(own.mean()),
+        "cosine_shuffled": float(shuffled) if n > 1 else None,
+    }
 
 
 def least_squares(text: np.ndarray, code: np.ndarray, shuffled: np.ndarray) -> dict[str, float | None]:
@@ -150,26 +195,25 @@ def least_squares(text: np.ndarray, code: np.ndarray, shuffled: np.ndarray) -> d
 def similarity(text: torch.Tensor, code: torch.Tensor, seed: int) -> dict[str, Any]:
     """Figures about the views' embeddings, (P, D) each, computed in float64.
 
-    `n` and `dims`: P and D. `cosine`: the mean over pairs; `cosine_shuffled`: of texts with the codes of other pairs,
-    near `cosine` if the embeddings have collapsed, None for a single pair. `retrieval_at_1` and `_at_10`: of texts to
-    codes. `least_squares_…`: see `least_squares`. `singular_values`: the largest 100 of X − Y (P, D), or all;
-    `singular_value_mean`: their mean.
+    Those of `retrieval` and `least_squares`. `dims`: D. `singular_values`: the largest 100 of X − Y (P, D), or all;
+    `singular_value_mean`: their mean; `singular_value_relative`: the mean / √((‖X‖² + ‖Y‖²) / 2), which can be compared
+    between models; `singular_value_relative_shuffled`: the same with the codes of other pairs.
 
     The published least-squares errors, 3035 and 4.04 for 1000 pairs in 2048 dimensions, are not comparable: with fewer
     pairs than dimensions this error is 0 for any model, so it is left out (None).
     """
     x, y = text.double().numpy(), code.double().numpy()
-    partner, top = derangement(len(x), seed), np.linalg.svdvals(x - y)[:100]
-    shuffled = (unit(x) * unit(y)[partner]).sum(axis=1).mean()
+    partner = derangement(len(x), seed)
+    top, by_chance = (np.linalg.svdvals(x - other)[:100] for other in (y, y[partner]))
+    norm = float(np.sqrt((np.square(x).sum() + np.square(y).sum()) / 2)) or 1.0
     return {
-        "n": len(x),
+        **retrieval(x, y),
         "dims": x.shape[1],
-        "cosine": float((unit(x) * unit(y)).sum(axis=1).mean()),
-        "cosine_shuffled": float(shuffled) if len(x) > 1 else None,
-        **{f"retrieval_at_{k}": share for k, share in retrieval(x, y).items()},
         **least_squares(x, y, partner),
         "singular_values": top.tolist(),
         "singular_value_mean": float(top.mean()),
+        "singular_value_relative": float(top.mean()) / norm,
+        "singular_value_relative_shuffled": float(by_chance.mean()) / norm,
     }
 
 

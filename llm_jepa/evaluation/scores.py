@@ -54,3 +54,14 @@ def score_table(metrics: dict[str, Any]) -> str:
     if metrics["failures"]:
         lines.append("without a result: " + ", ".join(f"{n} {reason}" for reason, n in metrics["failures"].items()))
     return "\n".join(lines)
+
+
+def retrieval_table(found: dict[str, Any]) -> str:
+    """The results of `embeddings.retrieval` in percent, with their chance level."""
+    lines = [f"retrieval, n = {found['n']}", f"{'':18}{'R@1 %':>7}{'R@10 %':>8}{'MRR %':>8}"]
+    for name, key in (("text to code", "text_to_code"), ("code to text", "code_to_text"), ("chance", "chance")):
+        r1, r10, mrr = (100 * value for value in found[key].values())
+        lines.append(f"{name:18}{r1:7.2f}{r10:8.2f}{mrr:8.2f}")
+    if found["cosine_shuffled"] is not None:
+        lines.append(f"mean cosine: {found['cosine']:.4f} of pairs, {found['cosine_shuffled']:.4f} of shuffled pairs")
+    return "\n".join(lines)

@@ -219,7 +219,7 @@ def check_run(name: str, s: EvaluationSettings) -> dict[str, Any]:
         raise UsageError(f"--model_name {name}: the run is {record['status']}, not finished; resume it with --resume")
     if trained["plain"] != s.plain:
         raise UsageError(f"--model_name {name} was trained with{'' if trained['plain'] else 'out'} --plain")
-    if split := run_split(name, data_sha256(s.input_file, s.fields)):
+    if s.input_file and (split := run_split(name, data_sha256(s.input_file, s.fields))):  # none in a search
         if s.process_split and split != (s.test_size, s.split_seed):
             raise UsageError(f"--model_name {name} was split by --test_size {split[0]} --split_seed {split[1]}")
         if trained["data_file"] and not (s.process_split or s.nosplit_data):

@@ -20,7 +20,7 @@ import evaluate
 import finetune
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Problems, read_examples, split_examples
-from llm_jepa.evaluation import generation
+from llm_jepa.evaluation import embeddings, generation
 from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings
 from llm_jepa.model import check_name
 from llm_jepa.scoring.tasks import TASKS, Task, pure, wilson
@@ -252,6 +252,48 @@ def test_script_runs_from_another_folder(data, tmp_path):
     assert metrics_of(tmp_path)["exact"] == 1
 
 
+# -------------------------------------------------------------------------------------------------------- retrieval
+
+
+@pytest.mark.parametrize("flags", [(), ("--predictors", 2), ("--predictors", 1, "--text_view", "in_chat")], ids=str)
+def test_retrieval_is_that_of_the_views_as_training_reads_them(flags, data, tmp_path):
+    run = trained(tmp_path / "run", "--train_file", data, *flags) if flags else MODEL
+    done = score(run, data, tmp_path / "p.jsonl", "--max_new_tokens", 1, "--max_examples", 8)
+    views = ("--similarity", "--dtype", "float32", "--max_examples", 8, "--output_file", tmp_path / "s.json")
+    assert call("evaluate", "--model_name", run, "--input_file", data, *views).code == done.code == 0, done.err
+    figures, found = json.loads((tmp_path / "s.json").read_text()), metrics_of(tmp_path)["retrieval"]
+    assert found["n"] == 8 and found["chance"]["r1"] == 1 / 8 and "retrieval, n = 8\n" in done.out
+    for name in ("text_to_code", "code_to_text", "chance", "cosine", "cosine_shuffled"):
+        assert found[name] == pytest.approx(figures[name], abs=1e-6), name
+    shown = [line.split() for line in done.out.splitlines() if line.startswith("text to code")]
+    assert shown[0][3:] == [f"{100 * value:.2f}" for value in found["text_to_code"].values()]
+
+
+@pytest.mark.parametrize("why", ["long view", "error", "choices", "vllm"])
+def test_scores_without_retrieval_have_a_note_that_says_why(why, model, data, tmp_path, monkeypatch):
+    rows = lines(data)[:4]
+    if why == "long view":
+        rows[2]["code"] = [{"role": "assistant", "content": "[0-9] " * 3000}]
+    if why == "error":
+        monkeypatch.setattr(embeddings, "embed_batches", lambda *a, **k: 1 / 0)
+    if why == "vllm":
+        record = {"notes": []}
+        evaluate.add_retrieval(None, None, [], EvaluationSettings(engine="vllm"), record)
+        assert "--engine vllm" in record["notes"][0] and "retrieval" not in record
+        return
+    file = write_rows(tmp_path / f"{'hellaswag' if why == 'choices' else 'synth'}_test.jsonl", rows)
+    flags = ("--model_name", model, "--input_file", file, "--output_file", tmp_path / "p.jsonl")
+    done = call("evaluate", *flags)
+    (note,), place = metrics_of(tmp_path)["notes"], {"long view": f"{file}:3:", "error": "zero", "choices": "hellaswag"}
+    assert done.code == 0 and place[why] in note and note in done.err
+    assert (
+        "retrieval" not in metrics_of(tmp_path) and metrics_of(tmp_path)["n"] == len(lines(tmp_path / "p.jsonl")) == 4
+    )
+    if why == "long view":
+        assert call("evaluate", *flags, "--skip_bad_examples", "--overwrite").code == 0
+        assert (metrics_of(tmp_path)["n"], metrics_of(tmp_path)["retrieval"]["n"]) == (4, 3)
+
+
 # ------------------------------------------------------------------------------------------------ resume, overwrite
 
 
@@ -285,7 +327,8 @@ def test_interrupted_evaluation_resumes(batches, model, data, finished, tmp_path
     assert score(model, data, path).code == 0
     assert sum(sizes) == len(USERS) - len(kept)
     assert path.read_bytes() == (finished[0] / "p.jsonl").read_bytes()
-    assert metrics_of(tmp_path)["ci95"] == metrics_of(finished[0])["ci95"]
+    for name in ("ci95", "retrieval"):
+        assert metrics_of(tmp_path)[name] == metrics_of(finished[0])[name]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "p.jsonl"]
 
 
@@ -566,6 +609,7 @@ def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, fini
     assert [row["prediction"] for row in tuned] == [row["prediction"] for row in lines(finished[0] / "p.jsonl")]
     right = {row["id"] for row in untuned if row["exact"]}
     assert {3, 6, 9} <= right and len(right) < len(USERS) and metrics["untuned"]["exact"] == len(right) / len(USERS)
+    assert metrics["untuned"]["retrieval"] == metrics["retrieval"], "models that differ in their stop token only"
     for part, ids in (("right", right), ("wrong", {row["id"] for row in untuned} - right)):
         got = metrics["by_untuned"][part]
         assert got["n"] == len(ids) and f"{part}: synth, n = {len(ids)}\n" in done.out

@@ -34,8 +34,7 @@ def test_cosines_of_pairs_and_of_shuffled_pairs():
     assert found["cosine"] == pytest.approx((0.5**0.5 - 1) / 2)
     assert found["cosine_shuffled"] == pytest.approx(0.5**0.5 / 2)  # two pairs have only one other order
     text, code = random_pairs(40, 8)
-    partner = torch.from_numpy(embeddings.derangement(40, 1))
-    want = torch.cosine_similarity(text, code[partner]).mean().item()
+    want = torch.cosine_similarity(text[:, None], code, dim=-1)[~torch.eye(40, dtype=torch.bool)].mean().item()
     assert similarity(text, code, seed=1)["cosine_shuffled"] == pytest.approx(want, abs=1e-6)
     single = similarity(text[:1], text[:1], seed=0)
     assert single["cosine"] == pytest.approx(1) and single["cosine_shuffled"] is None
@@ -59,35 +58,68 @@ def ranked(ranks: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return text, 5 * torch.eye(n)
 
 
-def test_retrieval_counts_texts_whose_own_code_is_among_the_nearest():
+def test_retrieval_by_hand():
     found = similarity(*ranked([1, 2, 10, 11, 12, 1, 3, 10, 11, 12, 12, 12]), seed=0)
-    assert found["retrieval_at_1"] == pytest.approx(2 / 12)
-    assert found["retrieval_at_10"] == pytest.approx(6 / 12)
+    ranks = np.array([1, 2, 10, 11, 12, 1, 3, 10, 11, 12, 12, 12])
+    assert found["text_to_code"] == pytest.approx({"r1": 2 / 12, "r10": 6 / 12, "mrr": (1 / ranks).mean()})
+    chance = {"r1": 1 / 12, "r10": 10 / 12, "mrr": sum(1 / i for i in range(1, 13)) / 12}
+    assert found["chance"] == pytest.approx(chance)
 
 
-def test_retrieval_is_from_texts_to_codes_by_cosine():
-    # By the dot product the long code would be nearest to every text; from codes to texts only one would be found.
+def test_retrieval_is_by_cosine_in_each_direction():
+    # By the dot product the long code would be nearest to every text.
     text = np.array([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3]])
     code = np.array([[1.0, 0.1], [50.0, 10.0], [0.2, 0.9]])
-    assert embeddings.retrieval(text, code, at=(1, 2, 3)) == pytest.approx({1: 2 / 3, 2: 2 / 3, 3: 1})
+    found = embeddings.retrieval(text, code)
+    assert found["text_to_code"] == pytest.approx({"r1": 2 / 3, "r10": 1, "mrr": (1 + 1 + 1 / 3) / 3})
+    assert found["code_to_text"] == pytest.approx({"r1": 1, "r10": 1, "mrr": 1})
 
 
-@pytest.mark.parametrize("n", [7, 1500])
+@pytest.mark.parametrize("n", [2, 37, 2500])  # 2500: in several blocks
+def test_retrieval_without_ties_equals_sorted_cosines(n):
+    text, code = (x.double().numpy() for x in random_pairs(n, 24, noise=3.0))
+    found = embeddings.retrieval(text, code)
+    cosines = (text / np.linalg.norm(text, axis=1)[:, None]) @ (code / np.linalg.norm(code, axis=1)[:, None]).T
+    for name, table in (("text_to_code", cosines), ("code_to_text", cosines.T)):
+        order = np.argsort(-table, axis=1)
+        ranks = 1 + (order == np.arange(n)[:, None]).argmax(axis=1)
+        want = {"r1": (ranks == 1).mean(), "r10": (ranks <= 10).mean(), "mrr": (1 / ranks).mean()}
+        assert found[name] == pytest.approx(want)
+    assert n == 2 or found["text_to_code"] != found["code_to_text"]
+
+
+@pytest.mark.parametrize("n", [1, 7, 2500])
 def test_collapsed_embeddings_retrieve_by_chance(n):
-    point = torch.randn(16, generator=torch.Generator().manual_seed(3))
-    found = similarity(point.expand(n, 16), 3 * point.expand(n, 16), seed=0)
-    assert found["cosine"] == pytest.approx(1) and found["cosine_shuffled"] == pytest.approx(1)
-    assert found["retrieval_at_1"] == pytest.approx(1 / n)
-    assert found["retrieval_at_10"] == pytest.approx(min(1, 10 / n))
-    zeros = similarity(torch.zeros(n, 16), point.expand(n, 16), seed=0)
-    assert zeros["cosine"] == 0 and zeros["retrieval_at_1"] == pytest.approx(1 / n)
+    point = torch.randn(16, generator=torch.Generator().manual_seed(3)).double().numpy()
+    harmonic = sum(1 / i for i in range(1, n + 1))
+    for text in (np.tile(point, (n, 1)), np.zeros((n, 16))):
+        found = embeddings.retrieval(text, np.tile(3 * point, (n, 1)))
+        assert found["chance"] == pytest.approx({"r1": 1 / n, "r10": min(1, 10 / n), "mrr": harmonic / n})
+        assert found["text_to_code"] == found["code_to_text"] == pytest.approx(found["chance"])
+        assert found["cosine"] == pytest.approx(float(text.any()))
+        assert found["cosine_shuffled"] == (None if n == 1 else pytest.approx(float(text.any())))
+
+
+def test_random_order_of_ties_has_the_expected_ranks():
+    draw = np.random.default_rng(0)
+    text = draw.integers(-1, 2, size=(60, 3)).astype(float)  # many equal vectors, and zeros
+    code = draw.integers(-1, 2, size=(60, 3)).astype(float)
+    found, cosines = embeddings.retrieval(text, code), embeddings.unit(text) @ embeddings.unit(code).T
+    for name, table in (("text_to_code", cosines), ("code_to_text", cosines.T)):
+        ranks = []
+        for _ in range(2000):
+            order = np.lexsort((draw.random(table.shape), -table.round(9)), axis=1)
+            ranks.append(1 + (order == np.arange(60)[:, None]).argmax(axis=1))
+        ranks = np.array(ranks)
+        want = {"r1": (ranks == 1).mean(), "r10": (ranks <= 10).mean(), "mrr": (1 / ranks).mean()}
+        assert found[name] == pytest.approx(want, abs=0.005)
 
 
 def test_equal_codes_share_their_ranks():
     text = np.array([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]])
     code = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    found = embeddings.retrieval(text, code, at=(1, 2, 3))
-    assert found == pytest.approx({1: (3 / 3 + 1) / 4, 2: (3 * 2 / 3 + 1) / 4, 3: 1})
+    found = embeddings.retrieval(text, code)["text_to_code"]
+    assert found == pytest.approx({"r1": (3 / 3 + 1) / 4, "r10": 1, "mrr": (1 + 1 / 2 + 1 / 3 + 1) / 4})
 
 
 # --------------------------------------------------------------------------------------- least squares, Table 14
@@ -137,6 +169,19 @@ def test_singular_values_of_the_difference():
     found = similarity(text, code, seed=0)
     assert found["singular_values"] == pytest.approx(want.tolist(), rel=1e-6)
     assert found["singular_value_mean"] == pytest.approx(want.mean().item(), rel=1e-6)
+
+
+def test_relative_figures_do_not_depend_on_the_scale():
+    text, code = random_pairs(130, 20, noise=0.1)
+    found, scaled = similarity(text, code, seed=0), similarity(7 * text, 7 * code, seed=0)
+    x, y = text.double().numpy(), code.double().numpy()
+    for name, other in (("", y), ("_shuffled", y[embeddings.derangement(130, 0)])):
+        values = np.linalg.svd(x - other, compute_uv=False)
+        want = values.mean() / np.sqrt((np.linalg.norm(x) ** 2 + np.linalg.norm(y) ** 2) / 2)
+        assert found[f"singular_value_relative{name}"] == pytest.approx(want)
+        for figure in ("singular_value_relative", "least_squares_relative"):
+            assert scaled[figure + name] == pytest.approx(found[figure + name], rel=1e-4)
+    assert scaled["singular_value_mean"] == pytest.approx(7 * found["singular_value_mean"], rel=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------- export and t-SNE

@@ -1,0 +1,223 @@
+"""python -m llm_jepa.search: the nearest entries, the stored index, questions from stdin, errors."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import EXAMPLES, GOLDEN, JEPA, call, weights, write_rows
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from llm_jepa import search
+
+USERS, CODES = ([row["messages"][i]["content"] for row in EXAMPLES] for i in (1, 2))
+FLAGS = {
+    "k=2": JEPA,
+    "reverse_pred": (*JEPA, "--reverse_pred"),
+    "in_chat": (*JEPA, "--text_view", "in_chat"),
+    "plain": (*JEPA, "--plain"),
+}
+
+
+def run_search(*argv: object, stdin: bytes = b"") -> SimpleNamespace:
+    """Runs search.main in this process: its exit code, stderr, and the lines of stdout, split at tabs."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.stdin
+    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin))
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = search.main([str(a) for a in argv])
+    except SystemExit as exit_:
+        code = exit_.code
+    finally:
+        sys.stdin = before
+    return SimpleNamespace(code=code, err=err.getvalue(), lines=[x.split("\t") for x in out.getvalue().splitlines()])
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of a run, which a test may change."""
+    return shutil.copytree(trained(*JEPA), tmp_path / "run")
+
+
+def units(run: Path, data: Path, *flags: object) -> list[np.ndarray]:
+    """The Text and the Code views of a file, of length 1, as evaluate.py exports them."""
+    path = run.parent / "views.safetensors"
+    done = call(
+        "evaluate", "--model_name", run, "--input_file", data, "--export_embeddings", path, "--overwrite", *flags
+    )
+    assert done.code == 0, done.err
+    with safe_open(path, "np") as file:
+        views = [file.get_tensor(name) for name in ("text", "code")]
+    return [x / np.linalg.norm(x, axis=1, keepdims=True) for x in views]
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_matches_are_the_exact_nearest_views_of_the_run(name, trained, data, tmp_path):
+    run = shutil.copytree(trained(*FLAGS[name]), tmp_path / "run")
+    text, code = units(run, data, *(["--plain"] if name == "plain" else []))
+    for side, queries, contents, cosines in (
+        ("code", USERS, CODES, text @ code.T),
+        ("text", CODES, USERS, code @ text.T),
+    ):
+        found = run_search(run, "--corpus", data, "--side", side, "--top", 5, queries[7])
+        assert found.code == 0, found.err
+        order = np.argsort(-cosines[7], kind="stable")[:5]
+        assert [int(line) for _, line, _ in found.lines] == (order + 1).tolist()
+        assert [entry for _, _, entry in found.lines] == [contents[i] for i in order]
+        assert [float(c) for c, _, _ in found.lines] == pytest.approx(cosines[7][order].tolist(), abs=1e-4)
+
+
+def test_text_file_has_one_entry_per_line(run, data, tmp_path):
+    corpus = tmp_path / "codes.txt"
+    corpus.write_text("\n".join(["", *CODES[:8], "", CODES[8]]) + "\r\n", encoding="utf-8-sig")
+    found = run_search(run, "--corpus", corpus, USERS[3])
+    text, code = units(run, data)
+    cosines = code[:9] @ text[3]
+    want = [(*range(2, 10), 11)[i] for i in np.argsort(-cosines, kind="stable")]
+    assert [int(line) for _, line, _ in found.lines] == want
+    assert {entry for _, _, entry in found.lines} == set(CODES[:9])
+
+
+def test_top_limits_the_matches_and_text_is_one_line(run, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}\nb"}]}
+            for i in range(15)]  # fmt: skip
+    corpus = write_rows(tmp_path / "rows.jsonl", rows)
+    for flags, n in (((), 10), (("--top", 3), 3), (("--top", 100), 15)):
+        found = run_search(run, "--corpus", corpus, *flags, "a question")
+        assert len(found.lines) == n and all(entry.endswith(r"\nb") for _, _, entry in found.lines)
+        cosines = [float(cosine) for cosine, _, _ in found.lines]
+        assert cosines == sorted(cosines, reverse=True)
+
+
+def test_questions_from_stdin_are_those_of_single_searches(run, data):
+    stdin = "\n".join([USERS[2], "", "naïve 你好"]).encode()
+    found = run_search(run, "--corpus", data, "--top", 2, stdin=stdin)
+    single = [run_search(run, "--corpus", data, "--top", 2, q).lines for q in (USERS[2], "naïve 你好")]
+    assert found.lines == [[USERS[2]], *single[0], ["naïve 你好"], *single[1]]
+
+
+# ------------------------------------------------------------------------------------------------------------ index
+
+
+def vectors(run: Path) -> np.ndarray:
+    """The vectors of the only index of a run."""
+    (path,) = (run / "index").iterdir()
+    with safe_open(path, "np") as file:
+        return file.get_tensor("vectors")
+
+
+def poison(path: Path) -> None:
+    """Makes all vectors of an index equal, so that matches tell whether it was used."""
+    with safe_open(path, "np") as file:
+        metadata, equal = file.metadata(), np.ones_like(file.get_tensor("vectors"))
+    save_file({"vectors": equal}, path, metadata)
+
+
+@pytest.mark.parametrize("change", ["nothing", "corpus", "weights", "settings"])
+def test_index_is_used_until_corpus_or_model_change(change, run, tmp_path):
+    corpus = write_rows(tmp_path / "rows.jsonl", EXAMPLES)
+    first = run_search(run, "--corpus", corpus, USERS[0])
+    (index,) = (run / "index").iterdir()
+    assert str(index) in first.err
+    before = vectors(run)
+    poison(index)
+    if change == "corpus":
+        write_rows(corpus, [*EXAMPLES[1:], EXAMPLES[0]])
+    elif change == "weights":
+        save_file({k: (v * 1.5).numpy() for k, v in weights(run).items()}, run / "model.safetensors", {"format": "pt"})
+    elif change == "settings":
+        settings = json.loads((run / "args.json").read_text())
+        (run / "args.json").write_text(json.dumps(settings | {"last_token": -1}))
+    found = run_search(run, "--corpus", corpus, USERS[0])
+    after = vectors(run)
+    assert found.code == 0 and str(index) in found.err
+    if change == "nothing":
+        assert (after == 1).all() and len({cosine for cosine, _, _ in found.lines}) == 1
+    else:
+        assert f"the {change} changed" in found.err and not (after == 1).any()
+        assert (change == "corpus") == np.allclose(np.roll(after, 1, axis=0), before, atol=1e-6)
+        assert found.lines != first.lines
+
+
+def test_index_has_the_place_that_was_given_and_sides_have_their_own(run, data, tmp_path):
+    path = tmp_path / "new" / "a.index"
+    assert run_search(run, "--corpus", data, "--index", path, "q").code == 0
+    assert path.is_file() and not (run / "index").exists()
+    for side in ("code", "text"):
+        assert run_search(run, "--corpus", data, "--side", side, "q").code == 0
+    assert len(list((run / "index").iterdir())) == 2
+    path.write_bytes(b"mine")
+    found = run_search(run, "--corpus", data, "--index", path, "q")
+    assert found.code == 2 and str(path) in found.err and path.read_bytes() == b"mine"
+
+
+def test_index_that_cannot_be_written_is_not_kept(run, data):
+    want = run_search(run, "--corpus", data, "q").lines
+    shutil.rmtree(run / "index")
+    (run / "index").write_text("a file in its place")
+    found = run_search(run, "--corpus", data, "q")
+    assert found.code == 0 and found.lines == want and str(run / "index") in found.err
+
+
+def test_model_that_is_no_run_gets_no_index_by_itself(data, tmp_path):
+    model = shutil.copytree(GOLDEN / "models" / "llama3", tmp_path / "model")
+    before = sorted(model.rglob("*"))
+    assert len(run_search(model, "--corpus", data, "--top", 2, "q").lines) == 2
+    assert sorted(model.rglob("*")) == before
+
+
+# ----------------------------------------------------------------------------------------------- warnings and errors
+
+
+def test_run_whose_loss_has_not_learned_its_pairs_is_announced(run, data):
+    record = json.loads((run / "run.json").read_text())
+    for collapsed in (True, False):
+        learned = {"jepa": {"collapsed": collapsed}}
+        (run / "run.json").write_text(json.dumps(record | {"learned": learned}))
+        found = run_search(run, "--corpus", data, "q")
+        assert found.code == 0 and ("warning" in found.err) == collapsed
+
+
+BAD = {
+    "no such run": (lambda run: (run.parent / "nowhere", "--corpus", "DATA", "q"), "nowhere"),
+    "no such corpus": (lambda run: (run, "--corpus", run / "no.txt", "q"), "no.txt"),
+    "empty corpus": (lambda run: (run, "--corpus", "empty.txt", "q"), "empty.txt"),
+    "not UTF-8": (lambda run: (run, "--corpus", "bytes.txt", "q"), "bytes.txt:2"),
+    "not JSON": (lambda run: (run, "--corpus", "bytes.jsonl", "q"), "bytes.jsonl:1"),
+    "long entry": (lambda run: (run, "--corpus", "long.txt", "q"), "long.txt:2"),
+    "long question": (lambda run: (run, "--corpus", "DATA", "a " * 3000), "the question"),
+    "special token": (lambda run: (run, "--corpus", "DATA", "what is <|eot_id|>"), "<|eot_id|>"),
+    "empty question": (lambda run: (run, "--corpus", "DATA", " "), "question"),
+    "top": (lambda run: (run, "--corpus", "DATA", "--top", 0, "q"), "--top 0"),
+    "no corpus": (lambda run: (run, "q"), "--corpus"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_with_its_place(case, run, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n \n")
+    for name in ("bytes.txt", "bytes.jsonl"):
+        Path(name).write_bytes(b"good\n\xff\n")
+    Path("long.txt").write_text("short\n" + "a " * 3000)
+    arguments, place = BAD[case][0](run), BAD[case][1]
+    found = run_search(*(data if a == "DATA" else a for a in arguments))
+    assert found.code == 2 and place in found.err.splitlines()[-1] and not found.lines
+    assert "Traceback" not in found.err and found.err.count("error:") == 1
+
+
+def test_bad_line_of_stdin_and_unfinished_run(run, data):
+    found = run_search(run, "--corpus", data, stdin=b"good\n\xff\n")
+    assert found.code == 2 and "stdin:2" in found.err and found.lines[0] == ["good"]
+    record = json.loads((run / "run.json").read_text()) | {"status": "running"}
+    (run / "run.json").write_text(json.dumps(record))
+    found = run_search(run, "--corpus", data, "q")
+    assert found.code == 2 and str(run) in found.err
