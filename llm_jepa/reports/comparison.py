@@ -6,6 +6,7 @@ Runs that differ in more than their seed are different arms. Two arms are compar
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,14 +149,12 @@ def compare_arm(table: Table, label: str, allow: set[str]) -> None:
 
 def compare_placebos(table: Table) -> None:
     """Compares each arm with the one that differs only in --shuffle_pairs: descriptive, in no correction."""
-    compared = {label: arm for label, arm in table.arms.items() if label not in table.refused}
-    score = table.first.scores[0]
-    for placebo, shuffled in compared.items():
-        for label, arm in compared.items():
-            own, theirs = arm[0], shuffled[0]
-            twin = own.settings | {"shuffle_pairs": True} == theirs.settings and own.model == theirs.model
+    score, compared = table.first.scores[0], [item for item in table.arms.items() if item[0] not in table.refused]
+    for (label, arm), (placebo, shuffled) in itertools.permutations(compared, 2):
+        own, theirs = arm[0], shuffled[0]
+        if own.model == theirs.model and own.settings | {"shuffle_pairs": True} == theirs.settings:
             values = [{r.seed: r.columns[f"{score} %"] for r in side} for side in (arm, shuffled)]
-            if label != placebo and twin and values[0].keys() & values[1].keys():
+            if values[0].keys() & values[1].keys():
                 table.placebos.append(compare(label, placebo, score, *values))
     conclude(table.placebos, "")
 

@@ -87,6 +87,7 @@ def describe_learning(term: str, found: dict[str, Any]) -> str:
     text = f"the {term.upper()} term has {'not ' if found['collapsed'] else ''}learned its {what}: "
     text += f"cosine {found['cosine']:.4f}, shuffled {found['cosine_shuffled']:.4f}"
     if term == "jepa":
+        text += f" ± {found['cosine_shuffled_sd']:.4f}"
         text += f"; retrieval {found['retrieval']:.3f}, chance {found['retrieval_chance']:.3f}"
     return text
 

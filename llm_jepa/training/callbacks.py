@@ -110,5 +110,6 @@ class Bar(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs:
-            shown = ("lm_loss", "jepa_loss", "cosine", "stp_loss", "eval_lm_loss", "eval_exact")
+            shown = ("lm_loss", "jepa_loss", "cosine", "cosine_shuffled", "stp_loss", "nitp_loss", "eval_lm_loss",
+                     "eval_exact")  # fmt: skip
             self.training_bar.set_postfix({k: f"{logs[k]:.4g}" for k in shown if k in logs}, refresh=False)

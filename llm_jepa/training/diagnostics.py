@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 PAIR_STATISTICS = ("cosine", "contrasted", "matched", "shuffled", "shuffled_variance", "retrieved", "chance")
-MARGIN, NITP_MARGIN = 1.0, 0.1  # see judge_pairs and judge_predictions
+MARGIN, NITP_MARGIN = 2.0, 0.1  # see judge_pairs and judge_predictions
 MIN_COUNT = 50  # pairs or tokens that a judgement needs: the standard error of (c − s) / σ is then 0.14
 
 
@@ -99,7 +99,10 @@ def judge_pairs(lines: list[dict[str, Any]]) -> dict[str, Any]:
         r ≤ q + 2 · sqrt(q · (1 − q) / n)    the retrieval r over n pairs is not above its chance level q (one-sided,
                                              2.3 % of all runs whose retrieval is at chance exceed it)
 
-    PLACEHOLDER
+    With normal cosines of standard deviation σ, the probability that a Text's own Code is the nearest of N depends only
+    on d = (c − s) / σ. For N = 2000 it is .01 at d = 1, .09 at d = 2, .34 at d = 3 and .53 at d = 3.5. So 2 σ separates
+    losses that find almost no pair from those that find many. Measured on models/tiny from random parameters (1000
+    SYNTH examples, 1000 steps of 8 pairs), d in the last tenth and R@1 of 2000 test pairs: TABLE.
     """
     n = sum(line["pairs"] for line in lines)
 
@@ -117,7 +120,8 @@ def judge_predictions(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Whether NITP predicts the next token's state: not ("collapsed") if (c − s) / (1 − s) < NITP_MARGIN.
 
     c is the mean cosine of prediction and target, s that with the targets of other tokens. For the best constant
-    prediction c = s; PLACEHOLDER
+    prediction c = s. Measured on models/tiny, (c − s) / (1 − s) is .89 after 1000 steps, and below 0 with targets of
+    shuffled positions (200 steps), which cannot be predicted.
     """
     n = sum(line["next_tokens"] for line in lines)
     keys = ("nitp_cosine", "nitp_cosine_shuffled")

@@ -136,7 +136,12 @@ def test_text_depends_on_method_code_and_evaluations(run):
 
 def test_text_has_what_the_terms_have_learned_and_the_retrieval(run):
     assert "| learned | not measured |" in write(run).text  # 2 steps
-    add_figures = {"cosine_shuffled": 0.25, "retrieval": 0.4375, "retrieval_chance": 0.125}
+    add_figures = {
+        "cosine_shuffled": 0.25,
+        "cosine_shuffled_sd": 0.0625,
+        "retrieval": 0.4375,
+        "retrieval_chance": 0.125,
+    }
     learned = {"jepa": {"collapsed": False, "cosine": 0.75} | add_figures}
     learned["nitp"] = {"collapsed": True, "cosine": 0.0625, "cosine_shuffled": 0.03125}
     change(run, "run.json", learned=learned)
