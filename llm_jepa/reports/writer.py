@@ -71,7 +71,7 @@ def outcome(table: Table) -> str:
 
     def points(c: Comparison) -> str:
         note = " (a gain in stopping)" if stopping_note(c, table.comparisons) else ""
-        return f"{c.arm} {format_points(c.mean)} points {format_interval(c)}{note}"
+        return f"{c.arm} {format_points(c.mean)} points{f' {format_interval(c)}' if c.interval else ''}{note}"
 
     shown = [points(c) for c in primary if c.differs]
     text = f"{len(shown)} of {len(primary)} arms differ significantly from {table.reference}: {'; '.join(shown)}"
@@ -87,8 +87,8 @@ def learned(table: Table) -> str:
     rows = [row for row in learning_rows(table)[1:] if row[1] != "–"]
     at_1 = [f" (test R@1 {row[-3]})" if row[1] == "JEPA" and row[-3] != "–" else "" for row in rows]
     arms = [row[0] if row[0].startswith(row[1]) else f"{row[1]} of {row[0]}" for row in rows]
-    parts = ", ".join(f"{arm} {row[2]}{text}" for arm, row, text in zip(arms, rows, at_1, strict=True))
-    return f"; term has learned: {parts}" if parts else ""
+    parts = "; ".join(f"{arm}: {row[2]}{text}" for arm, row, text in zip(arms, rows, at_1, strict=True))
+    return f"; runs whose term has learned: {parts}" if parts else ""
 
 
 def learning_rows(table: Table) -> list[list[str]]:
@@ -103,7 +103,7 @@ def learning_rows(table: Table) -> list[list[str]]:
         s = read_settings(arm[0].settings)
         for term in ["jepa"] * s.jepa + ["nitp"] * s.has_nitp or [""]:
             judged = [r.learned[term] for r in arm if term in r.learned]
-            share = f"in {sum(not x['collapsed'] for x in judged)} of {len(judged)} runs" if judged else "not measured"
+            share = f"{sum(not x['collapsed'] for x in judged)} of {len(judged)}" if judged else "not measured"
             values = [mean(x.get(key) for x in judged) for key in TRAINING.values()]
             values += [mean(r.retrieval.get(key) for r in arm) for key in TEST.values()]
             rows.append([label, term.upper() or "–", share if term else "–", *values])
