@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from llm_jepa.cli import FlagParser, UsageError, run_command
-from llm_jepa.reports.results import Result, read_runs
+from llm_jepa.reports.results import Result, method_name, read_runs
 
 # What needs numpy and scipy is imported where it is used: after the flags are accepted.
 
@@ -26,8 +26,7 @@ from llm_jepa.reports.results import Result, read_runs
 def print_line(result: Result) -> None:
     """Prints the scores of a run in one line."""
     scores = (f"{h.split()[0]} {value:.2f} {h.split()[1]}" for h, value in result.columns.items())
-    method = "regular" if result.settings["regular"] else "jepa"
-    print("  ".join([result.dataset, method, f"seed {result.seed}", *scores, *result.remarks()]))
+    print("  ".join([result.dataset, method_name(result.settings), f"seed {result.seed}", *scores, *result.remarks()]))
 
 
 def print_arm(dataset: str, label: str, arm: list[Result]) -> None:

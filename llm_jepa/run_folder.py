@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT_MARK = "complete.json"
 # Settings that change no number: a resumed run may change them, and they do not distinguish arms.
 VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "keep_checkpoints",
-            "logging_steps", "dataloader_num_workers", "preprocessing_num_workers",
+            "logging_steps", "gradient_stats", "dataloader_num_workers", "preprocessing_num_workers",
             "use_default_data_collator", "unmask_assistant_special_tokens"}  # the last two set lm_labels  # fmt: skip
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")  # they determine a run's numbers
 

@@ -69,6 +69,15 @@ def change(run: Path | str, file: str, **changes: object) -> None:
     path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
 
 
+def add_learning(run: Path | str, cosine: float, r1: float, term: str = "jepa", **figures: float) -> None:
+    """What the run's terms have learned: a training cosine (shuffled: 0.1), and the retrieval of the test pairs."""
+    found = {"collapsed": cosine < 0.2, "cosine": cosine, "cosine_shuffled": 0.1, "grad_ratio": 0.25}
+    found |= {"retrieval": cosine, "retrieval_chance": 0.125, "effective_rank": 5.0} if term == "jepa" else {}
+    change(run, "run.json", learned={term: found | figures})
+    at = {name: {"r1": value, "r10": value, "mrr": value} for name, value in (("chance", 0.0005), ("text_to_code", r1))}
+    change(run, METRICS, retrieval=at | {"n": 2000, "code_to_text": {"r1": r1 / 2, "r10": r1, "mrr": r1}})
+
+
 def log_steps(run: Path | str, steps: int = 400, flops: bool = True, seed: int = 0) -> None:
     """Writes metrics.jsonl: decreasing losses, collapsing views."""
     rng = np.random.default_rng(seed)
@@ -78,7 +87,8 @@ def log_steps(run: Path | str, steps: int = 400, flops: bool = True, seed: int =
         row = {"step": step, "lm_loss": 0.05 + 6 * np.exp(-step / 60) * rng.uniform(0.8, 1.2), "epoch": step / steps}
         if jepa:
             loss = 1e-3 + np.exp(-step / 40) * rng.uniform(0.8, 1.2)
-            row |= {"jepa_loss": loss, "cosine": 1 - loss, "spread": loss / 3}
+            row |= {"jepa_loss": loss, "cosine": 1 - loss, "cosine_shuffled": 1 - 4 * loss / 3}
+            row |= {"retrieval": 0.125 + loss / 2, "effective_rank": 1 + 6 * loss}
         rows.append(row | ({"flops": step * 1e12 * (1 + jepa)} if flops else {}))
     rows.append({"step": steps, "train_runtime": 123.0, "epoch": 1.0})
     (Path(run) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -6,19 +6,23 @@ Runs that differ in more than their seed are different arms. Two arms are compar
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llm_jepa.cli import UsageError
-from llm_jepa.reports.results import Result
+from llm_jepa.reports.results import Result, method_name
 from llm_jepa.reports.stats import Comparison, compare, conclude
 
 JEPA_SETTINGS = set(
-    "lbd predictors last_token jepa_l2 jepa_mse infonce front_pred reverse_pred text_view jepa_ratio same_flop".split()
+    "lbd predictors last_token jepa_loss jepa_l2 jepa_mse infonce temperature negatives_queue stop_gradient center "
+    "sigreg shuffle_pairs front_pred reverse_pred text_view jepa_ratio same_flop".split()
 )
 STP_SETTINGS = set("stp stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer".split())
-METHOD_SETTINGS = JEPA_SETTINGS | STP_SETTINGS | {"regular", "layout", "additive_mask"}
+NITP_SETTINGS = set("nitp nitp_lbd nitp_layer nitp_targets".split())
+METHOD_SETTINGS = JEPA_SETTINGS | STP_SETTINGS | NITP_SETTINGS | {"regular", "layout", "additive_mask"}
+NAMED = {"regular", "lbd", "predictors", "jepa_loss", "shuffle_pairs", "stp", "nitp"}  # in every arm's label
 UNKNOWN_CODE = {"git_commit": None, "git_dirty": True}  # without a checksum the code may have been another
 
 
@@ -32,6 +36,7 @@ class Table:
     comparisons: list[Comparison] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)  # arms that were not compared, and why
     allowed: dict[str, list[str]] = field(default_factory=dict)  # differences accepted by --allow, by arm
+    placebos: list[Comparison] = field(default_factory=list)  # of arms with their placebo, primary score
 
     @property
     def first(self) -> Result:
@@ -53,16 +58,16 @@ def label_arms(arms: list[list[Result]]) -> dict[str, list[Result]]:
     for own in described:
         regular = own.get("regular")
         signs = {} if regular else {"λ": "lbd", "k": "predictors"}
-        hidden = {"regular", "lbd", "predictors", "additive_mask", "scores", "stp", *(JEPA_SETTINGS if regular else ())}
+        hidden = NAMED | {"additive_mask", "scores", *(JEPA_SETTINGS if regular else ())}
         shown = [f"{sign}={own[name]:g}" for sign, name in signs.items() if own.get(name) is not None]
+        shown += ["shuffled pairs"] if own["shuffle_pairs"] and not regular else []
         for name, value in sorted(own.items()):
             same = sum(other.get(name, value) == value for other in described)
             if name in hidden or same > len(described) / 2 or value is None or value is False:
                 continue
             text = " ".join(str(value).strip("[']").split())[: 8 if "data" in name else 40]
             shown.append(name if value is True else f"{name} {text}")
-        methods = ([] if regular else ["JEPA"]) + ([f"STP {own['stp']}"] if own.get("stp") else [])
-        labels.append(f"{' + '.join(methods) or 'regular'} {', '.join(shown)}".strip())
+        labels.append(f"{method_name(own)} {', '.join(shown)}".strip())
     return {
         label if labels.count(label) == 1 else f"{label} ({arm[0].run.name})": arm
         for label, arm in zip(labels, arms, strict=True)
@@ -92,9 +97,10 @@ def differences(reference: list[Result], arm: list[Result]) -> dict[str, str]:
 
 
 def is_regular(settings: dict[str, Any]) -> bool:
-    """Whether neither training nor pretraining had a JEPA or STP loss."""
+    """Whether neither training nor pretraining had an auxiliary loss."""
     stages = [name.removesuffix("pretrained") for name in settings if name.endswith("pretrained")]
-    return all(settings.get(f"{s}regular") and not settings.get(f"{s}stp") for s in stages)
+    terms = [settings.get(f"{s}{name}") for s in stages for name in ("stp", "nitp")]
+    return all(settings.get(f"{s}regular") for s in stages) and not any(terms)
 
 
 def find_reference(table: Table, against: str | None) -> str | None:
@@ -141,6 +147,18 @@ def compare_arm(table: Table, label: str, allow: set[str]) -> None:
             table.comparisons.append(compare(label, table.reference, score, *values))
 
 
+def compare_placebos(table: Table) -> None:
+    """Compares each arm with the one that differs only in --shuffle_pairs: descriptive, in no correction."""
+    score, compared = table.first.scores[0], [item for item in table.arms.items() if item[0] not in table.refused]
+    for (label, arm), (placebo, shuffled) in itertools.permutations(compared, 2):
+        own, theirs = arm[0], shuffled[0]
+        if own.model == theirs.model and own.settings | {"shuffle_pairs": True} == theirs.settings:
+            values = [{r.seed: r.columns[f"{score} %"] for r in side} for side in (arm, shuffled)]
+            if values[0].keys() & values[1].keys():
+                table.placebos.append(compare(label, placebo, score, *values))
+    conclude(table.placebos, "")
+
+
 def compare_arms(results: list[Result], against: str | None, allow: set[str]) -> tuple[list[Table], list[str]]:
     """A table per dataset, and why arms are not compared or datasets have no table.
 
@@ -163,6 +181,7 @@ def compare_arms(results: list[Result], against: str | None, allow: set[str]) ->
         for label in list(table.arms)[1:]:
             compare_arm(table, label, allow)
         conclude(table.comparisons, table.first.scores[0])
+        compare_placebos(table)
         tables.append(table)
     if not tables:
         raise UsageError("\n".join(problems))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import HUB
 from llm_jepa.files import read_json, write_text
-from llm_jepa.reports.comparison import JEPA_SETTINGS, STP_SETTINGS
-from llm_jepa.reports.results import score_names
+from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
+from llm_jepa.reports.comparison import JEPA_SETTINGS, NITP_SETTINGS, STP_SETTINGS
+from llm_jepa.reports.results import describe_learning, read_settings, score_names
 from llm_jepa.run_folder import VOLATILE
+from llm_jepa.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -23,7 +26,6 @@ OMITTED = VOLATILE | set(
     "layout additive_mask tokens_per_row train_file data_file eval_file model_name revision pretrain regular lm_labels "
     "finetune_seed eval_strategy eval_steps eval_generate save_strategy save_steps track_flop merge".split()
 )
-DISTANCES = {"jepa_l2": "‖a−b‖₂", "jepa_mse": "the mean squared difference", "infonce": "InfoNCE"}
 
 
 def hub_id(name: str) -> str | None:
@@ -43,33 +45,28 @@ def examples_name(metrics: dict) -> str:
     return data_name(metrics["settings"]["input_file"]) + (f", part {part}" if part else "")
 
 
-def has_jepa(s: dict) -> bool:
-    """Whether any example had the JEPA term."""
-    return not s["regular"] and s["lbd"] > 0 and s["jepa_ratio"] > 0
-
-
-def has_stp(s: dict) -> bool:
-    """Whether training used Semantic Tube Prediction."""
-    return bool(s.get("stp") and s.get("stp_lbd"))
-
-
-def describe_method(s: dict) -> str:
-    """The method and its main settings."""
+def describe_method(s: Settings) -> str:
+    """The method, its main settings and the formulas of its losses."""
     text = "regular fine-tuning, without the JEPA term"
-    if has_jepa(s):
-        distance = next((shown for name, shown in DISTANCES.items() if s.get(name)), "1 − cosine")
-        text = f"LLM-JEPA with λ = {s['lbd']:g}, γ = {s['gamma']:g}, k = {s['predictors']} predictor tokens, {distance}"
-        text += f", on a fraction {s['jepa_ratio']:g} of the examples" if s["jepa_ratio"] < 1 else ""
-    return text + (f"; Semantic Tube Prediction ({s['stp']}) with weight {s['stp_lbd']:g}" if has_stp(s) else "")
+    if s.jepa:
+        text = f"LLM-JEPA with λ = {s.lbd:g}, γ = {s.gamma:g}, k = {s.predictors} predictor tokens"
+        text += f", {s.jepa_loss} loss ({JEPA_LOSSES[s.jepa_loss].formula})"
+        text += f", on a fraction {s.jepa_ratio:g} of the examples" if s.jepa_ratio < 1 else ""
+        text += ", on shuffled pairs (a placebo)" if s.shuffle_pairs else ""
+    if name := s.stp_variant:
+        text += f"; Semantic Tube Prediction ({name}: {STP_LOSSES[name].formula}) with weight {s.stp_lbd:g}"
+    return text + (f"; NITP ({NITP_FORMULA}) with weight {s.nitp_lbd:g}" if s.has_nitp else "")
 
 
-def effective_settings(s: dict) -> list[tuple[str, Any]]:
+def effective_settings(s: Settings) -> list[tuple[str, Any]]:
     """The settings that affected the numbers and that no other part of the card has."""
-    file, fraction = s["data_file"], s["val_fraction"]
-    applies = {"lora_rank": s["lora"], "eval_split": file, "val_fraction": fraction, "split_seed": file or fraction}
-    applies |= {"max_steps": s["max_steps"] > 0} | dict.fromkeys(JEPA_SETTINGS, has_jepa(s))
-    applies |= dict.fromkeys(STP_SETTINGS, has_stp(s)) | dict.fromkeys(OMITTED)
-    return [(k, v) for k, v in sorted(s.items()) if applies.get(k, True) and v is not None and v is not False]
+    file, fraction = s.data_file, s.val_fraction
+    applies = {"lora_rank": s.lora, "eval_split": file, "val_fraction": fraction, "split_seed": file or fraction}
+    applies |= {"max_steps": s.max_steps > 0} | dict.fromkeys(JEPA_SETTINGS, s.jepa)
+    applies |= dict.fromkeys(STP_SETTINGS, s.stp_variant) | dict.fromkeys(NITP_SETTINGS, s.has_nitp)
+    applies |= dict.fromkeys(OMITTED)
+    values = sorted(dataclasses.asdict(s).items())
+    return [(k, v) for k, v in values if applies.get(k, True) and v is not None and v is not False]
 
 
 def evaluation_results(evaluations: dict[str, dict]) -> list[EvalResult]:
@@ -86,22 +83,22 @@ def evaluation_results(evaluations: dict[str, dict]) -> list[EvalResult]:
 
 def write_card(run: Path, overwrite: bool, license: str | None = None, repo: str | None = None) -> Path:
     """Writes the card. Raises UsageError if the run is unfinished, or if there is a card that was not written here."""
-    path, record, s = run / "README.md", read_json(run / "run.json"), read_json(run / "args.json")
+    path, record, s = run / "README.md", read_json(run / "run.json"), read_settings(read_json(run / "args.json"))
     status = record.get("status") if isinstance(record, dict) else None
     if status != "finished":
         raise UsageError(f"{run}: {status or 'damaged run.json'}, not finished")
     evaluations = {path.parent.name: read_json(path) for path in sorted(run.glob("eval/*/metrics.json"))}
     if path.exists() and not overwrite and not is_replaceable(path.read_text(encoding="utf-8", errors="replace")):
         raise UsageError(f"{path} exists and was not written by model_card.py; give --overwrite to replace it")
-    name, base, results = run.resolve().name, hub_id(s["model_name"]), evaluation_results(evaluations)
-    tags = {"llm-jepa": has_jepa(s), "lora": s["lora"], "semantic-tube-prediction": has_stp(s)}
+    name, base, results = run.resolve().name, hub_id(s.model_name), evaluation_results(evaluations)
+    tags = {"llm-jepa": s.jepa, "lora": s.lora, "semantic-tube-prediction": s.stp_variant, "nitp": s.has_nitp}
     metadata = ModelCardData(
-        base_model=None if s["pretrain"] else base,
+        base_model=None if s.pretrain else base,
         datasets=sorted({m["name"] for m in map(HUB.fullmatch, record["data_sha256"]) if m}) or None,
-        library_name="peft" if s["lora"] else "transformers", license=license, pipeline_tag="text-generation",
+        library_name="peft" if s.lora else "transformers", license=license, pipeline_tag="text-generation",
         tags=[tag for tag, applies in tags.items() if applies] or None, model_name=name, eval_results=results or None,
     )  # fmt: skip
-    held_out, fraction = s["eval_file"], s["eval_split"] if s["data_file"] else None
+    held_out, fraction = s.eval_file, s.eval_split if s.data_file else None
     used = "trained on" + ("" if fraction is None else f", except a held-out fraction {fraction}")
     trained_on = {checksum for path, checksum in record["data_sha256"].items() if path != held_out}
     turn = {"system": record["system_turn"]} if "system_turn" in record else {}  # else there are several
@@ -109,7 +106,9 @@ def write_card(run: Path, overwrite: bool, license: str | None = None, repo: str
         turn["system"] = repr(turn["system"]).replace("```", r"\x60\x60\x60")
     card = ModelCard.from_template(
         metadata, TEMPLATE, mark=MARK, name=name, repo=repo or name, s=s, record=record, method=describe_method(s),
-        base=base or f"{Path(s['model_name']).name} (a local folder, not on the hub)", has_jepa=has_jepa(s),
+        base=base or f"{Path(s.model_name).name} (a local folder, not on the hub)",
+        learned=[describe_learning(*item) for item in record.get("learned", {}).items()],
+        retrieval={name: m["retrieval"] for name, m in evaluations.items() if m.get("retrieval")},
         data=[(data_name(f), "held out" if f == held_out else used, c) for f, c in record["data_sha256"].items()],
         settings=[(f"`--{flag}`", value) for flag, value in effective_settings(s)], scores=results, **turn,
         leaked=[

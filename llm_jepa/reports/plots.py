@@ -38,7 +38,9 @@ CURVES = {
     "lm_loss": "lm_loss, nats per token",
     "jepa_loss": "jepa_loss per pair",
     "cosine": "cosine of a pair",
-    "spread": "spread, 1 − cosine",
+    "cosine_shuffled": "cosine of a shuffled pair",
+    "retrieval": "retrieval in the micro-batch",
+    "effective_rank": "effective rank of the views",
 }
 CURVE_POINTS = 150  # each is the mean of a block of steps
 EMBEDDINGS = "embeddings.safetensors"  # in RUN/eval/<dataset>/
@@ -192,8 +194,8 @@ def training_steps(table: Table, damaged: list[str]) -> Iterator[tuple[str, Resu
 
 
 def plot_training(table: Table, drawn: Drawn) -> None:
-    """Losses, cosine and spread over the steps, smoothed, one thin line per seed."""
-    styles, (fig, panels) = arm_styles(table, "linestyle"), subplots(2, 2)
+    """Losses and what shows whether pairs are told apart over the steps, smoothed, one thin line per seed."""
+    styles, (fig, panels) = arm_styles(table, "linestyle"), subplots(3, 2)
     for arm, _, steps in training_steps(table, drawn.damaged):
         for name, axes in zip(CURVES, panels, strict=True):
             curve = steps[["step", name]].dropna()

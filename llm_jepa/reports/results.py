@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json
 from llm_jepa.run_folder import VOLATILE, origin_of_model
+from llm_jepa.settings import Settings
 
 # Settings that may differ between the runs of one arm, and between their evaluations.
 ARM_IGNORES = {"finetune_seed"} | VOLATILE
@@ -36,6 +38,8 @@ class Result:
     columns: dict[str, float]
     failures: dict[str, int]  # number of generations that could not be scored, by reason
     notes: list[str]  # of evaluate.py
+    learned: dict[str, Any]  # by term, jepa or nitp: what run.json says
+    retrieval: dict[str, float]  # of the evaluation's pairs, by dotted name
 
     def arm(self) -> str:
         """A key that is equal for results that may be averaged: same base model, settings, data and evaluation."""
@@ -61,6 +65,33 @@ def score_names(metrics: dict[str, Any]) -> list[str]:
     return [name for name in names if metrics[name] is not None]
 
 
+def read_settings(settings: dict[str, Any]) -> Settings:
+    """A run's args.json with the defaults of flags that are newer than the run, and --jepa_loss for its old names."""
+    known = {f.name for f in dataclasses.fields(Settings)}
+    s = Settings(**{name: value for name, value in settings.items() if name in known})
+    old = dict.fromkeys(("jepa_l2", "jepa_mse", "infonce"), False)
+    return dataclasses.replace(s, jepa_loss=s.jepa_loss_or_default, **old)
+
+
+def method_name(settings: dict[str, Any]) -> str:
+    """The auxiliary losses: JEPA with the name of its loss unless that is the default, STP, NITP; or regular."""
+    loss = settings["jepa_loss"]
+    terms = [] if settings["regular"] else ["JEPA" if loss == "cosine" else f"JEPA {loss}"]
+    terms += [f"STP {settings['stp']}"] if settings["stp"] else []
+    return " + ".join([*terms, *(["NITP"] if settings["nitp"] else [])]) or "regular"
+
+
+def describe_learning(term: str, found: dict[str, Any]) -> str:
+    """Whether a term has learned, with its figures; `found` is what run.json says of it."""
+    what = {"jepa": "pairs", "nitp": "targets"}[term]
+    text = f"the {term.upper()} term has {'not ' if found['collapsed'] else ''}learned its {what}: "
+    text += f"cosine {found['cosine']:.4f}, shuffled {found['cosine_shuffled']:.4f}"
+    if term == "jepa":
+        text += f" ± {found['cosine_shuffled_sd']:.4f}"
+        text += f"; retrieval {found['retrieval']:.3f}, chance {found['retrieval_chance']:.3f}"
+    return text
+
+
 def arm_settings(settings: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """What is equal in an arm, from args.json and run.json: settings, data, and those of the run it starts from.
 
@@ -68,6 +99,7 @@ def arm_settings(settings: dict[str, Any], record: dict[str, Any]) -> dict[str, 
     """
     if "base" not in record:  # an older run: its model must be where its name says
         record = record | origin_of_model(settings["model_name"]) | {"model": settings["model_name"]}
+    settings = settings | dataclasses.asdict(read_settings(settings))
     own = {k: v for k, v in settings.items() if k not in ARM_IGNORES} | {"model_name": record["model"]}
     own |= {k: True for k in ("train_file", "data_file", "eval_file") if own.get(k)}
     own |= {"train_data": list(record["data_sha256"].values()), "pretrained": record["base"] is not None}
@@ -107,7 +139,10 @@ def read_run(run: Path) -> list[Result]:
         columns = {f"{name} %": 100 * metrics[name] for name in names} | {"train s": float(record["wall_seconds"])}
         failures, notes = metrics["failures"], metrics.get("notes", [])
         described = flatten(settings | own), flatten(environment)
-        results.append(Result(run, seed, model, path.parent.name, *described, scores, columns, failures, notes))
+        learning = record.get("learned", {}), flatten(metrics.get("retrieval") or {})
+        results.append(
+            Result(run, seed, model, path.parent.name, *described, scores, columns, failures, notes, *learning)
+        )
     if not results:
         raise UsageError(f"{run}: not evaluated (it has no eval/*/metrics.json)")
     return results

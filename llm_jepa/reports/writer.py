@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,22 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from llm_jepa.files import write_json, write_text
 from llm_jepa.reports.comparison import Table
 from llm_jepa.reports.plots import Drawn, draw
-from llm_jepa.reports.stats import LEVEL, RESAMPLES, format_interval, format_p, format_points, mean_sd
+from llm_jepa.reports.results import read_settings
+from llm_jepa.reports.stats import (
+    LEVEL,
+    RESAMPLES,
+    Comparison,
+    format_interval,
+    format_p,
+    format_points,
+    mean_sd,
+    stopping_note,
+)
+
+# Columns of the table of what the terms have learned: keys of run.json's `learned`, and of the evaluation's retrieval.
+TRAINING = {"cosine": "cosine", "shuffled": "cosine_shuffled", "retrieval": "retrieval",
+            "effective rank": "effective_rank", "gradient ratio": "grad_ratio"}  # fmt: skip
+TEST = {"Text → Code R@1": "text_to_code.r1", "Code → Text R@1": "code_to_text.r1", "chance": "chance.r1"}
 
 
 def write_files(folder: Path, tables: list[Table], problems: list[str]) -> list[str]:
@@ -30,9 +47,9 @@ def write_files(folder: Path, tables: list[Table], problems: list[str]) -> list[
     )
     shown = {"headline": headline(tables), "left_out": record["left_out"], "datasets": datasets}
     shown |= {"level": LEVEL, "resamples": RESAMPLES}
-    rows = {"arm_rows": arm_rows, "comparison_rows": comparison_rows, "run_rows": run_rows}
+    shown |= {f.__name__: f for f in (arm_rows, comparison_rows, learning_rows, run_rows)}
     files = ("report.md", "report.html")
-    texts = {name: environment.get_template(f"{name}.jinja").render(shown | rows) for name in files}
+    texts = {name: environment.get_template(f"{name}.jinja").render(shown) for name in files}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", record)
     for name, text in texts.items():
@@ -41,18 +58,56 @@ def write_files(folder: Path, tables: list[Table], problems: list[str]) -> list[
 
 
 def headline(tables: list[Table]) -> str:
-    """The result in one sentence: the verdict on the primary score, or how many of several show a difference."""
-    primary = [(t, c) for t in tables for c in t.comparisons if c.score == t.first.scores[0]]
-    if not primary:
-        return "No arms were compared."
+    """The result, one sentence per dataset: which arm helps, by how much, and in how many runs its term has learned."""
+    sentences = [f"{t.dataset}, {t.first.scores[0]}: {outcome(t)}{learned(t)}." for t in tables if t.comparisons]
+    return " ".join(sentences) or "No arms were compared."
+
+
+def outcome(table: Table) -> str:
+    """The verdict on the primary score; for several arms those that differ, or else the largest difference."""
+    primary = [c for c in table.comparisons if c.score == table.first.scores[0]]
     if len(primary) == 1:
-        ((table, c),) = primary
-        return f"{table.dataset}, {c.score}: {c.verdict}."
-    shown = [f"{c.arm} on {t.dataset} ({format_points(c.mean)} points)" for t, c in primary if c.differs]
-    names = f": {'; '.join(shown)}" if shown else ""
-    stuck = [f"{c.arm} on {t.dataset} ({c.same:g} %)" for t, c in primary if c.same is not None]
-    names += f"; every run has the same score, so nothing can show: {'; '.join(stuck)}" if stuck else ""
-    return f"{len(shown)} of {len(primary)} arms differ from their reference in the primary score{names}."
+        return primary[0].verdict
+
+    def points(c: Comparison) -> str:
+        note = " (a gain in stopping)" if stopping_note(c, table.comparisons) else ""
+        return f"{c.arm} {format_points(c.mean)} points{f' {format_interval(c)}' if c.interval else ''}{note}"
+
+    shown = [points(c) for c in primary if c.differs]
+    text = f"{len(shown)} of {len(primary)} arms differ significantly from {table.reference}: {'; '.join(shown)}"
+    if not shown:
+        largest = points(max(primary, key=lambda c: c.mean))
+        text = f"no arm differs significantly from {table.reference} (largest: {largest})"
+    stuck = "; ".join(f"{c.arm} ({c.same:g} %)" for c in primary if c.same is not None)
+    return text + (f"; every run has the same score, so nothing can show: {stuck}" if stuck else "")
+
+
+def learned(table: Table) -> str:
+    """The part of the headline about what the terms have learned."""
+    rows = [row for row in learning_rows(table)[1:] if row[1] != "–"]
+    at_1 = [f" (test R@1 {row[-3]})" if row[1] == "JEPA" and row[-3] != "–" else "" for row in rows]
+    arms = [row[0] if row[0].startswith(row[1]) else f"{row[1]} of {row[0]}" for row in rows]
+    parts = "; ".join(f"{arm}: {row[2]}{text}" for arm, row, text in zip(arms, rows, at_1, strict=True))
+    return f"; runs whose term has learned: {parts}" if parts else ""
+
+
+def learning_rows(table: Table) -> list[list[str]]:
+    """What the terms have learned, means over the runs of an arm, header first; empty if no arm has a term."""
+
+    def mean(values: Iterable[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        return f"{statistics.fmean(known):.4g}" if known else "–"
+
+    rows = [["arm", "term", "learned", *TRAINING, *TEST]]
+    for label, arm in table.arms.items():
+        s = read_settings(arm[0].settings)
+        for term in ["jepa"] * s.jepa + ["nitp"] * s.has_nitp or [""]:
+            judged = [r.learned[term] for r in arm if term in r.learned]
+            share = f"{sum(not x['collapsed'] for x in judged)} of {len(judged)}" if judged else "not measured"
+            values = [mean(x.get(key) for x in judged) for key in TRAINING.values()]
+            values += [mean(r.retrieval.get(key) for r in arm) for key in TEST.values()]
+            rows.append([label, term.upper() or "–", share if term else "–", *values])
+    return rows if any(row[1] != "–" for row in rows[1:]) else []
 
 
 def arm_rows(table: Table) -> list[list[str]]:
@@ -93,13 +148,14 @@ def dataset_json(table: Table, drawn: Drawn) -> dict[str, Any]:
         "dataset": table.dataset,
         "reference": table.reference,
         "comparisons": [dataclasses.asdict(c) for c in table.comparisons],
+        "placebos": [dataclasses.asdict(c) for c in table.placebos],
         "not_compared": table.refused,
         "allowed": table.allowed,
         "missing_figures": drawn.missing,
         "arms": {
             label: [
                 {"run": str(r.run), "seed": r.seed, "scores": r.columns, "failures": r.failures}
-                | {"made_with": r.settings | r.environment}
+                | {"learned": r.learned, "retrieval": r.retrieval, "made_with": r.settings | r.environment}
                 for r in arm
             ]
             for label, arm in table.arms.items()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from llm_jepa.files import write_text
+from llm_jepa.reports.results import describe_learning
 from llm_jepa.run_folder import RunFolder
+from llm_jepa.training.diagnostics import JUDGED, judge
 
 
 def computation(trainer: Any, compiled: bool) -> dict[str, Any]:
@@ -22,6 +26,16 @@ def computation(trainer: Any, compiled: bool) -> dict[str, Any]:
         "compiled": compiled,
         "sharding": f"fsdp{state.fsdp_plugin.fsdp_version}" if sharded else "ddp" if state.num_processes > 1 else None,
     }
+
+
+def announcement(term: str, found: dict[str, Any], settings: dict[str, Any]) -> str:
+    """The line on the console about a term that has not learned; `found`: what `judge` says of it."""
+    advice = "try a larger --lbd or --batch_size" if settings["jepa_loss"] == "clip" else "try --jepa_loss clip"
+    if term == "nitp":
+        advice = "try a larger --nitp_lbd"
+    elif settings["shuffle_pairs"]:
+        advice = "as expected of --shuffle_pairs"
+    return f"{describe_learning(term, found)}; {advice}"
 
 
 class MetricsCallback(TrainerCallback):
@@ -66,6 +80,12 @@ class MetricsCallback(TrainerCallback):
             line = {"step": state.global_step} | {k: v for k, v in logs.items() if k != "total_flos"}
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+            if any(f"{term}_collapsed" in line for term in JUDGED):
+                learned = judge(state.log_history, state.max_steps)
+                self.run.update("running", learned=learned)
+                for term in learned:
+                    if f"{term}_collapsed" in line:
+                        tqdm.write(announcement(term, learned[term], self.run.settings), file=sys.stderr)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -90,5 +110,6 @@ class Bar(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs:
-            shown = ("lm_loss", "jepa_loss", "cosine", "stp_loss", "eval_lm_loss", "eval_exact")
+            shown = ("lm_loss", "jepa_loss", "cosine", "cosine_shuffled", "stp_loss", "nitp_loss", "eval_lm_loss",
+                     "eval_exact")  # fmt: skip
             self.training_bar.set_postfix({k: f"{logs[k]:.4g}" for k in shown if k in logs}, refresh=False)

@@ -25,7 +25,13 @@ from llm_jepa.files import read_json, write_json
 from llm_jepa.losses import COUNTS, nitp_loss
 from llm_jepa.projectors import load_projectors, save_projectors, without_projectors
 from llm_jepa.run_folder import mark_checkpoint
-from llm_jepa.training.diagnostics import PAIR_STATISTICS, effective_rank, gradient_statistics, pair_statistics
+from llm_jepa.training.diagnostics import (
+    PAIR_STATISTICS,
+    announcements,
+    effective_rank,
+    gradient_statistics,
+    pair_statistics,
+)
 from llm_jepa.training.flops import FlopCounter
 
 TOKENS = ("chat", "text_view", "code_view", "padding")
@@ -251,6 +257,8 @@ class StepTrainer(Trainer):
                 self._views = []
             if self.track_flop:
                 logs["flops"] = self.state.total_flos
+            line = {"step": self.state.global_step} | logs
+            logs |= announcements(self.state.log_history, line, self.state.max_steps)
         super().log(logs, start_time)
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_jepa.data.examples import Example
 from llm_jepa.data.rendering import Renderer
+from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
 from llm_jepa.model import load_tokenizer
 
 MODEL = GOLDEN / "models" / "llama3"
@@ -119,9 +120,10 @@ def test_text_depends_on_method_code_and_evaluations(run):
     card = write(run)
     assert "| regular fine-tuning" in card.text and card.data.tags is None and "`--jepa_ratio`" not in card.text
     assert "Predictor tokens" not in card.text and "df01d15, with uncommitted changes" in card.text
+    assert "| learned |" not in card.text
     change(run, "args.json", regular=False, lbd=1, jepa_ratio=0.0, stp="geodesic", stp_lbd=0.02)
     card = write(run)
-    assert "| regular fine-tuning" in card.text and "(geodesic) with weight 0.02" in card.text
+    assert "| regular fine-tuning" in card.text and STP_LOSSES["geodesic"].formula in card.text
     assert card.data.tags == ["semantic-tube-prediction"]
     settings = json.loads((run / TRAIN).read_text())["settings"]
     change(run, TRAIN, settings=settings | {"process_split": "test"})
@@ -130,6 +132,39 @@ def test_text_depends_on_method_code_and_evaluations(run):
     shutil.rmtree(run / "eval")
     card = write(run)
     assert "Not evaluated." in card.text and not card.data.eval_results
+
+
+def test_text_has_what_the_terms_have_learned_and_the_retrieval(run):
+    assert "| learned | not measured |" in write(run).text  # 2 steps
+    add_figures = {
+        "cosine_shuffled": 0.25,
+        "cosine_shuffled_sd": 0.0625,
+        "retrieval": 0.4375,
+        "retrieval_chance": 0.125,
+    }
+    learned = {"jepa": {"collapsed": False, "cosine": 0.75} | add_figures}
+    learned["nitp"] = {"collapsed": True, "cosine": 0.0625, "cosine_shuffled": 0.03125}
+    change(run, "run.json", learned=learned)
+    change(run, "args.json", jepa_loss="clip", nitp=True, shuffle_pairs=True)
+    at = {name: {"r1": r1} for name, r1 in (("text_to_code", 0.516), ("code_to_text", 0.25), ("chance", 0.0005))}
+    change(run, TEST, retrieval=at | {"n": 2000})
+    card = write(run)
+    jepa, nitp = card.text.split("| learned | ")[1].split(" |")[0].split("; the")
+    assert "JEPA term has learned" in jepa and all(f"{x:.3f}" in jepa for x in (0.75, 0.25, 0.4375, 0.125))
+    assert "NITP term has not learned" in nitp and "0.0625" in nitp
+    assert JEPA_LOSSES["clip"].formula in card.text and NITP_FORMULA in card.text and "placebo" in card.text
+    assert card.data.tags == ["llm-jepa", "nitp"] and "`--nitp_lbd`" in card.text
+    (line,) = [line for line in card.text.splitlines() if line.startswith("mine_test, retrieval")]
+    assert all(text in line for text in ("2000 pairs", "0.516", "0.250", "0.0005"))
+
+
+def test_a_run_from_before_the_newer_flags_has_a_card(run):
+    settings = json.loads((run / "args.json").read_text())
+    old = {k: v for k, v in settings.items() if "nitp" not in k and k not in ("jepa_loss", "sigreg", "temperature")}
+    (run / "args.json").write_text(json.dumps(old | {"jepa_l2": True}))
+    change(run, "run.json", learned=...)
+    text = write(run).text
+    assert JEPA_LOSSES["l2"].formula in text and "| learned | not measured |" in text and "`--jepa_l2`" not in text
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,10 @@ def test_holm_corrects_per_data_set(tmp_path, report):
 METHODS = [
     {"lbd": 2.0}, {"predictors": 3}, {"last_token": -2}, {"jepa_l2": True}, {"jepa_mse": True}, {"infonce": True},
     {"front_pred": True}, {"reverse_pred": True}, {"text_view": "in_chat"}, {"jepa_ratio": 0.5},
-    {"layout": "additive", "additive_mask": True}, {"same_flop": True}, {"stp": "geodesic", "stp_lbd": 0.02},
+    {"layout": "additive", "additive_mask": True}, {"jepa_loss": "clip", "temperature": 0.2, "negatives_queue": 64},
+    {"stop_gradient": "code"}, {"center": True}, {"sigreg": 0.05}, {"shuffle_pairs": True},
+    {"regular": True, "nitp": True}, {"nitp": True, "nitp_lbd": 1.0, "nitp_layer": 1, "nitp_targets": "random"},
+    {"same_flop": True}, {"stp": "geodesic", "stp_lbd": 0.02},
 ]  # fmt: skip
 
 
@@ -111,7 +114,7 @@ OTHER = {
     "test_data": (METRICS, {"data_sha256": "c1d2"}, "'5c44'", "'c1d2'"),
     "evaluation.max_new_tokens": (METRICS, {"settings": {"max_new_tokens": 64}}, "128", "64"),
     "evaluation.git_commit": (METRICS, {"git_commit": "4d5f"}, f"'{ENVIRONMENT['git_commit']}'", "'4d5f'"),
-    "lora": ("args.json", {"lora": True}, "None", "True"),
+    "lora": ("args.json", {"lora": True}, "False", "True"),
 }
 
 
@@ -195,6 +198,45 @@ def test_against_must_match_one_arm(tmp_path, report, against, count):
     runs = two_arms(tmp_path) + synthetic_arm(tmp_path, "more", JEPA | {"predictors": 2}, FEW)
     code, found, err = report(runs, "--against", against)
     assert code == 2 and not found and f"--against {against} matches {count} " in err
+
+
+def test_labels_have_the_loss_the_placebo_and_nitp(tmp_path, report):
+    clip = JEPA | {"jepa_loss": "clip"}
+    arms = [REGULAR, REGULAR | {"nitp": True}, JEPA, clip, clip | {"shuffle_pairs": True}, clip | {"nitp": True}]
+    runs = [run for i, arm in enumerate(arms) for run in synthetic_arm(tmp_path, f"a{i}", arm, {82: 90.0})]
+    assert list(report(runs)[1]["synth"]["arms"]) == [
+        "regular", "NITP", "JEPA λ=1, k=1", "JEPA clip λ=1, k=1", "JEPA clip λ=1, k=1, shuffled pairs",
+        "JEPA clip + NITP λ=1, k=1",
+    ]  # fmt: skip
+
+
+NEW_FLAGS = {"jepa_loss": "cosine", "temperature": None, "shuffle_pairs": False, "nitp": False, "gradient_stats": 0}
+
+
+def test_runs_without_the_newer_flags_are_of_the_same_arm(tmp_path, report):
+    old = two_arms(tmp_path, {82: 90.0}) + synthetic_arm(tmp_path, "l2", JEPA | {"jepa_l2": True}, {82: 91.0})
+    new = []
+    for name, settings in (("r", REGULAR), ("j", JEPA), ("n", JEPA | {"jepa_l2": False})):
+        flags = NEW_FLAGS | ({"jepa_loss": "l2"} if name == "n" else {})
+        new += synthetic_arm(tmp_path, name, settings | flags, {23: 92.0})
+    code, found, _ = report(old + new)
+    assert code == 0 and {arm: len(runs) for arm, runs in found["synth"]["arms"].items()} == {
+        "regular": 2, "JEPA λ=1, k=1": 2, "JEPA l2 λ=1, k=1": 2,
+    }  # fmt: skip
+
+
+def test_an_arm_is_compared_with_its_own_placebo_without_correction(tmp_path, report):
+    clip = JEPA | {"jepa_loss": "clip"}
+    runs = two_arms(tmp_path, EXACT) + synthetic_arm(tmp_path, "clip", clip, BETTER)
+    runs += synthetic_arm(tmp_path, "placebo", clip | {"shuffle_pairs": True}, EXACT)
+    synth = report(runs)[1]["synth"]
+    (placebo,) = synth["placebos"]
+    assert (placebo["arm"], placebo["reference"]) == ("JEPA clip λ=1, k=1", "JEPA clip λ=1, k=1, shuffled pairs")
+    assert placebo["mean"] == pytest.approx(0.75) and placebo["interval"] == pytest.approx([-1.26, 2.76], abs=0.005)
+    assert (placebo["family"], placebo["p_two_sided"]) == (0, None)
+    assert {c["family"] for c in synth["comparisons"] if c["score"] == "exact"} == {3}
+    change(runs[-1], "run.json", device="NVIDIA H100")  # a placebo that is not compared with the reference
+    assert report(runs)[1]["synth"]["placebos"] == []
 
 
 def test_stp_is_not_a_regular_arm(tmp_path, report):

@@ -60,7 +60,7 @@ def test_training_curves_are_block_means(tmp_path, figures):
         log_steps(run, 602)
     draw(plots.plot_training, runs)
     axes = figures["training"][0].axes
-    assert [len(a.lines) for a in axes] == [5, 3, 3, 3]  # one line per run; regular runs have no views
+    assert [len(a.lines) for a in axes] == [5, *[3] * 5]  # one line per run; regular runs have no views
     losses = [json.loads(line)["lm_loss"] for line in (Path(runs[0]) / "metrics.jsonl").read_text().splitlines()[:-1]]
     first = axes[0].lines[0]
     assert first.get_ydata() == pytest.approx([np.mean(losses[i : i + 5]) for i in range(0, 602, 5)])

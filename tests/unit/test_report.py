@@ -172,7 +172,7 @@ def test_each_seed_counts_once(tmp_path, capsys):
 def test_line_prints_one_run(tmp_path, capsys):
     (run,) = synthetic_arm(tmp_path, "jepa", JEPA, {82: 57.294})
     assert main(["--line", run]) == 0
-    expected = "synth  jepa  seed 82  exact 57.29 %  startswith 90.00 %  stop_rate 100.00 %  train 145.00 s\n"
+    expected = "synth  JEPA  seed 82  exact 57.29 %  startswith 90.00 %  stop_rate 100.00 %  train 145.00 s\n"
     assert capsys.readouterr().out == expected
     change(run, METRICS, failures={"timeout": 3, "states": 1}, notes=["a note of evaluate.py"])
     for flags in (["--line"], []):

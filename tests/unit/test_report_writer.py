@@ -7,7 +7,18 @@ import re
 from pathlib import Path
 
 import pytest
-from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, export_views, log_steps, synthetic_arm, two_arms
+from synthetic_runs import (
+    FEW,
+    JEPA,
+    METRICS,
+    REGULAR,
+    add_learning,
+    change,
+    export_views,
+    log_steps,
+    synthetic_arm,
+    two_arms,
+)
 from test_comparison import BETTER, EXACT
 
 from llm_jepa.report import main
@@ -31,7 +42,7 @@ def test_tables_and_headline_have_the_figures(tmp_path, out):
     assert main([*runs, "--output_dir", str(out), "--allow", "git_commit"]) == 0
     lines = (out / "report.md").read_text().splitlines()
     verdict = json.loads((out / "report.json").read_text())["datasets"][0]["comparisons"][0]["verdict"]
-    assert lines[2] == f"synth, exact: {verdict}."
+    assert lines[2].startswith(f"synth, exact: {verdict}") and "JEPA λ=1, k=1: not measured" in lines[2]
     for line in (
         "| regular | 5 | 87.68 ± 7.84 | 90.00 ± 0.00 | 100.00 ± 0.00 | 122.60 ± 1.95 |",
         "| JEPA λ=1, k=1 | exact | 5 | +0.75 | [−1.26, 2.76] | 0.36 | 0.18 | 0.5 (≥ 0.062) | 0.36 |",
@@ -48,15 +59,54 @@ def test_headline_counts_the_arms_that_differ(tmp_path, out):
     runs = two_arms(tmp_path, EXACT, gain) + synthetic_arm(tmp_path, "k2", JEPA | {"predictors": 2}, BETTER)
     assert main([*runs, "--output_dir", str(out)]) == 0
     headline = (out / "report.md").read_text().splitlines()[2]
-    assert headline.startswith("1 of 2 arms") and "JEPA λ=1, k=1 on synth (+2.10 points)" in headline
+    assert headline.startswith("synth, exact: 1 of 2 arms") and "JEPA λ=1, k=1 +2.10 points [1.90, 2.30];" in headline
 
 
 def test_headline_lists_arms_on_the_floor(tmp_path, out):
     runs = two_arms(tmp_path, dict.fromkeys(FEW, 0.0), dict.fromkeys(FEW, 0.0))
     runs += synthetic_arm(tmp_path, "k2", JEPA | {"predictors": 2}, FEW)
     assert main([*runs, "--output_dir", str(out)]) == 0
-    headline = (out / "report.md").read_text().splitlines()[2]
-    assert headline.startswith("0 of 2 arms") and "JEPA λ=1, k=1 on synth (0 %)" in headline and "k=2" not in headline
+    outcome, stuck, *_ = (out / "report.md").read_text().splitlines()[2].split("; ")
+    assert outcome.startswith("synth, exact: no arm") and "k=2 +85.00 points" in outcome
+    assert "JEPA λ=1, k=1 (0 %)" in stuck and "k=2" not in stuck
+
+
+def test_headline_and_table_say_what_the_terms_have_learned(tmp_path, out):
+    runs = two_arms(tmp_path) + synthetic_arm(tmp_path, "clip", JEPA | {"jepa_loss": "clip", "nitp": True}, FEW)
+    runs += synthetic_arm(tmp_path, "nitp", REGULAR | {"nitp": True}, FEW)
+    for run, cosine in zip(runs[2:6], (0.1, 0.1, 0.8, 0.1), strict=True):
+        add_learning(run, cosine, r1=cosine / 2)
+    add_learning(runs[6], 0.8, r1=0.0, term="nitp")
+    assert main([*runs, "--output_dir", str(out)]) == 0
+    lines = (out / "report.md").read_text().splitlines()
+    assert lines[2].endswith(
+        "; runs whose term has learned: JEPA λ=1, k=1: 0 of 2 (test R@1 0.05); JEPA clip + NITP λ=1, k=1: 1 of 2 "
+        "(test R@1 0.225); NITP of JEPA clip + NITP λ=1, k=1: not measured; NITP: 1 of 1."
+    )
+    both = "| JEPA clip + NITP λ=1, k=1"
+    for line in (
+        "| regular | – | – | – | – | – | – | – | – | – | – |",
+        "| JEPA λ=1, k=1 | JEPA | 0 of 2 | 0.1 | 0.1 | 0.1 | 5 | 0.25 | 0.05 | 0.025 | 0.0005 |",
+        f"{both} | JEPA | 1 of 2 | 0.45 | 0.1 | 0.45 | 5 | 0.25 | 0.225 | 0.1125 | 0.0005 |",
+        f"{both} | NITP | not measured | – | – | – | – | – | 0.225 | 0.1125 | 0.0005 |",
+        "| NITP | NITP | 1 of 1 | 0.8 | 0.1 | – | – | 0.25 | 0 | 0 | 0.0005 |",
+    ):
+        assert line in lines, line
+    assert "<td>1 of 2</td>" in (out / "report.html").read_text()
+
+
+def test_report_without_terms_has_no_such_table(tmp_path, out):
+    assert main([*synthetic_arm(tmp_path, "r", REGULAR, FEW), "--output_dir", str(out)]) == 0
+    assert "learn" not in (out / "report.md").read_text().split("## How to read")[0]
+
+
+def test_an_arm_and_its_placebo_are_in_the_report(tmp_path, out):
+    runs = two_arms(tmp_path, EXACT, BETTER) + synthetic_arm(tmp_path, "p", JEPA | {"shuffle_pairs": True}, EXACT)
+    assert main([*runs, "--output_dir", str(out)]) == 0
+    placebo = json.loads((out / "report.json").read_text())["datasets"][0]["placebos"][0]["verdict"]
+    (line,) = [text for text in (out / "report.md").read_text().splitlines() if "minus its placebo" in text]
+    assert line.startswith("JEPA λ=1, k=1 ") and placebo in line and "+0.75 points" in placebo
+    assert placebo in html.unescape((out / "report.html").read_text())
 
 
 def test_only_the_three_files_are_written_and_repeat_byte_for_byte(tmp_path, out):

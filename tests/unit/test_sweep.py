@@ -77,7 +77,7 @@ def test_command_picks_among_run_folders(cell, tmp_path, capsys):
         assert mentioned in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("other", [{"split": "train"}, {"split_seed": 43}, {"num_epochs": 4}])
+@pytest.mark.parametrize("other", [{"split": "train"}, {"split_seed": 43}, {"num_epochs": 3}])
 def test_cells_of_other_examples_or_settings_are_refused(cell, tmp_path, other):
     with pytest.raises(UsageError, match="run-1"):
         sweep.pick("jepa", [cell(50.0), cell(60.0, lbd=2.0, **other)], tmp_path / "sweep.json")

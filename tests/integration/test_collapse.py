@@ -1,0 +1,171 @@
+"""A run says whether its auxiliary terms have learned: on the console, in metrics.jsonl and in run.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import call, interrupted, metrics, start
+from synthetic_runs import change
+
+from llm_jepa.training.diagnostics import MARGIN, MIN_COUNT, announcements, judge
+
+STEPS = 60
+METHODS = {"cosine": (), "clip": ("--jepa_loss", "clip"), "nitp": ("--regular", "--nitp"),
+           "shuffled nitp": ("--regular", "--nitp", "--nitp_targets", "shuffled"),
+           "placebo": ("--jepa_loss", "clip", "--shuffle_pairs"), "regular": ("--regular",)}  # fmt: skip
+COLLAPSED = ("cosine", "shuffled nitp", "placebo")
+
+
+def begin(data: Path, out: Path, method: str, *flags: object, size: int = 8) -> str:
+    """Trains from random parameters; returns what the run has said of terms on the console."""
+    jepa = () if "--regular" in METHODS[method] else ("--lbd", 1)
+    done = start(data, out, "--pretrain", "--max_steps", STEPS, "--learning_rate", "3e-3", "--batch_size", size,
+                 "--grad_accum", 1, "--save_strategy", "steps", "--save_steps", 25, "--save_total_limit", 9,
+                 "--keep_checkpoints", *jepa, *METHODS[method], *flags)  # fmt: skip
+    assert done.code == 0, done.err
+    return said(done.err)
+
+
+def said(err: str) -> str:
+    return "\n".join(line for line in err.splitlines() if " term " in line)
+
+
+def learned(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())["learned"]
+
+
+def announced(run: Path) -> list[tuple[int, str]]:
+    """The steps and keys of the lines of metrics.jsonl that say that a term has not learned."""
+    return [(line["step"], key) for line in metrics(run) for key in line if key.endswith("_collapsed")]
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    """A run of each method, which a test must not change, and what it has said."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {m: (folder / m, begin(data, folder / m, m)) for m in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_term_that_has_not_learned_is_announced_once_and_others_never(runs, method):
+    run, text = runs[method]
+    term = "nitp" if "nitp" in method else "jepa"
+    assert len(text.splitlines()) == len(announced(run)) == (method in COLLAPSED)
+    if method in COLLAPSED:
+        ((step, key),) = announced(run)
+        assert STEPS / 2 <= step < STEPS and key == f"{term}_collapsed" and term.upper() in text
+    assert {name: found["collapsed"] for name, found in learned(run).items()} == (
+        {} if method == "regular" else {term: method in COLLAPSED}
+    )
+
+
+def test_announcement_has_the_figures_and_what_to_do(runs):
+    run, text = runs["cosine"]
+    ((step, _),) = announced(run)
+    found = judge([line for line in metrics(run) if line["step"] <= step], STEPS)["jepa"]
+    figures = [f"{found[key]:.4f}" for key in ("cosine", "cosine_shuffled")]
+    figures += [f"{found[key]:.3f}" for key in ("retrieval", "retrieval_chance")]
+    assert all(figure in text for figure in figures) and "--jepa_loss clip" in text
+    assert "--shuffle_pairs" in runs["placebo"][1] and "--nitp" in runs["shuffled nitp"][1]
+
+
+def test_final_judgement_is_that_of_the_last_lines(runs):
+    run, _ = runs["clip"]
+    found, last = learned(run)["jepa"], metrics(run)[-MIN_COUNT // 8 :]
+    assert found["pairs"] == 8 * len(last) >= MIN_COUNT
+    for key in ("cosine", "cosine_shuffled", "retrieval", "effective_rank"):
+        assert found[key] == pytest.approx(sum(line[key] for line in last) / len(last), rel=1e-6), key
+    ratios = [line["jepa_grad_ratio"] for line in metrics(run) if "jepa_grad_ratio" in line]
+    assert found["grad_ratio"] == pytest.approx(sum(ratios) / len(ratios))
+
+
+@pytest.mark.parametrize("step", [25, 50])
+def test_resumed_run_says_the_same_and_nothing_twice(runs, tmp_path, step):
+    run, text = runs["cosine"]
+    again = interrupted(run, step, tmp_path / "again")
+    change(again, "run.json", learned=...)
+    done = call("finetune", "--resume", again)
+    assert done.code == 0, done.err
+    assert said(done.err) == (text if step == 25 else "")
+    assert announced(again) == announced(run) and learned(again) == learned(run)
+
+
+def test_stream_is_judged_as_well(data, tmp_path):
+    text = begin(data, tmp_path / "run", "cosine", "--streaming")
+    assert (
+        len(text.splitlines())
+        == len(announced(tmp_path / "run"))
+        == learned(tmp_path / "run")["jepa"]["collapsed"]
+        == 1
+    )
+
+
+def test_pairs_without_others_are_not_measured(data, tmp_path):
+    assert begin(data, tmp_path / "run", "cosine", size=1) == "" and learned(tmp_path / "run") == {}
+
+
+# ------------------------------------------------------------------------------------------------------- judgement
+
+
+def history(
+    effects: list[float], every: int = 1, pairs: int = 8, sd: float = 0.1, retrieval: float = 0.9
+) -> list[dict]:
+    """Lines of a training with c − s = effect · σ in each line."""
+    fixed = {"lm_loss": 1.0, "cosine_shuffled": 0.2, "cosine_shuffled_sd": sd, "retrieval": retrieval, "pairs": pairs,
+             "retrieval_chance": 1 / pairs, "effective_rank": 5.0}  # fmt: skip
+    return [fixed | {"step": every * (i + 1), "cosine": 0.2 + x * sd} for i, x in enumerate(effects)]
+
+
+def collapsed(lines: list[dict], max_steps: int) -> bool | None:
+    found = judge(lines, max_steps)
+    return found["jepa"]["collapsed"] if found else None
+
+
+def test_margin_is_in_standard_deviations_of_shuffled_cosines():
+    for sd in (0.1, 1e-5):
+        assert collapsed(history([MARGIN - 0.1] * 100, sd=sd), 100) is True
+        assert collapsed(history([MARGIN + 0.1] * 100, sd=sd), 100) is False
+
+
+def test_retrieval_at_chance_and_equal_views_have_collapsed():
+    assert collapsed(history([5.0] * 100, retrieval=1 / 8 + 0.07), 100) is True  # 80 pairs: 1 / 8 + 0.074
+    assert collapsed(history([5.0] * 100, retrieval=1 / 8 + 0.08), 100) is False
+    assert collapsed(history([0.0] * 100, sd=0.0, retrieval=1 / 8), 100) is True
+
+
+def test_the_last_tenth_of_the_steps_is_judged():
+    assert collapsed(history([0.0] * 90 + [5.0] * 10), 100) is False
+    assert collapsed(history([5.0] * 90 + [0.0] * 10), 100) is True
+    lines = history([0.0] * 990 + [5.0] * 10)
+    assert judge(lines, 1000)["jepa"]["cosine"] == pytest.approx(0.2 + 5.0 * 0.1 / 10)
+
+
+def test_no_line_of_the_start_is_used():
+    assert collapsed(history([0.0] * 40 + [5.0] * 10), 100) is False  # judged at half of the steps
+    assert collapsed(history([5.0], every=100, pairs=100), 100) is None  # its line is about all steps
+    assert collapsed(history([0.0, 5.0], every=50, pairs=100), 100) is False
+    assert collapsed(history([0.0] * 5), 100) is None
+
+
+def test_runs_of_few_pairs_are_not_judged():
+    assert collapsed(history([5.0] * 40, pairs=2), 40) is None  # 24 steps after two fifths
+    assert collapsed(history([5.0] * 50, pairs=2, retrieval=1.0), 50) is False
+
+
+def test_announced_at_the_first_tenth_from_half_on_and_not_again():
+    lines = history([0.0] * 400 + [5.0] * 100 + [0.0] * 500)
+    for i, line in enumerate(lines):
+        line |= announcements(lines[:i], line, 1000)
+    assert [line["step"] for line in lines if "jepa_collapsed" in line] == [600]
+    assert not announcements(history([0.0] * 49), history([0.0] * 50)[-1] | {"step": 49}, 100)
+
+
+@pytest.mark.parametrize(("cosine", "expected"), [(0.27, True), (0.29, False)])
+def test_nitp_must_remove_a_tenth_of_the_distance(cosine, expected):
+    lines = [
+        {"step": i, "lm_loss": 1.0, "next_tokens": 90, "nitp_cosine": cosine, "nitp_cosine_shuffled": 0.2}
+        for i in range(1, 101)
+    ]
+    assert judge(lines, 100)["nitp"]["collapsed"] is expected
