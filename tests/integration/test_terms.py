@@ -354,14 +354,6 @@ def test_saved_models_have_no_projector(trained, lora):
     assert "projectors" not in "".join(f.read_text() for f in run.rglob("*.json") if "config" in f.name)
 
 
-def test_projector_is_trained_with_an_adapter(trained):
-    run = trained(*NITP, "--lora", *SAVED)
-    early, late = (load_file(run / f"checkpoint-{step}" / projectors.FILE) for step in (2, 6))
-    assert early.keys() == late.keys() and not any(early[k].equal(late[k]) for k in early)
-    losses = column(run, "nitp_loss")
-    assert losses[-1] < losses[0]
-
-
 # -------------------------------------------------------------------------------------------------- targets and models
 
 
