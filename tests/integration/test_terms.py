@@ -207,7 +207,7 @@ def test_zero_weight_equals_regular_bit_for_bit(trained, flags):
 
 @pytest.mark.parametrize("trained_projector", [False, True], ids=["idle", "weight-0"])
 def test_projector_without_weight_changes_nothing(data, trained, tmp_path, monkeypatch, trained_projector):
-    flags = ("--regular", "--max_steps", 3)
+    flags = ("--regular", "--max_steps", 3, "--lora", "--lora_dropout", 0.3)  # dropout shows every other random draw
     if trained_projector:
         term = Term("nitp", ("predicted", "target"), "next_tokens", nitp_loss, 0.0)
         monkeypatch.setattr(finetune, "auxiliary_terms", lambda s: [term])
@@ -354,14 +354,6 @@ def test_saved_models_have_no_projector(trained, lora):
     assert "projectors" not in "".join(f.read_text() for f in run.rglob("*.json") if "config" in f.name)
 
 
-def test_projector_is_trained_with_an_adapter(trained):
-    run = trained(*NITP, "--lora", *SAVED)
-    early, late = (load_file(run / f"checkpoint-{step}" / projectors.FILE) for step in (2, 6))
-    assert early.keys() == late.keys() and not any(early[k].equal(late[k]) for k in early)
-    losses = column(run, "nitp_loss")
-    assert losses[-1] < losses[0]
-
-
 # -------------------------------------------------------------------------------------------------- targets and models
 
 
@@ -396,10 +388,8 @@ def test_next_tokens_are_those_of_the_chat_before_its_predictors(eight):
     items = parts.train_set[0, range(8)]
     batch = parts.collator(items)
     row, at = batch["next_at"]
-    expected = torch.cat([torch.tensor(item[0].without_view.ids) for item in items])
-    firsts = {int(item[0].ids[0]) for item in items}
-    assert batch["counts"][3] == len(row) == len(expected) - 8 and len(firsts) == 1
-    assert batch["input_ids"][row, at + 1].tolist() == [int(i) for item in items for i in item[0].without_view.ids[1:]]
+    expected = [int(i) for item in items for i in item[0].without_view.ids[1:]]
+    assert batch["counts"][3] == len(expected) and batch["input_ids"][row, at + 1].tolist() == expected
 
 
 def test_learned_targets_are_nearer_than_others(trained):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from llm_jepa.losses import jepa_loss
 from llm_jepa.training.pairs import Contrast
 
 
@@ -52,15 +50,6 @@ def test_queued_pairs_of_the_same_text_or_code_are_no_negatives():
     ids = torch.tensor([[2, 7], [107, 100]])  # the Text of pair 2, the Code of pair 0
     others = contrast(views[:, :2], ids, keep=False)
     assert others.equal[:, 2:].tolist() == [[False, False, True, False], [True, False, False, False]]
-
-
-@pytest.mark.parametrize("name", ["infonce", "clip"])
-def test_queue_of_a_micro_batch_without_pairs_is_kept(name):
-    contrast = Contrast(4)
-    contrast(*micro_batch(0, 3), keep=True)
-    views, ids = micro_batch(3, 0)
-    loss, count = jepa_loss(views, name, contrast(views, ids, keep=True))
-    assert (loss.item(), count) == (0, 0) and contrast.queue["ids"].shape == (2, 3)
 
 
 def test_queue_is_restored_from_a_checkpoint(tmp_path):
