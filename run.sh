@@ -101,8 +101,9 @@ PROTOCOL=paper trains as published. It sets
   --lm_labels reference --max_length 512 --batch_size 4 --grad_accum 4 --lr_scheduler_type linear
   --warmup_steps 0 --weight_decay 0 --adam_beta2 0.999 --max_grad_norm 1 --dtype auto
 and 4 epochs, for arms with a JEPA loss --reference_grad_scale, and for compare ARMS="regular jepa". Tokenizers without
-a pad token use eos. dtype auto is bfloat16 if the GPU supports it. Seeds, k, λ and learning rates are the defaults above. Set NPROC=8 for the published 8 GPUs. Your own
-arguments and FLAGs override these settings. The names of the run folders contain -paper.
+a pad token use eos. dtype auto is bfloat16 if the GPU supports it. Seeds, k, λ and learning rates are the defaults above.
+Set NPROC=8 for the published 8 GPUs. Your own arguments and FLAGs override these settings. The names of the run folders
+contain -paper.
 
 More variables (one that looks like a misspelled variable of this page is an error):
   NPROC             training processes, one per GPU (1); evaluation uses one process
