@@ -13,7 +13,7 @@ set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 python=${PYTHON_BIN:-.venv/bin/python} out=${OUT:-runs} jobs=${JOBS:-2}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
-nitp=(--nitp --nitp_lbd 0.8 --nitp_layer 0) # replaced by the values that nitp-pick finds, see the plan
+nitp=(--nitp --nitp_lbd 1.6 --nitp_layer 0) # picked by nitp-pick, see plans/nitp.md
 parts=$out/parts                            # parts of the datasets
 
 arm() { # the flags of an arm; NAME:λ sets the weight of the JEPA loss
