@@ -85,7 +85,7 @@ class Settings:
         0, "--jepa_loss infonce, clip: also contrast with this many earlier pairs, without gradient", METHOD
     )
     stop_gradient: Literal["text", "code"] | None = flag(None, "view into which no JEPA gradient flows", METHOD)
-    center: bool = flag(False, "subtract each view's mean over the micro-batch before --jepa_loss", METHOD)
+    center: bool = flag(False, "subtract each view's mean over all processes before --jepa_loss", METHOD)
     sigreg: float = flag(
         0.0, "W: (1 − W) · JEPA loss + W · SIGReg, both of a projection of the views; 0.02 to 0.05 is usual", METHOD
     )
@@ -215,7 +215,7 @@ class Settings:
 
     @property
     def stp_variant(self) -> str | None:
-        """The variant of Semantic Tube Prediction, a key of STP_VARIANTS; None if it has no weight."""
+        """The variant of Semantic Tube Prediction, a key of STP_LOSSES; None if it has no weight."""
         return self.stp if self.stp_lbd > 0 else None
 
     @property
@@ -291,9 +291,12 @@ def check_method(s: Settings, r: Refusals) -> None:
     r.refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
     losses = s.jepa_l2 + s.jepa_mse + s.infonce + (s.jepa_loss is not None)
     r.refuse(losses > 1, "give one of --jepa_loss, --jepa_l2, --jepa_mse and --infonce")
-    r.refuse(s.gamma == 0 and not (s.jepa or s.stp_variant or s.has_nitp), "--gamma 0: no loss is left")
+    auxiliary = bool(s.jepa or s.stp_variant or s.has_nitp)
+    r.refuse(s.gamma == 0 and not auxiliary, "--gamma 0: no loss is left")
+    r.only_if(auxiliary or not s.gradient_stats, "gradient_stats", "there is no auxiliary loss")
     single, name = s.batch_size == 1 and not s.tokens_per_batch, s.jepa_loss_or_default
-    alone = [f"--jepa_loss {name}"] * JEPA_LOSSES[name].contrasts + ["--center"] * s.center
+    contrasts = JEPA_LOSSES[name].contrasts and not s.negatives_queue
+    alone = [f"--jepa_loss {name}"] * contrasts + ["--center"] * s.center
     for what in [*alone, *["--shuffle_pairs"] * s.shuffle_pairs]:
         alone_here = single and (s.shuffle_pairs or processes() == 1)
         r.refuse(alone_here, f"{what}: not with --batch_size 1, which leaves no other pair")
@@ -336,6 +339,7 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.refuse(not 0 <= s.lora_dropout < 1, f"--lora_dropout {s.lora_dropout} is not in 0 to 1")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
+    r.only_if(not (s.torch_compile and s.gradient_stats), "gradient_stats", "not with --torch_compile")
     flex = s.attn_implementation == "flex_attention"
     r.only_if(not flex, "track_flop same_flop", "not with --attn_implementation flex_attention")
     missing = s.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None
