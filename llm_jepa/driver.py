@@ -2,8 +2,8 @@
 
 The shell scripts pass their command lines as templates, for instance `finetune.py --train_file {train_file} {flags}`. A
 word `{name}` is replaced by the value of that name, or by several words if the value is a list. A flag whose value is
-empty is left out. A template `arm_NAME:λ` has the flags of an arm and its default λ, or another arm's name for the λ of that. Finished runs are skipped,
-unfinished ones resumed. The name of a run folder contains its settings.
+empty is left out. A template `arm_NAME:λ` has the flags of an arm and its default λ, or the name of the arm whose λ it
+has. Finished runs are skipped, unfinished ones resumed. The name of a run folder contains its settings.
 """
 
 from __future__ import annotations

@@ -17,9 +17,12 @@ from llm_jepa.data.examples import Fields, dataset_name
 from llm_jepa.distributed import processes
 from llm_jepa.files import read_json
 from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
-from llm_jepa.run_folder import VOLATILE
 
 DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimization", "Run"
+# Settings that change no number: a resumed run may change them, and they do not distinguish arms.
+VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "keep_checkpoints",
+            "logging_steps", "gradient_stats", "dataloader_num_workers", "preprocessing_num_workers",
+            "use_default_data_collator", "unmask_assistant_special_tokens"}  # the last two set lm_labels  # fmt: skip
 JepaLossName = Literal[*JEPA_LOSSES] | None
 StpName = Literal[*STP_LOSSES] | None
 Strategy = Literal["epoch", "steps", "no"] | None
@@ -243,6 +246,14 @@ class Settings:
     def layout_or_default(self) -> str:
         """The layout that the flags ask for."""
         return self.layout or ("additive" if self.additive_mask else "packed")
+
+
+def read_settings(settings: dict[str, Any]) -> Settings:
+    """A run's args.json with the defaults of flags that are newer than the run, and --jepa_loss for its old names."""
+    known = {f.name for f in dataclasses.fields(Settings)}
+    s = Settings(**{name: value for name, value in settings.items() if name in known})
+    old = dict.fromkeys(("jepa_l2", "jepa_mse", "infonce"), False)
+    return dataclasses.replace(s, jepa_loss=s.jepa_loss_or_default, **old)
 
 
 def is_flash(s: Settings) -> bool:

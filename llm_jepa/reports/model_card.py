@@ -14,9 +14,8 @@ from llm_jepa.data.examples import HUB
 from llm_jepa.files import read_json, write_text
 from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
 from llm_jepa.reports.comparison import JEPA_SETTINGS, NITP_SETTINGS, STP_SETTINGS
-from llm_jepa.reports.results import describe_learning, read_settings, score_names
-from llm_jepa.run_folder import VOLATILE
-from llm_jepa.settings import Settings
+from llm_jepa.reports.results import describe_learning, score_names
+from llm_jepa.settings import VOLATILE, Settings, read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"

@@ -11,8 +11,8 @@ from typing import Any
 
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json
-from llm_jepa.run_folder import VOLATILE, origin_of_model
-from llm_jepa.settings import Settings
+from llm_jepa.run_folder import origin_of_model
+from llm_jepa.settings import VOLATILE, read_settings
 
 # Settings that may differ between the runs of one arm, and between their evaluations.
 ARM_IGNORES = {"finetune_seed"} | VOLATILE
@@ -63,14 +63,6 @@ def score_names(metrics: dict[str, Any]) -> list[str]:
     """The scores of an evaluation, the primary one first; without stop_rate for multiple choice, which has none."""
     names = dict.fromkeys([metrics["score"], *metrics["scores"], "exact", "startswith", "stop_rate"])
     return [name for name in names if metrics[name] is not None]
-
-
-def read_settings(settings: dict[str, Any]) -> Settings:
-    """A run's args.json with the defaults of flags that are newer than the run, and --jepa_loss for its old names."""
-    known = {f.name for f in dataclasses.fields(Settings)}
-    s = Settings(**{name: value for name, value in settings.items() if name in known})
-    old = dict.fromkeys(("jepa_l2", "jepa_mse", "infonce"), False)
-    return dataclasses.replace(s, jepa_loss=s.jepa_loss_or_default, **old)
 
 
 def method_name(settings: dict[str, Any]) -> str:

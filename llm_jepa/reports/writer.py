@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from llm_jepa.files import write_json, write_text
 from llm_jepa.reports.comparison import Table
 from llm_jepa.reports.plots import Drawn, draw
-from llm_jepa.reports.results import read_settings
 from llm_jepa.reports.stats import (
     LEVEL,
     RESAMPLES,
@@ -24,6 +23,7 @@ from llm_jepa.reports.stats import (
     mean_sd,
     stopping_note,
 )
+from llm_jepa.settings import read_settings
 
 # Columns of the table of what the terms have learned: keys of run.json's `learned`, and of the evaluation's retrieval.
 TRAINING = {"cosine": "cosine", "shuffled": "cosine_shuffled", "retrieval": "retrieval",
