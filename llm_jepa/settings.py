@@ -350,7 +350,8 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.refuse(not 0 <= s.lora_dropout < 1, f"--lora_dropout {s.lora_dropout} is not in 0 to 1")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
-    r.only_if(not (s.torch_compile and s.gradient_stats), "gradient_stats", "not with --torch_compile")
+    measures = s.gradient_stats > 0 and (s.torch_compile or s.track_flop)
+    r.only_if(not measures, "gradient_stats", "not with --torch_compile or --track_flop")
     flex = s.attn_implementation == "flex_attention"
     r.only_if(not flex, "track_flop same_flop", "not with --attn_implementation flex_attention")
     missing = s.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None

@@ -123,6 +123,7 @@ REFUSED = {
     "--gamma 0 --lbd 0 --nitp --nitp_lbd 0": "--gamma",
     "--gradient_stats -1": "",
     "--gradient_stats 10 --torch_compile": "--gradient_stats --torch_compile",
+    "--gradient_stats 10 --track_flop": "--gradient_stats --track_flop",
     "--gradient_stats 10 --regular": "",
     "--predictors 11": "",
     "--predictors -1": "",
