@@ -60,7 +60,6 @@ def label_arms(arms: list[list[Result]]) -> dict[str, list[Result]]:
         signs = {} if regular else {"λ": "lbd", "k": "predictors"}
         hidden = NAMED | {"additive_mask", "scores", *(JEPA_SETTINGS if regular else ())}
         shown = [f"{sign}={own[name]:g}" for sign, name in signs.items() if own.get(name) is not None]
-        shown += ["shuffled pairs"] if own["shuffle_pairs"] and not regular else []
         for name, value in sorted(own.items()):
             same = sum(other.get(name, value) == value for other in described)
             if name in hidden or same > len(described) / 2 or value is None or value is False:
