@@ -23,6 +23,10 @@ DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "
 VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "keep_checkpoints",
             "logging_steps", "gradient_stats", "dataloader_num_workers", "preprocessing_num_workers",
             "use_default_data_collator", "unmask_assistant_special_tokens"}  # the last two set lm_labels  # fmt: skip
+# Flags of the JEPA loss and of --stp, without effect otherwise.
+JEPA_FLAGS = ("lbd predictors last_token jepa_loss jepa_l2 jepa_mse infonce temperature negatives_queue stop_gradient "
+              "center sigreg shuffle_pairs front_pred reverse_pred text_view jepa_ratio same_flop").split()  # fmt: skip
+STP_FLAGS = "stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer".split()
 JepaLossName = Literal[*JEPA_LOSSES] | None
 StpName = Literal[*STP_LOSSES] | None
 Strategy = Literal["epoch", "steps", "no"] | None
@@ -289,10 +293,7 @@ def check_data(s: Settings, r: Refusals) -> None:
 
 def check_method(s: Settings, r: Refusals) -> None:
     """The loss, the views and their layout."""
-    views = (
-        "lbd predictors last_token jepa_loss jepa_l2 jepa_mse infonce temperature negatives_queue stop_gradient center "
-        "sigreg shuffle_pairs front_pred reverse_pred text_view jepa_ratio additive_mask same_flop reference_grad_scale"
-    )
+    views = " ".join((*JEPA_FLAGS, "additive_mask reference_grad_scale"))
     layout, dense = s.layout_or_default, s.attn_implementation in (None, "sdpa", "eager")
     kernel = f"--attn_implementation {s.attn_implementation}"
     r.only_if(not s.regular, views, "not with --regular, which has no views")
@@ -332,8 +333,7 @@ def check_method(s: Settings, r: Refusals) -> None:
         r.only_if(False, "front_pred reverse_pred last_token", "not with --text_view in_chat")
         r.refuse(s.plain and s.train_all, "--text_view in_chat: not with --plain --train_all, whose chat has no answer")
         r.refuse(s.predictors > 0 and not dense, f"{kernel}: not with --predictors and --text_view in_chat")
-    stp = "stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer"
-    r.only_if(bool(s.stp), stp, "only with --stp")
+    r.only_if(bool(s.stp), " ".join(STP_FLAGS), "only with --stp")
     r.only_if(not s.stp or s.stp_warmup > 0, "stp_min_lbd", "only with --stp_warmup")
     above = s.stp_min_lbd > s.stp_lbd
     r.refuse(above, f"--stp_min_lbd {s.stp_min_lbd} is above --stp_lbd {s.stp_lbd}, where the warm-up ends")
