@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jepa.cli import UsageError, first_line, parse_flags
-from llm_jepa.distributed import agreed, start
+from llm_jepa.distributed import agreed, processes, start
 from llm_jepa.settings import Settings, check_settings, is_flash
 
 if __name__ == "__main__":  # before the slow imports, so that --help and flag errors are fast
@@ -88,7 +88,7 @@ from llm_jepa.training.callbacks import Bar, MetricsCallback
 from llm_jepa.training.checks import inspect_model
 from llm_jepa.training.data import load_data
 from llm_jepa.training.describe import final_record, first_example, last_checkpoint, start_block, start_record
-from llm_jepa.training.flops import flop_share
+from llm_jepa.training.flops import FlopCounter, flop_share
 from llm_jepa.training.pairs import Contrast
 from llm_jepa.training.process import run_script, write_errors
 from llm_jepa.training.trainer import StepTrainer, compile_decoder
@@ -146,7 +146,9 @@ class JepaTrainer(StepTrainer):
         self.seen_tokens += counts[4]
         self.follow_stream(batches)
         if "sigreg" in self.selector.projectors and (len(batches) > 1 or self.args.world_size > 1):
-            self._add_moments(batches)
+            with FlopCounter() if self.track_flop else contextlib.nullcontext() as counter:
+                self._add_moments(batches)
+            self.current_flos += counter.get_total_flops() if counter else 0
         self.begin_step()
         return batches, counts[:4].clamp(min=1).float()
 
@@ -320,12 +322,24 @@ def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.train()
 
+    plain = LMHeadSelector(model)
+    plain.projectors, plain.slices = {}, parts.selector.slices
+    reads_twice = "sigreg" in parts.selector.projectors and s.grad_accum * processes() > 1  # see _add_moments
+
+    def regular(items: list[Item]) -> torch.Tensor:
+        return plain.lm_sum(model, send_to_device(parts.collator(items), device))[0]
+
     def loss(items: list[Item]) -> torch.Tensor:
-        return parts.objective(send_to_device(parts.collator(items), device), s.gamma)[0]  # only its FLOPs count
+        batch = send_to_device(parts.collator(items), device)
+        if reads_twice:
+            with torch.no_grad():
+                parts.selector.read(model, batch | {"label_at": batch["label_at"][:, :1]})
+        return parts.objective(batch, s.gamma)[0]
 
     sampler = micro_batches(parts.train_set.items.lengths, shuffle=True, processes=1)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        share = flop_share(parts.train_set, sampler, loss, s.jepa_ratio)
+        share = flop_share(parts.train_set, sampler, (regular, loss), s.jepa_ratio)
+    plain.close()
     model.zero_grad()
     return share
 
@@ -341,7 +355,7 @@ def build_trainer(
     bf16 = uses_bfloat16(s, state.device) if bf16 is None else bf16
     micro_batches = partial(MicroBatches, seed=s.finetune_seed, batch_size=s.batch_size, tokens=s.tokens_per_batch)
     steps = s.max_steps
-    if s.same_flop and s.jepa:
+    if s.same_flop and parts.terms:
         batches = len(micro_batches(parts.train_set.items.lengths, shuffle=False, processes=state.num_processes))
         steps_per_epoch = math.ceil(batches // state.num_processes / s.grad_accum)
         steps = max(1, round(steps_per_epoch * s.num_epochs * share_of_flop(s, parts, micro_batches, bf16)))
@@ -364,7 +378,7 @@ def build_trainer(
             track_flop=s.track_flop,
             selector=parts.selector,
             contrast=Contrast(s.negatives_queue),
-            gradient_stats=0 if s.torch_compile else s.gradient_stats,
+            gradient_stats=0 if s.torch_compile or s.track_flop else s.gradient_stats,
             gamma=s.gamma,
             terms=parts.terms,
             reference_grad_scale=s.reference_grad_scale,

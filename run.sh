@@ -12,13 +12,15 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 #   {fields}    the user's flags that set how examples are read: --text_field, --code_field, --system, --skip_bad_examples
 #   {plain}     --plain if it is one of the user's flags
 #   {eval_flags} the flags of evaluate.py in EVAL_FLAGS
-arms() { # an arm per line: NAME[:λ] and its flags. `run.sh run_NAME` trains one arm, `run.sh compare` those of ARMS
+# An arm per line: NAME[:λ, or the arm whose λ it has] and its flags. `run.sh run_NAME` trains one arm, `run.sh compare`
+# those of ARMS.
+arms() {
   local views=(--predictors {predictors} --lbd {lbd} --last_token {last_token}) # λ = lbd, k = predictors
   arm regular --regular                                                         # regular fine-tuning
   arm "jepa:${jepa_lbd:-1}" "${views[@]}"                                       # the JEPA loss as published: cosine
   arm clip:0.1 "${views[@]}" --jepa_loss clip                                   # contrasts each pair with the others
   arm nitp:0.8 --regular --nitp --nitp_lbd {lbd}                                # next-latent prediction
-  arm placebo:0.1 "${views[@]}" --jepa_loss clip --shuffle_pairs                # clip on pairs that do not match
+  arm placebo:clip "${views[@]}" --jepa_loss clip --shuffle_pairs               # clip on pairs that do not match
 }
 
 run_arm() { # fine-tuning with one of the arms
@@ -62,7 +64,7 @@ These are the arms, with their default λ:
   jepa     1     the JEPA loss as published: the cosine of Text and Code (LLM-JEPA)
   clip     0.1   --jepa_loss clip, which contrasts each pair with the other pairs of its batch
   nitp     0.8   --regular --nitp: each token's state predicts the embedding of the next token; λ is --nitp_lbd
-  placebo  0.1   clip with --shuffle_pairs: each Text is paired with the Code of another example
+  placebo  clip  clip with --shuffle_pairs: each Text is paired with the Code of another example (λ: that of clip)
 run_ARM trains one of them.
 
 compare trains the arms of ARMS with the same seeds, which also gives them the same data order, and writes a report. These

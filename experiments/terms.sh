@@ -59,7 +59,6 @@ part() { # NAME SOURCE and flags of subset.py: writes a part of a dataset
 }
 
 nitp-pick() { # λ and layer, on training examples that the runs do not use
-  part first1000 datasets/synth_train.jsonl --first 1000
   part held_out datasets/synth_train.jsonl --skip 6000
   for seed in 42 43; do
     for arm in regular nitp:{0.4,0.8,1.6}:{0,1}; do
@@ -108,6 +107,7 @@ if [ "$1" = run ]; then
   run "${@:2}"
 else
   mkdir -p "$parts"
+  part first1000 datasets/synth_train.jsonl --first 1000 # which most experiments train on
   [ -f "$parts/fresh.jsonl" ] || "$python" experiments/fresh.py "$parts/fresh.jsonl"
   for experiment in "$@"; do "$experiment"; done
 fi

@@ -2,8 +2,8 @@
 
 The shell scripts pass their command lines as templates, for instance `finetune.py --train_file {train_file} {flags}`. A
 word `{name}` is replaced by the value of that name, or by several words if the value is a list. A flag whose value is
-empty is left out. A template `arm_NAME:λ` has the flags of an arm and its default λ. Finished runs are skipped,
-unfinished ones resumed. The name of a run folder contains its settings.
+empty is left out. A template `arm_NAME:λ` has the flags of an arm and its default λ, or the name of the arm whose λ it
+has. Finished runs are skipped, unfinished ones resumed. The name of a run folder contains its settings.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Arm(NamedTuple):
     """A line of the table of arms in run.sh."""
 
     name: str
-    lbd: str  # λ; "" for an arm without one
+    lbd: str  # λ, in the table also the name of the arm whose λ it is; "" for an arm without one
     flags: str  # a template
 
     @property
@@ -321,7 +321,7 @@ class Driver:
             given = [model, *[""] * 6, dataset]
         self.settings = Settings.read(self.command, given, os.environ)
         self.arms = self.choose_arms()
-        refused = {flag for arm in self.arms for flag in re.findall(r"(\S+) \{", arm.flags)}.union(REFUSED_FLAGS)
+        refused = {flag for arm in self.arms for flag in re.findall(r"--\w+", arm.flags)}.union(REFUSED_FLAGS)
         for flag in (word.partition("=")[0] for word in self.flags + self.later):
             if flag in refused or (self.compares and flag == "--tokens_per_batch"):
                 raise UsageError(f"{flag} cannot follow -- in {script} {self.command} (see --help)")
@@ -347,12 +347,14 @@ class Driver:
         own = own if own in self.table else "jepa"
         if s.lbd and self.table[own].lbd:
             self.table[own] = self.table[own]._replace(lbd=s.lbd)
+        given = dict(word.partition(":")[::2] for word in words)  # name → λ, "" if it is not given
         arms = []
         for word in words:
             name, _, lbd = word.partition(":")
             if name not in self.table or (lbd and not self.table[name].lbd):
                 raise UsageError(f"unknown arm '{word}', expected some of {' '.join(self.table)} (see --help)")
-            arms.append(self.table[name]._replace(lbd=lbd or self.table[name].lbd))
+            arm, lbd = self.table[name], lbd or self.table[name].lbd
+            arms.append(arm._replace(lbd=(given.get(lbd) or self.table[lbd].lbd) if lbd in self.table else lbd))
         if self.compares and (self.table["regular"] not in arms or len(set(arms)) < 2):
             raise UsageError(f"{self.command} needs regular and another arm, not only {' '.join(words)} (see --help)")
         return list(dict.fromkeys(arms))

@@ -24,13 +24,10 @@ from typing import Any
 from llm_jepa.cli import UsageError
 from llm_jepa.distributed import processes
 from llm_jepa.files import read_json, sha256, write_json
+from llm_jepa.settings import VOLATILE, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT_MARK = "complete.json"
-# Settings that change no number: a resumed run may change them, and they do not distinguish arms.
-VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "keep_checkpoints",
-            "logging_steps", "gradient_stats", "dataloader_num_workers", "preprocessing_num_workers",
-            "use_default_data_collator", "unmask_assistant_special_tokens"}  # the last two set lm_labels  # fmt: skip
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")  # they determine a run's numbers
 
 
@@ -132,7 +129,9 @@ class RunFolder:
         record = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
         if record.get("status") == "finished":
             raise UsageError(f"--resume: {self.path} is finished")
-        free = VOLATILE | self._free_batch_settings(before, now, record.get("processes", processes()))
+        was = read_settings(before)
+        before = {name: getattr(was, name, value) for name, value in before.items()} | {"jepa_loss": was.jepa_loss}
+        free = VOLATILE | self._free_batch_settings(was.contrasts, before, now, record.get("processes", processes()))
         differing = [
             f"--{name} {before.get(name)!r} (now {now.get(name)!r})"
             for name in sorted(before.keys() | now.keys())
@@ -141,10 +140,11 @@ class RunFolder:
         if differing:
             raise UsageError(f"--resume: {self.path} was made with other settings: " + ", ".join(differing))
 
-    def _free_batch_settings(self, before: dict[str, Any], now: dict[str, Any], had: int) -> set[str]:
+    def _free_batch_settings(self, contrasts: bool, before: dict[str, Any], now: dict[str, Any], had: int) -> set[str]:
         """Settings that may differ with another number of processes: an optimizer step keeps its examples.
 
-        Raises UsageError if a step would have other examples.
+        `had`: the run's processes. Raises UsageError if a step would have other examples, or, with `contrasts`, a pair
+        be contrasted with another number of pairs.
         """
         have = processes()
         if had == have or not {"batch_size", "grad_accum"} <= before.keys() & now.keys():
@@ -156,6 +156,9 @@ class RunFolder:
         if step != other:
             choice = f"choose --batch_size and --grad_accum with the product {step / have:g}"
             raise UsageError(f"{was}; a step would have {other} examples instead of {step}: {choice}")
+        if contrasts and before["grad_accum"] != now["grad_accum"]:
+            choice = f"choose --batch_size {had * before['batch_size'] / have:g} --grad_accum {before['grad_accum']}"
+            raise UsageError(f"{was}; its pairs would be contrasted with another number of pairs: {choice}")
         return set(by)
 
     def start(self, overwrite: bool, record: dict[str, Any]) -> None:

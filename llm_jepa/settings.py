@@ -17,9 +17,16 @@ from llm_jepa.data.examples import Fields, dataset_name
 from llm_jepa.distributed import processes
 from llm_jepa.files import read_json
 from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
-from llm_jepa.run_folder import VOLATILE
 
 DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimization", "Run"
+# Settings that change no number: a resumed run may change them, and they do not distinguish arms.
+VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "keep_checkpoints",
+            "logging_steps", "gradient_stats", "dataloader_num_workers", "preprocessing_num_workers",
+            "use_default_data_collator", "unmask_assistant_special_tokens"}  # the last two set lm_labels  # fmt: skip
+# Flags of the JEPA loss and of --stp, without effect otherwise.
+JEPA_FLAGS = ("lbd predictors last_token jepa_loss jepa_l2 jepa_mse infonce temperature negatives_queue stop_gradient "
+              "center sigreg shuffle_pairs front_pred reverse_pred text_view jepa_ratio same_flop").split()  # fmt: skip
+STP_FLAGS = "stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer".split()
 JepaLossName = Literal[*JEPA_LOSSES] | None
 StpName = Literal[*STP_LOSSES] | None
 Strategy = Literal["epoch", "steps", "no"] | None
@@ -85,7 +92,7 @@ class Settings:
         0, "--jepa_loss infonce, clip: also contrast with this many earlier pairs, without gradient", METHOD
     )
     stop_gradient: Literal["text", "code"] | None = flag(None, "view into which no JEPA gradient flows", METHOD)
-    center: bool = flag(False, "subtract each view's mean over the micro-batch before --jepa_loss", METHOD)
+    center: bool = flag(False, "subtract each view's mean over all processes before --jepa_loss", METHOD)
     sigreg: float = flag(
         0.0, "W: (1 − W) · JEPA loss + W · SIGReg, both of a projection of the views; 0.02 to 0.05 is usual", METHOD
     )
@@ -215,7 +222,7 @@ class Settings:
 
     @property
     def stp_variant(self) -> str | None:
-        """The variant of Semantic Tube Prediction, a key of STP_VARIANTS; None if it has no weight."""
+        """The variant of Semantic Tube Prediction, a key of STP_LOSSES; None if it has no weight."""
         return self.stp if self.stp_lbd > 0 else None
 
     @property
@@ -243,6 +250,14 @@ class Settings:
     def layout_or_default(self) -> str:
         """The layout that the flags ask for."""
         return self.layout or ("additive" if self.additive_mask else "packed")
+
+
+def read_settings(settings: dict[str, Any]) -> Settings:
+    """A run's args.json with the defaults of flags that are newer than the run, and --jepa_loss for its old names."""
+    known = {f.name for f in dataclasses.fields(Settings)}
+    s = Settings(**{name: value for name, value in settings.items() if name in known})
+    old = dict.fromkeys(("jepa_l2", "jepa_mse", "infonce"), False)
+    return dataclasses.replace(s, jepa_loss=s.jepa_loss_or_default, **old)
 
 
 def is_flash(s: Settings) -> bool:
@@ -278,10 +293,7 @@ def check_data(s: Settings, r: Refusals) -> None:
 
 def check_method(s: Settings, r: Refusals) -> None:
     """The loss, the views and their layout."""
-    views = (
-        "lbd predictors last_token jepa_loss jepa_l2 jepa_mse infonce temperature negatives_queue stop_gradient center "
-        "sigreg shuffle_pairs front_pred reverse_pred text_view jepa_ratio additive_mask same_flop reference_grad_scale"
-    )
+    views = " ".join((*JEPA_FLAGS, "additive_mask reference_grad_scale"))
     layout, dense = s.layout_or_default, s.attn_implementation in (None, "sdpa", "eager")
     kernel = f"--attn_implementation {s.attn_implementation}"
     r.only_if(not s.regular, views, "not with --regular, which has no views")
@@ -291,9 +303,12 @@ def check_method(s: Settings, r: Refusals) -> None:
     r.refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
     losses = s.jepa_l2 + s.jepa_mse + s.infonce + (s.jepa_loss is not None)
     r.refuse(losses > 1, "give one of --jepa_loss, --jepa_l2, --jepa_mse and --infonce")
-    r.refuse(s.gamma == 0 and not (s.jepa or s.stp_variant or s.has_nitp), "--gamma 0: no loss is left")
+    auxiliary = bool(s.jepa or s.stp_variant or s.has_nitp)
+    r.refuse(s.gamma == 0 and not auxiliary, "--gamma 0: no loss is left")
+    r.only_if(auxiliary or not s.gradient_stats, "gradient_stats", "there is no auxiliary loss")
     single, name = s.batch_size == 1 and not s.tokens_per_batch, s.jepa_loss_or_default
-    alone = [f"--jepa_loss {name}"] * JEPA_LOSSES[name].contrasts + ["--center"] * s.center
+    contrasts = JEPA_LOSSES[name].contrasts and not s.negatives_queue
+    alone = [f"--jepa_loss {name}"] * contrasts + ["--center"] * s.center
     for what in [*alone, *["--shuffle_pairs"] * s.shuffle_pairs]:
         alone_here = single and (s.shuffle_pairs or processes() == 1)
         r.refuse(alone_here, f"{what}: not with --batch_size 1, which leaves no other pair")
@@ -318,8 +333,7 @@ def check_method(s: Settings, r: Refusals) -> None:
         r.only_if(False, "front_pred reverse_pred last_token", "not with --text_view in_chat")
         r.refuse(s.plain and s.train_all, "--text_view in_chat: not with --plain --train_all, whose chat has no answer")
         r.refuse(s.predictors > 0 and not dense, f"{kernel}: not with --predictors and --text_view in_chat")
-    stp = "stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer"
-    r.only_if(bool(s.stp), stp, "only with --stp")
+    r.only_if(bool(s.stp), " ".join(STP_FLAGS), "only with --stp")
     r.only_if(not s.stp or s.stp_warmup > 0, "stp_min_lbd", "only with --stp_warmup")
     above = s.stp_min_lbd > s.stp_lbd
     r.refuse(above, f"--stp_min_lbd {s.stp_min_lbd} is above --stp_lbd {s.stp_lbd}, where the warm-up ends")
@@ -336,6 +350,8 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.refuse(not 0 <= s.lora_dropout < 1, f"--lora_dropout {s.lora_dropout} is not in 0 to 1")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
+    measures = s.gradient_stats > 0 and (s.torch_compile or s.track_flop)
+    r.only_if(not measures, "gradient_stats", "not with --torch_compile or --track_flop")
     flex = s.attn_implementation == "flex_attention"
     r.only_if(not flex, "track_flop same_flop", "not with --attn_implementation flex_attention")
     missing = s.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None

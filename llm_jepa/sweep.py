@@ -44,10 +44,11 @@ def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
         if split != (expected := expected or split):
             raise UsageError(f"{run} was scored on other examples, or by another score, than {runs[0]['run']}")
         scores = {name: metrics[name] for name in ("exact", "startswith", "stop_rate", *metrics["scores"])}
-        nitp = settings["regular"] and settings.get("nitp")  # older runs do not have the setting
+        nitp = settings["regular"] and settings.get("nitp")  # older runs do not have the settings nitp and stp
+        regular = settings["regular"] and not nitp and not settings.get("stp")
         settings |= {"lbd": settings.pop("nitp_lbd")} if nitp else {}
         grid = {name: settings[name] for name in SIGNS}
-        name = "regular" if settings["regular"] and not nitp else "jepa" if arm == "regular" else arm
+        name = "regular" if regular else "jepa" if arm == "regular" else arm
         one = {"arm": name, "seed": settings["finetune_seed"], "run": str(run)}
         fixed = {name: value for name, value in arm_settings(settings, record).items() if name not in SIGNS}
         first = arms.setdefault(one["arm"], fixed)

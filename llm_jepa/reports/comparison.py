@@ -14,12 +14,9 @@ from typing import Any
 from llm_jepa.cli import UsageError
 from llm_jepa.reports.results import Result, method_name
 from llm_jepa.reports.stats import Comparison, compare, conclude
+from llm_jepa.settings import JEPA_FLAGS, STP_FLAGS
 
-JEPA_SETTINGS = set(
-    "lbd predictors last_token jepa_loss jepa_l2 jepa_mse infonce temperature negatives_queue stop_gradient center "
-    "sigreg shuffle_pairs front_pred reverse_pred text_view jepa_ratio same_flop".split()
-)
-STP_SETTINGS = set("stp stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer".split())
+JEPA_SETTINGS, STP_SETTINGS = {*JEPA_FLAGS}, {"stp", *STP_FLAGS}
 NITP_SETTINGS = set("nitp nitp_lbd nitp_layer nitp_targets".split())
 METHOD_SETTINGS = JEPA_SETTINGS | STP_SETTINGS | NITP_SETTINGS | {"regular", "layout", "additive_mask"}
 NAMED = {"regular", "lbd", "predictors", "jepa_loss", "shuffle_pairs", "stp", "nitp"}  # in every arm's label
@@ -60,7 +57,6 @@ def label_arms(arms: list[list[Result]]) -> dict[str, list[Result]]:
         signs = {} if regular else {"λ": "lbd", "k": "predictors"}
         hidden = NAMED | {"additive_mask", "scores", *(JEPA_SETTINGS if regular else ())}
         shown = [f"{sign}={own[name]:g}" for sign, name in signs.items() if own.get(name) is not None]
-        shown += ["shuffled pairs"] if own["shuffle_pairs"] and not regular else []
         for name, value in sorted(own.items()):
             same = sum(other.get(name, value) == value for other in described)
             if name in hidden or same > len(described) / 2 or value is None or value is False:

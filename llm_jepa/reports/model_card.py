@@ -12,11 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import HUB
 from llm_jepa.files import read_json, write_text
-from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
 from llm_jepa.reports.comparison import JEPA_SETTINGS, NITP_SETTINGS, STP_SETTINGS
-from llm_jepa.reports.results import describe_learning, read_settings, score_names
-from llm_jepa.run_folder import VOLATILE
-from llm_jepa.settings import Settings
+from llm_jepa.reports.results import describe_learning, describe_method, score_names
+from llm_jepa.settings import VOLATILE, Settings, read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -43,19 +41,6 @@ def examples_name(metrics: dict) -> str:
     """The data file of an evaluation and which part of it was used."""
     part = metrics["settings"].get("process_split")
     return data_name(metrics["settings"]["input_file"]) + (f", part {part}" if part else "")
-
-
-def describe_method(s: Settings) -> str:
-    """The method, its main settings and the formulas of its losses."""
-    text = "regular fine-tuning, without the JEPA term"
-    if s.jepa:
-        text = f"LLM-JEPA with λ = {s.lbd:g}, γ = {s.gamma:g}, k = {s.predictors} predictor tokens"
-        text += f", {s.jepa_loss} loss ({JEPA_LOSSES[s.jepa_loss].formula})"
-        text += f", on a fraction {s.jepa_ratio:g} of the examples" if s.jepa_ratio < 1 else ""
-        text += ", on shuffled pairs (a placebo)" if s.shuffle_pairs else ""
-    if name := s.stp_variant:
-        text += f"; Semantic Tube Prediction ({name}: {STP_LOSSES[name].formula}) with weight {s.stp_lbd:g}"
-    return text + (f"; NITP ({NITP_FORMULA}) with weight {s.nitp_lbd:g}" if s.has_nitp else "")
 
 
 def effective_settings(s: Settings) -> list[tuple[str, Any]]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json
-from llm_jepa.run_folder import VOLATILE, origin_of_model
-from llm_jepa.settings import Settings
+from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
+from llm_jepa.run_folder import origin_of_model
+from llm_jepa.settings import VOLATILE, Settings, read_settings
 
 # Settings that may differ between the runs of one arm, and between their evaluations.
 ARM_IGNORES = {"finetune_seed"} | VOLATILE
@@ -65,20 +66,29 @@ def score_names(metrics: dict[str, Any]) -> list[str]:
     return [name for name in names if metrics[name] is not None]
 
 
-def read_settings(settings: dict[str, Any]) -> Settings:
-    """A run's args.json with the defaults of flags that are newer than the run, and --jepa_loss for its old names."""
-    known = {f.name for f in dataclasses.fields(Settings)}
-    s = Settings(**{name: value for name, value in settings.items() if name in known})
-    old = dict.fromkeys(("jepa_l2", "jepa_mse", "infonce"), False)
-    return dataclasses.replace(s, jepa_loss=s.jepa_loss_or_default, **old)
-
-
 def method_name(settings: dict[str, Any]) -> str:
-    """The auxiliary losses: JEPA with the name of its loss unless that is the default, STP, NITP; or regular."""
+    """The auxiliary losses: JEPA with what its pairs have that is not the default, STP, NITP; or regular."""
     loss = settings["jepa_loss"]
-    terms = [] if settings["regular"] else ["JEPA" if loss == "cosine" else f"JEPA {loss}"]
+    jepa = ["JEPA", *[loss] * (loss != "cosine"), *["(shuffled pairs)"] * settings["shuffle_pairs"]]
+    terms = [] if settings["regular"] else [" ".join(jepa)]
     terms += [f"STP {settings['stp']}"] if settings["stp"] else []
     return " + ".join([*terms, *(["NITP"] if settings["nitp"] else [])]) or "regular"
+
+
+def describe_method(s: Settings) -> str:
+    """The method, its main settings and the formulas of its losses."""
+    text = "regular fine-tuning, without the JEPA term"
+    if s.jepa:
+        text = f"LLM-JEPA with λ = {s.lbd:g}, γ = {s.gamma:g}, k = {s.predictors} predictor tokens"
+        text += f", {s.jepa_loss} loss ({JEPA_LOSSES[s.jepa_loss].formula})"
+        text += f", on a fraction {s.jepa_ratio:g} of the examples" if s.jepa_ratio < 1 else ""
+        text += ", on shuffled pairs (a placebo)" if s.shuffle_pairs else ""
+    if name := s.stp_variant:
+        text += f"; Semantic Tube Prediction ({name}: {STP_LOSSES[name].formula})"
+        text += f" with weight {s.stp_lbd:g}, layer {s.stp_layer}"
+    if s.has_nitp:
+        text += f"; NITP ({NITP_FORMULA}) with weight {s.nitp_lbd:g}, layer {s.nitp_layer}"
+    return text
 
 
 def describe_learning(term: str, found: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from llm_jepa.files import write_json, write_text
 from llm_jepa.reports.comparison import Table
 from llm_jepa.reports.plots import Drawn, draw
-from llm_jepa.reports.results import read_settings
 from llm_jepa.reports.stats import (
     LEVEL,
     RESAMPLES,
@@ -24,6 +23,7 @@ from llm_jepa.reports.stats import (
     mean_sd,
     stopping_note,
 )
+from llm_jepa.settings import read_settings
 
 # Columns of the table of what the terms have learned: keys of run.json's `learned`, and of the evaluation's retrieval.
 TRAINING = {"cosine": "cosine", "shuffled": "cosine_shuffled", "retrieval": "retrieval",
@@ -84,11 +84,8 @@ def outcome(table: Table) -> str:
 
 def learned(table: Table) -> str:
     """The part of the headline about what the terms have learned."""
-    rows = [row for row in learning_rows(table)[1:] if row[1] != "–"]
-    at_1 = [f" (test R@1 {row[-3]})" if row[1] == "JEPA" and row[-3] != "–" else "" for row in rows]
-    arms = [row[0] if row[0].startswith(row[1]) else f"{row[1]} of {row[0]}" for row in rows]
-    parts = "; ".join(f"{arm}: {row[2]}{text}" for arm, row, text in zip(arms, rows, at_1, strict=True))
-    return f"; runs whose term has learned: {parts}" if parts else ""
+    parts = [f"{arm}: {term} {share}" for arm, term, share, *_ in learning_rows(table)[1:] if term != "–"]
+    return f"; runs whose term has learned: {'; '.join(parts)}" if parts else ""
 
 
 def learning_rows(table: Table) -> list[list[str]]:

@@ -14,6 +14,7 @@ from llm_jepa.data.examples import Problems, data_sha256
 from llm_jepa.data.rendering import PINNED_DATE, Renderer
 from llm_jepa.distributed import processes
 from llm_jepa.model import not_adapted
+from llm_jepa.reports.results import describe_method
 from llm_jepa.run_folder import complete_checkpoints, origin_of_model, provenance
 from llm_jepa.settings import Settings
 from llm_jepa.training.diagnostics import judge
@@ -43,14 +44,9 @@ def start_block(s: Settings, model: Any, renderer: Renderer, train_set: SegmentD
     parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     row = first_example(renderer, train_set)
     examples = "a stream" if s.streaming else f"{len(train_set)} examples"
-    method = f"JEPA, λ {s.lbd:g}, γ {s.gamma:g}, k {s.predictors}, {s.jepa_loss}" if s.jepa else "regular"
-    method += ", shuffled pairs" if s.jepa and s.shuffle_pairs else ""
-    method += f" + NITP, weight {s.nitp_lbd:g}, layer {s.nitp_layer}" if s.has_nitp else ""
-    method += f" + STP {s.stp_variant}, weight {s.stp_lbd:g}" if s.stp_variant else ""
-    method += f", layer {s.stp_layer}" if s.stp_variant and s.stp_layer != -1 else ""
     lines = [
         f"model    {s.model_name}, {parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained",
-        f"method   {method}; labels: {s.lm_labels}; layout: {s.layout}",
+        f"method   {describe_method(s)}; labels: {s.lm_labels}; layout: {s.layout}",
         f"data     {examples}, {held_out} held out",
         f"chat     {row['chat']!r}",
         f"labels   {row['label_text']!r}",

@@ -80,11 +80,12 @@ def attention_formula(names: list[str], query: str, key: str, value: str) -> Cal
 
 
 def flop_share(
-    dataset: SegmentDataset, sampler: MicroBatches, loss: Callable[[list[Item]], torch.Tensor], jepa_ratio: float
-) -> float:
-    """FLOPs of regular fine-tuning divided by those with views, counted on micro-batches of training.
+    dataset: SegmentDataset, sampler: MicroBatches, losses: tuple[Callable[[list[Item]], torch.Tensor], ...],
+    jepa_ratio: float,
+) -> float:  # fmt: skip
+    """FLOPs of regular fine-tuning divided by those with auxiliary losses, counted on micro-batches of training.
 
-    `loss(items)` is the loss of a micro-batch whose backward pass is counted too.
+    `losses`: of regular fine-tuning and with auxiliary losses, from a micro-batch, whose backward pass is counted too.
     """
     spent = [0, 0]
     count = 8 if jepa_ratio == 1 else 32  # which views are dropped is random
@@ -92,8 +93,8 @@ def flop_share(
         sampler.epoch = epoch
         for key in itertools.islice(sampler, count):
             items = dataset[key]
-            for views in (False, True):
+            for i, micro_batch in enumerate(([(item[0].without_view,) for item in items], items)):
                 with FlopCounter() as counter:
-                    loss(items if views else [(item[0].without_view,) for item in items]).backward()
-                spent[views] += counter.get_total_flops()
-    return spent[False] / spent[True]
+                    losses[i](micro_batch).backward()
+                spent[i] += counter.get_total_flops()
+    return spent[0] / spent[1]

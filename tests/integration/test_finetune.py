@@ -435,13 +435,18 @@ def test_held_out_loss_is_that_of_one_batch_without_dropout_and_warmup(data, tra
 
 @pytest.mark.parametrize(
     ("flags", "regular"),
-    [((), ()), (("--layout", "separate", "--jepa_ratio", 0.4), ("--layout", "separate"))],
-    ids=["packed", "separate-dropout"],
+    [
+        ((), ()),
+        (("--layout", "separate", "--jepa_ratio", 0.4), ("--layout", "separate")),
+        (("--nitp", "--stp", "patch"), ()),
+        (("--sigreg", 0.05, "--batch_size", 2, "--grad_accum", 2), ("--batch_size", 2, "--grad_accum", 2)),
+    ],
+    ids=["packed", "separate-dropout", "nitp-stp", "sigreg"],
 )
 def test_same_flop_spends_the_flops_of_regular_fine_tuning(trained, flags, regular):
     common = ("--batch_size", 4, "--grad_accum", 1, "--num_epochs", 6, "--track_flop")
-    one, same = (trained(*JEPA, *flags, *common, *more) for more in ((), ("--same_flop",)))
-    flops = [column(run, "flops")[-1] for run in (one, same, trained("--regular", *regular, *common))]
+    one, same = (trained(*JEPA, *common, *flags, *more) for more in ((), ("--same_flop",)))
+    flops = [column(run, "flops")[-1] for run in (one, same, trained("--regular", *common, *regular))]
     assert flops[0] > 1.15 * flops[2] and flops[1] == pytest.approx(flops[2], rel=0.08)
     assert read_json(same / "run.json")["steps"] == len(metrics(same)) < len(metrics(one)) == 36
 

@@ -205,7 +205,7 @@ def test_labels_have_the_loss_the_placebo_and_nitp(tmp_path, report):
     arms = [REGULAR, REGULAR | {"nitp": True}, JEPA, clip, clip | {"shuffle_pairs": True}, clip | {"nitp": True}]
     runs = [run for i, arm in enumerate(arms) for run in synthetic_arm(tmp_path, f"a{i}", arm, {82: 90.0})]
     assert list(report(runs)[1]["synth"]["arms"]) == [
-        "regular", "NITP", "JEPA λ=1, k=1", "JEPA clip λ=1, k=1", "JEPA clip λ=1, k=1, shuffled pairs",
+        "regular", "NITP", "JEPA λ=1, k=1", "JEPA clip λ=1, k=1", "JEPA clip (shuffled pairs) λ=1, k=1",
         "JEPA clip + NITP λ=1, k=1",
     ]  # fmt: skip
 
@@ -231,7 +231,7 @@ def test_an_arm_is_compared_with_its_own_placebo_without_correction(tmp_path, re
     runs += synthetic_arm(tmp_path, "placebo", clip | {"shuffle_pairs": True}, EXACT)
     synth = report(runs)[1]["synth"]
     (placebo,) = synth["placebos"]
-    assert (placebo["arm"], placebo["reference"]) == ("JEPA clip λ=1, k=1", "JEPA clip λ=1, k=1, shuffled pairs")
+    assert (placebo["arm"], placebo["reference"]) == ("JEPA clip λ=1, k=1", "JEPA clip (shuffled pairs) λ=1, k=1")
     assert placebo["mean"] == pytest.approx(0.75) and placebo["interval"] == pytest.approx([-1.26, 2.76], abs=0.005)
     assert (placebo["family"], placebo["p_two_sided"]) == (0, None)
     assert {c["family"] for c in synth["comparisons"] if c["score"] == "exact"} == {3}

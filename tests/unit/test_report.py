@@ -174,6 +174,8 @@ def test_line_prints_one_run(tmp_path, capsys):
     assert main(["--line", run]) == 0
     expected = "synth  JEPA  seed 82  exact 57.29 %  startswith 90.00 %  stop_rate 100.00 %  train 145.00 s\n"
     assert capsys.readouterr().out == expected
+    change(run, "args.json", shuffle_pairs=True)  # a placebo has another line
+    assert main(["--line", run]) == 0 and capsys.readouterr().out.startswith("synth  JEPA (shuffled pairs)  seed 82")
     change(run, METRICS, failures={"timeout": 3, "states": 1}, notes=["a note of evaluate.py"])
     for flags in (["--line"], []):
         assert main([*flags, run]) == 0

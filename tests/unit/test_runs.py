@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json, sha256, write_json
 from llm_jepa.run_folder import CHECKPOINT_MARK, RunFolder, complete_checkpoints, launch_id, mark_checkpoint, provenance
+from llm_jepa.settings import Settings
 from llm_jepa.training.process import write_errors
 
 
@@ -142,3 +144,41 @@ def test_run_folder_is_locked_until_closed(tmp_path):
     with waiting:
         fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a file that is gone: keeps nobody out
         RunFolder(str(run), {}).start(False, record)
+
+
+def unfinished_run(folder: Path, **settings: object) -> dict:
+    """Writes the files of an interrupted run of two processes; returns its settings."""
+    folder.mkdir()
+    settings = dataclasses.asdict(Settings(jepa_loss="cosine", batch_size=4, grad_accum=2)) | settings
+    write_json(folder / "args.json", settings)
+    write_json(folder / "run.json", {"status": "interrupted", "processes": 2})
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("flag", "loss"), [("jepa_l2", "l2"), ("jepa_mse", "mse"), ("infonce", "infonce"), (None, "cosine")]
+)
+def test_run_with_the_old_name_of_its_loss_is_resumed(tmp_path, monkeypatch, flag, loss):
+    monkeypatch.setattr("llm_jepa.run_folder.processes", lambda: 2)
+    settings = unfinished_run(tmp_path / "run", **({flag: True} if flag else {}))
+    write_json(tmp_path / "run/args.json", {k: v for k, v in settings.items() if k not in ("jepa_loss", "temperature")})
+    now = settings | {"jepa_loss": loss, "jepa_l2": False, "jepa_mse": False, "infonce": False}
+    RunFolder(str(tmp_path / "run"), now).check(resume=True, overwrite=False)
+    with pytest.raises(UsageError, match="--jepa_loss"):
+        RunFolder(str(tmp_path / "run"), now | {"jepa_loss": "vicreg"}).check(resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize(("loss", "processes", "batch_size", "grad_accum", "mentioned"), [
+    ("cosine", 4, 4, 1, None), ("clip", 4, 2, 2, None), ("clip", 4, 4, 1, "--batch_size 2 --grad_accum 2"),
+    ("vicreg", 1, 4, 4, "--batch_size 8 --grad_accum 2"), ("cosine", 4, 4, 2, "--batch_size"),
+])  # fmt: skip
+def test_another_number_of_processes_keeps_the_step_and_the_negatives(
+    tmp_path, monkeypatch, loss, processes, batch_size, grad_accum, mentioned
+):
+    settings = unfinished_run(tmp_path / "run", jepa_loss=loss) | {"batch_size": batch_size, "grad_accum": grad_accum}
+    monkeypatch.setattr("llm_jepa.run_folder.processes", lambda: processes)
+    if mentioned is None:
+        RunFolder(str(tmp_path / "run"), settings).check(resume=True, overwrite=False)
+    else:
+        with pytest.raises(UsageError, match=mentioned):
+            RunFolder(str(tmp_path / "run"), settings).check(resume=True, overwrite=False)

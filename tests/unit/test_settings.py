@@ -86,6 +86,8 @@ def test_label_flags_of_the_reference_implementation_are_scopes(flags, scope):
         "--streaming --max_steps 5 --eval_file e --text_field a --code_field b --system s",
         "--val_fraction 0.1 --eval_strategy steps --stp patch --stp_warmup 0.1 --plain --train_all --keep_checkpoints",
         "--tokens_per_batch 9",
+        "--jepa_loss clip --batch_size 1 --negatives_queue 512 --gradient_stats 10",
+        "--regular --torch_compile --gradient_stats 0",
     ],
 )
 def test_settings_of_a_run_folder_are_those_of_its_command(flags, tmp_path):
@@ -107,6 +109,7 @@ REFUSED = {
     "--jepa_loss clip --infonce": "--jepa_loss --infonce",
     "--jepa_loss vicreg --batch_size 1": "--jepa_loss --batch_size",
     "--center --batch_size 1": "--center --batch_size",
+    "--center --jepa_loss clip --negatives_queue 9 --batch_size 1": "--center --batch_size",
     "--shuffle_pairs --batch_size 1": "--shuffle_pairs --batch_size",
     "--temperature 0.1": "--temperature --jepa_loss",
     "--negatives_queue 9 --jepa_loss vicreg": "--negatives_queue --jepa_loss",
@@ -119,6 +122,9 @@ REFUSED = {
     "--nitp --nitp_lbd -1": "--nitp_lbd",
     "--gamma 0 --lbd 0 --nitp --nitp_lbd 0": "--gamma",
     "--gradient_stats -1": "",
+    "--gradient_stats 10 --torch_compile": "--gradient_stats --torch_compile",
+    "--gradient_stats 10 --track_flop": "--gradient_stats --track_flop",
+    "--gradient_stats 10 --regular": "",
     "--predictors 11": "",
     "--predictors -1": "",
     "--front_pred": "--front_pred --predictors",

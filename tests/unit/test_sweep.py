@@ -77,6 +77,12 @@ def test_command_picks_among_run_folders(cell, tmp_path, capsys):
         assert mentioned in capsys.readouterr().err
 
 
+def test_an_auxiliary_loss_without_views_is_no_regular_arm(cell, tmp_path):
+    runs = [cell(70.0, arm=REGULAR), cell(80.0, arm=REGULAR | {"stp": "geodesic", "stp_lbd": 0.02})]
+    assert sweep.pick("regular", runs, tmp_path / "sweep.json") == str(runs[0].parents[1])
+    assert sweep.pick("stp", runs, tmp_path / "sweep.json") == str(runs[1].parents[1])
+
+
 @pytest.mark.parametrize("other", [{"split": "train"}, {"split_seed": 43}, {"num_epochs": 3}])
 def test_cells_of_other_examples_or_settings_are_refused(cell, tmp_path, other):
     with pytest.raises(UsageError, match="run-1"):
