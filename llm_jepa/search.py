@@ -27,8 +27,6 @@ from llm_jepa.data.examples import Example, ExampleError, Problems, read_example
 from llm_jepa.files import READ_ERRORS, jsonl_lines, read_error, write_bytes
 from llm_jepa.run_folder import run_settings
 
-# What needs torch is imported where it is used: after the flags are accepted.
-
 
 def note(text: str) -> None:
     """Prints a line on stderr."""
@@ -37,14 +35,14 @@ def note(text: str) -> None:
 
 def entries(lines: Iterable[tuple[int, bytes]], place: str, system: str | None) -> Iterator[Example]:
     """Lines of text as examples, both of whose views are the line. Raises ExampleError naming the line."""
-    number = 0
+    where = place
     try:
         for number, line in lines:
+            where = f"{place}:{number}"
             text = line.decode().rstrip("\r\n")
             if text.strip():
-                yield Example(system, text, text, f"{place}:{number}", number)
+                yield Example(system, text, text, where, number)
     except (*READ_ERRORS, UnicodeDecodeError) as error:
-        where = f"{place}:{number}" if number else place
         raise ExampleError(f"{where}: cannot be read ({read_error(error)})") from None
 
 
@@ -63,9 +61,8 @@ def read_index(path: Path, identity: dict[str, str]) -> Any:
 
 def search(run: str, corpus: str, question: str | None, side: str, top: int, index: Path | None) -> None:
     """Prints the `top` entries of the corpus that are nearest to each question. Raises UsageError for bad input."""
-    import torch.nn.functional as F
+    import torch  # here, so that wrong flags are reported at once
     from safetensors.torch import save
-    from transformers.utils import logging
 
     from llm_jepa.evaluation.embeddings import embed_batches, encode_views, in_order
     from llm_jepa.evaluation.model import layer_states, load, weight_files
@@ -76,9 +73,6 @@ def search(run: str, corpus: str, question: str | None, side: str, top: int, ind
         pairs = encode_views(model, encoder, [dataclasses.replace(e, **unread) for e in examples], Problems())[1]
         return [pair[kind == "code"] for pair in pairs]
 
-    if top < 1 or (question is not None and not question.strip()):
-        raise UsageError(f"--top {top} is less than 1" if top < 1 else "the question is empty")
-    logging.disable_progress_bar()
     record, trained = run_settings(run) or ({}, {})
     system, texts = record.get("system_turn"), Path(corpus.removesuffix(".gz")).suffix != ".jsonl"
     examples = list(entries(jsonl_lines(corpus), corpus, system)) if texts else read_examples(corpus, Problems())
@@ -92,8 +86,7 @@ def search(run: str, corpus: str, question: str | None, side: str, top: int, ind
     tokens = json.dumps([(view.kind, view.view, view.ids.tolist()) for view in views])
     identity = {"weights": json.dumps(weight_files(run)), "views": hashlib.sha256(tokens.encode()).hexdigest()}
     if not index and (Path(run) / "run.json").is_file():
-        place = hashlib.sha256(str(Path(corpus).resolve()).encode()).hexdigest()[:8]  # of files of the same name
-        index = Path(run) / "index" / f"{Path(corpus).name}.{side}.{place}.safetensors"
+        index = Path(run) / "index" / f"{Path(corpus).name}.{side}.safetensors"
     with layer_states(model, encoder.renderer.tokenizer.pad_token_id, -1) as read:
         vectors = read_index(index, identity) if index and index.exists() else None
         if vectors is None:
@@ -103,10 +96,9 @@ def search(run: str, corpus: str, question: str | None, side: str, top: int, ind
                 write_bytes(index, save({"vectors": vectors}, identity))
                 note(f"{index}: written")
         lines = sys.stdin.buffer if question is None else [question.encode(errors="surrogateescape")]
-        units, place = F.normalize(vectors, dim=-1), "stdin" if question is None else "the question"  # (N, D)
-        for asked in entries(enumerate(lines, start=1), place, system):
+        for asked in entries(enumerate(lines, start=1), "stdin" if question is None else "the question", system):
             query = in_order(embed_batches(encode([asked], "text" if side == "code" else "code"), read, show=False))
-            cosines = units @ F.normalize(query, dim=-1)[0]  # (1, D) → (N,)
+            cosines = torch.cosine_similarity(vectors, query)  # (N, D), (1, D) → (N,)
             if question is None:
                 print(asked.user)
             for i in cosines.argsort(descending=True, stable=True)[:top].tolist():

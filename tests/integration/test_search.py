@@ -203,8 +203,6 @@ BAD = {
     "long entry": (lambda run: (run, "--corpus", "long.txt", "q"), "long.txt:2"),
     "long question": (lambda run: (run, "--corpus", "DATA", "a " * 3000), "the question"),
     "special token": (lambda run: (run, "--corpus", "DATA", "what is <|eot_id|>"), "<|eot_id|>"),
-    "empty question": (lambda run: (run, "--corpus", "DATA", " "), "question"),
-    "top": (lambda run: (run, "--corpus", "DATA", "--top", 0, "q"), "--top 0"),
     "no corpus": (lambda run: (run, "q"), "--corpus"),
 }
 
