@@ -61,7 +61,7 @@ def encode(
 
 
 def with_weights(identity: dict[str, Any], name: str) -> dict[str, Any]:
-    """The identity of an evaluation with a model's name and files."""
+    """An evaluation's settings and checksums with `model`: its name and `weight_files`."""
     return identity | {"model": {"name": name, "weights": weight_files(name)}}
 
 
