@@ -35,7 +35,7 @@ from llm_jepa.data.examples import Example, Problems, data_sha256, dataset_name,
 from llm_jepa.data.segments import Encoder
 from llm_jepa.evaluation import generation, predictions, vllm_engine
 from llm_jepa.evaluation.generation import Generation
-from llm_jepa.evaluation.model import label_logits, layer_states, load
+from llm_jepa.evaluation.model import label_logits, layer_states, load, weight_files
 from llm_jepa.evaluation.predictions import Predictions
 from llm_jepa.evaluation.scores import retrieval_table, score_table, scored_row, summarize
 from llm_jepa.files import folder_sha256, sha256, write_json
@@ -46,7 +46,7 @@ from llm_jepa.training.process import run_script, write_errors
 
 HERE = Path(__file__).resolve().parent
 MIN_GOLD_SCORE = 0.9  # of the data's own answers; published datasets contain a few wrong answers
-TOKENS_PER_BATCH = 2048  # of views, which are embedded after generating, without --tokens_per_batch
+TOKENS_PER_BATCH = 2048  # of views, which are embedded before generating, without --tokens_per_batch
 
 # ------------------------------------------------------------------------------------------------------- generate
 
@@ -61,10 +61,8 @@ def encode(
 
 
 def with_weights(identity: dict[str, Any], name: str) -> dict[str, Any]:
-    """The identity of an evaluation with a model's name and files."""
-    weights = [p for p in Path(name).glob("*") if p.suffix in (".safetensors", ".bin")]
-    changed = sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights)
-    return identity | {"model": {"name": name, "weights": changed}}
+    """An evaluation's settings and checksums with `model`: its name and `weight_files`."""
+    return identity | {"model": {"name": name, "weights": weight_files(name)}}
 
 
 def add_notes(record: dict[str, Any], notes: list[str]) -> None:
@@ -113,9 +111,8 @@ def predict(
             for batch in responses(done, share):
                 yield [scored_row(example, found, score) for example, found in batch]
 
-        found = predictions.collect(path, with_weights(identity, name), s.overwrite, len(examples), rows)
-    add_retrieval(model, encoder, examples, s, record)
-    return found
+        add_retrieval(model, encoder, examples, s, record)  # before generating, so that an error loses nothing
+        return predictions.collect(path, with_weights(identity, name), s.overwrite, len(examples), rows)
 
 
 def add_retrieval(
@@ -123,28 +120,25 @@ def add_retrieval(
 ) -> None:
     """Adds `retrieval` to the main process's record: see `embeddings.retrieval`. The processes share the views.
 
-    If the views cannot be embedded, a note says why.
+    A note says why if the model has none, or the views cannot be embedded.
     """
     from llm_jepa.evaluation import embeddings
 
-    state = PartialState()
+    state, parts = PartialState(), []
     sizes = {"tokens_per_batch": s.tokens_per_batch or TOKENS_PER_BATCH}
     try:
-        if s.engine == "vllm":
-            raise UsageError("--engine vllm returns no hidden states")
-        if TASKS[s.task].choices:
-            raise UsageError(f"task {s.task} only compares likelihoods")
-        _, views = embeddings.encode_views(model, encoder, examples, Problems(s.skip_bad_examples))
-        with layer_states(model, encoder.renderer.tokenizer.pad_token_id, -1) as read:
+        with agreed():
+            if s.engine == "vllm" or TASKS[s.task].choices:
+                raise UsageError(f"--task {s.task} with --engine {s.engine} gives no hidden states of the views")
+            views = embeddings.encode_views(model, encoder, examples, Problems(s.skip_bad_examples))[1]
             share = (state.process_index, state.num_processes)
-            parts = list(embeddings.embed_batches(embeddings.by_side(views), read, share=share, **sizes))
-    except Exception as error:  # whatever it is, the scores must not be lost
-        parts = [first_line(error)]
+            with layer_states(model, encoder.renderer.tokenizer.pad_token_id, -1) as read:
+                parts = list(embeddings.embed_batches(embeddings.by_side(views), read, share=share, **sizes))
+    except UsageError as error:
+        add_notes(record, [f"no retrieval: {first_line(error)}"])
+        return
     parts = gather_object(parts)
-    reasons = [part for part in parts if isinstance(part, str)]
-    if reasons:
-        add_notes(record, [f"no retrieval: {reasons[0]}"])
-    elif state.is_main_process:
+    if state.is_main_process:
         text, code = embeddings.in_order(parts).double().chunk(2)
         record["retrieval"] = embeddings.retrieval(text.numpy(), code.numpy())
 
@@ -254,14 +248,14 @@ def evaluate_embeddings(
         if path:
             predictions.check_place(path)
     model, encoder = load(s.model_name, s)
-    examples, _ = embeddings.encode_views(model, encoder, examples, problems)
+    examples, views = embeddings.encode_views(model, encoder, examples, problems)
     if drawing:  # raises before anything is computed
         embeddings.t_sne_groups(s.t_sne_type, *torch.empty(2, len(examples), 1), examples)
     report_skipped(problems, record)
     sizes = {"batch_size": s.batch_size, "tokens_per_batch": s.tokens_per_batch}
     pad_id = encoder.renderer.tokenizer.pad_token_id
     with layer_states(model, pad_id, s.embedding_layer) as read:
-        text, code = embeddings.embed(model, encoder, examples, read, pooling=s.embedding_pooling, **sizes)
+        text, code = embeddings.embed(views, read, pooling=s.embedding_pooling, **sizes)  # (P, D) each
     origin = {"model": s.model_name, "layer": s.embedding_layer, "pooling": s.embedding_pooling}
     if vectors:
         ids = [example.id for example in examples]

@@ -19,7 +19,7 @@ from finetune import fine_tune  # noqa: E402
 from llm_jepa.data.examples import Problems, read_examples  # noqa: E402
 from llm_jepa.data.rendering import Renderer  # noqa: E402
 from llm_jepa.data.segments import Encoder  # noqa: E402
-from llm_jepa.evaluation.embeddings import embed, similarity  # noqa: E402
+from llm_jepa.evaluation.embeddings import embed, encode_views, similarity  # noqa: E402
 from llm_jepa.evaluation.generation import generate  # noqa: E402
 from llm_jepa.evaluation.model import layer_states  # noqa: E402
 from llm_jepa.evaluation.scores import scored_row, summarize  # noqa: E402
@@ -69,8 +69,9 @@ def main(
     renderer = Renderer(tokenizer, predictors=settings.predictors)  # views are rendered as in training
     test = read_examples(str(TEST), Problems())[:examples]
     scores = evaluate(model, renderer, test, "synth", max_new_tokens)
+    _, views = encode_views(model, Encoder(renderer), test, Problems())
     with layer_states(model, tokenizer.pad_token_id, -1) as read:  # of the last layer, as in training
-        text, code = embed(model, Encoder(renderer), test, read, batch_size=64)  # (P, D) each
+        text, code = embed(views, read, batch_size=64)  # (P, D) each
     return scores, similarity(text, code, seed=42)
 
 

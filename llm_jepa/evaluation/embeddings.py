@@ -1,7 +1,8 @@
 """Embeddings of an example's two views.
 
-`embed` reads them at the same tokens as training, `similarity` measures them (paper section 4.2 and Table 14), `export`
-writes them and `t_sne` draws them. Letters: P pairs, R rows of a batch, T tokens in a row, D hidden size.
+`encode_views` renders them, `embed` reads them at the same tokens as training, `similarity` measures them (paper
+section 4.2 and Table 14), `export` writes them and `t_sne` draws them.
+Letters: P pairs, R rows of a batch, T tokens in a row, D hidden size.
 """
 
 from __future__ import annotations
@@ -68,10 +69,14 @@ def embed_batches(
     segments: list[Segment], read: Callable[[list[Segment]], torch.Tensor], batch_size: int = 1,
     pooling: str = "last", *, tokens_per_batch: int = 0, share: tuple[int, int] = (0, 1), show: bool = True,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:  # fmt: skip
-    """(indices of segments, their embeddings (R, D), float32 on the CPU) batch by batch, with the arguments of `embed`.
+    """(indices of segments, their embeddings (R, D), float32 on the CPU) batch by batch; see `generation.batches`.
 
-    `share` (n, N) selects the batches n, n + N, n + 2N …; `show`: whether to show progress, if n is 0. Raises
-    UsageError for embeddings that overflow.
+    `read(segments)` returns the hidden states (R, T, D) of a layer, with one segment per row. Pooling `last` reads the
+    view token, as the JEPA loss does; `mean` averages over all tokens of the view, including those of template and
+    predictors; `cls` is the first token, which in a causal model does not depend on the view. `share` (n, N) selects
+    the batches n, n + N, n + 2N …; `show`: whether to show progress, if n is 0.
+
+    Raises UsageError for embeddings that overflow.
     """
     lengths, views = [len(s.ids) for s in segments], [s.view for s in segments]
     chosen = itertools.islice(batches(lengths, batch_size, tokens_per_batch), share[0], None, share[1])
@@ -94,22 +99,10 @@ def in_order(parts: Iterable[tuple[list[int], torch.Tensor]]) -> torch.Tensor:
 
 
 def embed(
-    model: Any, encoder: Encoder, examples: list[Example], read: Callable[[list[Segment]], torch.Tensor],
-    batch_size: int, pooling: str = "last", *, tokens_per_batch: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Embeddings (P, D) of the Text and the Code views, float32 on the CPU, in the order of the examples.
-
-    `encoder` has the flags of training; batches are those of `generation.batches`. `read(segments)` returns the hidden
-    states (R, T, D) of a layer, with one segment per row. Pooling `last` reads the view token, as the JEPA loss does;
-    `mean` averages over all tokens of the view, including those of template and predictors; `cls` is the first token,
-    which in a causal model does not depend on the view. Puts the model in evaluation mode.
-
-    Raises ExampleError for a view that cannot be encoded, UsageError for embeddings that overflow.
-    """
-    segments = by_side(encode_views(model, encoder, examples, Problems())[1])
-    model.eval()
-    parts = embed_batches(segments, read, batch_size, pooling, tokens_per_batch=tokens_per_batch)
-    return tuple(in_order(parts).chunk(2))
+    views: list[tuple[Segment, Segment]], read: Callable[[list[Segment]], torch.Tensor], batch_size: int, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (P, D) of the Text and the Code views of `encode_views`, with the options of `embed_batches`."""
+    return in_order(embed_batches(by_side(views), read, batch_size, **options)).chunk(2)
 
 
 def by_side(pairs: list[tuple[Segment, Segment]]) -> list[Segment]:

@@ -71,6 +71,15 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
     return (model if options["device_map"] else model.to(device)).eval(), encoder
 
 
+def weight_files(name: str) -> list[list[Any]]:
+    """[name, size in bytes, time of the last change in ns] of the files of a model folder's weights; [] of a hub name.
+
+    They tell whether the model is still the same, without reading it.
+    """
+    files = [p for p in Path(name).glob("*model*") if p.suffix in (".safetensors", ".bin")]
+    return sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files)
+
+
 @contextlib.contextmanager
 def label_logits(model: Any, pad_id: int) -> Iterator[Callable[[list[Item]], torch.Tensor]]:
     """A function of items: the logits (N, V) at their labels."""

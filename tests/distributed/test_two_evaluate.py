@@ -46,12 +46,16 @@ def lines(path: Path) -> list[dict]:
 
 
 def same_results(folder: Path, other: Path) -> bool:
-    """Whether two folders have the same files; in metrics.json, command, place and processes may differ."""
+    """Whether two folders have the same files; in metrics.json, command, place, processes and code may differ.
+
+    The code differs if files of the repository are edited or committed while the tests run.
+    """
+    own = ("argv", "processes", "threads", "git_commit", "git_dirty", "code_sha256")
 
     def metrics(path: Path) -> dict:
         found = json.loads((path / "metrics.json").read_text())
         found["settings"].pop("output_file")
-        return {name: value for name, value in found.items() if name not in ("argv", "processes", "threads")}
+        return {name: value for name, value in found.items() if name not in own}
 
     files = [sorted(str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()) for f in (folder, other)]
     rows = [name for name in files[0] if name.endswith(".jsonl")]

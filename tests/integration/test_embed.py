@@ -19,7 +19,7 @@ from sklearn.manifold import TSNE
 import evaluate
 import finetune
 from llm_jepa.cli import UsageError
-from llm_jepa.data.examples import Example, ExampleError
+from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder
 from llm_jepa.evaluation import embeddings
@@ -65,8 +65,9 @@ def encoder_of(name: str, last_token: int | None = None, text_view: str = "alone
 
 def embed(model, encoder: Encoder, examples: list, batch_size: int, layer: int = -1, pooling: str = "last", **more):
     """As evaluate.py embeds."""
+    views = embeddings.encode_views(model, encoder, examples, Problems())[1]
     with evaluate.layer_states(model, encoder.renderer.tokenizer.pad_token_id, layer) as read:
-        return embeddings.embed(model, encoder, examples, read, batch_size, pooling, **more)
+        return embeddings.embed(views, read, batch_size, pooling=pooling, **more)
 
 
 @torch.no_grad()
@@ -132,8 +133,8 @@ def test_adapter_is_part_of_the_model_without_its_dropout():
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # which starts at zero
             parameter.data = torch.randn(parameter.shape, generator=draw) / 5
-    views = embed(model.train(), encoder, EXAMPLES, 4)
-    close(views, training_reads(model.eval(), encoder))
+    views = embed(model.eval(), encoder, EXAMPLES, 4)
+    close(views, training_reads(model, encoder))
     with model.disable_adapter():
         assert not torch.allclose(views[0], embed(model, encoder, EXAMPLES, 4)[0], atol=1e-2)
     close(views, embed(model.merge_and_unload(), encoder, EXAMPLES, 4), tolerance=1e-4)

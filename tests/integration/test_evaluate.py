@@ -269,13 +269,14 @@ def test_retrieval_is_that_of_the_views_as_training_reads_them(flags, data, tmp_
     assert shown[0][3:] == [f"{100 * value:.2f}" for value in found["text_to_code"].values()]
 
 
-@pytest.mark.parametrize("why", ["long view", "error", "choices", "vllm"])
+@pytest.mark.parametrize("why", ["long view", "overflow", "choices", "vllm"])
 def test_scores_without_retrieval_have_a_note_that_says_why(why, model, data, tmp_path, monkeypatch):
     rows = lines(data)[:4]
     if why == "long view":
         rows[2]["code"] = [{"role": "assistant", "content": "[0-9] " * 3000}]
-    if why == "error":
-        monkeypatch.setattr(embeddings, "embed_batches", lambda *a, **k: 1 / 0)
+    if why == "overflow":
+        nan = lambda hidden, mask, view_at: hidden[:, 0] * torch.nan  # noqa: E731
+        monkeypatch.setitem(embeddings.POOLINGS, "last", nan)
     if why == "vllm":
         record = {"notes": []}
         evaluate.add_retrieval(None, None, [], EvaluationSettings(engine="vllm"), record)
@@ -284,14 +285,20 @@ def test_scores_without_retrieval_have_a_note_that_says_why(why, model, data, tm
     file = write_rows(tmp_path / f"{'hellaswag' if why == 'choices' else 'synth'}_test.jsonl", rows)
     flags = ("--model_name", model, "--input_file", file, "--output_file", tmp_path / "p.jsonl")
     done = call("evaluate", *flags)
-    (note,), place = metrics_of(tmp_path)["notes"], {"long view": f"{file}:3:", "error": "zero", "choices": "hellaswag"}
-    assert done.code == 0 and place[why] in note and note in done.err
-    assert (
-        "retrieval" not in metrics_of(tmp_path) and metrics_of(tmp_path)["n"] == len(lines(tmp_path / "p.jsonl")) == 4
-    )
+    place = {"long view": f"{file}:3:", "overflow": "float32", "choices": "hellaswag"}[why]
+    metrics = metrics_of(tmp_path)
+    assert done.code == 0 and place in metrics["notes"][0] and metrics["notes"][0] in done.err
+    assert "retrieval" not in metrics and metrics["n"] == len(lines(tmp_path / "p.jsonl")) == 4
     if why == "long view":
         assert call("evaluate", *flags, "--skip_bad_examples", "--overwrite").code == 0
         assert (metrics_of(tmp_path)["n"], metrics_of(tmp_path)["retrieval"]["n"]) == (4, 3)
+
+
+def test_bug_in_retrieval_ends_the_evaluation_before_it_generates(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(embeddings, "embed_batches", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(model, data, tmp_path / "p.jsonl")
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------ resume, overwrite

@@ -102,7 +102,8 @@ def test_dropped_pairs_have_neither_view_nor_predictors():
 def test_embeddings_are_the_views_that_training_reads():
     model, _, tokenizer = loaded("llama3")
     with evaluate.layer_states(model, tokenizer.pad_token_id, -1) as states:
-        text, code = embeddings.embed(model, encoder("llama3", 2), EXAMPLES, states, batch_size=4)
+        views = embeddings.encode_views(model, encoder("llama3", 2), EXAMPLES, Problems())[1]
+        text, code = embeddings.embed(views, states, batch_size=4)
     views = read("llama3", encoder("llama3", 2)(EXAMPLES)).views
     torch.testing.assert_close(torch.stack([text, code]), views, rtol=1e-5, atol=1e-5)
 
