@@ -91,8 +91,8 @@ REPORT = """
 import os
 from llm_jepa.training import pairs
 call = pairs.Contrast.__call__
-def reported(self, views, ids, *, keep):
-    others = call(self, views, ids, keep=keep)
+def reported(self, views, ids, *, training):
+    others = call(self, views, ids, training=training)
     queue = self.queue.get("ids")
     queue = sorted(queue[0].tolist()) if queue is not None else []
     rank, total, queue = os.environ.get("RANK", 0), others.views.shape[1], hash(tuple(queue))

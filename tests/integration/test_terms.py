@@ -84,7 +84,7 @@ def vicreg(r: Read) -> torch.Tensor:
     loss = F.mse_loss(text, code)
     for x in (text, code):
         covariance = torch.cov(x.T)
-        loss = loss + F.relu(1 - (covariance.diag() + 1e-4).sqrt()).mean()
+        loss = loss + F.relu(1 - (covariance.diag() + 1e-4).sqrt()).mean() / 2
         loss = loss + 0.04 * (covariance - covariance.diag().diag()).square().sum() / len(covariance)
     return loss * len(text) / 8
 
@@ -98,10 +98,10 @@ def sigreg(r: Read) -> torch.Tensor:
     """With --sigreg 0.3."""
     points = r.project("sigreg", r.views())
     drawn = torch.randn(points.shape[2], 256, generator=torch.Generator().manual_seed(0))  # of step 0
-    t = torch.linspace(0, 3, 17)
-    angles = t[:, None, None, None] * (points @ F.normalize(drawn, dim=0))  # (17, 2, P, 256)
+    t = torch.linspace(-3, 3, 33)
+    angles = t[:, None, None, None] * (points @ F.normalize(drawn, dim=0))  # (33, 2, P, 256)
     normal = torch.exp(-(t**2) / 2)[:, None, None]
-    heights = normal * ((angles.cos().mean(dim=2) - normal) ** 2 + angles.sin().mean(dim=2) ** 2)  # (17, 2, 256)
+    heights = normal * ((angles.cos().mean(dim=2) - normal) ** 2 + angles.sin().mean(dim=2) ** 2)  # (33, 2, 256)
     n = points.shape[1]
     return 0.7 * cosine(points) + 0.3 * n * torch.trapezoid(heights, t, dim=0).mean() * n / 8
 
