@@ -287,6 +287,37 @@ def test_gradient_checkpointing_and_measuring_change_nothing(trained, flags):
     assert column(checkpointed, f"{name}_grad_ratio") == pytest.approx(ratios, rel=1e-3)
 
 
+def test_gradients_are_compared_only_where_both_losses_have_one(trained):
+    """If the step has no pair, in a later step."""
+    few = ("--jepa_ratio", 0.3, "--batch_size", 1, "--grad_accum", 4, "--max_steps", 14)
+    for every in (1, 5):
+        run, due, expected = trained(*JEPA, *few, "--gradient_stats", every), False, []
+        for line in metrics(run):
+            due |= (line["step"] - 1) % every == 0
+            if due and line["pairs"]:
+                due = False
+                expected.append(line["step"])
+        measured = {line["step"]: line["jepa_grad_ratio"] for line in metrics(run, "jepa_grad_ratio")}
+        assert [*measured] == expected and min(measured.values()) > 0 and 0 in column(run, "pairs")
+        assert any((step - 1) % every for step in expected) == (every > 1)
+    assert not column(trained(*JEPA, "--gamma", 0, "--gradient_stats", 1, "--max_steps", 1), "jepa_grad_ratio")
+
+
+def test_pass_for_the_moments_computes_no_more_than_one_row_of_logits(data, tmp_path, monkeypatch):
+    rows, read = {True: [], False: []}, finetune.LMHeadSelector.read
+
+    def reported(*args: object) -> object:
+        states = read(*args)
+        rows[torch.is_grad_enabled()].append(len(states.logits))
+        return states
+
+    monkeypatch.setattr(finetune.LMHeadSelector, "read", reported)
+    train(
+        data, tmp_path / "run", *SIGREG, "--batch_size", 2, "--grad_accum", 2, "--max_steps", 1, "--save_strategy", "no"
+    )
+    assert rows[False][-2:] == [1, 1] and min(rows[True]) > 1
+
+
 def test_gradient_figures_are_those_of_the_first_micro_batch(eight, tmp_path):
     """Without a projector in the norm: it has no gradient of the language-model loss."""
     flags = {"predictors": 1, "lbd": 3.0, "nitp": True}
@@ -320,7 +351,7 @@ SAVED = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--sav
     "flags",
     [
         NITP,
-        (*SIGREG, "--nitp", "--lora", "--lora_dropout", 0.3),
+        (*SIGREG, "--nitp", "--lora", "--lora_dropout", 0.3, "--grad_accum", 2),
         (*JEPA, "--jepa_loss", "clip", "--negatives_queue", 20, "--nitp", "--streaming"),
     ],
     ids=["nitp", "sigreg-lora", "queue-streaming"],
