@@ -105,8 +105,9 @@ def judge_pairs(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
         models/tiny, 1000 steps           cosine .35, .004; clip 3.8, .52 (d = 2.8 at half of the steps)
         smallest test model, 500 steps    placebo .05, .000; mse .12, .002; cosine .13, .001; l2 .36, .007;
-                                          stop-gradient .84, .002; centred 1.0, .002; vicreg 1.9, .045 (1.5 at half);
-                                          infonce 2.4, .15 (1.9 at half); clip 2.6, .13 (2.1 at half)
+                                          stop-gradient .84, .002; centred 1.0, .002; vicreg, then with twice the
+                                          hinge, 1.9, .045 (1.5 at half); infonce 2.4, .15 (1.9 at half);
+                                          clip 2.6, .13 (2.1 at half)
     """
     n = sum(line["pairs"] for line in lines)
 

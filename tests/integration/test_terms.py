@@ -357,8 +357,10 @@ SAVED = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--sav
     ids=["nitp", "sigreg-lora", "queue-streaming"],
 )
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(data, trained, tmp_path, flags):
-    straight = trained(*flags, *SAVED)
-    run = train(data, interrupted(straight, 4, tmp_path / "moved"), *flags, *SAVED, "--resume")
+    """An evaluation before the checkpoint turns dropout off until the next step."""
+    flags = (*flags, *SAVED, "--eval_file", data, "--eval_strategy", "steps", "--eval_steps", 4)
+    straight = trained(*flags)
+    run = train(data, interrupted(straight, 4, tmp_path / "moved"), *flags, "--resume")
     same_weights(straight, run)
     for key in ("loss", "grad_norm", "jepa_loss", "nitp_loss"):
         assert column(run, key) == column(straight, key)
