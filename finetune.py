@@ -62,7 +62,7 @@ from llm_jepa.layouts import Collator
 from llm_jepa.losses import (
     COUNTS,
     STP_LOSSES,
-    Others,
+    ContrastSet,
     Term,
     jepa_loss,
     moments,
@@ -103,17 +103,17 @@ def random_directions(selector: LMHeadSelector, step: int) -> torch.Tensor:
     return (drawn / drawn.norm(dim=0)).to(weight.device)
 
 
-def complete(
+def add_contrast(
     states: States, batch: dict[str, Any], terms: list[Term], contrast: Contrast, selector: LMHeadSelector, step: int
 ) -> States:
-    """The states with what the terms also read: other ranks' pairs and the queue, and what SIGReg compares."""
+    """The states with what the terms also read: the pairs to contrast with, and what SIGReg compares."""
     reads = {name for term in terms for name in term.reads}
-    if "others" in reads:
+    if "contrast_set" in reads:
         views = states.projected if "projected" in reads else states.views
-        states = states._replace(others=contrast(views, batch["view_ids"], keep=torch.is_grad_enabled()))
+        states = states._replace(contrast_set=contrast(views, batch["view_ids"], training=torch.is_grad_enabled()))
     if "directions" in reads:
         directions = random_directions(selector, step)
-        states = states._replace(directions=directions, elsewhere=batch.get("elsewhere"))
+        states = states._replace(directions=directions, rest_of_step=batch.get("rest_of_step"))
     return states
 
 
@@ -155,17 +155,20 @@ class JepaTrainer(StepTrainer):
     @torch.no_grad()
     def _add_moments(self, batches: list[dict[str, Any]]) -> None:
         """Adds to each micro-batch the moments of the rest of the optimizer step, from a pass without gradient."""
+        self.model_wrapped.train()  # as training_step does: the pass has the dropout of a training step
         directions, own = random_directions(self.selector, self.state.global_step), []
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.compute_loss_context_manager():
-            torch.manual_seed(self.state.global_step)  # dropout: the Trainer restores generators after this pass
+            # A resumed run draws the same dropout: the Trainer restores the generators only after this pass.
+            torch.manual_seed(self.state.global_step)
             for batch in batches:
-                projected = self.selector.read(self.model_wrapped, batch).projected
+                few = batch | {"label_at": batch["label_at"][:, :1]}  # logits are not used
+                projected = self.selector.read(self.model_wrapped, few).projected
                 own.append((moments(projected, directions), projected.shape[1]))
         total = self.accelerator.reduce(torch.stack([m for m, _ in own]).sum(dim=0), "sum")
         count = int(self.accelerator.reduce(torch.tensor(sum(n for _, n in own), device=self.args.device), "sum"))
         for batch, (moment, n) in zip(batches, own, strict=True):
-            batch["elsewhere"] = (total - moment, count - n)
+            batch["rest_of_step"] = (total - moment, count - n)
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
@@ -175,7 +178,7 @@ class JepaTrainer(StepTrainer):
         With --reference_grad_scale it is the micro-batch's own objective, divided by its own counts.
         """
         lm_sum, states = self.selector.lm_sum(model, inputs)
-        states = complete(states, inputs, self.terms, self.contrast, self.selector, self.state.global_step)
+        states = add_contrast(states, inputs, self.terms, self.contrast, self.selector, self.state.global_step)
         counts, ranks = num_items_in_batch, self.args.world_size
         if self.reference_grad_scale:
             counts, ranks = inputs["counts"].clamp(min=1), 1
@@ -204,9 +207,9 @@ class Parts:
     terms: list[Term]
 
     def objective(self, batch: dict[str, Any], gamma: float) -> tuple[torch.Tensor, torch.Tensor, dict, States]:
-        """(loss, sum of the cross-entropy, sums of the terms, states) of a batch on its own."""
+        """(loss (), sum of the cross-entropy (), sums () of the terms by name, states) of a batch on its own."""
         lm_sum, states = self.selector.lm_sum(self.model, batch)
-        states = complete(states, batch, self.terms, Contrast(0), self.selector, 0)
+        states = add_contrast(states, batch, self.terms, Contrast(0), self.selector, 0)
         terms = [(term, term.weight) for term in self.terms]
         loss, sums, _ = objective(lm_sum, states, batch["counts"].clamp(min=1), gamma, terms)
         return loss, lm_sum, sums, states
@@ -248,14 +251,14 @@ def auxiliary_terms(s: Settings) -> list[Term]:
     if s.jepa:
         detached = s.stop_gradient and int((s.stop_gradient == "code") != s.reverse_pred)  # a view's number
         options = {"temperature": s.temperature, "stop_gradient": detached, "center": s.center}
-        reads = ("projected" if s.sigreg else "views", *(["others"] if s.contrasts else []))
+        reads = ("projected" if s.sigreg else "views", *(["contrast_set"] if s.contrasts else []))
 
-        def jepa(views: torch.Tensor, others: Others | None = None) -> tuple[torch.Tensor, int]:
+        def jepa(views: torch.Tensor, others: ContrastSet | None = None) -> tuple[torch.Tensor, int]:
             return jepa_loss(views, s.jepa_loss_or_default, others, **options)
 
         terms.append(Term("jepa", reads, "pairs", jepa, s.lbd * (1 - s.sigreg)))
         if s.sigreg:
-            reads = ("projected", "directions", "elsewhere")
+            reads = ("projected", "directions", "rest_of_step")
             terms.append(Term("sigreg", reads, "pairs", sigreg_loss, s.lbd * s.sigreg))
     if s.stp_variant:
         loss = partial(stp_loss, variant=s.stp_variant)

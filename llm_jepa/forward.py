@@ -17,21 +17,21 @@ from torch.utils.checkpoint import checkpoint
 
 from llm_jepa.cli import UsageError
 from llm_jepa.layouts import attention_mask
-from llm_jepa.losses import Others, lm_loss
+from llm_jepa.losses import ContrastSet, lm_loss
 from llm_jepa.model import MAX_LOGITS, blocks_after
 
 
 class States(NamedTuple):
-    """What a forward pass keeps. All but the logits are hidden states."""
+    """What the losses read: outputs of a forward pass, and from `contrast_set` on what the Trainer adds to them."""
 
     logits: torch.Tensor  # (N, V), or in their place the cross-entropy of each label (N, 1) if logits are sliced
-    views: torch.Tensor  # (2, P, D) of the first and the second view
-    path: torch.Tensor  # (K, S, D) of the spans' points
+    views: torch.Tensor  # (2, P, D) last hidden states at the view tokens of the first and the second view
+    path: torch.Tensor  # (K, S, D) hidden states at the spans' points
     predicted: torch.Tensor | None = None  # (M, D) with --nitp: the projection of each chat token's state
     target: torch.Tensor | None = None  # (M, D) with --nitp: the next token's state of a lower layer
     projected: torch.Tensor | None = None  # (2, P, D) with --sigreg: the projections of the views
-    others: Others | None = None  # what the pairs are contrasted with
-    elsewhere: tuple[torch.Tensor, int] | None = None  # with --sigreg: what the rest of the optimizer step adds
+    contrast_set: ContrastSet | None = None  # what the pairs are contrasted with
+    rest_of_step: tuple[torch.Tensor, int] | None = None  # with --sigreg: moments of N other pairs, and N
     directions: torch.Tensor | None = None  # (D, U) with --sigreg
 
 
@@ -142,7 +142,9 @@ class LMHeadSelector:
         if states.shape[1] != hidden.shape[2]:
             sizes = f"{states.shape[1]} dimensions there, {hidden.shape[2]} before its output layer"
             raise UsageError(f"{self.target_layer.where}: the states of {self.model_name} have {sizes}")
-        return states.roll(len(states) // 2, dims=0) if self.targets == "shuffled" else states
+        if self.targets == "shuffled":  # a fixed offset could be learned, because chats have similar lengths
+            states = states[torch.randperm(len(states), generator=torch.Generator().manual_seed(0)).to(states.device)]
+        return states
 
     def _add_output(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
         """Adds the projections to the output, where DistributedDataParallel finds which parameters were used."""

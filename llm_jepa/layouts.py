@@ -66,7 +66,8 @@ class Collator:
     label_at       (2, N)     row and column of the hidden state that predicts each label
     label_ids      (N,)
     view_at        (2, 2, P)  row and column of the first view (of the Text, unless --reverse_pred) and of the second
-    view_ids       (2, P)     equal for views with the same tokens
+    view_ids       (3, P)     of the first view, the second, and the one that the first has in the data (the second,
+                              unless `shuffle_pairs`); equal for views with the same tokens
     path_at        (2, K, S)  row and column of each span's K = `points` points (0 without --stp)
     next_at        (2, M)     row and column of each chat token that a token of the chat follows (M = 0 without --nitp)
     counts         (4,)       N, the pairs before loss dropout (P without it), S, M
@@ -78,7 +79,7 @@ class Collator:
     tokens_per_row: int
     points: int = 0
     next_tokens: bool = False  # --nitp
-    shuffle_pairs: bool = False  # pair each first view with the next example's second view
+    shuffle_pairs: bool = False  # pair each first view with the next pair's second view, if that is another one
 
     def rows(self, items: list[Item]) -> list[Row]:
         """The rows of these items."""
@@ -106,7 +107,7 @@ class Collator:
                 begin = end
             positions[r, begin:] = np.arange(width - begin)  # so that padding is separated from the last segment
 
-        label_at, label_ids, next_at, view_at, view_ids = [], [], [], ([], []), ([], [])
+        label_at, label_ids, next_at, views = [], [], [], ([], [])
         paths = [np.zeros((0, self.points, 2), dtype=np.int64)]  # keeps the shape if there are no spans
         tokens = dict.fromkeys(("chat", "text_view", "code_view"), 0)
         for item in items:
@@ -115,9 +116,7 @@ class Collator:
                 tokens[segment.kind] += len(segment.ids) - segment.branch
                 tokens["text_view"] += segment.branch
                 if segment.view is not None:
-                    second = segment.kind == "code_view"
-                    view_at[second].append((r, begin + segment.view))
-                    view_ids[second].append(segment.view_id)
+                    views[segment.kind == "code_view"].append((r, begin + segment.view, segment.view_id))
                 if self.next_tokens and segment.kind == "chat":
                     next_at += [(r, begin + t) for t in range(len(segment.ids) - segment.branch - 1)]
                 if self.points and segment.path is not None:
@@ -126,9 +125,12 @@ class Collator:
                 targets = np.flatnonzero(segment.labels[1:]) + 1  # the first token has no predecessor to predict it
                 label_at += [(r, begin + t - 1) for t in targets]
                 label_ids += segment.ids[targets].tolist()
-        if self.shuffle_pairs:  # a single pair would be a true pair
-            single = len(view_at[0]) < 2
-            view_at, view_ids = (([], []) if single else (a, b[1:] + b[:1]) for a, b in (view_at, view_ids))
+        first, second = torch.tensor(views, dtype=torch.long).reshape(2, -1, 3)  # (P, 3) each: row, column, id
+        true = second[:, 2]  # (P,)
+        if self.shuffle_pairs:
+            second = second.roll(-1, dims=0)
+            kept = second[:, 2] != true  # the others are still true pairs
+            first, second, true = first[kept], second[kept], true[kept]
         padding = ids.size - sum(tokens.values())
         dense = self.layout == "additive" or any(s.branch for row in rows for s in row)
         boundaries = np.append(np.flatnonzero(positions == 0), positions.size)
@@ -143,8 +145,8 @@ class Collator:
             "branches": torch.from_numpy(branches),
             "label_at": torch.tensor(label_at, dtype=torch.long).reshape(-1, 2).T,  # (N, 2) → (2, N)
             "label_ids": torch.tensor(label_ids, dtype=torch.long),  # (N,)
-            "view_at": torch.tensor(view_at, dtype=torch.long).reshape(2, -1, 2).movedim(2, 0),  # (2, P, 2) → (2, 2, P)
-            "view_ids": torch.tensor(view_ids, dtype=torch.long),  # (2, P)
+            "view_at": torch.stack([first[:, :2].T, second[:, :2].T], dim=1),  # (2, P) each → (2, 2, P)
+            "view_ids": torch.stack([first[:, 2], second[:, 2], true]),  # (3, P)
             "path_at": path_at,
             "next_at": torch.tensor(next_at, dtype=torch.long).reshape(-1, 2).T,  # (M, 2) → (2, M)
             "counts": torch.tensor([len(label_ids), sum(map(bool, items)), path_at.shape[2], len(next_at)]),

@@ -36,45 +36,55 @@ def lm_loss(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor
 # --------------------------------------------------------------------------------------- losses of pairs of views
 
 
-class Others(NamedTuple):
-    """The A pairs that are contrasted with each other: P pairs of all ranks, in rank order, and those of the queue."""
+class ContrastSet(NamedTuple):
+    """The pairs of which a contrastive loss is computed, and those that they are contrasted with.
+
+    The first P of the A pairs are those of all ranks, in rank order: each has a loss. All A are candidates; the others
+    are those of the queue.
+    """
 
     views: torch.Tensor  # (2, A, D), with gradient only to this rank's own pairs
-    equal: torch.Tensor  # (P, A) whether two pairs have the same Text or the same Code, so they are no negatives
+    not_negatives: torch.Tensor  # (P, A) bool: see find_not_negatives
 
 
-def find_equal(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Which pairs have the same Text or the same Code: view_ids (2, P) and (2, A) → (P, A)."""
-    return (ids[:, :, None] == others[:, None]).any(dim=0)  # (2, P, 1), (2, 1, A) → (2, P, A) → (P, A)
+def find_not_negatives(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Which pairs must not be contrasted with each other: view_ids (3, P) and (3, A) → (P, A).
+
+    They have the same Text or the same Code, or with --shuffle_pairs one has the Code that the other's Text has in the
+    data. A pair is none of its own negatives.
+    """
+    first, second, true = ids[:, :, None]  # (P, 1) each
+    other_first, other_second, other_true = others[:, None]  # (1, A) each
+    return (first == other_first) | (second == other_second) | (true == other_second) | (second == other_true)
 
 
-def _similarities(views: torch.Tensor, others: Others, temperature: float) -> torch.Tensor:
+def _similarities(views: torch.Tensor, others: ContrastSet, temperature: float) -> torch.Tensor:
     """cos / τ of each first view to all second views, (2, P, D) → (P, A); −inf to those that are no negatives."""
     first = torch.nn.functional.normalize(views[0], dim=-1)  # (P, D)
     second = torch.nn.functional.normalize(others.views[1], dim=-1)  # (A, D)
     logits = first @ second.T / temperature  # (P, A)
     own = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)  # (P, A)
-    return logits.masked_fill(others.equal & ~own, -torch.inf)
+    return logits.masked_fill(others.not_negatives & ~own, -torch.inf)
 
 
-def _infonce(views: torch.Tensor, others: Others, temperature: float) -> torch.Tensor:
+def _infonce(views: torch.Tensor, others: ContrastSet, temperature: float) -> torch.Tensor:
     logits, own = _similarities(views, others, temperature), torch.arange(views.shape[1], device=views.device)
     return torch.nn.functional.cross_entropy(logits, own, reduction="sum")  # (P, A), (P,) → ()
 
 
-def _clip(views: torch.Tensor, others: Others, temperature: float) -> torch.Tensor:
+def _clip(views: torch.Tensor, others: ContrastSet, temperature: float) -> torch.Tensor:
     back = others._replace(views=others.views.flip(0))
     return (_infonce(views, others, temperature) + _infonce(views.flip(0), back, temperature)) / 2
 
 
-def _vicreg(views: torch.Tensor, others: Others, temperature: float) -> torch.Tensor:
+def _vicreg(views: torch.Tensor, others: ContrastSet, temperature: float) -> torch.Tensor:
     invariance = (views[0] - views[1]).square().mean(dim=-1).sum()  # (P, D) → (P,) → ()
     if views.shape[1] < 2:  # a single pair has no variance
         return invariance
     centred = views - views.mean(dim=1, keepdim=True)  # (2, P, D)
     covariance = centred.mT @ centred / (views.shape[1] - 1)  # (2, D, D)
     variances = covariance.diagonal(dim1=1, dim2=2)  # (2, D)
-    variance = torch.relu(1 - (variances + 1e-4).sqrt()).mean(dim=-1).sum()  # (2, D) → (2,) → ()
+    variance = torch.relu(1 - (variances + 1e-4).sqrt()).mean()  # (2, D) → ()
     off_diagonal = (covariance.square().sum() - variances.square().sum()) / views.shape[2]
     return invariance + views.shape[1] * (variance + 0.04 * off_diagonal)
 
@@ -84,39 +94,41 @@ class JepaLoss:
     """A loss of pairs of views a and b (--jepa_loss): its formula, and the sum over pairs."""
 
     formula: str
-    loss: Callable[[torch.Tensor, Others, float], torch.Tensor]  # views (2, P, D), others, temperature → ()
+    loss: Callable[[torch.Tensor, ContrastSet, float], torch.Tensor]  # views (2, P, D), set, temperature → ()
     temperature: float | None = None  # the default of --temperature, None without
     contrasts: bool = False  # whether it depends on other pairs
 
 
 # Sources: cosine, l2, mse and infonce are the paper's (arXiv 2509.14252, section 3.1 and the ablations), clip is
-# arXiv 2103.00020, vicreg arXiv 2105.04906 with its weights 25 : 25 : 1.
+# arXiv 2103.00020, vicreg arXiv 2105.04906 with its weights 25 : 25 : 1, as in the authors' code.
 JEPA_LOSSES = {
     "cosine": JepaLoss("1 − cos(a, b)", lambda v, _, t: (1 - torch.cosine_similarity(*v, dim=-1)).sum()),
     "l2": JepaLoss("‖a − b‖₂", lambda v, _, t: torch.linalg.vector_norm(v[0] - v[1], dim=-1).sum()),
     "mse": JepaLoss("mean of (a − b)²", lambda v, _, t: (v[0] - v[1]).square().mean(dim=-1).sum()),
     "infonce": JepaLoss("InfoNCE of cos / τ, Text → Code", _infonce, 0.07, contrasts=True),
     "clip": JepaLoss("InfoNCE of cos / τ in both directions", _clip, 0.1, contrasts=True),
-    "vicreg": JepaLoss("mse + Σ of both views' (variance hinge + 0.04 covariance)", _vicreg, contrasts=True),
+    "vicreg": JepaLoss("mse + Σ of both views' (variance hinge / 2 + 0.04 covariance)", _vicreg, contrasts=True),
 }
 
 
 def jepa_loss(
-    views: torch.Tensor, name: str = "cosine", others: Others | None = None, *, temperature: float | None = None,
+    views: torch.Tensor, name: str = "cosine", others: ContrastSet | None = None, *, temperature: float | None = None,
     stop_gradient: int | None = None, center: bool = False,
 ) -> tuple[torch.Tensor, int]:  # fmt: skip
     """(sum, count) over pairs of a loss of JEPA_LOSSES, from the views' embeddings (2, P, D).
 
-    `others` are the pairs to contrast with, by default these. No gradient flows into view `stop_gradient` (0 or 1), by
-    default it flows into both. `center` subtracts each view's mean over the pairs of all ranks. With pairs of other
-    ranks the loss is one number for all of them: the sum is this rank's share of it, but its gradient is complete, so
-    no rank waits for another one in the backward pass. Without pairs the sum is 0 but still part of the graph.
+    `others` has the pairs to contrast with, by default these. No gradient flows into view `stop_gradient` (0 or 1), by
+    default it flows into both. `center` subtracts each view's mean over the pairs of all ranks. Without pairs the sum
+    is 0 but still part of the graph.
+
+    Every rank computes the loss of all ranks' pairs. The value returned is P / (all ranks' P) of it; the gradient is
+    the complete gradient with respect to this rank's views.
     """
     count = views.shape[1]
     if others is None:
-        others = Others(views, torch.eye(count, dtype=torch.bool, device=views.device))
+        others = ContrastSet(views, torch.eye(count, dtype=torch.bool, device=views.device))
     views = others.views.float()  # (2, A, D)
-    total = len(others.equal)
+    total = len(others.not_negatives)
     if total == 0:
         return views.sum() * 0, 0
     if stop_gradient is not None:
@@ -142,25 +154,28 @@ def moments(points: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
 
 
 def sigreg_loss(
-    points: torch.Tensor, directions: torch.Tensor, elsewhere: tuple[torch.Tensor, int] | None = None
+    points: torch.Tensor, directions: torch.Tensor, rest_of_step: tuple[torch.Tensor, int] | None = None
 ) -> tuple[torch.Tensor, int]:
     """(sum, count) over pairs of SIGReg (arXiv 2511.08544): the distance of both views' embeddings from N(0, 1).
 
-        N · mean over directions of ∫₀³ φ(t) · ((mean cos(t·u) − φ(t))² + (mean sin(t·u))²) dt,   φ(t) = exp(−t²/2)
+        N · mean over directions of ∫ φ(t) · ((mean cos(t·u) − φ(t))² + (mean sin(t·u))²) dt,   φ(t) = exp(−t²/2)
 
-    u are the projections of N points (2, P, D) on unit directions (D, U). It is averaged over the two views and is one
-    number for all points of the optimizer step: `elsewhere` has the moments and the number of those that are not among
-    these, without gradient. The sum is P times that number, and its gradient is that of N times it.
+    The integral is over [−3, 3]: twice that over [0, 3], by the trapezoidal rule. u are the projections of points
+    (2, P, D) on unit directions (D, U). The distance is averaged over the two views.
+
+    N is the number of all pairs of the optimizer step. `rest_of_step` has the moments and the number of those that are
+    not among these P, without gradient. The value returned is P times the distance; the gradient is that of N times the
+    distance with respect to these points.
     """
     count = points.shape[1]
     total, n = moments(points, directions), count
-    if elsewhere is not None:
-        total, n = total + elsewhere[0], count + elsewhere[1]
+    if rest_of_step is not None:
+        total, n = total + rest_of_step[0], count + rest_of_step[1]
     knots = torch.linspace(0, 3, KNOTS, device=points.device)  # (KNOTS,)
     normal = (-knots.square() / 2).exp()  # (KNOTS,)
     cos, sin = total / max(1, n)  # (2, KNOTS, U) each
     error = (cos - normal[:, None]).square() + sin.square()  # (2, KNOTS, U)
-    value = n * torch.trapezoid(normal[:, None] * error, knots, dim=1).mean()  # (2, U) → ()
+    value = n * 2 * torch.trapezoid(normal[:, None] * error, knots, dim=1).mean()  # (2, U) → ()
     return n * value - (n - count) * value.detach(), count
 
 
@@ -225,7 +240,7 @@ class Term(NamedTuple):
     name: str
     reads: tuple[str, ...]  # the fields of States that `loss` takes
     divisor: str  # one of COUNTS: what its sum is divided by
-    loss: Callable[..., tuple[torch.Tensor, int]]  # → (sum, count)
+    loss: Callable[..., tuple[torch.Tensor, int]]  # of these fields → (sum (), count)
     weight: float
     warmup: float = 0.0  # steps of the weight's linear warm-up, or a fraction of all steps if below 1
     start_weight: float = 0.0  # at step 0, before the first step
@@ -243,7 +258,8 @@ def objective(
 
     `counts` (4,) are what the sums are divided by, in the order of COUNTS; in training they are those of the complete
     optimizer step, of which a micro-batch has a share. A pair that loss dropout removes is counted but adds nothing to
-    the sum, so with --jepa_ratio r the expected weight of the JEPA term is λ·r, as published.
+    the sum, so with --jepa_ratio r the expected weight of the JEPA term is λ·r, as published. It also is no other
+    pair's negative, so the value of a contrastive loss changes beyond this factor.
     """
     sums, shares = {}, {"lm": gamma * lm_sum / counts[0]}
     for term, weight in terms:

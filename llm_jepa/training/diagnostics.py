@@ -7,33 +7,32 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-PAIR_STATISTICS = ("cosine", "contrasted", "shuffled", "shuffled_variance", "retrieved", "chance")
+PAIR_STATISTICS = ("cosine", "compared", "shuffled", "shuffled_variance", "retrieved", "chance")
 MARGIN, NITP_MARGIN = 1.5, 0.1  # see judge_pairs and judge_predictions
 MIN_COUNT = 50  # pairs or tokens that a judgement needs: the standard error of (c − s) / σ is then 0.14
 
 
 @torch.no_grad()
-def pair_statistics(views: torch.Tensor) -> torch.Tensor:
-    """PAIR_STATISTICS of a micro-batch's views (2, P, D), each a sum over pairs.
+def pair_statistics(views: torch.Tensor, not_negatives: torch.Tensor) -> torch.Tensor:
+    """PAIR_STATISTICS of a micro-batch (6,), sums over pairs, from views (2, P, D) and find_not_negatives (P, P).
 
     cosine             cosines of the pairs
-    contrasted         P, if there are other pairs to compare with; the following are 0 if there are none
-    shuffled           mean cosine of a Text with the Codes of the other pairs
-    shuffled_variance  variance of these cosines
-    retrieved          whether the Text's nearest Code is its own; a share if several are equally near
-    chance             the same if no Code were nearer than another, 1 / P
+    compared           Texts that have negatives: Codes of other pairs, without those of `not_negatives`
+    shuffled           for each of these the mean cosine of all Texts with their negatives
+    shuffled_variance  the variance of these cosines
+    retrieved          whether its own Code is nearer than its negatives; a share if several are equally near
+    chance             the same if no Code were nearer than another: 1 / (1 + number of its negatives)
     """
     text, code = F.normalize(views.float(), dim=-1)  # (P, D) each
-    total, cosines, p = (text * code).sum(), text @ code.T, len(text)  # (), (P, P)
-    own = cosines.diagonal()  # (P,)
-    if p < 2:
-        return torch.stack([total, *own.new_zeros(5)])
-    others = cosines[~torch.eye(p, dtype=torch.bool, device=views.device)]  # (P · (P − 1),)
-    best = cosines == cosines.max(dim=1, keepdim=True).values  # (P, P)
-    retrieved = (best.diagonal() / best.sum(dim=1)).sum()
-    contrasted, one = own.new_tensor(p), own.new_ones(())
-    sums = (total, contrasted, others.mean() * p, others.var(unbiased=False) * p, retrieved, one)
-    return torch.stack(sums)
+    cosines, is_negative = text @ code.T, ~not_negatives  # (P, P) each
+    own, negatives = cosines.diagonal()[:, None], is_negative.sum(dim=1)  # (P, 1), (P,)
+    compared, total = negatives > 0, negatives.sum().clamp(min=1)  # (P,), ()
+    mean = (cosines * is_negative).sum() / total
+    variance = ((cosines - mean).square() * is_negative).sum() / total
+    nearer, ties = (((x & is_negative).sum(dim=1)) for x in (cosines > own, cosines == own))  # (P,) each
+    retrieved = compared * (nearer == 0) / (1 + ties)
+    n, chance = compared.sum(), compared / (1 + negatives)
+    return torch.stack([(text * code).sum(), n, n * mean, n * variance, retrieved.sum(), chance.sum()])
 
 
 @torch.no_grad()
@@ -51,13 +50,12 @@ def effective_rank(vectors: torch.Tensor) -> float:
 
 
 def gradient_statistics(losses: dict[str, torch.Tensor], parameters: list[torch.Tensor]) -> dict[str, float]:
-    """For each loss but the first, its gradient relative to the first's: the ratio of norms and the cosine."""
+    """For each loss () but the first, its gradient relative to the first's: the ratio of norms and the cosine."""
 
-    def gradient(loss: torch.Tensor) -> list[torch.Tensor]:
-        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    def gradient(loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
 
-    def dot(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    def dot(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> float:
         return sum((x.float() * y.float()).sum() for x, y in zip(a, b, strict=True)).item()
 
     (_, first), *rest = losses.items()
@@ -73,9 +71,10 @@ def gradient_statistics(losses: dict[str, torch.Tensor], parameters: list[torch.
 
 
 def judged_lines(history: list[dict[str, Any]], max_steps: int, key: str, count: str) -> list[dict[str, Any]]:
-    """The lines with `key` of the last tenth of the steps, and as many before as have MIN_COUNT of `count` together.
+    """The lines of the log history that a judgement uses: those with `key`, the newest first.
 
-    Empty if those after two fifths of all steps have fewer: what happens before is the start of the training.
+    They are the lines of the last tenth of the steps, and older ones until there are MIN_COUNT of `count` (a log key)
+    in all. Lines of the first two fifths of the steps are not used; the result is empty if the others do not suffice.
     """
     lines, found, n = [line for line in history if "lm_loss" in line], [], 0
     starts = [0, *(line["step"] for line in lines)]  # a line is about the steps after `start`
@@ -90,7 +89,7 @@ def judged_lines(history: list[dict[str, Any]], max_steps: int, key: str, count:
 
 
 def judge_pairs(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whether the views tell pairs apart.
+    """Whether the views tell pairs apart, from lines of judged_lines: `collapsed`, and the mean figures over all pairs.
 
     Let c be the mean cosine of pairs, s that of shuffled pairs, and σ the standard deviation of the shuffled cosines of
     a micro-batch. The term has not learned its pairs ("collapsed") if
@@ -106,8 +105,9 @@ def judge_pairs(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
         models/tiny, 1000 steps           cosine .35, .004; clip 3.8, .52 (d = 2.8 at half of the steps)
         smallest test model, 500 steps    placebo .05, .000; mse .12, .002; cosine .13, .001; l2 .36, .007;
-                                          stop-gradient .84, .002; centred 1.0, .002; vicreg 1.9, .045 (1.5 at half);
-                                          infonce 2.4, .15 (1.9 at half); clip 2.6, .13 (2.1 at half)
+                                          stop-gradient .84, .002; centred 1.0, .002; vicreg, then with twice the
+                                          hinge, 1.9, .045 (1.5 at half); infonce 2.4, .15 (1.9 at half);
+                                          clip 2.6, .13 (2.1 at half)
     """
     n = sum(line["pairs"] for line in lines)
 
@@ -124,9 +124,10 @@ def judge_pairs(lines: list[dict[str, Any]]) -> dict[str, Any]:
 def judge_predictions(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Whether NITP predicts the next token's state: not ("collapsed") if (c − s) / (1 − s) < NITP_MARGIN.
 
+    From lines of judged_lines; also has the mean figures over all tokens.
     c is the mean cosine of prediction and target, s that with the targets of other tokens. For the best constant
-    prediction c = s. Measured on models/tiny, (c − s) / (1 − s) is .89 after 1000 steps, and below 0 with targets of
-    shuffled positions (200 steps), which cannot be predicted.
+    prediction c = s. Measured on models/tiny, (c − s) / (1 − s) is .89 after 1000 steps; with targets of shuffled
+    positions, which cannot be predicted, it is .001 (smallest test model, 60 steps).
     """
     n = sum(line["next_tokens"] for line in lines)
     keys = ("nitp_cosine", "nitp_cosine_shuffled")
@@ -139,7 +140,7 @@ JUDGED = {"jepa": ("cosine_shuffled", "pairs", judge_pairs),
 
 
 def judge(history: list[dict[str, Any]], max_steps: int) -> dict[str, dict[str, Any]]:
-    """By term of JUDGED what its latest training lines show; without terms whose lines do not suffice.
+    """By term of JUDGED the judgement of its latest lines in the log history; without terms whose lines do not suffice.
 
     These are terms without weight, and the JEPA term if micro-batches have one pair. `grad_ratio` is the mean of all
     lines, if gradients were compared.

@@ -8,40 +8,42 @@ import torch
 from accelerate.utils import gather, pad_across_processes
 from safetensors.torch import load_file, save_file
 
-from llm_jepa.losses import Others, find_equal
+from llm_jepa.losses import ContrastSet, find_not_negatives
 
 FILE = "queue.safetensors"  # in a checkpoint
 
 
 def gather_pairs(views: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pairs of all ranks in rank order: (2, P, D) and (2, P) → the same with the sum of all P.
+    """The pairs of all ranks in rank order: views (2, P, D) and view_ids (3, P) → the same with the sum of all P.
 
     Ranks may have different P. Only this rank's own views have a gradient.
     """
     counts = gather(torch.tensor([views.shape[1]], device=views.device)).tolist()
-    padded = (gather(pad_across_processes(x.detach().contiguous(), dim=1)) for x in (views, ids))  # (2 · ranks, …)
-    parts, all_ids = ([x[:, :n] for x, n in zip(y.split(2), counts, strict=True)] for y in padded)
+    parts, all_ids = (
+        [x[:, :n] for x, n in zip(gather(pad_across_processes(y, dim=1)).split(len(y)), counts, strict=True)]
+        for y in (views.detach().contiguous(), ids)  # gathered: (2 · ranks, …) and (3 · ranks, …)
+    )
     parts[torch.distributed.get_rank()] = views
     return torch.cat(parts, dim=1), torch.cat(all_ids, dim=1)
 
 
 class Contrast:
-    """Finds what pairs are contrasted with, and keeps the queue of --negatives_queue, which is equal on all ranks."""
+    """Makes the ContrastSet of a micro-batch, and keeps the queue of --negatives_queue, which is equal on all ranks."""
 
     def __init__(self, queue_size: int):
         self.queue_size = queue_size
-        self.queue: dict[str, torch.Tensor] = {}  # views (2, Q, D) and ids (2, Q), newest first
+        self.queue: dict[str, torch.Tensor] = {}  # views (2, Q, D) and ids (3, Q), newest first
 
-    def __call__(self, views: torch.Tensor, ids: torch.Tensor, *, keep: bool) -> Others:
-        """The others of a micro-batch's views (2, P, D) with view_ids (2, P); `keep`: add these pairs to the queue."""
+    def __call__(self, views: torch.Tensor, ids: torch.Tensor, *, training: bool) -> ContrastSet:
+        """From views (2, P, D) and view_ids (3, P). `training`: also with the queue, to which these pairs are added."""
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             views, ids = gather_pairs(views, ids)
         own = ids
-        if self.queue:
-            views, ids = (torch.cat([x, self.queue[n].to(x)], dim=1) for n, x in (("views", views), ("ids", ids)))
-        if keep and self.queue_size:
+        if training and self.queue_size:
+            if self.queue:
+                views, ids = (torch.cat([x, self.queue[n].to(x)], dim=1) for n, x in (("views", views), ("ids", ids)))
             self.queue = {"views": views.detach()[:, : self.queue_size], "ids": ids[:, : self.queue_size]}
-        return Others(views, find_equal(own, ids))
+        return ContrastSet(views, find_not_negatives(own, ids))
 
     def save(self, folder: Path) -> None:
         """Writes the queue to a file in the checkpoint."""

@@ -22,7 +22,7 @@ from llm_jepa.data.examples import ExampleError, Problems
 from llm_jepa.data.segments import Item
 from llm_jepa.data.streaming import Place, SegmentStream
 from llm_jepa.files import read_json, write_json
-from llm_jepa.losses import COUNTS, nitp_loss
+from llm_jepa.losses import COUNTS, find_not_negatives, nitp_loss
 from llm_jepa.projectors import load_projectors, save_projectors, without_projectors
 from llm_jepa.run_folder import mark_checkpoint
 from llm_jepa.training.diagnostics import (
@@ -35,7 +35,7 @@ from llm_jepa.training.diagnostics import (
 from llm_jepa.training.flops import FlopCounter
 
 TOKENS = ("chat", "text_view", "code_view", "padding")
-VIEWS_KEPT = 256  # pairs of a logging interval whose effective rank is logged
+VIEWS_KEPT = 256  # the last pairs of a logging interval: their effective rank is logged
 
 
 def compile_decoder(model: torch.nn.Module) -> None:
@@ -98,10 +98,10 @@ class StepTrainer(Trainer):
         self.gamma, self.terms, self.track_flop, self.generate = gamma, terms, track_flop, generate
         exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         sums = ("lm", *(term.name for term in terms), "nitp_shuffled", *PAIR_STATISTICS)
-        self.statistics_names = (*sums, *COUNTS, *TOKENS)
+        self.statistics_names = (*sums, "effective_rank", "ranks", *COUNTS, *TOKENS)
         self.statistics = torch.zeros(len(self.statistics_names), dtype=exact, device=self.args.device)
         self.gradient_stats, self._measures, self._measured = gradient_stats, False, {}
-        self._views: list[torch.Tensor] = []  # the last ones of the logging interval, (2, P, D) each
+        self._views: list[torch.Tensor] = []  # empty, or one tensor (2, ≤ VIEWS_KEPT, D)
         # Tells the Trainer that the loss is already scaled for gradient accumulation.
         self.model_accepts_loss_kwargs = True
         self.streaming = isinstance(self.train_dataset, SegmentStream)
@@ -184,16 +184,17 @@ class StepTrainer(Trainer):
     # -- statistics
 
     def begin_step(self) -> None:
-        """Decides whether gradients are compared in this step's first micro-batch."""
-        compares = bool(self.terms and self.gradient_stats)
-        self._measures = compares and self.state.global_step % self.gradient_stats == 0
+        """Decides whether gradients are compared in the next micro-batch that has something for each term."""
+        if self.gamma and self.terms and self.gradient_stats and self.state.global_step % self.gradient_stats == 0:
+            self._measures = True
 
     def add_statistics(
         self, shares: dict[str, torch.Tensor], lm_sum: torch.Tensor, sums: dict[str, torch.Tensor], states: Any,
         batch: dict,
     ) -> None:  # fmt: skip
-        """Adds a micro-batch: its shares of the step's loss, its unweighted sums, its States and counts."""
-        if self._measures and torch.is_grad_enabled():
+        """Adds a micro-batch: its shares () of the step's loss, its unweighted sums (), its States and counts."""
+        found = {"pairs": states.views.shape[1], "spans": states.path.shape[1]}
+        if self._measures and torch.is_grad_enabled() and all(found.get(t.divisor, 1) for t in self.terms):
             parameters = [
                 p for name, p in self.model.named_parameters() if p.requires_grad and "projectors" not in name
             ]
@@ -201,16 +202,16 @@ class StepTrainer(Trainer):
         self._step_loss = self._step_loss + sum(shares.values()).detach()
         zero = lm_sum.new_zeros(())
         figures = dict.fromkeys(self.statistics_names, zero) | {"lm": lm_sum} | sums
-        if "jepa" in sums and states.views.shape[1]:
-            figures |= dict(zip(PAIR_STATISTICS, pair_statistics(states.views), strict=True))
+        if "jepa" in sums:
+            not_negatives = find_not_negatives(batch["view_ids"], batch["view_ids"]).to(states.views.device)
+            figures |= dict(zip(PAIR_STATISTICS, pair_statistics(states.views, not_negatives), strict=True))
             if torch.is_grad_enabled():
-                kept = sum(v.shape[1] for v in self._views[1:])
-                self._views = [*self._views[kept >= VIEWS_KEPT :], states.views.detach()]
-        if "nitp" in sums:  # with the targets of other tokens, also if --nitp_targets shuffled has moved them by half
+                self._views = [torch.cat([*self._views, states.views.detach()], dim=1)[:, -VIEWS_KEPT:]]
+        if "nitp" in sums:  # with the targets of other tokens
             others = states.target.roll(max(1, len(states.target) // 3), dims=0)
             figures["nitp_shuffled"] = len(others) - nitp_loss(states.predicted, others)[0]
         figures |= dict(zip(COUNTS, batch["counts"], strict=True)) | dict(zip(TOKENS, batch["tokens"], strict=True))
-        figures["pairs"] = torch.full_like(figures["labels"], states.views.shape[1])  # that loss dropout has left
+        figures["pairs"] = torch.full_like(figures["labels"], found["pairs"])  # that loss dropout has left
         self.statistics += torch.stack([x.detach().to(self.statistics) for x in figures.values()])
 
     def _drain(self, statistics: torch.Tensor) -> dict[str, float]:
@@ -226,7 +227,9 @@ class StepTrainer(Trainer):
             logs["nitp_cosine_shuffled"] = total["nitp_shuffled"] / total["next_tokens"]
         if "jepa_loss" in logs:
             logs["cosine"] = total["cosine"] / total["pairs"]
-        if n := total["contrasted"]:
+        if total["ranks"]:
+            logs["effective_rank"] = total["effective_rank"] / total["ranks"]
+        if n := total["compared"]:
             logs["cosine_shuffled"] = total["shuffled"] / n
             logs["cosine_shuffled_sd"] = (total["shuffled_variance"] / n) ** 0.5
             logs |= {"retrieval": total["retrieved"] / n, "retrieval_chance": total["chance"] / n}
@@ -235,6 +238,11 @@ class StepTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the method's figures to what the Trainer logs."""
         if "loss" in logs:
+            for views in self._views:
+                if views.shape[1] > 1:
+                    figures = {"effective_rank": sum(map(effective_rank, views)) / 2, "ranks": 1}
+                    self.statistics += self.statistics.new_tensor([figures.get(n, 0) for n in self.statistics_names])
+            self._views = []
             t, now = self._drain(self.statistics), time.time()
             tokens = t["chat"] + t["text_view"] + t["code_view"]
             logs |= {
@@ -251,10 +259,6 @@ class StepTrainer(Trainer):
                 logs[term.divisor] = int(t[term.divisor])
                 if term.warmup:
                     logs[f"{term.name}_lbd"] = term.weight_at(self.state.global_step, self.state.max_steps)
-            if self._views:
-                views = torch.cat(self._views, dim=1)  # (2, ≥ 1, D)
-                logs["effective_rank"] = sum(map(effective_rank, views)) / 2
-                self._views = []
             if self.track_flop:
                 logs["flops"] = self.state.total_flos
             line = {"step": self.state.global_step} | logs
@@ -265,7 +269,10 @@ class StepTrainer(Trainer):
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Losses of the held-out examples, each normalized over all of them, and with --eval_generate exact match."""
+        """Mean losses of the held-out examples, and with --eval_generate exact match.
+
+        Contrastive losses compare the pairs of one micro-batch of all ranks, SIGReg those of one rank's micro-batch.
+        """
         model, one = self.accelerator.unwrap_model(self.model), torch.ones(len(COUNTS), device=self.args.device)
         model.eval()
         during_training, self.statistics = self.statistics, torch.zeros_like(self.statistics)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, column, message_row, same_weights, write_rows
+from conftest import GOLDEN, ROOT, column, message_row, metrics, same_weights, write_rows
 from ranks import Ranks
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -91,8 +91,8 @@ REPORT = """
 import os
 from llm_jepa.training import pairs
 call = pairs.Contrast.__call__
-def reported(self, views, ids, *, keep):
-    others = call(self, views, ids, keep=keep)
+def reported(self, views, ids, *, training):
+    others = call(self, views, ids, training=training)
     queue = self.queue.get("ids")
     queue = sorted(queue[0].tolist()) if queue is not None else []
     rank, total, queue = os.environ.get("RANK", 0), others.views.shape[1], hash(tuple(queue))
@@ -130,6 +130,7 @@ def test_pairs_of_all_processes_are_contrasted_as_those_of_one_micro_batch(ranks
         assert column(two, key) == pytest.approx(column(one, key), rel=1e-4), key
     assert column(two, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-3)
     assert column(two, "pairs") == column(one, "pairs") and min(column(one, "pairs")) < 8
+    assert all("effective_rank" in line for line in metrics(two, "retrieval") if "loss" in line)
     seen = [[line[1:] for line in lines if line[0] == str(r)] for lines, r in ((reports[0], 0), (reports[1], 0), (
         reports[1], 1))]  # fmt: skip
     alone, *ranked = ([int(own) for own, *_ in lines] for lines in seen)

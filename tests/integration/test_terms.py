@@ -84,7 +84,7 @@ def vicreg(r: Read) -> torch.Tensor:
     loss = F.mse_loss(text, code)
     for x in (text, code):
         covariance = torch.cov(x.T)
-        loss = loss + F.relu(1 - (covariance.diag() + 1e-4).sqrt()).mean()
+        loss = loss + F.relu(1 - (covariance.diag() + 1e-4).sqrt()).mean() / 2
         loss = loss + 0.04 * (covariance - covariance.diag().diag()).square().sum() / len(covariance)
     return loss * len(text) / 8
 
@@ -98,10 +98,10 @@ def sigreg(r: Read) -> torch.Tensor:
     """With --sigreg 0.3."""
     points = r.project("sigreg", r.views())
     drawn = torch.randn(points.shape[2], 256, generator=torch.Generator().manual_seed(0))  # of step 0
-    t = torch.linspace(0, 3, 17)
-    angles = t[:, None, None, None] * (points @ F.normalize(drawn, dim=0))  # (17, 2, P, 256)
+    t = torch.linspace(-3, 3, 33)
+    angles = t[:, None, None, None] * (points @ F.normalize(drawn, dim=0))  # (33, 2, P, 256)
     normal = torch.exp(-(t**2) / 2)[:, None, None]
-    heights = normal * ((angles.cos().mean(dim=2) - normal) ** 2 + angles.sin().mean(dim=2) ** 2)  # (17, 2, 256)
+    heights = normal * ((angles.cos().mean(dim=2) - normal) ** 2 + angles.sin().mean(dim=2) ** 2)  # (33, 2, 256)
     n = points.shape[1]
     return 0.7 * cosine(points) + 0.3 * n * torch.trapezoid(heights, t, dim=0).mean() * n / 8
 
@@ -287,6 +287,37 @@ def test_gradient_checkpointing_and_measuring_change_nothing(trained, flags):
     assert column(checkpointed, f"{name}_grad_ratio") == pytest.approx(ratios, rel=1e-3)
 
 
+def test_gradients_are_compared_only_where_both_losses_have_one(trained):
+    """If the step has no pair, in a later step."""
+    few = ("--jepa_ratio", 0.3, "--batch_size", 1, "--grad_accum", 4, "--max_steps", 14)
+    for every in (1, 5):
+        run, due, expected = trained(*JEPA, *few, "--gradient_stats", every), False, []
+        for line in metrics(run):
+            due |= (line["step"] - 1) % every == 0
+            if due and line["pairs"]:
+                due = False
+                expected.append(line["step"])
+        measured = {line["step"]: line["jepa_grad_ratio"] for line in metrics(run, "jepa_grad_ratio")}
+        assert [*measured] == expected and min(measured.values()) > 0 and 0 in column(run, "pairs")
+        assert any((step - 1) % every for step in expected) == (every > 1)
+    assert not column(trained(*JEPA, "--gamma", 0, "--gradient_stats", 1, "--max_steps", 1), "jepa_grad_ratio")
+
+
+def test_pass_for_the_moments_computes_no_more_than_one_row_of_logits(data, tmp_path, monkeypatch):
+    rows, read = {True: [], False: []}, finetune.LMHeadSelector.read
+
+    def reported(*args: object) -> object:
+        states = read(*args)
+        rows[torch.is_grad_enabled()].append(len(states.logits))
+        return states
+
+    monkeypatch.setattr(finetune.LMHeadSelector, "read", reported)
+    train(
+        data, tmp_path / "run", *SIGREG, "--batch_size", 2, "--grad_accum", 2, "--max_steps", 1, "--save_strategy", "no"
+    )
+    assert rows[False][-2:] == [1, 1] and min(rows[True]) > 1
+
+
 def test_gradient_figures_are_those_of_the_first_micro_batch(eight, tmp_path):
     """Without a projector in the norm: it has no gradient of the language-model loss."""
     flags = {"predictors": 1, "lbd": 3.0, "nitp": True}
@@ -320,14 +351,16 @@ SAVED = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--sav
     "flags",
     [
         NITP,
-        (*SIGREG, "--nitp", "--lora", "--lora_dropout", 0.3),
+        (*SIGREG, "--nitp", "--lora", "--lora_dropout", 0.3, "--grad_accum", 2),
         (*JEPA, "--jepa_loss", "clip", "--negatives_queue", 20, "--nitp", "--streaming"),
     ],
     ids=["nitp", "sigreg-lora", "queue-streaming"],
 )
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(data, trained, tmp_path, flags):
-    straight = trained(*flags, *SAVED)
-    run = train(data, interrupted(straight, 4, tmp_path / "moved"), *flags, *SAVED, "--resume")
+    """An evaluation before the checkpoint turns dropout off until the next step."""
+    flags = (*flags, *SAVED, "--eval_file", data, "--eval_strategy", "steps", "--eval_steps", 4)
+    straight = trained(*flags)
+    run = train(data, interrupted(straight, 4, tmp_path / "moved"), *flags, "--resume")
     same_weights(straight, run)
     for key in ("loss", "grad_norm", "jepa_loss", "nitp_loss"):
         assert column(run, key) == column(straight, key)

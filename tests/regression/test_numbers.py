@@ -29,7 +29,7 @@ MODEL = GOLDEN / "models" / "llama3"
 EXAMPLES = 22  # not a multiple of the batch size: the last step of an epoch is short
 KEPT_STEPS = (1, 5, 10, 15, 20)
 TIMING = ("runtime", "per_second")
-BOUNDED = ("cosine", "spread")  # near 0 their rounding error is that of numbers near 1
+BOUNDED = ("cosine", "shuffled")  # near 0 their rounding error is that of numbers near 1
 
 JEPA = "--predictors 1 --lbd 1"
 RUNS = {

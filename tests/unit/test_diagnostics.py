@@ -6,16 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from llm_jepa.training.diagnostics import PAIR_STATISTICS, effective_rank, gradient_statistics, pair_statistics
+from llm_jepa.training.diagnostics import (
+    PAIR_STATISTICS,
+    effective_rank,
+    gradient_statistics,
+    judge,
+    pair_statistics,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def means(text: torch.Tensor, code: torch.Tensor) -> dict[str, float]:
-    """The statistics of a pair."""
-    return {k: v / len(text) for k, v in zip(PAIR_STATISTICS, pair_statistics(torch.stack([text, code])).tolist())}  # noqa: B905
+def means(text: torch.Tensor, code: torch.Tensor, not_negatives: torch.Tensor | None = None) -> dict[str, float]:
+    """The statistics of a pair. By default all pairs are different."""
+    same = torch.eye(len(text)).bool() if not_negatives is None else not_negatives
+    found = pair_statistics(torch.stack([text, code]), same)
+    return {k: v / len(text) for k, v in zip(PAIR_STATISTICS, found.tolist(), strict=True)}
 
 
 def test_pair_statistics_equal_their_formulas():
@@ -23,7 +31,7 @@ def test_pair_statistics_equal_their_formulas():
     cosines = np.array([[float(torch.cosine_similarity(a, b, dim=0)) for b in code] for a in text])
     shuffled = cosines[~np.eye(6, dtype=bool)]
     expected = {
-        "cosine": np.diag(cosines).mean(), "contrasted": 1,
+        "cosine": np.diag(cosines).mean(), "compared": 1,
         "shuffled": shuffled.mean(), "shuffled_variance": shuffled.var(),
         "retrieved": (cosines.argmax(axis=1) == np.arange(6)).mean(), "chance": 1 / 6,
     }  # fmt: skip
@@ -49,11 +57,40 @@ def test_pair_statistics_of_hand_made_views(text, code, cosine, shuffled, retrie
     assert (got["retrieved"], got["chance"]) == (pytest.approx(retrieved), 0.25)
 
 
+def test_pair_statistics_leave_out_pairs_that_are_no_negatives():
+    """Pair 3 has no negative; 0 and 1, and 2 and 4, are none of each other."""
+    text, code, same = random(5, 4), random(5, 4, seed=3), torch.eye(5).bool()
+    for i, j in ((0, 1), (2, 4), *((3, j) for j in range(5))):
+        same[i, j] = same[j, i] = True
+    cosines = np.array([[float(torch.cosine_similarity(a, b, dim=0)) for b in code] for a in text])
+    negatives = ~same.numpy()
+    found = [0, 1, 2, 4]
+    expected = {
+        "cosine": np.diag(cosines).mean(), "compared": 4 / 5, "shuffled": cosines[negatives].mean() * 4 / 5,
+        "shuffled_variance": cosines[negatives].var() * 4 / 5, "chance": 4 / 3 / 5,
+        "retrieved": sum(cosines[i, i] > cosines[i, negatives[i]].max() for i in found) / 5,
+    }  # fmt: skip
+    assert means(text, code, same) == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected["retrieved"] < 4 / 5
+
+
+def test_learned_two_class_data_is_judged_as_learned():
+    """The Codes are two, and each Text has the embedding of its Code."""
+    classes = torch.tensor([0, 0, 0, 1, 1, 0, 1, 1])
+    views = torch.tensor([[1.0, 0.2], [0.1, 1.0]])[classes]
+    found = means(views, views, classes[:, None] == classes)
+    line = {"lm_loss": 1.0, "pairs": 8, "cosine": found["cosine"], "cosine_shuffled": found["shuffled"],
+            "cosine_shuffled_sd": found["shuffled_variance"] ** 0.5, "retrieval": found["retrieved"],
+            "retrieval_chance": found["chance"], "effective_rank": 1.0}  # fmt: skip
+    judged = judge([line | {"step": i} for i in range(1, 51)], 50)["jepa"]
+    assert not judged["collapsed"] and judged["retrieval"] == 1 and judged["retrieval_chance"] == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize("p", [0, 1])
 def test_too_few_pairs_to_contrast_have_a_cosine_only(p):
     views = random(2, p, 5)
     expected = torch.cosine_similarity(*views, dim=-1).sum().item()
-    assert pair_statistics(views).tolist() == [pytest.approx(expected, abs=1e-6), *[0] * 5]
+    assert pair_statistics(views, torch.eye(p).bool()).tolist() == [pytest.approx(expected, abs=1e-6), *[0] * 5]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,26 @@ def test_every_layout_contains_the_same_segments_labels_and_views(layout, tokens
         assert ids[tuple(at)].tolist() == [int(item[kind].ids[-1]) for item in examples]
 
 
+@pytest.mark.parametrize("codes", [[0], [0, 1, 2, 3], [0, 0, 1, 0], [0, 0, 0]])
+def test_shuffled_pairs_have_the_code_of_the_next_pair_if_it_is_another_one(codes):
+    """`codes`: equal numbers for equal Code views."""
+    texts = [text for _, text, _ in items(len(codes) * [(2, 3, 2)])]
+    ids = [np.array([7, code]) for code in codes]
+    segments = [Segment("code_view", x, np.zeros(2, dtype=bool), 1) for x in ids]
+    chat = Segment("chat", np.arange(2), np.zeros(2, dtype=bool), None)
+    examples = [(chat, *pair) for pair in zip(texts, segments, strict=True)]
+    plain, batch = (Collator("separate", -7, 9, shuffle_pairs=x)(examples) for x in (False, True))
+    code_ids = [s.view_id for s in segments]
+    assert plain["view_ids"][2].tolist() == plain["view_ids"][1].tolist() == code_ids
+    following = [*range(1, len(codes)), 0]
+    kept = [i for i, j in enumerate(following) if codes[i] != codes[j]]
+    expected = [(texts[i].view_id, code_ids[following[i]], code_ids[i]) for i in kept]
+    assert batch["view_ids"].T.tolist() == [list(x) for x in expected]
+    first, second = (batch["input_ids"][tuple(at)].tolist() for at in batch["view_at"].unbind(1))
+    assert first == [int(texts[i].ids[-1]) for i in kept] and second == [codes[following[i]] for i in kept]
+    assert batch["counts"][1] == len(codes)
+
+
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=60), st.integers(1, 200))
 def test_packed_rows_contain_every_segment_once_within_the_budget(lengths, tokens_per_row):
     chats = [(Segment("chat", np.arange(n), np.zeros(n, dtype=bool)),) for n in lengths]

@@ -14,9 +14,9 @@ from llm_jepa.losses import (
     JEPA_LOSSES,
     KNOTS,
     STP_LOSSES,
-    Others,
+    ContrastSet,
     Term,
-    find_equal,
+    find_not_negatives,
     jepa_loss,
     lm_loss,
     moments,
@@ -49,7 +49,7 @@ def vicreg(a: np.ndarray, b: np.ndarray) -> float:
         covariance = np.cov(points.T)  # divides by P − 1
         hinge = np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-4)).mean()
         off_diagonal = (covariance[~np.eye(len(covariance), dtype=bool)] ** 2).sum() / len(covariance)
-        total += len(a) * (hinge + 0.04 * off_diagonal)
+        total += len(a) * (hinge / 2 + 0.04 * off_diagonal)
     return total
 
 
@@ -73,12 +73,12 @@ def test_every_loss_has_its_formula_here():
     assert STP_LOSSES.keys() == {"geodesic", "patch"}, "test_stp_loss_is_one_minus_cosine_of_steps has theirs"
 
 
-def expected_loss(name: str, others: Others, temperature: float | None, center: bool) -> float:
-    views, pairs = others.views.detach().double().numpy(), len(others.equal)
+def expected_loss(name: str, others: ContrastSet, temperature: float | None, center: bool) -> float:
+    views, pairs = others.views.detach().double().numpy(), len(others.not_negatives)
     if center:
         views = views - views[:, :pairs].mean(axis=1, keepdims=True)
     t = temperature or TEMPERATURES.get(name, 1.0)
-    return FORMULAS[name](*views[:, :pairs], *views, ~others.equal.numpy(), t)
+    return FORMULAS[name](*views[:, :pairs], *views, ~others.not_negatives.numpy(), t)
 
 
 CENTER = pytest.mark.parametrize("center", [False, True], ids=["as-is", "center"])
@@ -89,20 +89,45 @@ CENTER = pytest.mark.parametrize("center", [False, True], ids=["as-is", "center"
 def test_loss_of_pairs_equals_its_formula_and_has_gradient_in_both_views(name, center):
     views = random(2, 5, 7)
     total, count = jepa_loss(views, name, center=center)
-    expected = expected_loss(name, Others(views, torch.eye(5, dtype=torch.bool)), None, center)
+    expected = expected_loss(name, ContrastSet(views, torch.eye(5, dtype=torch.bool)), None, center)
     assert total.item() == pytest.approx(expected, rel=1e-5) and count == 5
     total.backward()
     assert (views.grad.abs().sum(dim=-1) > 0).all()  # (2, P)
 
 
 # Ten pairs, of which the last two are of the queue: 0 has the Text of 4, 9 the Code of 3.
-IDS = torch.tensor([[4, 1, 2, 3, 4, 5, 6, 7, 8, 9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 23]])
+IDS = torch.tensor([[4, 1, 2, 3, 4, 5, 6, 7, 8, 9], *2 * [[20, 21, 22, 23, 24, 25, 26, 27, 28, 23]]])
 EQUAL = torch.eye(8, 10, dtype=torch.bool)
 EQUAL[0, 4] = EQUAL[4, 0] = EQUAL[3, 9] = True
 
 
 def test_pairs_with_an_equal_text_or_an_equal_code_are_found():
-    assert find_equal(IDS[:, :8], IDS).equal(EQUAL)
+    assert find_not_negatives(IDS[:, :8], IDS).equal(EQUAL)
+
+
+def test_the_code_that_a_shuffled_text_has_in_the_data_is_no_negative():
+    """Pair i has Text i and Code i + 1; the true Code of Text i is i, which pair i − 1 has."""
+    ids = torch.tensor([[10, 11, 12, 13], [21, 22, 23, 24], [20, 21, 22, 23]])
+    linked = torch.eye(4).bool() | torch.ones(4, 4).bool().triu(1).tril(1) | torch.ones(4, 4).bool().tril(-1).triu(-1)
+    assert find_not_negatives(ids, ids).equal(linked)
+
+
+@pytest.mark.parametrize("name", ["clip", "infonce"])
+def test_placebo_moves_no_text_toward_or_away_from_its_own_code(name):
+    """The mean over random views of the change of a pair's cosine along the gradient; other Codes are pushed away."""
+    toward, away = [], []
+    for seed in range(200):
+        views = torch.nn.functional.normalize(random(2, 8, 256, seed=seed).detach(), dim=-1).requires_grad_()
+        order = torch.arange(8).roll(-1)
+        ids = torch.stack([torch.arange(8), 10 + order, 10 + torch.arange(8)])
+        shuffled = torch.stack([views[0], views[1, order]])
+        loss, _ = jepa_loss(shuffled, name, ContrastSet(shuffled, find_not_negatives(ids, ids)))
+        (gradient,) = torch.autograd.grad(loss, views)
+        slopes = gradient[0] @ views[1].detach().T  # (P, P): how the loss changes as a Text moves to a Code
+        toward += slopes.diagonal().tolist()
+        away += slopes.diagonal(3).tolist()
+    error = np.std(toward) / len(toward) ** 0.5
+    assert abs(np.mean(toward)) < 3 * error and 10 * error < np.mean(away)
 
 
 @CENTER
@@ -110,11 +135,11 @@ def test_pairs_with_an_equal_text_or_an_equal_code_are_found():
 @pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
 def test_loss_of_pairs_contrasts_with_the_others_that_have_another_text_and_code(name, temperature, center):
     options = {"temperature": temperature, "center": center}
-    others = Others(random(2, 10, 7), EQUAL)
+    others = ContrastSet(random(2, 10, 7), EQUAL)
     total, count = jepa_loss(others.views[:, :8], name, others, **options)
     assert total.item() == pytest.approx(expected_loss(name, others, temperature, center), rel=1e-5) and count == 8
     if JEPA_LOSSES[name].temperature:
-        unmasked = Others(others.views, torch.eye(8, 10, dtype=torch.bool))
+        unmasked = ContrastSet(others.views, torch.eye(8, 10, dtype=torch.bool))
         assert total < jepa_loss(others.views[:, :8], name, unmasked, **options)[0]
 
 
@@ -124,12 +149,12 @@ def test_sums_and_gradients_of_ranks_add_up_to_those_of_all_pairs(name, center):
     """Ranks with 3, 0 and 5 of the pairs, which have gradient in their own pairs only."""
     views = random(2, 10, 7)
     views.data[:, 8:] *= 0.5
-    full, _ = jepa_loss(views[:, :8], name, Others(torch.cat([views[:, :8], views[:, 8:].detach()], 1), EQUAL),
+    full, _ = jepa_loss(views[:, :8], name, ContrastSet(torch.cat([views[:, :8], views[:, 8:].detach()], 1), EQUAL),
                         center=center)  # fmt: skip
     (want,), total = torch.autograd.grad(full, views), 0
     for own in (slice(0, 3), slice(3, 3), slice(3, 8)):
         parts = views[:, : own.start].detach(), views[:, own], views[:, own.stop :].detach()
-        total = total + jepa_loss(views[:, own], name, Others(torch.cat(parts, dim=1), EQUAL), center=center)[0]
+        total = total + jepa_loss(views[:, own], name, ContrastSet(torch.cat(parts, dim=1), EQUAL), center=center)[0]
     torch.testing.assert_close(total, full)
     torch.testing.assert_close(torch.autograd.grad(total, views)[0], want)
 
@@ -151,11 +176,11 @@ def test_stopped_gradient_is_zero_in_that_view_and_the_same_in_the_other(name, d
 
 
 def sigreg(points: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """Epps and Pulley's statistic of both views' projections, direction by direction and knot by knot."""
+    """Epps and Pulley's statistic of both views' projections, direction by direction, by the trapezoidal rule."""
     total = points.new_zeros(())
     for view in points:
         for direction in directions.T:
-            u, at = view @ direction, [3 * k / 16 for k in range(17)]
+            u, at = view @ direction, [3 * k / 16 for k in range(-16, 17)]
             heights = []
             for t in at:
                 normal = np.exp(-(t**2) / 2)
@@ -181,8 +206,8 @@ def test_sigreg_of_parts_of_a_step_adds_up_to_that_of_all_points():
     parts, total = (points[:, :2], points[:, 2:2], points[:, 2:]), 0
     for i, part in enumerate(parts):
         rest = [x.detach() for j, x in enumerate(parts) if j != i]
-        elsewhere = sum(moments(x, directions) for x in rest), sum(x.shape[1] for x in rest)
-        total = total + sigreg_loss(part, directions, elsewhere)[0] / 9
+        rest_of_step = sum(moments(x, directions) for x in rest), sum(x.shape[1] for x in rest)
+        total = total + sigreg_loss(part, directions, rest_of_step)[0] / 9
     torch.testing.assert_close(total, value)
     torch.testing.assert_close(torch.autograd.grad(total, points)[0], want)
 
@@ -233,8 +258,8 @@ def test_nothing_to_score_gives_zero_with_gradient(name):
 def test_rank_without_pairs_has_zero_loss_and_gradient(name, pairs):
     """Beside other ranks' pairs and the queue's two."""
     views = torch.zeros(2, 0, 7, requires_grad=True)
-    others = torch.cat([views, random(2, pairs + 2, 7).detach()], dim=1)
-    total, count = jepa_loss(views, name, Others(others, torch.eye(pairs, pairs + 2, dtype=torch.bool)), center=True)
+    others = ContrastSet(torch.cat([views, random(2, pairs + 2, 7).detach()], 1), torch.eye(pairs, pairs + 2).bool())
+    total, count = jepa_loss(views, name, others, center=True)
     total.backward()
     assert (total.item(), count) == (0.0, 0) and views.grad is not None
 
@@ -291,7 +316,7 @@ def test_objective_weighs_each_term_and_divides_by_its_count_in_the_step():
     states = States(torch.zeros(0, 1), views, path, predicted, random(6, 3, seed=1), directions=torch.eye(3))
     losses = {
         "jepa": (("views",), "pairs", jepa_loss),
-        "sigreg": (("views", "directions", "elsewhere"), "pairs", sigreg_loss),
+        "sigreg": (("views", "directions", "rest_of_step"), "pairs", sigreg_loss),
         "stp": (("path",), "spans", lambda x: stp_loss(x, "geodesic")),
         "nitp": (("predicted", "target"), "next_tokens", nitp_loss),
     }

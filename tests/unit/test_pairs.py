@@ -8,18 +8,18 @@ from llm_jepa.training.pairs import Contrast
 
 
 def micro_batch(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(views, ids): pair i has views full of i and the ids i and 100 + i."""
+    """(views, ids): pair i has views full of i and the ids i, 100 + i and 100 + i."""
     numbers = torch.arange(first, first + count)
     views = numbers[:, None].expand(2, count, 3).float().clone().requires_grad_()
-    return views, torch.stack([numbers, 100 + numbers])
+    return views, torch.stack([numbers, 100 + numbers, 100 + numbers])
 
 
 def test_without_a_queue_pairs_are_contrasted_with_their_micro_batch_only():
     contrast = Contrast(0)
     for first in (0, 3):
         views, ids = micro_batch(first, 3)
-        others = contrast(views, ids, keep=True)
-        assert others.views is views and others.equal.equal(torch.eye(3, dtype=torch.bool))
+        others = contrast(views, ids, training=True)
+        assert others.views is views and others.not_negatives.equal(torch.eye(3, dtype=torch.bool))
 
 
 def test_queue_has_the_newest_pairs_first_without_gradient():
@@ -27,8 +27,8 @@ def test_queue_has_the_newest_pairs_first_without_gradient():
     for first, count, queue in ((0, 2, []), (2, 2, [0, 1]), (4, 3, [2, 3, 0, 1]), (7, 6, [4, 5, 6, 2, 3]), (
         13, 1, [7, 8, 9, 10, 11])):  # fmt: skip
         views, ids = micro_batch(first, count)
-        others = contrast(views, ids, keep=True)
-        assert others.equal.shape == (count, count + len(queue))
+        others = contrast(views, ids, training=True)
+        assert others.not_negatives.shape == (count, count + len(queue))
         assert others.views[0, :, 0].tolist() == [*range(first, first + count), *queue]
         (gradient,) = torch.autograd.grad(others.views.sum(), views)
         assert gradient.equal(torch.ones_like(views))
@@ -36,20 +36,21 @@ def test_queue_has_the_newest_pairs_first_without_gradient():
     assert not contrast.queue["views"].requires_grad
 
 
-def test_pairs_of_an_evaluation_do_not_enter_the_queue():
+def test_an_evaluation_neither_reads_nor_changes_the_queue():
     contrast = Contrast(5)
-    contrast(*micro_batch(0, 2), keep=True)
-    assert contrast(*micro_batch(2, 2), keep=False).views.shape[1] == 4
-    assert contrast.queue["ids"].tolist() == [[0, 1], [100, 101]]
+    contrast(*micro_batch(0, 2), training=True)
+    others = contrast(*micro_batch(2, 2), training=False)
+    assert others.views[0, :, 0].tolist() == [2, 3] and others.not_negatives.shape == (2, 2)
+    assert contrast.queue["ids"].tolist() == [[0, 1], [100, 101], [100, 101]]
 
 
 def test_queued_pairs_of_the_same_text_or_code_are_no_negatives():
     contrast = Contrast(9)
     views, ids = micro_batch(0, 4)
-    contrast(views, ids, keep=True)
-    ids = torch.tensor([[2, 7], [107, 100]])  # the Text of pair 2, the Code of pair 0
-    others = contrast(views[:, :2], ids, keep=False)
-    assert others.equal[:, 2:].tolist() == [[False, False, True, False], [True, False, False, False]]
+    contrast(views, ids, training=True)
+    ids = torch.tensor([[2, 7], [107, 100], [107, 100]])  # the Text of pair 2, the Code of pair 0
+    others = contrast(views[:, :2], ids, training=True)
+    assert others.not_negatives[:, 2:].tolist() == [[False, False, True, False], [True, False, False, False]]
 
 
 def test_queue_is_restored_from_a_checkpoint(tmp_path):
@@ -57,7 +58,7 @@ def test_queue_is_restored_from_a_checkpoint(tmp_path):
     contrast.save(tmp_path)
     other.load(tmp_path)  # before the first pair there is nothing to restore
     assert other.queue == {}
-    contrast(*micro_batch(0, 3), keep=True)
+    contrast(*micro_batch(0, 3), training=True)
     contrast.save(tmp_path)
     other.load(tmp_path)
     for name, tensor in contrast.queue.items():
