@@ -61,6 +61,8 @@ def read_index(path: Path, identity: dict[str, str]) -> Any:
 
 def search(run: str, corpus: str, question: str | None, side: str, top: int, index: Path | None) -> None:
     """Prints the `top` entries of the corpus that are nearest to each question. Raises UsageError for bad input."""
+    if top < 1 or question is not None and not question.strip():
+        raise UsageError(f"--top {top} is not positive" if top < 1 else "the question is empty")
     import torch  # here, so that wrong flags are reported at once
     from safetensors.torch import save
 
@@ -92,9 +94,12 @@ def search(run: str, corpus: str, question: str | None, side: str, top: int, ind
         if vectors is None:
             vectors = in_order(embed_batches(views, read, tokens_per_batch=2048))  # (N, D)
             if index:
-                index.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(index, save({"vectors": vectors}, identity))
-                note(f"{index}: written")
+                try:
+                    index.parent.mkdir(parents=True, exist_ok=True)
+                    write_bytes(index, save({"vectors": vectors}, identity))
+                    note(f"{index}: written")
+                except OSError as error:
+                    note(f"{index} cannot be written ({error.strerror}); --index FILE sets another place")
         lines = sys.stdin.buffer if question is None else [question.encode(errors="surrogateescape")]
         for asked in entries(enumerate(lines, start=1), "stdin" if question is None else "the question", system):
             query = in_order(embed_batches(encode([asked], "text" if side == "code" else "code"), read, show=False))

@@ -204,6 +204,8 @@ BAD = {
     "long question": (lambda run: (run, "--corpus", "DATA", "a " * 3000), "the question"),
     "special token": (lambda run: (run, "--corpus", "DATA", "what is <|eot_id|>"), "<|eot_id|>"),
     "no corpus": (lambda run: (run, "q"), "--corpus"),
+    "no matches": (lambda run: (run, "--corpus", "DATA", "--top", 0, "q"), "--top"),
+    "empty question": (lambda run: (run, "--corpus", "DATA", " "), "question"),
 }
 
 
