@@ -83,9 +83,16 @@ def outcome(table: Table) -> str:
 
 
 def learned(table: Table) -> str:
-    """The part of the headline about what the terms have learned."""
-    parts = [f"{arm}: {term} {share}" for arm, term, share, *_ in learning_rows(table)[1:] if term != "–"]
-    return f"; runs whose term has learned: {'; '.join(parts)}" if parts else ""
+    """The part of the headline about what the terms have learned: arms by the share of their runs that have."""
+    terms: dict[str, list[str]] = {}
+    rows = learning_rows(table)[1:]
+    arms = [row[0] for row in rows]
+    for arm, term, share, *_ in rows:
+        if term != "–":
+            count, _, total = share.partition(" of ")
+            runs = {total: "learned in all runs", "0": "learned in no run"}.get(count, f"learned in {share} runs")
+            terms.setdefault(runs if total else share, []).append(arm if arms.count(arm) == 1 else f"{term} of {arm}")
+    return "".join(f"; {runs}: {' and '.join(names)}" for runs, names in terms.items())
 
 
 def learning_rows(table: Table) -> list[list[str]]:

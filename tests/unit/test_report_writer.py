@@ -42,7 +42,7 @@ def test_tables_and_headline_have_the_figures(tmp_path, out):
     assert main([*runs, "--output_dir", str(out), "--allow", "git_commit"]) == 0
     lines = (out / "report.md").read_text().splitlines()
     verdict = json.loads((out / "report.json").read_text())["datasets"][0]["comparisons"][0]["verdict"]
-    assert lines[2].startswith(f"synth, exact: {verdict}") and "JEPA λ=1, k=1: JEPA not measured" in lines[2]
+    assert lines[2].startswith(f"synth, exact: {verdict}") and "not measured: JEPA λ=1, k=1" in lines[2]
     for line in (
         "| regular | 5 | 87.68 ± 7.84 | 90.00 ± 0.00 | 100.00 ± 0.00 | 122.60 ± 1.95 |",
         "| JEPA λ=1, k=1 | exact | 5 | +0.75 | [−1.26, 2.76] | 0.36 | 0.18 | 0.5 (≥ 0.062) | 0.36 |",
@@ -80,8 +80,8 @@ def test_headline_and_table_say_what_the_terms_have_learned(tmp_path, out):
     assert main([*runs, "--output_dir", str(out)]) == 0
     lines = (out / "report.md").read_text().splitlines()
     assert lines[2].endswith(
-        "; runs whose term has learned: JEPA λ=1, k=1: JEPA 0 of 2; JEPA clip + NITP λ=1, k=1: JEPA 1 of 2; "
-        "JEPA clip + NITP λ=1, k=1: NITP not measured; NITP: NITP 1 of 1."
+        "; learned in no run: JEPA λ=1, k=1; learned in 1 of 2 runs: JEPA of JEPA clip + NITP λ=1, k=1; "
+        "not measured: NITP of JEPA clip + NITP λ=1, k=1; learned in all runs: NITP."
     )
     both = "| JEPA clip + NITP λ=1, k=1"
     for line in (
