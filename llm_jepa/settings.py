@@ -308,10 +308,10 @@ def check_method(s: Settings, r: Refusals) -> None:
     r.only_if(auxiliary or not s.gradient_stats, "gradient_stats", "there is no auxiliary loss")
     single, name = s.batch_size == 1 and not s.tokens_per_batch, s.jepa_loss_or_default
     contrasts = JEPA_LOSSES[name].contrasts and not s.negatives_queue
-    alone = [f"--jepa_loss {name}"] * contrasts + ["--center"] * s.center
-    for what in [*alone, *["--shuffle_pairs"] * s.shuffle_pairs]:
-        alone_here = single and (s.shuffle_pairs or processes() == 1)
-        r.refuse(alone_here, f"{what}: not with --batch_size 1, which leaves no other pair")
+    need_other_pairs = {f"--jepa_loss {name}": contrasts, "--center": s.center, "--shuffle_pairs": s.shuffle_pairs}
+    no_other_pair = single and (s.shuffle_pairs or processes() == 1)
+    for what, given in need_other_pairs.items():
+        r.refuse(given and no_other_pair, f"{what}: not with --batch_size 1, which leaves no other pair")
     tempered = JEPA_LOSSES[name].temperature is not None
     r.only_if(tempered, "temperature negatives_queue", "only with --jepa_loss infonce or clip")
     r.refuse(s.temperature is not None and not s.temperature > 0, f"--temperature {s.temperature} is not positive")
