@@ -1,0 +1,196 @@
+"""Run the experiments of experiments/plans/.
+
+    python experiments/terms.py nitp combine terms --jobs 2
+
+Each finished run adds a line to experiments/results/EXPERIMENT.jsonl. Runs that have a line are skipped, so the same
+command resumes, in any clone. `python experiments/tables.py` prints the tables of these files.
+
+    pick      λ and layer of NITP, on training examples that the other runs do not use
+    nitp      plans/nitp.md: NITP from random weights, with its controls
+    combine   plans/combine.md: clip + NITP and Semantic Tube Prediction; compared with runs of nitp
+    terms     plans/terms.md: which losses learn the pairs, and at what price
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}  # one thread per run
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for the repository's own modules
+
+import fresh  # noqa: E402
+import peft  # noqa: E402, F401  loaded once, not in each run
+import subset  # noqa: E402
+
+import evaluate  # noqa: E402
+import finetune  # noqa: E402
+from llm_jepa.cli import UsageError, run_command  # noqa: E402
+from llm_jepa.files import read_json  # noqa: E402
+
+TRAIN = ROOT / "datasets/synth_train.jsonl"
+NITP = "--nitp --nitp_lbd 1.6 --nitp_layer 0"  # as picked, see plans/nitp.md
+TINY = ("--model_name models/tiny --pretrain --learning_rate 1e-3 --batch_size 8 --grad_accum 1 --warmup_steps 0.05 "
+        "--adam_beta2 0.98")  # fmt: skip
+ARMS = {
+    "regular": "--regular",
+    "longer": "--regular",
+    "all_labels": "--regular --lm_labels all",
+    "nitp": f"--regular {NITP}",
+    "random": f"--regular {NITP} --nitp_targets random",
+    "shuffled": f"--regular {NITP} --nitp_targets shuffled",
+    "clip_nitp": f"--predictors 1 --lbd 0.1 --jepa_loss clip {NITP}",
+    "stp": "--regular --stp geodesic --stp_lbd 0.02",
+}
+PAIRS = {  # losses of pairs: the name of an arm is NAME:λ
+    "stop_gradient": "--stop_gradient code",
+    "center": "--center",
+    "sigreg": "--sigreg 0.05",
+    "placebo": "--jepa_loss clip --shuffle_pairs",
+}
+MEASURED = "regular cosine:1 clip:0.1 placebo:0.1".split()  # arms of `terms` with the geometry of their views
+
+
+def flags(arm: str) -> list[str]:
+    """The flags of an arm."""
+    name, *values = arm.split(":")
+    if name == "nitp" and values:  # nitp:λ:layer
+        return f"--regular --nitp --nitp_lbd {values[0]} --nitp_layer {values[1]}".split()
+    if values:
+        return f"--predictors 1 --lbd {values[0]} {PAIRS.get(name, f'--jepa_loss {name}')}".split()
+    return ARMS[name].split()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training and its evaluation."""
+
+    experiment: str
+    arm: str
+    examples: int  # the first ones of the training examples
+    seed: int
+    epochs: int
+    test: str = "fresh"
+
+    @property
+    def name(self) -> str:
+        """What identifies the run in its experiment."""
+        return f"{self.arm.replace(':', '-')}-{self.examples}-s{self.seed}"
+
+
+def pick() -> Iterator[Run]:
+    """Two seeds of NITP with three weights and two layers."""
+    for seed in (42, 43):
+        for arm in ("regular", *(f"nitp:{lbd}:{layer}" for lbd in (0.4, 0.8, 1.6) for layer in (0, 1))):
+            yield Run("pick", arm, 1000, seed, 8, test="held_out")
+
+
+def nitp() -> Iterator[Run]:
+    """Four sizes, then the controls."""
+    for seed in range(11, 21):
+        for examples, epochs in ((1000, 8), (8000, 1), (2000, 4), (500, 16)):
+            for arm in ("regular", "nitp"):
+                yield Run("nitp", arm, examples, seed, epochs)
+    for seed in range(11, 21):
+        for arm, epochs in (("all_labels", 8), ("random", 8), ("shuffled", 8), ("longer", 10)):
+            yield Run("nitp", arm, 1000, seed, epochs)
+
+
+def combine() -> Iterator[Run]:
+    """The arms that `nitp` does not have."""
+    for seed in range(11, 21):
+        for arm in ("clip:0.1", "clip_nitp", "stp"):
+            yield Run("combine", arm, 1000, seed, 8)
+
+
+def terms() -> Iterator[Run]:
+    """Losses of pairs."""
+    arms = ("regular cosine:1 clip:0.1 placebo:0.1 infonce:0.1 clip:1 l2:1 mse:1 vicreg:0.1 vicreg:1 stop_gradient:1 "
+            "center:1 sigreg:1")  # fmt: skip
+    for seed in range(31, 36):
+        for arm in arms.split():
+            yield Run("terms", arm, 1000, seed, 8)
+
+
+EXPERIMENTS: dict[str, Callable[[], Iterator[Run]]] = {e.__name__: e for e in (pick, nitp, combine, terms)}
+
+
+def in_child(log: Path, main: Callable[[list[str]], int], argv: list[str]) -> None:
+    """Calls a script's `main` in a fork of this process, which has loaded its modules. Raises UsageError on failure."""
+
+    def child() -> None:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.exit(main(argv))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise UsageError(f"a run has failed, see {log}")
+
+
+def perform(run: Run, out: Path) -> dict:
+    """Trains and evaluates unless that is finished. Returns the run's line in the results."""
+    folder = out / run.experiment / run.name
+    test, log = out / "parts" / f"{run.test}.jsonl", folder.with_name(f"{run.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if not (folder / "run.json").exists() or read_json(folder / "run.json")["status"] != "finished":
+        train = ["--train_file", str(out / "parts" / f"{run.examples}.jsonl"), "--num_epochs", str(run.epochs)]
+        common = ["--finetune_seed", str(run.seed), "--save_strategy", "no", "--output_dir", str(folder), "--overwrite"]
+        in_child(log, finetune.main, [*train, *TINY.split(), *flags(run.arm), *common])
+    evaluation = ["--model_name", str(folder), "--input_file", str(test), "--overwrite", "--output_file"]
+    in_child(log, evaluate.main, [*evaluation, str(folder / "predictions.jsonl"), "--task", "synth"])
+    record, metrics = read_json(folder / "run.json"), read_json(folder / "metrics.json")
+    scores = ("dfa_equal", "exact", "startswith", "stop_rate", "retrieval")
+    line = {"run": run.name} | asdict(run) | {score: metrics[score] for score in scores}
+    if run.experiment == "terms" and run.arm in MEASURED:
+        in_child(log, evaluate.main, [*evaluation, str(folder / "similarity.json"), "--similarity"])
+        geometry = read_json(folder / "similarity.json")
+        line["geometry"] = {k: v for k, v in geometry.items() if re.match("least_squares|singular_value_", k)}
+    line |= {"learned": record.get("learned"), "train_seconds": record["wall_seconds"]}
+    return line | {"started": record["attempts"][-1]["started"], "commit": record["git_commit"][:7]}
+
+
+def work(argv: list[str] | None) -> None:
+    """Parses the flags, writes the parts of the dataset and runs the experiments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (default 2)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs (default runs)")
+    options = parser.parse_args(argv)
+    os.chdir(ROOT)
+    parts = options.out / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    for examples in (500, 1000, 2000, 8000):
+        subset.work([str(TRAIN), str(parts / f"{examples}.jsonl"), "--first", str(examples)])
+    subset.work([str(TRAIN), str(parts / "held_out.jsonl"), "--skip", "6000"])
+    if not (parts / "fresh.jsonl").exists():
+        fresh.work([str(parts / "fresh.jsonl")])
+    for experiment in options.experiments:
+        results = ROOT / "experiments/results" / f"{experiment}.jsonl"
+        results.touch()
+        done = {json.loads(line)["run"] for line in results.read_text().splitlines()}
+        todo = [run for run in EXPERIMENTS[experiment]() if run.name not in done]
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
+            futures = [pool.submit(perform, run, options.out) for run in todo]
+            for count, future in enumerate(as_completed(futures), len(done) + 1):
+                if future.exception():
+                    pool.shutdown(cancel_futures=True)
+                with results.open("a") as file:
+                    file.write(json.dumps(future.result()) + "\n")
+                print(f"{experiment}: {count} of {len(done) + len(todo)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("terms.py", lambda: work(None)))
