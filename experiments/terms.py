@@ -179,6 +179,7 @@ def work(argv: list[str] | None) -> None:
         fresh.work([str(parts / "fresh.jsonl")])
     for experiment in options.experiments:
         results = ROOT / "experiments/results" / f"{experiment}.jsonl"
+        results.parent.mkdir(exist_ok=True)
         results.touch()
         done = {json.loads(line)["run"] for line in results.read_text().splitlines()}
         todo = [run for run in EXPERIMENTS[experiment]() if run.name not in done]
