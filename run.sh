@@ -87,7 +87,7 @@ Arguments, all optional, in this order ('-' selects the default). The variable i
   model          [MODEL]        models/tiny, from random weights (--pretrain), with
                                 --batch_size 8 --grad_accum 1 --warmup_steps 0.05 --adam_beta2 0.98
   learning rate  [LR]           2e-5; 1e-3 for models/tiny; LEARNING_RATE is another name of the variable
-  epochs         [EPOCHS]       4; 2 for models/tiny; a FLAG --max_steps replaces it
+  epochs         [EPOCHS]       4; 1 for models/tiny; a FLAG --max_steps replaces it
   last_token     [LAST_TOKEN]   view token as an index from the view's end; default: found by finetune.py
   predictors     [PREDICTORS]   1
   seed           [SEEDS]        one, several with commas, or all (default): 82 23 37 84 4
@@ -109,8 +109,8 @@ contain -paper.
 
 More variables (one that looks like a misspelled variable of this page is an error):
   NPROC             training processes, one per GPU (1); evaluation uses one process
-  JOBS              runs at a time (1), which share the cores. With several, and in compare and sweep, each run writes its
-                    output to RUNS_DIR/.logs/RUN.log, and a run that fails ends the others
+  JOBS              runs at a time (1; 2 for models/tiny), which share the cores. With several, and in compare and sweep,
+                    each run writes its output to RUNS_DIR/.logs/RUN.log, and a run that fails ends the others
   TASK              task that scores a dataset without the name of a task (evaluate.py --task)
   EVAL_FLAGS        more flags of evaluate.py: EVAL_FLAGS='--max_new_tokens 512 --engine vllm' bash run.sh run_jepa
   PYTHON_BIN        interpreter to use; default: that of .venv, which setup.sh creates

@@ -87,6 +87,7 @@ node_variables() {
   [ "$gpus" -gt 0 ] || gpus=8 # the preflight then reports that they are missing
   [ -z "${SLURM_JOB_ID:-}" ] || port=$((20000 + SLURM_JOB_ID % 10000))
   [ "${JOBS:-1}" = 1 ] || fail "JOBS is not for ${0##*/}: a training uses all GPUs"
+  export JOBS=1
   default MODEL '.*' meta-llama/Llama-3.1-8B-Instruct
   default PREDICTORS '.*' 0
   default ARMS '.*' 'regular jepa'

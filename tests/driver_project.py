@@ -90,7 +90,9 @@ class Project:
         with self.patch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.setattr(driver.Driver, "call", recorded)
             patch.setattr(signal, "signal", lambda *_: None)  # the scripts run in threads
-            if not real:
+            if real:
+                patch.setitem(driver.TINY_DEFAULTS, "jobs", "1")  # the scripts run in this process
+            else:
                 patch.setattr(driver, "TINY_DEFAULTS", TINY)
                 patch.setattr(driver, "TINY_FLAGS", TINY_FLAGS)
             large = self.script == "run8bh200.sh"

@@ -508,11 +508,11 @@ def running(pid: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("number", "variables"), [(signal.SIGINT, {}), (signal.SIGTERM, {"JOBS": "2"}), (signal.SIGINT, {"STUBBORN": "1"})]
+    ("number", "variables"), [(signal.SIGINT, {}), (signal.SIGTERM, {"JOBS": "1"}), (signal.SIGINT, {"STUBBORN": "1"})]
 )
 def test_a_signal_ends_all_processes(project, number, variables):
     process = start(project, **variables)
-    found = started(int(variables.get("JOBS", "1")))
+    found = started(int(variables.get("JOBS", "2")))
     process.send_signal(number)
     begin = time.monotonic()
     err = process.communicate(timeout=30)[1]
@@ -522,7 +522,7 @@ def test_a_signal_ends_all_processes(project, number, variables):
 
 
 def test_a_failing_job_ends_the_others_and_jobs_share_the_cores(project):
-    variables = {"JOBS": "2", "FAIL": "-s23", "SEEDS": "82 37 23"}
+    variables = {"FAIL": "-s23", "SEEDS": "82 37 23"}
     project.patch.delenv("OMP_NUM_THREADS")
     process = start(project, **variables)
     first, second = started(2)
