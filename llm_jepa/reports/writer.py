@@ -207,7 +207,7 @@ def learning_rows(table: Table) -> list[list[str]]:
 
 def arm_rows(table: Table) -> list[list[str]]:
     """Mean ± sd of every arm, header first."""
-    names = dict.fromkeys(name for arm in table.arms.values() for name in arm[0].scores)
+    names = dict.fromkeys(name for _, r in table.runs for name in r.scores)
     headings = [*(f"{name} %" for name in names), "train s"]
     rows = [["arm", "n", *headings]]
     for label, arm in table.arms.items():
@@ -228,9 +228,9 @@ def comparison_rows(table: Table) -> list[list[str]]:
 
 def run_rows(table: Table) -> list[list[str]]:
     """Scores, commit and remarks of every run, header first."""
-    names = dict.fromkeys(name for arm in table.arms.values() for name in arm[0].columns)
+    names = dict.fromkeys(name for _, r in table.runs for name in r.columns)
     rows = [["arm", "seed", *names, "commit", "run", "remarks"]]
-    for label, r in ((label, r) for label, arm in table.arms.items() for r in arm):
+    for label, r in table.runs:
         values = [f"{r.columns[name]:.2f}" if name in r.columns else "–" for name in names]
         commit = str(r.environment["git_commit"] or "unknown")[:8] + ("+" if r.environment["git_dirty"] else "")
         rows.append([label, str(r.seed), *values, commit, str(r.run), "; ".join(r.remarks())])
