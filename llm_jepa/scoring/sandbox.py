@@ -64,34 +64,24 @@ class Sandbox(contextlib.AbstractContextManager):
 
         Raises Failure if the function raised one, exceeded a limit, or ended the child.
         """
-        request = json.dumps([self.seconds, *arguments]).encode() + b"\n"
-        try:
-            reply = json.loads(self._exchange(request))
-        except Failure as failure:
-            if failure.reason != "crash":
-                raise
-            reply = json.loads(self._exchange(request))  # the child may have been killed from outside
-        if "failure" in reply:
-            raise Failure(reply["failure"])
-        return reply["result"]
-
-    def _exchange(self, request: bytes) -> bytes:
-        """Sends the request to the child, which is started if necessary, and returns its reply."""
         if self._child is None:
             self._start()
         try:
             with contextlib.suppress(BrokenPipeError):
-                self._child.stdin.write(request)
+                self._child.stdin.write(json.dumps([self.seconds, *arguments]).encode() + b"\n")
                 self._child.stdin.flush()
             line = self._child.stdout.readline(self.max_reply)
-            if line.endswith(b"\n"):
-                return line
             if len(line) >= self.max_reply:
                 raise Failure("too_large")
-            raise Failure("timeout" if self._child.wait() == -signal.SIGALRM else "crash")
-        except BaseException:  # otherwise the next request would get the reply to an interrupted one
+            if not line.endswith(b"\n"):
+                raise Failure("timeout" if self._child.wait() == -signal.SIGALRM else "crash")
+        except BaseException:  # otherwise the next call would get the reply to an interrupted one
             self.close()
             raise
+        reply = json.loads(line)
+        if "failure" in reply:
+            raise Failure(reply["failure"])
+        return reply["result"]
 
     def _start(self) -> None:
         """Starts the child. Raises OSError with the child's error if it does not get ready."""
