@@ -18,7 +18,6 @@ from llm_jepa.data.examples import Example, ExampleError
 from llm_jepa.files import sha256
 from llm_jepa.scoring.sandbox import Failure, Sandbox
 from llm_jepa.scoring.sql import (
-    example_database,
     execute,
     execution_match,
     is_ordered,
@@ -304,15 +303,6 @@ def test_path_without_databases_is_an_error_with_the_path(database, tmp_path):
         with pytest.raises(UsageError, match=f"^{tmp_path / name}: "):
             spider_databases(tmp_path / name, tmp_path / "cache")
         assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").iterdir())
-
-
-def test_database_with_an_unmerged_log_is_refused(database):
-    log = database.with_name(f"{database.name}-wal")
-    log.write_bytes(b"changes")
-    with pytest.raises(ExampleError, match=log.name):
-        example_database(database.parents[1], example("SELECT 1"))
-    log.write_bytes(b"")
-    assert example_database(database.parents[1], example("SELECT 1")) == database
 
 
 def test_symmetric_results_match_quickly():
