@@ -58,11 +58,3 @@ def test_stopped_child_is_killed_by_the_parent(monkeypatch):
 def test_child_that_cannot_start_is_an_error():
     with Sandbox("no_such_module:run", 1) as box, pytest.raises(OSError, match="no_such_module"):
         box.call()
-
-
-def test_a_child_that_was_killed_from_outside_is_started_again():
-    with Sandbox("llm_jepa.scoring.sql:is_ordered", 10) as sandbox:
-        assert sandbox.call("SELECT 1 ORDER BY 1") is True
-        sandbox._child.kill()
-        sandbox._child.wait()
-        assert sandbox.call("SELECT 1") is False
