@@ -8,8 +8,6 @@
 Writes predictions.jsonl batch by batch and metrics.json at the end; the same command resumes an interrupted evaluation.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import sys

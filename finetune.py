@@ -25,8 +25,6 @@ chat up to the end of the user turn (the stem). A path is the sequence of tokens
 reads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools
@@ -36,7 +34,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from llm_jepa.cli import UsageError, first_line, parse_flags
@@ -120,20 +117,9 @@ def add_contrast(
 class JepaTrainer(StepTrainer):
     """The Trainer with the LLM-JEPA objective, normalized over the optimizer step and all ranks by default."""
 
-    def __init__(
-        self, *args: Any, selector: LMHeadSelector, contrast: Contrast, reference_grad_scale: bool = False,
-        **kwargs: Any,
-    ):  # fmt: skip
+    def __init__(self, *args: Any, selector: LMHeadSelector, reference_grad_scale: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.selector, self.contrast, self.reference_grad_scale = selector, contrast, reference_grad_scale
-
-    def save_state(self, folder: Path) -> None:
-        """Writes the queue of negatives to a checkpoint."""
-        self.contrast.save(folder)
-
-    def load_state(self, folder: Path) -> None:
-        """Reads the queue of negatives from a checkpoint."""
-        self.contrast.load(folder)
+        self.selector, self.reference_grad_scale = selector, reference_grad_scale
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
         """The step's micro-batches, and their counts (4,) in the order of COUNTS over all ranks, at least 1 each."""
@@ -221,28 +207,21 @@ class Parts:
         inspect_model(self.model, self.selector, self.collator, items, half=half, longest=longest)
 
 
-def load_on_device(s: Settings, tokenizer: Any, device: torch.device) -> Any:
-    """Loads the model on its device, and adds an adapter with --lora."""
-    model = load_model(s.model_name, s.revision, tokenizer, **loading(s))
-    return (adapted(model, s, tokenizer) if s.lora else model).to(device)
-
-
-def loading(s: Settings) -> dict[str, Any]:
-    """The options of load_model that the flags describe."""
-    return {
-        "pretrain": s.pretrain,
-        "attn_implementation": s.attn_implementation,
-        "trust_remote_code": s.trust_remote_code,
-        "predictors": s.stored_predictors,
-    }
+def load_base(s: Settings, tokenizer: Any, **options: Any) -> Any:
+    """The model of the flags without an adapter; `options` as of load_model."""
+    options |= {name: getattr(s, name) for name in ("pretrain", "attn_implementation", "trust_remote_code")}
+    return load_model(s.model_name, s.revision, tokenizer, predictors=s.stored_predictors, **options)
 
 
 def adapted(model: Any, s: Settings, tokenizer: Any) -> Any:
-    """The model with the adapter that the flags describe."""
-    return add_adapter(
-        model, tokenizer, rank=s.lora_rank, dropout=s.lora_dropout, predictors=s.stored_predictors, plain=s.plain,
-        revision=s.revision,
-    )  # fmt: skip
+    """The model with the adapter of the flags, if they ask for one."""
+    options = {"rank": s.lora_rank, "dropout": s.lora_dropout, "predictors": s.stored_predictors, "plain": s.plain}
+    return add_adapter(model, tokenizer, revision=s.revision, **options) if s.lora else model
+
+
+def load_on_device(s: Settings, tokenizer: Any, device: torch.device) -> Any:
+    """The model with float32 parameters, on its device."""
+    return adapted(load_base(s, tokenizer), s, tokenizer).to(device)
 
 
 def auxiliary_terms(s: Settings) -> list[Term]:
@@ -277,7 +256,8 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
     if max_length < s.max_length and state.is_main_process:
         print(f"--max_length {max_length}, the model's context, instead of {s.max_length}", file=sys.stderr)
     renderer = Renderer(tokenizer, s.plain, s.train_all, s.predictors, s.front_pred, s.reverse_pred)
-    encoder = Encoder(renderer, s.lm_labels, max_length, s.last_token, s.jepa, s.text_view, s.locates_user)
+    locate_user = s.stp_variant is not None and s.stp_part in ("content", "user")
+    encoder = Encoder(renderer, s.lm_labels, max_length, s.last_token, s.jepa, s.text_view, locate_user)
     data = load_data(s, encoder, state)
     set_seed(s.finetune_seed)
     model = load(s, tokenizer, device)
@@ -322,7 +302,7 @@ def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool
     """The FLOPs of regular fine-tuning as a fraction of those of these settings."""
     device, model = parts.model.device, parts.model
     if s.gradient_checkpointing:  # what the backward pass computes again counts
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.activation_checkpointing_enable()
         model.train()
 
     plain = LMHeadSelector(model)

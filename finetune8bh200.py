@@ -10,8 +10,6 @@ checkpoints are removed. If torchrun restarts the job (--max-restarts), training
 checkpoint. `python -m llm_jepa.memory` predicts the memory; its --help has the formula.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import replace
@@ -32,9 +30,9 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments, set_seed
 
-from finetune import JepaTrainer, Parts, adapted, fine_tune, load_on_device, loading
+from finetune import JepaTrainer, Parts, adapted, fine_tune, load_base, load_on_device
 from llm_jepa.files import read_json
-from llm_jepa.model import load_adapter, load_model
+from llm_jepa.model import load_adapter
 from llm_jepa.run_folder import launch_id
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.process import run_script
@@ -63,9 +61,8 @@ def load(s: LargeSettings, tokenizer: Any, device: torch.device) -> Any:
             bnb_4bit_compute_dtype=options["dtype"],
         )
         options["device_map"] = {"": device}
-    options |= loading(s) | {"empty": sharded and not PartialState().is_main_process}
-    model = load_model(s.model_name, s.revision, tokenizer, **options)
-    model = adapted(model, s, tokenizer) if s.lora else model
+    model = load_base(s, tokenizer, empty=sharded and not PartialState().is_main_process, **options)
+    model = adapted(model, s, tokenizer)
     return model if sharded or s.load_in_4bit else model.to(device)
 
 
@@ -126,7 +123,7 @@ class LargeTrainer(JepaTrainer):
             return super().merged_model()
         s, dtype = self.settings, compute_dtype(self.settings, self.args.device)
         set_seed(s.finetune_seed)  # the rows of added tokens are drawn again
-        base = load_model(s.model_name, s.revision, self.processing_class, dtype=dtype, **loading(s))
+        base = load_base(s, self.processing_class, dtype=dtype)
         return load_adapter(base, self.args.output_dir).merge_and_unload()
 
 

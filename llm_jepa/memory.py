@@ -1,7 +1,5 @@
 """Command line of llm_jepa/large/memory.py: python -m llm_jepa.memory --help."""
 
-from __future__ import annotations
-
 import ast
 import json
 import sys

@@ -4,8 +4,6 @@ A run folder holds `args.json` (all resolved settings), `run.json` (provenance a
 checkpoints and `eval/<dataset>/`. Nothing about a run is read from printed output.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +18,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from llm_jepa.cli import UsageError
 from llm_jepa.distributed import processes
@@ -106,7 +106,7 @@ class RunFolder:
     def __init__(self, folder: str, settings: dict[str, Any]):
         self.path, self.settings = Path(folder), settings
         self.record: dict[str, Any] = {}
-        self._lock_file: Any = None
+        self._lock_file: FileLock | None = None
         self._started = time.time()
 
     def check(self, resume: bool, overwrite: bool) -> None:
@@ -186,26 +186,18 @@ class RunFolder:
         The lock file is next to the folder, which --overwrite replaces. The lock ends with the process.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
-        path = folder.with_name(f".{folder.name}.lock")
-        file = open(path, "a")  # closed in `close`
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise BlockingIOError  # another process has removed the file since the open
-        except (BlockingIOError, FileNotFoundError):
-            file.close()
+            lock.acquire(timeout=0)
+        except Timeout:
             raise UsageError(f"--output_dir {self.path} is in use by another process") from None
-        except (OSError, ImportError, AttributeError):
-            pass  # a file system or a system without locks
-        self._lock_file = file
+        self._lock_file = lock
 
     def close(self) -> None:
         """Removes the lock file and releases the lock."""
         if self._lock_file is not None:
-            Path(self._lock_file.name).unlink(missing_ok=True)
-            self._lock_file.close()
+            Path(self._lock_file.lock_file).unlink(missing_ok=True)
+            self._lock_file.release()
 
     def remove_checkpoints(self, keep: Iterable[Path] = ()) -> None:
         """Removes all checkpoints but those to keep; one is three times as large as the model."""

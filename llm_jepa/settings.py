@@ -1,7 +1,5 @@
 """The flags of finetune.py, and which of them contradict each other."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib.util
@@ -226,11 +224,6 @@ class Settings:
         return self.stp if self.stp_lbd > 0 else None
 
     @property
-    def locates_user(self) -> bool:
-        """Whether the tokens of the user turn in the chat are needed."""
-        return self.text_view == "in_chat" or (bool(self.stp_variant) and self.stp_part in ("content", "user"))
-
-    @property
     def jepa_loss_or_default(self) -> str:
         """The loss of the pairs that the flags ask for, a key of JEPA_LOSSES."""
         old = {"l2": self.jepa_l2, "mse": self.jepa_mse, "infonce": self.infonce}
@@ -418,19 +411,20 @@ def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -
         check_libraries(s, r)
     if r:
         raise UsageError("\n".join(r))
-    resolved = resolve(s)
-    folder = Path(resolved.output_dir).resolve()
+    s = resolve(s)
+    s = dataclasses.replace(s, output_dir=s.output_dir or default_output_dir(s))
+    folder = Path(s.output_dir).resolve()
     for name in ("model_name", "train_file", "data_file", "eval_file") if s.overwrite else ():
         path = getattr(s, name)
         if path and folder in (Path(path).resolve(), *Path(path).resolve().parents):
-            raise UsageError(f"--overwrite would remove --{name} {path}, inside --output_dir {resolved.output_dir}")
-    return resolved
+            raise UsageError(f"--overwrite would remove --{name} {path}, inside --output_dir {s.output_dir}")
+    return s
 
 
 def resolve(s: Settings) -> Settings:
-    """Fills in the defaults that depend on other flags."""
+    """Fills in the defaults that depend on other flags, but for --output_dir."""
     held_out = s.data_file or s.eval_file or s.val_fraction
-    resolved = dataclasses.replace(
+    return dataclasses.replace(
         s,
         layout=s.layout_or_default,
         additive_mask=s.layout_or_default == "additive",
@@ -444,7 +438,6 @@ def resolve(s: Settings) -> Settings:
         eval_strategy=s.eval_strategy or ("no" if not held_out else "steps" if s.streaming else "epoch"),
         save_strategy=s.save_strategy or ("steps" if s.streaming else "epoch"),
     )
-    return dataclasses.replace(resolved, output_dir=s.output_dir or default_output_dir(resolved))
 
 
 def default_output_dir(s: Settings) -> str:
@@ -452,14 +445,7 @@ def default_output_dir(s: Settings) -> str:
     dataset = dataset_name(s.train_file or s.data_file)
     method = "regular" if s.regular else f"jepa-lbd{s.lbd:g}-k{s.predictors}"
     named = {"train_file", "model_name", "regular", "lbd", "predictors", "learning_rate", "finetune_seed"}
-    usual = {f.name: f.default for f in dataclasses.fields(s)}
-    usual |= {
-        "layout": "packed",
-        "jepa_loss": "cosine",
-        "lm_labels": "answer",
-        "eval_strategy": "no",
-        "save_strategy": "epoch",
-    }
+    usual = vars(resolve(type(s)()))
     others = {k: v for k, v in dataclasses.asdict(s).items() if k not in named | VOLATILE and v != usual[k]}
     mark = "-x" + hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8] if others else ""
     return f"runs/{dataset}-{Path(s.model_name).name}-{method}-lr{s.learning_rate:g}{mark}-s{s.finetune_seed}"

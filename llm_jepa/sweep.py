@@ -1,21 +1,15 @@
-"""Picks the best cell of a grid and writes all cells to a JSON file: python -m llm_jepa.sweep --help.
+"""Picks the best cell of a grid and writes all cells to a JSON file: the last step of `bash run.sh sweep`.
 
-    python -m llm_jepa.sweep --pick jepa --output_file sweep.json RUN…          prints the run folder of the best cell
-
-`bash run.sh sweep` trains the cells and picks by itself; this command picks among runs that exist. A cell is a set of
-runs that differ only in their seed; its score is their mean task score on held-out training examples. Of equal cells,
-the one with the smallest learning rate, then k, then λ is picked.
+A cell is a set of runs that differ only in their seed; its score is their mean task score on held-out training
+examples. Of equal cells, the one with the smallest learning rate, then k, then λ is picked.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llm_jepa.cli import FlagParser, UsageError, run_command
+from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json, write_json
 from llm_jepa.reports.results import arm_settings
 
@@ -71,26 +65,3 @@ def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
         note = "  picked" if cell["run"] == picked else "  equal score" if cell["score"] == own.score.max() else ""
         print(f"  {label:26}{100 * cell['score']:7.2f} %{note}", file=sys.stderr)
     return picked
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 picked, 2 wrong usage or runs."""
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder with one evaluation")
-    parser.add_argument("--pick", required=True, metavar="ARM", help="regular, or any name for the other arm")
-    parser.add_argument("--output_file", required=True, type=Path, help="JSON file for all cells")
-
-    def work() -> None:
-        options, evaluations = parser.parse_args(argv), []
-        for run in options.runs:
-            found = [path.parent for path in run.glob("eval/*/metrics.json")]
-            if len(found) != 1:
-                raise UsageError(f"{run}: {len(found)} evaluations instead of one")
-            evaluations += found
-        print(pick(options.pick, evaluations, options.output_file))
-
-    return run_command("sweep", work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,5 @@
 """Encoded examples, and the micro-batches that they are grouped into."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -5,8 +5,6 @@ section 4.2 and Table 14), `export` writes them and `t_sne` draws them.
 Letters: P pairs, R rows of a batch, T tokens in a row, D hidden size.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator

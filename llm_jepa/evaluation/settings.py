@@ -1,7 +1,5 @@
 """The flags of evaluate.py, and their checks against each other and against the run that is evaluated."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from dataclasses import dataclass

@@ -1,8 +1,5 @@
 """The Trainer's own arguments from the flags of finetune.py."""
 
-from __future__ import annotations
-
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,6 @@ def training_arguments(
     s: Settings, *, bf16: bool, max_steps: int, device: torch.device, fsdp_config: dict[str, Any] | None = None
 ) -> TrainingArguments:
     """The TrainingArguments of a run. `fsdp_config`: for a model that is sharded over the processes."""
-    names = {f.name for f in dataclasses.fields(TrainingArguments)}  # transformers 5.23 renamed this one
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     default_workers = (1 if s.streaming else 2) if device.type == "cuda" else 0
     arguments = TrainingArguments(
         output_dir=s.output_dir,
@@ -44,7 +39,7 @@ def training_arguments(
         use_cpu=device.type == "cpu",
         bf16=bf16,
         fp16=s.dtype == "float16",
-        **{checkpointing: s.gradient_checkpointing},
+        activation_checkpointing=s.gradient_checkpointing,
         fsdp=bool(fsdp_config) or None,
         fsdp_config=fsdp_config,
         use_liger_kernel=s.use_liger_kernel,

@@ -1,7 +1,5 @@
 """Callbacks of a training: metrics.jsonl and the progress bar."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Any

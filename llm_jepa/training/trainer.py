@@ -1,7 +1,6 @@
 """What the Trainer needs besides the loss: micro-batches, finite steps, statistics, complete checkpoints."""
 
-from __future__ import annotations
-
+import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from llm_jepa.training.diagnostics import (
     pair_statistics,
 )
 from llm_jepa.training.flops import FlopCounter
+from llm_jepa.training.pairs import Contrast
 
 TOKENS = ("chat", "text_view", "code_view", "padding")
 VIEWS_KEPT = 256  # the last pairs of a logging interval: their effective rank is logged
@@ -80,14 +80,13 @@ class StepTrainer(Trainer):
 
     def __init__(
         self, *args: Any, collator: Callable, micro_batches: Callable[..., MicroBatches], problems: Problems,
-        gamma: float, terms: list[Any], track_flop: bool = False, gradient_stats: int = 0,
-        generate: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any,
+        contrast: Contrast, gamma: float, terms: list[Any], track_flop: bool, gradient_stats: int,
+        generate: Callable[[Any], dict[str, float]] | None, **kwargs: Any,
     ):  # fmt: skip
         """`micro_batches(lengths, shuffle=, processes=)` groups examples; `problems` gets what a stream skips.
 
         `gamma` and `terms`: the objective. Every `gradient_stats` steps the gradients of the terms are compared with
-        that of the language-model loss (0: never). `generate(model)` returns metrics from generation, at each
-        evaluation.
+        that of the language-model loss (0: never). At each evaluation `generate(model)` returns more metrics.
         """
         # The Trainer changes both for its own purposes (use_cache, special tokens); saved is what the model had.
         model = kwargs["model"]
@@ -95,7 +94,8 @@ class StepTrainer(Trainer):
         super().__init__(*args, data_collator=partial(collate, collator), **kwargs)
         self.micro_batches = partial(micro_batches, processes=self.args.world_size)
         self.collator, self.problems = collator, problems
-        self.gamma, self.terms, self.track_flop, self.generate = gamma, terms, track_flop, generate
+        self.gamma, self.terms, self.contrast = gamma, terms, contrast
+        self.track_flop, self.generate = track_flop, generate
         exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         sums = ("lm", *(term.name for term in terms), "nitp_shuffled", *PAIR_STATISTICS)
         self.statistics_names = (*sums, "effective_rank", "ranks", *COUNTS, *TOKENS)
@@ -195,10 +195,8 @@ class StepTrainer(Trainer):
         """Adds a micro-batch: its shares () of the step's loss, its unweighted sums (), its States and counts."""
         found = {"pairs": states.views.shape[1], "spans": states.path.shape[1]}
         if self._measures and torch.is_grad_enabled() and all(found.get(t.divisor, 1) for t in self.terms):
-            parameters = [
-                p for name, p in self.model.named_parameters() if p.requires_grad and "projectors" not in name
-            ]
-            self._measured, self._measures = gradient_statistics(shares, parameters), False
+            own = [p for name, p in self.model.named_parameters() if p.requires_grad and "projectors" not in name]
+            self._measured, self._measures = gradient_statistics(shares, own), False
         self._step_loss = self._step_loss + sum(shares.values()).detach()
         zero = lm_sum.new_zeros(())
         figures = dict.fromkeys(self.statistics_names, zero) | {"lm": lm_sum} | sums
@@ -310,20 +308,11 @@ class StepTrainer(Trainer):
         if self.args.should_save:  # an adapter comes without
             model.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
-    def save_state(self, folder: Path) -> None:
-        """Writes what a subclass keeps in a checkpoint."""
-
-    def load_state(self, folder: Path) -> None:
-        """Reads what `save_state` has written."""
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
+        with contextlib.nullcontext() if self.is_fsdp_enabled else without_projectors(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            with without_projectors(self.model):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_projectors(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
-        self.load_state(Path(resume_from_checkpoint))
+        self.contrast.load(Path(resume_from_checkpoint))
 
     def load_checkpoint(self, folder: Path) -> None:
         """Loads the parameters of a checkpoint without training."""
@@ -347,7 +336,7 @@ class StepTrainer(Trainer):
             write_json(folder / f"stream-{self.args.process_index}.json", place)
         save_projectors(self.accelerator.unwrap_model(self.model), folder)
         if self.args.should_save:
-            self.save_state(folder)
+            self.contrast.save(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_checkpoint(folder)
