@@ -46,8 +46,9 @@ if __name__ == "__main__":  # before the slow imports, so that --help and flag e
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
-from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import ProgressCallback, Trainer, set_seed
 
+from llm_jepa import losses
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
 from llm_jepa.data.examples import Problems
 from llm_jepa.data.rendering import Renderer
@@ -56,18 +57,6 @@ from llm_jepa.data.streaming import SegmentStream
 from llm_jepa.evaluation.generation import exact_match
 from llm_jepa.forward import LMHeadSelector, States
 from llm_jepa.layouts import Collator
-from llm_jepa.losses import (
-    COUNTS,
-    STP_LOSSES,
-    ContrastSet,
-    Term,
-    jepa_loss,
-    moments,
-    nitp_loss,
-    objective,
-    sigreg_loss,
-    stp_loss,
-)
 from llm_jepa.model import (
     add_adapter,
     context_length,
@@ -101,8 +90,9 @@ def random_directions(selector: LMHeadSelector, step: int) -> torch.Tensor:
 
 
 def add_contrast(
-    states: States, batch: dict[str, Any], terms: list[Term], contrast: Contrast, selector: LMHeadSelector, step: int
-) -> States:
+    states: States, batch: dict[str, Any], terms: list[losses.Term], contrast: Contrast, selector: LMHeadSelector,
+    step: int,
+) -> States:  # fmt: skip
     """The states with what the terms also read: the pairs to contrast with, and what SIGReg compares."""
     reads = {name for term in terms for name in term.reads}
     if "contrast_set" in reads:
@@ -150,7 +140,7 @@ class JepaTrainer(StepTrainer):
             for batch in batches:
                 few = batch | {"label_at": batch["label_at"][:, :1]}  # logits are not used
                 projected = self.selector.read(self.model_wrapped, few).projected
-                own.append((moments(projected, directions), projected.shape[1]))
+                own.append((losses.moments(projected, directions), projected.shape[1]))
         total = self.accelerator.reduce(torch.stack([m for m, _ in own]).sum(dim=0), "sum")
         count = int(self.accelerator.reduce(torch.tensor(sum(n for _, n in own), device=self.args.device), "sum"))
         for batch, (moment, n) in zip(batches, own, strict=True):
@@ -170,7 +160,7 @@ class JepaTrainer(StepTrainer):
             counts, ranks = inputs["counts"].clamp(min=1), 1
         step = self.state.global_step + 1
         terms = [(term, term.weight_at(step, self.state.max_steps)) for term in self.terms]
-        loss, sums, shares = objective(lm_sum, states, counts, self.gamma, terms)
+        loss, sums, shares = losses.objective(lm_sum, states, counts, self.gamma, terms)
         self.add_statistics(shares, lm_sum, sums, states, inputs)
         return loss * ranks  # data parallelism averages gradients, but the loss is a sum over ranks
 
@@ -190,14 +180,14 @@ class Parts:
     model: Any
     selector: LMHeadSelector
     collator: Collator
-    terms: list[Term]
+    terms: list[losses.Term]
 
     def objective(self, batch: dict[str, Any], gamma: float) -> tuple[torch.Tensor, torch.Tensor, dict, States]:
         """(loss (), sum of the cross-entropy (), sums () of the terms by name, states) of a batch on its own."""
         lm_sum, states = self.selector.lm_sum(self.model, batch)
         states = add_contrast(states, batch, self.terms, Contrast(0), self.selector, 0)
         terms = [(term, term.weight) for term in self.terms]
-        loss, sums, _ = objective(lm_sum, states, batch["counts"].clamp(min=1), gamma, terms)
+        loss, sums, _ = losses.objective(lm_sum, states, batch["counts"].clamp(min=1), gamma, terms)
         return loss, lm_sum, sums, states
 
     def inspect(self, half: bool) -> None:
@@ -224,7 +214,7 @@ def load_on_device(s: Settings, tokenizer: Any, device: torch.device) -> Any:
     return adapted(load_base(s, tokenizer), s, tokenizer).to(device)
 
 
-def auxiliary_terms(s: Settings) -> list[Term]:
+def auxiliary_terms(s: Settings) -> list[losses.Term]:
     """The auxiliary losses that the flags ask for."""
     terms = []
     if s.jepa:
@@ -232,18 +222,18 @@ def auxiliary_terms(s: Settings) -> list[Term]:
         options = {"temperature": s.temperature, "stop_gradient": detached, "center": s.center}
         reads = ("projected" if s.sigreg else "views", *(["contrast_set"] if s.contrasts else []))
 
-        def jepa(views: torch.Tensor, others: ContrastSet | None = None) -> tuple[torch.Tensor, int]:
-            return jepa_loss(views, s.jepa_loss_or_default, others, **options)
+        def jepa(views: torch.Tensor, others: losses.ContrastSet | None = None) -> tuple[torch.Tensor, int]:
+            return losses.jepa_loss(views, s.jepa_loss_or_default, others, **options)
 
-        terms.append(Term("jepa", reads, "pairs", jepa, s.lbd * (1 - s.sigreg)))
+        terms.append(losses.Term("jepa", reads, "pairs", jepa, s.lbd * (1 - s.sigreg)))
         if s.sigreg:
             reads = ("projected", "directions", "rest_of_step")
-            terms.append(Term("sigreg", reads, "pairs", sigreg_loss, s.lbd * s.sigreg))
+            terms.append(losses.Term("sigreg", reads, "pairs", losses.sigreg_loss, s.lbd * s.sigreg))
     if s.stp_variant:
-        loss = partial(stp_loss, variant=s.stp_variant)
-        terms.append(Term("stp", ("path",), "spans", loss, s.stp_lbd, s.stp_warmup, s.stp_min_lbd))
+        loss = partial(losses.stp_loss, variant=s.stp_variant)
+        terms.append(losses.Term("stp", ("path",), "spans", loss, s.stp_lbd, s.stp_warmup, s.stp_min_lbd))
     if s.has_nitp:
-        terms.append(Term("nitp", ("predicted", "target"), "next_tokens", nitp_loss, s.nitp_lbd))
+        terms.append(losses.Term("nitp", ("predicted", "target"), "next_tokens", losses.nitp_loss, s.nitp_lbd))
     return terms
 
 
@@ -265,7 +255,7 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
         raise UsageError(f"--gradient_checkpointing: {type(model).__name__} does not support it")
     # A dense mask is quadratic in the row, so short rows are faster on a CPU; flash kernels want one long row.
     tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
-    points = STP_LOSSES[s.stp_variant].points if s.stp_variant else 0
+    points = losses.STP_LOSSES[s.stp_variant].points if s.stp_variant else 0
     collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, points, s.has_nitp, s.shuffle_pairs)
     add_projectors(model, ["nitp"] * s.has_nitp + ["sigreg"] * bool(s.jepa and s.sigreg), s.finetune_seed)
     layers = {"target_layer": s.nitp_layer, "targets": s.nitp_targets} if s.has_nitp else {}
@@ -282,7 +272,7 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.item()}")
     loss.backward()
-    there = dict(zip(COUNTS, batch["counts"].tolist(), strict=True)) | {"pairs": states.views.shape[1]}
+    there = dict(zip(losses.COUNTS, batch["counts"].tolist(), strict=True)) | {"pairs": states.views.shape[1]}
     means = {t.name: (sums[t.name] / there[t.divisor]).item() for t in parts.terms if there[t.divisor]}
     return {
         "lm_loss": (lm_sum / counts[0]).item(),
@@ -376,14 +366,14 @@ def build_trainer(
 
 
 def fine_tune(
-    s: Settings, state: PartialState, *, load: Callable = load_on_device, half: bool | None = False,
-    callbacks: Callable[[Parts], list[TrainerCallback]] = lambda parts: [], **trainer_options: Any,
+    s: Settings, state: PartialState, *, load: Callable = load_on_device, half: bool = False, sharded: bool = False,
+    **trainer_options: Any,
 ) -> None:  # fmt: skip
     """A complete run: checks everything, starts the run folder, trains, saves.
 
     The keyword arguments are what a large model does differently: how it is loaded, whether its parameters are in half
-    precision (None: they are going to be sharded, so a callback checks the first examples), additional callbacks, and
-    the `trainer_options` of build_trainer.
+    precision, whether the Trainer shards them, so that the layout is checked only then, and the `trainer_options` of
+    build_trainer.
     """
     is_main = state.is_main_process
     say = partial(print, file=sys.stderr, flush=True) if is_main else lambda text: None
@@ -392,7 +382,7 @@ def fine_tune(
             if not s.dry_run:
                 run.check(s.resume, s.overwrite)
             parts = prepare(s, state, load)
-        if half is not None:
+        if not sharded:
             parts.inspect(half)
         if parts.problems.found:
             say(parts.problems.report())
@@ -401,8 +391,8 @@ def fine_tune(
             return
 
         trainer, bar = build_trainer(s, parts, state, **trainer_options), Bar()
-        for callback in (bar, MetricsCallback(run, trainer), *callbacks(parts)):
-            trainer.add_callback(callback)
+        trainer.add_callback(bar)
+        trainer.add_callback(MetricsCallback(run, trainer, partial(parts.inspect, half) if sharded else None))
         renderer = parts.encoder.renderer
         stop = end_of_turn(renderer) if s.lm_labels != "answer_text" else None
         config = trainer.generation_config

@@ -28,9 +28,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 
-from finetune import JepaTrainer, Parts, adapted, fine_tune, load_base, load_on_device
+from finetune import JepaTrainer, adapted, fine_tune, load_base, load_on_device
 from llm_jepa.files import read_json
 from llm_jepa.model import load_adapter
 from llm_jepa.run_folder import launch_id
@@ -76,17 +76,6 @@ def sharded_arguments(s: LargeSettings, *, bf16: bool, max_steps: int, device: t
     if device.type == "cpu":  # accelerate shards only between processes that it believes to have GPUs
         arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
     return arguments
-
-
-class CheckSharded(TrainerCallback):
-    """Checks the first examples when the model is sharded, before the first step."""
-
-    def __init__(self, parts: Parts, half: bool):
-        self.parts, self.half = parts, half
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Raises UsageError, on every process, if the model does not support the layout."""
-        self.parts.inspect(self.half)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -159,16 +148,16 @@ def main(argv: list[str] | None = None) -> int:
         s = resume_after_restart(check_large_settings(settings, given, processes() > 1))
         if s is None:
             return
-        sharded, device, dtype = s.sharding == "fsdp2", state.device, compute_dtype(s, state.device)
-        in_half = (dtype if s.lora else getattr(torch, s.param_dtype)) != torch.float32
+        sharded, dtype = s.sharding == "fsdp2" and not s.dry_run, compute_dtype(s, state.device)
+        in_half = (dtype if s.lora or sharded else getattr(torch, s.param_dtype)) != torch.float32
         fine_tune(
             s, state,
             load=load,
-            half=None if sharded and not s.dry_run else in_half and not s.dry_run,
-            callbacks=lambda parts: [CheckSharded(parts, dtype != torch.float32)] if sharded else [],
+            half=in_half and not s.dry_run,
+            sharded=sharded,
             trainer_class=partial(LargeTrainer, settings=s),
             make_arguments=sharded_arguments if sharded else training_arguments,
-            bf16=uses_bfloat16(s, device) and s.param_dtype == "float32",
+            bf16=uses_bfloat16(s, state.device) and s.param_dtype == "float32",
         )  # fmt: skip
 
     return run_script("finetune8bh200.py", work)

@@ -7,7 +7,6 @@ checkpoints and `eval/<dataset>/`. Nothing about a run is read from printed outp
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -149,17 +148,17 @@ class RunFolder:
         have = processes()
         if had == have or not {"batch_size", "grad_accum"} <= before.keys() & now.keys():
             return set()
-        was, by = f"--resume: {self.path} was trained by {had} processes, now {have}", ("batch_size", "grad_accum")
+        was = f"--resume: {self.path} was trained by {had} processes, now {have}"
         if before.get("tokens_per_batch") or now.get("tokens_per_batch"):
             raise UsageError(f"{was}; with --tokens_per_batch the steps would have other examples")
-        step, other = (math.prod((s[name] for name in by), start=n) for s, n in ((before, had), (now, have)))
+        step, other = had * before["batch_size"] * before["grad_accum"], have * now["batch_size"] * now["grad_accum"]
         if step != other:
             choice = f"choose --batch_size and --grad_accum with the product {step / have:g}"
             raise UsageError(f"{was}; a step would have {other} examples instead of {step}: {choice}")
         if contrasts and before["grad_accum"] != now["grad_accum"]:
             choice = f"choose --batch_size {had * before['batch_size'] / have:g} --grad_accum {before['grad_accum']}"
             raise UsageError(f"{was}; its pairs would be contrasted with another number of pairs: {choice}")
-        return set(by)
+        return {"batch_size", "grad_accum"}
 
     def start(self, overwrite: bool, record: dict[str, Any]) -> None:
         """Makes the folder and writes args.json and run.json with status `running`. A resumed run keeps its history."""

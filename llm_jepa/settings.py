@@ -83,20 +83,12 @@ class Settings:
     jepa_l2: bool = flag(False, "the same as --jepa_loss l2", METHOD)
     jepa_mse: bool = flag(False, "the same as --jepa_loss mse", METHOD)
     infonce: bool = flag(False, "the same as --jepa_loss infonce", METHOD)
-    temperature: float | None = flag(
-        None, "temperature τ of --jepa_loss infonce (default 0.07) and clip (default 0.1)", METHOD
-    )
-    negatives_queue: int = flag(
-        0, "--jepa_loss infonce, clip: also contrast with this many earlier pairs, without gradient", METHOD
-    )
+    temperature: float | None = flag(None, "τ of --jepa_loss infonce (default 0.07) and clip (default 0.1)", METHOD)
+    negatives_queue: int = flag(0, "infonce, clip: also contrast with this many earlier pairs, no gradient", METHOD)
     stop_gradient: Literal["text", "code"] | None = flag(None, "view into which no JEPA gradient flows", METHOD)
     center: bool = flag(False, "subtract each view's mean over all processes before --jepa_loss", METHOD)
-    sigreg: float = flag(
-        0.0, "W: (1 − W) · JEPA loss + W · SIGReg, both of a projection of the views; 0.02 to 0.05 is usual", METHOD
-    )
-    shuffle_pairs: bool = flag(
-        False, "placebo: pair each Text view with the Code view of another example of the micro-batch", METHOD
-    )
+    sigreg: float = flag(0.0, "W: (1 − W) · JEPA loss + W · SIGReg of the projected views; usual: 0.02 to 0.05", METHOD)
+    shuffle_pairs: bool = flag(False, "placebo: pair each Text view with the Code view of another example", METHOD)
     front_pred: bool = flag(False, "predictor tokens before the view's content", METHOD)
     reverse_pred: bool = flag(False, "the assistant turn is the first view and gets the predictor tokens", METHOD)
     text_view: Literal["alone", "in_chat"] = flag(
@@ -130,9 +122,7 @@ class Settings:
     nitp_targets: Literal["states", "random", "shuffled"] = flag(
         "states", "--nitp, controls: a fixed random vector per token; the state of another token", METHOD
     )
-    gradient_stats: int = flag(
-        100, "every N steps, log the size and direction of each auxiliary gradient; 0: never", RUN
-    )
+    gradient_stats: int = flag(100, "log size and direction of auxiliary gradients every N steps; 0: never", RUN)
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )

@@ -24,13 +24,7 @@ from llm_jepa.files import read_json, write_json
 from llm_jepa.losses import COUNTS, find_not_negatives, nitp_loss
 from llm_jepa.projectors import load_projectors, save_projectors, without_projectors
 from llm_jepa.run_folder import mark_checkpoint
-from llm_jepa.training.diagnostics import (
-    PAIR_STATISTICS,
-    announcements,
-    effective_rank,
-    gradient_statistics,
-    pair_statistics,
-)
+from llm_jepa.training import diagnostics
 from llm_jepa.training.flops import FlopCounter
 from llm_jepa.training.pairs import Contrast
 
@@ -97,7 +91,7 @@ class StepTrainer(Trainer):
         self.gamma, self.terms, self.contrast = gamma, terms, contrast
         self.track_flop, self.generate = track_flop, generate
         exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        sums = ("lm", *(term.name for term in terms), "nitp_shuffled", *PAIR_STATISTICS)
+        sums = ("lm", *(term.name for term in terms), "nitp_shuffled", *diagnostics.PAIR_STATISTICS)
         self.statistics_names = (*sums, "effective_rank", "ranks", *COUNTS, *TOKENS)
         self.statistics = torch.zeros(len(self.statistics_names), dtype=exact, device=self.args.device)
         self.gradient_stats, self._measures, self._measured = gradient_stats, False, {}
@@ -145,13 +139,11 @@ class StepTrainer(Trainer):
 
     # -- steps
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, *args: Any) -> torch.Tensor:
         """A micro-batch's forward and backward pass, with --track_flop under a counter."""
-        if not self.track_flop:
-            return super().training_step(model, inputs, num_items_in_batch)
-        with FlopCounter() as counter:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self._flops = float(counter.get_total_flops())
+        with FlopCounter() if self.track_flop else contextlib.nullcontext() as counter:
+            loss = super().training_step(*args)
+        self._flops = float(counter.get_total_flops()) if counter else 0.0
         return loss
 
     def floating_point_ops(self, inputs: dict) -> float:
@@ -177,9 +169,8 @@ class StepTrainer(Trainer):
                 if error is not None:
                     raise error
             what, value = ("gradient norm", self._grad_norm) if torch.isfinite(loss) else ("loss", loss)
-            raise FloatingPointError(
-                f"the {what} of step {self.state.global_step + 1} is {value.item()}; training stopped"
-            )
+            step = self.state.global_step + 1
+            raise FloatingPointError(f"the {what} of step {step} is {value.item()}; training stopped")
 
     # -- statistics
 
@@ -196,13 +187,14 @@ class StepTrainer(Trainer):
         found = {"pairs": states.views.shape[1], "spans": states.path.shape[1]}
         if self._measures and torch.is_grad_enabled() and all(found.get(t.divisor, 1) for t in self.terms):
             own = [p for name, p in self.model.named_parameters() if p.requires_grad and "projectors" not in name]
-            self._measured, self._measures = gradient_statistics(shares, own), False
+            self._measured, self._measures = diagnostics.gradient_statistics(shares, own), False
         self._step_loss = self._step_loss + sum(shares.values()).detach()
         zero = lm_sum.new_zeros(())
         figures = dict.fromkeys(self.statistics_names, zero) | {"lm": lm_sum} | sums
         if "jepa" in sums:
             not_negatives = find_not_negatives(batch["view_ids"], batch["view_ids"]).to(states.views.device)
-            figures |= dict(zip(PAIR_STATISTICS, pair_statistics(states.views, not_negatives), strict=True))
+            sums_of_pairs = diagnostics.pair_statistics(states.views, not_negatives)
+            figures |= dict(zip(diagnostics.PAIR_STATISTICS, sums_of_pairs, strict=True))
             if torch.is_grad_enabled():
                 self._views = [torch.cat([*self._views, states.views.detach()], dim=1)[:, -VIEWS_KEPT:]]
         if "nitp" in sums:  # with the targets of other tokens
@@ -238,7 +230,7 @@ class StepTrainer(Trainer):
         if "loss" in logs:
             for views in self._views:
                 if views.shape[1] > 1:
-                    figures = {"effective_rank": sum(map(effective_rank, views)) / 2, "ranks": 1}
+                    figures = {"effective_rank": sum(map(diagnostics.effective_rank, views)) / 2, "ranks": 1}
                     self.statistics += self.statistics.new_tensor([figures.get(n, 0) for n in self.statistics_names])
             self._views = []
             t, now = self._drain(self.statistics), time.time()
@@ -260,7 +252,7 @@ class StepTrainer(Trainer):
             if self.track_flop:
                 logs["flops"] = self.state.total_flos
             line = {"step": self.state.global_step} | logs
-            logs |= announcements(self.state.log_history, line, self.state.max_steps)
+            logs |= diagnostics.announcements(self.state.log_history, line, self.state.max_steps)
         super().log(logs, start_time)
 
     @torch.no_grad()
