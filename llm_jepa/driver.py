@@ -68,19 +68,18 @@ def items(text: str) -> list[str]:
     return list(dict.fromkeys(text.replace(",", " ").split()))
 
 
-def evaluation_flags(text: str) -> tuple[list[str], dict[str, Any]]:
-    """(words, flags of evaluate.py by name) in EVAL_FLAGS. Raises UsageError if they cannot be parsed."""
+def evaluation_flags(text: str) -> dict[str, Any]:
+    """The flags of evaluate.py in EVAL_FLAGS by name. Raises UsageError if they cannot be parsed."""
 
-    def refuse(message: object) -> NoReturn:
-        raise UsageError(f"EVAL_FLAGS cannot be '{text}' ({message})")
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
 
     parser = build_parser(EvaluationSettings, "")
     parser.error = refuse
     try:
-        words = shlex.split(text)
-    except ValueError as error:  # a quote is not closed
-        refuse(error)
-    return words, vars(parser.parse_args(words))
+        return vars(parser.parse_args(shlex.split(text)))
+    except ValueError as error:  # also of a quote that is not closed
+        raise UsageError(f"EVAL_FLAGS cannot be '{text}' ({error})") from None
 
 
 def variable(names: str, pattern: str, default: str = "") -> Any:
@@ -228,7 +227,7 @@ class Run:
         lists = {"defaults": self.default_flags(), "flags": list(self.flags)}
         lists["fields"] = [f"--{name}" if value is True else f"--{name}={value}" for name, value in fields.items()]
         lists["arm"] = fill(self.arm.flags, vars(self.settings) | {"lbd": self.arm.lbd})
-        lists["eval_flags"] = evaluation_flags(self.settings.eval_flags)[0]
+        lists["eval_flags"] = shlex.split(self.settings.eval_flags)
         lists |= {"resume": ["--resume"] * self.folder.exists(), "plain": ["--plain"] * ("plain" in self.given)}
         own = {name: str(getattr(self, name)) for name in ("seed", "train_file", "test_file", "name")}
         epochs = {"epochs": ""} if "max_steps" in self.given else {}
@@ -250,7 +249,7 @@ class Run:
         if not path.exists():
             return False
         metrics, task = read_json(path), self.settings.task
-        (_, given), recorded = evaluation_flags(self.settings.eval_flags), metrics["settings"]
+        given, recorded = evaluation_flags(self.settings.eval_flags), metrics["settings"]
         wanted = vars(EvaluationSettings(**given))
         names = recorded.keys() - SET_FLAGS - EVALUATION_IGNORES - ({"max_new_tokens"} - given.keys())
         complete = metrics["data_sha256"] == sha256(self.test_file) and all(recorded[n] == wanted.get(n) for n in names)
@@ -324,7 +323,7 @@ class Driver:
         for flag in (word.partition("=")[0] for word in self.flags + self.later):
             if flag in refused or (self.compares and flag == "--tokens_per_batch"):
                 raise UsageError(f"{flag} cannot follow -- in {script} {self.command} (see --help)")
-        if wrong := evaluation_flags(self.settings.eval_flags)[1].keys() & SET_FLAGS:
+        if wrong := evaluation_flags(self.settings.eval_flags).keys() & SET_FLAGS:
             raise UsageError(f"--{min(wrong)} cannot be in EVAL_FLAGS (see --help)")
         if self.compares and len(items(self.settings.datasets)) > 1:
             raise UsageError(f"{self.command} accepts one dataset, not '{self.settings.datasets}'")
