@@ -1,7 +1,5 @@
 """Writes docs/flags.md, the tables of all flags, from the settings classes: python -m llm_jepa.flag_docs"""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llm_jepa.cli import FlagParser, flag_table

@@ -28,8 +28,6 @@ in W files of equal size; the saved model is the weights without projectors, or 
 tokens that the model lacks are counted if its tokenizer can be loaded.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass

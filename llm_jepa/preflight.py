@@ -9,8 +9,6 @@ exchange their problems at --master_addr, and each prints all of them. Exit code
 wrong flags.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -1,10 +1,8 @@
-"""Picks the best cell of the grid of `bash run.sh sweep`.
+"""Picks the best cell of a grid and writes all cells to a JSON file: the last step of `bash run.sh sweep`.
 
 A cell is a set of runs that differ only in their seed; its score is their mean task score on held-out training
 examples. Of equal cells, the one with the smallest learning rate, then k, then λ is picked.
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Iterable

@@ -289,8 +289,9 @@ def test_flags_about_examples_reach_the_evaluation(project):
     flags = ["--text_field", "a", "--code_field=b", "--system", "Be brief.\nPlease.", "--skip_bad_examples"]
     done = project.run("run_regular", "--", *flags, "--weight_decay", "0.1", "--plain", **ONE)
     (evaluation,), (check,) = done.evaluated, done.checked
+    fields = ["--text_field=a", "--code_field=b", "--system=Be brief.\nPlease.", "--skip_bad_examples"]
     for argv in (evaluation, check):
-        assert [word for word in argv if word in flags] == flags and "--weight_decay" not in argv
+        assert [word for word in argv if word in fields] == fields and "--weight_decay" not in argv
     assert "--plain" in evaluation
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import resource
@@ -474,9 +473,9 @@ def test_memorized_answer_stops_only_if_the_end_of_turn_is_a_label(tmp_path, sco
 
 
 def test_run_and_evaluation_work_without_linux_only_calls(data, tmp_path, monkeypatch):
-    """macOS has none of these, and on other systems a file system or the system itself may have no locks."""
+    """macOS has none of these."""
     names = {os: "sched_getaffinity sched_setaffinity posix_fadvise posix_fallocate memfd_create copy_file_range "
-                 "splice process_cpu_count O_DIRECT", resource: "prlimit", select: "epoll", fcntl: "flock"}  # fmt: skip
+                 "splice process_cpu_count O_DIRECT", resource: "prlimit", select: "epoll"}  # fmt: skip
     for module, unavailable in names.items():
         for name in unavailable.split():
             monkeypatch.delattr(module, name, raising=False)
