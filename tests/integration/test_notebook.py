@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 from llm_jepa.files import read_json
 
 
+@pytest.mark.timeout(1200)
 def test_notebook_leads_from_pairs_to_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("TMPDIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
