@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -14,12 +15,16 @@ from llm_jepa.files import read_json
 
 @pytest.mark.timeout(1200)
 def test_notebook_leads_from_pairs_to_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("llm_jepa", "datasets", "models", "examples"):  # so that files may be edited while the test runs
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("finetune.py", "evaluate.py"):
+        shutil.copy(ROOT / name, tmp_path)
     for name in ("TMPDIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     notebook = nbformat.read(ROOT / "examples" / "own_pairs.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs for cell in cells), "commit the notebook without its outputs"
-    NotebookClient(notebook, resources={"metadata": {"path": str(ROOT / "examples")}}).execute()
+    NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path / "examples")}}).execute()
 
     [work] = tmp_path.glob("own_pairs_*")
     runs = list((work / "runs").iterdir())
