@@ -152,9 +152,12 @@ values and the tokenizer of `models/tiny`. That shows that the code runs, not th
 
 
 def page(found: dict[str, dict[str, str]]) -> str:
-    """The page with the table."""
-    rows = [[name, *(f.get(c, "").replace("|", "/") for c in COLUMNS)] for name, f in sorted(found.items())]
-    rows = [["architecture", *COLUMNS], ["---"] * (1 + len(COLUMNS)), *rows]
+    """The page with the table: a row for the architectures of the same outcomes."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, outcomes in sorted(found.items()):
+        groups.setdefault(tuple(outcomes.get(c, "").replace("|", "/") for c in COLUMNS), []).append(name)
+    rows = [[", ".join(names), *outcomes] for outcomes, names in groups.items()]
+    rows = [["architectures", *COLUMNS], ["---"] * (1 + len(COLUMNS)), *rows]
     return PAGE.format(version=transformers.__version__, table="\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 

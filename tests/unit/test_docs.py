@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from llm_jepa import flag_docs
@@ -22,7 +23,7 @@ from llm_jepa.scoring.tasks import TASKS
 from llm_jepa.settings import Settings, check_settings
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "RESULTS.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
 COMMAND = re.compile(r"(?:[A-Z_0-9]+=\S* )*(?:python|\.venv/bin/python|torchrun|bash) ")
 TARGET = re.compile(r"[\w/]+\.(py|sh)|llm_jepa\.\w+")
 
@@ -120,6 +121,23 @@ def test_table_of_scores_has_those_of_all_tasks():
     text = (DOCS / "evaluation.md").read_text(encoding="utf-8")
     explained = re.findall(r"^\| [^|]*\| `(\w+)` \|", text, re.MULTILINE)
     assert set(explained) == {score for task in TASKS.values() for score in task.scores}
+
+
+def test_workflow_runs_the_checks_of_ci():
+    [workflow] = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    [job] = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
+
+
+def test_issue_forms_have_fields_with_distinct_ids():
+    forms = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")]
+    assert forms and len({form["name"] for form in forms}) == len(forms)
+    for form in forms:
+        assert {"name", "description", "body"} <= form.keys() and {field["type"] for field in form["body"]} <= {
+            "input", "textarea", "dropdown", "checkboxes", "markdown"
+        }  # fmt: skip
+        ids = [field["id"] for field in form["body"]]
+        assert len(set(ids)) == len(ids) and all(field["attributes"]["label"] for field in form["body"])
 
 
 def test_figures_of_the_main_finding_are_in_the_results():
