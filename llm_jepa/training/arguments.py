@@ -18,6 +18,16 @@ def uses_bfloat16(s: Settings, device: torch.device) -> bool:
     return s.dtype == "bfloat16" or (s.dtype == "auto" and on_gpu and torch.cuda.is_bf16_supported())
 
 
+class Arguments(TrainingArguments):
+    """The Trainer's arguments; what trackers record of them includes the run's settings, as llm_jepa/<flag>."""
+
+    settings: Settings
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments and the settings by name."""
+        return super().to_dict() | {f"llm_jepa/{k}": v for k, v in dataclasses.asdict(self.settings).items()}
+
+
 def training_arguments(
     s: Settings, *, bf16: bool, max_steps: int, device: torch.device, fsdp_config: dict[str, Any] | None = None
 ) -> TrainingArguments:
@@ -25,7 +35,7 @@ def training_arguments(
     names = {f.name for f in dataclasses.fields(TrainingArguments)}  # transformers 5.23 renamed this one
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     default_workers = (1 if s.streaming else 2) if device.type == "cuda" else 0
-    arguments = TrainingArguments(
+    arguments = Arguments(
         output_dir=s.output_dir,
         # The items of the dataset are complete micro-batches.
         per_device_train_batch_size=1,
@@ -52,13 +62,17 @@ def training_arguments(
         eval_steps=s.eval_steps,
         save_strategy=s.save_strategy,
         save_steps=s.save_steps,
-        save_total_limit=s.save_total_limit,
+        eval_on_start=s.eval_on_start,
+        load_best_model_at_end=s.save_best,
+        metric_for_best_model=s.best_metric,
+        restore_callback_states_from_checkpoint=s.early_stopping_patience is not None,
         logging_steps=s.logging_steps,
         logging_nan_inf_filter=False,
         disable_tqdm=False,
         log_level="error",
         report_to=s.report_to.split(","),
-        run_name=Path(s.output_dir).name,
+        run_name=s.run_name or Path(s.output_dir).name,
+        project=s.project or TrainingArguments.project,
         remove_unused_columns=False,
         dataloader_num_workers=default_workers if s.dataloader_num_workers is None else s.dataloader_num_workers,
         dataloader_pin_memory=device.type == "cuda",
@@ -73,4 +87,5 @@ def training_arguments(
     )
     # One device without torchrun: torch's DataParallel would split packed rows.
     arguments._n_gpu = min(1, arguments.n_gpu)
+    arguments.settings = s
     return arguments

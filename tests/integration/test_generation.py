@@ -19,6 +19,7 @@ from llm_jepa.data.examples import Example, Problems
 from llm_jepa.data.segments import end_of_turn
 from llm_jepa.evaluation import generation
 from llm_jepa.evaluation.settings import EvaluationSettings
+from llm_jepa.training.generations import Generations
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -390,5 +391,5 @@ def test_held_out_generations_are_as_long_as_the_longest_answer(monkeypatch):
     monkeypatch.setattr(generation, "generate", lambda *a, max_new_tokens, **k: limits.append(max_new_tokens) or [])
     examples = [Example(None, "x", text, "data:1", 1) for text in ("a", answer)]
     for some in (examples[:1], examples):
-        generation.exact_match(renderer, some)(model)
+        Generations(renderer, some, "text", "", scored=2, shown=0)(model)
     assert limits[0] == 128 and len(renderer.tokenizer(answer).input_ids) < limits[1]
