@@ -88,10 +88,13 @@ def chat(run: str, system: str | None, **flags: Any) -> None:
     examples = read_examples(s.input_file, Problems(), s.fields) if s.input_file else []
     known = {example.user.strip(): example for example in reversed(examples)}  # the first one of each
     system = record.get("system_turn") if system is None else system
-    from llm_jepa.evaluation.generation import answer_limit  # here, so that wrong flags are reported at once
+    from transformers.utils import logging as transformers_logging  # here, so that wrong flags are reported at once
+
+    from llm_jepa.evaluation.generation import answer_limit
     from llm_jepa.evaluation.model import load
     from llm_jepa.evaluation.scores import scored_row, scorer, verdicts
 
+    transformers_logging.disable_progress_bar()
     with scorer(task, s.spider_path, examples) if task else contextlib.nullcontext() as score:
         model, encoder = load(run, s)
         limit = limit or answer_limit(encoder.renderer, examples)

@@ -12,6 +12,7 @@ from llm_jepa.cli import UsageError, first_line
 
 def start_trackers(trainer: Any, project: str | None) -> None:
     """Starts W&B and MLflow before a run writes anything; only on the main process. Raises UsageError if one fails."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if project:
         os.environ |= dict.fromkeys(("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"), project)
     for name, kind in (("wandb", WandbCallback), ("mlflow", MLflowCallback)):

@@ -18,7 +18,7 @@ MODULES = {
 # Imported before every command, or by the child process that runs hostile SQL and regular expressions.
 LIGHT = ("llm_jepa", "llm_jepa.cli", "llm_jepa.scoring.sandbox", "llm_jepa.scoring.sql", "llm_jepa.scoring.regexes",
          *(f"llm_jepa.{command}" for command in ("report", "model_card", "memory", "preflight", "search", "sweep",
-                                                 "flag_docs", "driver")))  # fmt: skip
+                                                 "chat", "flag_docs", "driver")))  # fmt: skip
 
 
 def imported(path: Path, everywhere: bool) -> set[str]:
