@@ -21,10 +21,20 @@ LONG = "the first line\n\nand the third"
 ROWS = [message_row(q, a, "Write.") for q, a in (("short", "one"), (LONG, "two\n  lines"))]
 
 
-def run_chat(*argv: object, stdin: bytes = b"") -> SimpleNamespace:
-    """Runs chat.main in this process with a file as its input: exit code, stdout and stderr."""
+class Input(io.TextIOWrapper):
+    """A stdin that says whether it is a terminal."""
+
+    terminal = False
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def run_chat(*argv: object, stdin: bytes = b"", terminal: bool = False) -> SimpleNamespace:
+    """Runs chat.main in this process: exit code, stdout and stderr."""
     out, err, before = io.StringIO(), io.StringIO(), sys.stdin
-    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin))
+    sys.stdin = Input(io.BytesIO(stdin))
+    sys.stdin.terminal = terminal
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = chat.main([str(a) for a in argv])
@@ -109,6 +119,29 @@ def test_terminal_takes_a_pasted_text_as_one_prompt(memorized, rows):
             shown += more
     assert process.wait(timeout=60) == 0, shown
     assert shown.count(b"exact yes") == 2 and b"two\r\n  lines\r\n" in shown
+
+
+def test_interrupt_stops_an_answer_and_not_the_program(memorized, monkeypatch):
+    real, asked = chat.answer, []
+
+    def answer(model, renderer, example, limit):
+        asked.append(example)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return real(model, renderer, example, limit)
+
+    monkeypatch.setattr(chat, "answer", answer)
+    monkeypatch.setattr(chat, "prompts", lambda: iter(["short", "short"]))
+    done = run_chat(memorized, terminal=True)
+    assert (done.code, done.out, len(asked)) == (0, "one\n", 2)
+
+
+def test_run_trained_on_csv_knows_the_examples_of_a_csv(tmp_path):
+    data = tmp_path / "pairs.csv"
+    data.write_text("ask,sql\na question,an answer\nanother,a second\n")
+    run = train(data, tmp_path / "run", "--regular", "--text_field", "ask", "--code_field", "sql", "--max_steps", 1)
+    done = run_chat(run, "--input_file", data, "--task", "text", "--max_new_tokens", 2, stdin=b"another")
+    assert done.code == 0 and "'a second'" in done.err
 
 
 @pytest.mark.parametrize(

@@ -388,8 +388,9 @@ def test_tokenizer_that_adds_bos_adds_no_second_one(tmp_path):
 def test_held_out_generations_are_as_long_as_the_longest_answer(monkeypatch):
     model, renderer = load(GOLDEN / "models" / "llama3")
     limits, answer = [], "a word " * 200
-    monkeypatch.setattr(generation, "generate", lambda *a, max_new_tokens, **k: limits.append(max_new_tokens) or [])
-    examples = [Example(None, "x", text, "data:1", 1) for text in ("a", answer)]
+    examples = [Example(None, "x", text, "data:1", i) for i, text in enumerate(("a", answer))]
+    found = [[(example, generation.Generation("", "stop")) for example in examples]]
+    monkeypatch.setattr(generation, "generate", lambda *a, max_new_tokens: limits.append(max_new_tokens) or found)
     for some in (examples[:1], examples):
         Generations(renderer, some, "text", "", scored=2, shown=0)(model)
     assert limits[0] == 128 and len(renderer.tokenizer(answer).input_ids) < limits[1]
