@@ -108,6 +108,7 @@ def test_terminal_takes_a_pasted_text_as_one_prompt(memorized, rows):
     os.write(terminal, b"short\r")
     until(b"the answer is", 1)
     until(b"> ", 2)
+    assert b"\x1b[?2004h" in shown, "a terminal marks the ends of a paste only if the program asks for it"
     os.write(terminal, b"\x1b[200~" + LONG.encode() + b"\x1b[201~\r")
     until(b"the answer is", 2)
     until(b"> ", 3)
