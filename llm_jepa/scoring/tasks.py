@@ -171,6 +171,11 @@ class Task:
     choices: tuple[str, ...] = ()  # if given, the prediction is the likeliest of these, and nothing is generated
     needs_databases: bool = False
 
+    @property
+    def primary(self) -> str:
+        """The name of the primary score."""
+        return (*self.scores, "exact")[0]
+
 
 def pure(score: Scorer) -> Callable[[Path | None], AbstractContextManager[Scorer]]:
     """The `start` of a task whose scorer opens nothing."""
