@@ -40,6 +40,7 @@ from llm_jepa.evaluation.predictions import Predictions
 from llm_jepa.evaluation.scores import retrieval_table, score_table, scored_row, summarize
 from llm_jepa.files import folder_sha256, sha256, write_json
 from llm_jepa.run_folder import provenance
+from llm_jepa.scoring.programs import example_tests
 from llm_jepa.scoring.sql import example_database, spider_databases
 from llm_jepa.scoring.tasks import TASKS, Scorer
 from llm_jepa.training.process import run_script, write_errors
@@ -155,11 +156,14 @@ def databases_of(s: EvaluationSettings) -> Path | None:
 
 
 def scorer(s: EvaluationSettings, examples: list[Example]) -> contextlib.AbstractContextManager[Scorer]:
-    """The task's scorer. Raises ExampleError if an example names a database that does not exist."""
-    databases = databases_of(s)
-    for example in examples if databases else ():
-        example_database(databases, example)
-    return TASKS[s.task].start(databases)
+    """The task's scorer. Raises ExampleError if an example names a database that does not exist, or has no tests."""
+    task, databases = TASKS[s.task], databases_of(s)
+    for example in examples:
+        if task.needs_databases:
+            example_database(databases, example)
+        if task.runs_programs:
+            example_tests(example)
+    return task.start(s.allow_code_execution if task.runs_programs else databases)
 
 
 def score_file(path: str, examples: list[Example], s: EvaluationSettings) -> Predictions:

@@ -49,7 +49,7 @@ PAPER_FLAGS = {
 }  # fmt: skip
 SHELL_VARIABLES = ("PYTHON_BIN", "TRAINER", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "NODE_TIMEOUT", "PREFLIGHT",
                    "JOIN_LIMIT", "DEVICE")  # of the shell scripts themselves  # fmt: skip
-MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024"}  # datasets with examples of more than 512 tokens
+MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024", "mbpp": "2048"}  # datasets with examples of more than 512 tokens
 # Flags that the evaluation needs too, with the number of their words.
 FIELD_FLAGS = {"--text_field": 2, "--code_field": 2, "--system": 2, "--skip_bad_examples": 1}
 REFUSED_FLAGS = ("--train_file", "--data_file", "--model_name", "--learning_rate", "--num_epochs", "--last_token",
@@ -235,7 +235,8 @@ class Run:
         """The values for a template."""
         lists = {"defaults": self.default_flags(), "flags": list(self.flags), "fields": self.fields()}
         lists["arm"] = fill(self.arm.flags, vars(self.settings) | {"lbd": self.arm.lbd})
-        lists["eval_flags"] = evaluation_flags(self.settings.eval_flags)[0]
+        lists["eval_flags"], given = evaluation_flags(self.settings.eval_flags)
+        lists["allow"] = ["--allow_code_execution"] * ("allow_code_execution" in given)
         lists |= {"resume": ["--resume"] * self.folder.exists(), "plain": ["--plain"] * ("--plain" in self.flags)}
         own = {name: str(getattr(self, name)) for name in ("seed", "train_file", "test_file", "name")}
         steps = any(flag.partition("=")[0] == "--max_steps" for flag in self.flags)  # they replace the epochs
