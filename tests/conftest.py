@@ -35,6 +35,7 @@ torch.set_num_threads(1)  # the models are too small for a second thread to gain
 import finetune  # noqa: E402, F401
 from llm_jepa.files import read_json  # noqa: E402
 from llm_jepa.run_folder import complete_checkpoints  # noqa: E402
+from llm_jepa.scoring.programs import isolation  # noqa: E402
 
 # Each run of a script collects garbage; without the freeze most of a short run's time goes to the libraries' objects.
 gc.collect()
@@ -120,6 +121,14 @@ def predictions(model: Path, data: Path, out: Path, *flags: object) -> list[str]
                 "--output_file", out / "predictions.jsonl", *flags)  # fmt: skip
     assert done.code == 0, done.err
     return [json.loads(line)["prediction"] for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def skip_without_isolation() -> None:
+    """Skips the test if bubblewrap cannot isolate programs here."""
+    try:
+        isolation()
+    except OSError as error:
+        pytest.skip(f"bubblewrap: {error}")
 
 
 def metrics(run: Path, key: str = "loss") -> list[dict]:

@@ -33,7 +33,7 @@ from llm_jepa.scoring.sandbox import Failure
 if TYPE_CHECKING:  # tasks.py imports this module
     from llm_jepa.scoring.tasks import Scorer, Scores
 
-CPU_SECONDS, SECONDS = 5, 20.0  # limits of each of the two processes: CPU time, and time on the clock
+CPU_SECONDS, SECONDS = 10, 30.0  # limits of each of the two processes: CPU time, and time on the clock
 CHILD = Path(__file__).with_name("program_child.py")
 PYTHON = Path(sys.executable).resolve()  # outside a virtual environment, so with the standard library only
 NOBODY = "65534"
@@ -69,13 +69,20 @@ def example_tests(example: Example) -> str:
     return "\n".join(example.tests)
 
 
-def isolation(bwrap: str) -> list[str]:
-    """bubblewrap's part of a command: the process sees only Python, read-only, and an empty /tmp, and no network."""
-    prefix = PYTHON.parents[1]
+def isolation() -> list[str]:
+    """bubblewrap's part of a command: the process sees only Python, read-only, and an empty /tmp, and no network.
+
+    Raises OSError with the reason if that does not work here.
+    """
+    bwrap, prefix = shutil.which("bwrap"), PYTHON.parents[1]
+    if not bwrap:
+        raise OSError("bwrap is not installed; try apt-get install bubblewrap")
+    if Path(os.path.expanduser("~")).is_relative_to(prefix):
+        raise OSError(f"Python's folder {prefix} contains the home folder")
     # Made here, because bubblewrap may give a folder above a mounted one the mode 0700.
     folders = [*map(str, prefix.parents[-2::-1]), "/dev"]
     root = ("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID") if os.getuid() == 0 else ()
-    return [
+    isolated = [
         bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
         "--die-with-parent", *root,
         *(word for folder in folders for word in ("--perms", "0755", "--dir", folder)),
@@ -84,10 +91,17 @@ def isolation(bwrap: str) -> list[str]:
         "--dev-bind", "/dev/null", "/dev/null", "--perms", "1777", "--size", str(TEMPORARY), "--tmpfs", "/tmp",
         "--remount-ro", "/", "--chdir", "/tmp",
     ]  # fmt: skip
+    try:
+        limited = passes(isolated, PROBE, PROBE, "assert limited()")
+    except Failure as failure:
+        raise OSError(f"a program fails with {failure.reason}") from None
+    if not limited:
+        raise OSError("it does not limit processes")
+    return isolated
 
 
 def passes(isolated: list[str], program: str, reference: str, tests: str) -> bool:
-    """Whether a program passes the tests. `isolated`: the result of `isolation`; [] runs it without.
+    """Whether a program passes the tests. `isolated`: the result of `isolation`, or [] for none.
 
     Raises Failure with one of the module's reasons, and OSError if the two processes do not start.
     """
@@ -131,30 +145,19 @@ def kill(child: subprocess.Popen) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def isolation_problem(isolated: list[str]) -> str | None:
-    """Why programs cannot be isolated by this command, None if they can."""
-    if not isolated[0]:
-        return "bwrap is not installed; try apt-get install bubblewrap"
-    if Path(os.path.expanduser("~")).is_relative_to(PYTHON.parents[1]):
-        return f"Python's folder {PYTHON.parents[1]} contains the home folder"
-    try:
-        return None if passes(isolated, PROBE, PROBE, "assert limited()") else "it does not limit processes"
-    except (OSError, Failure) as error:
-        return str(error)
-
-
 @contextlib.contextmanager
 def passes_tests(allow_code_execution: bool | None) -> Iterator[Scorer]:
     """Opens the scorer `pass_at_1`. It raises ExampleError for an example without tests.
 
     Raises UsageError where programs cannot be isolated, unless `allow_code_execution`: then a warning is printed.
     """
-    isolated = isolation(shutil.which("bwrap") or "")
-    if problem := isolation_problem(isolated):
+    try:
+        isolated = isolation()
+    except OSError as error:
         if not allow_code_execution:
             hint = "give --allow_code_execution to run them with all your rights"
-            raise UsageError(f"bubblewrap cannot isolate generated programs ({problem}); {hint}")
-        print(f"warning: generated programs run without isolation ({problem})", file=sys.stderr)
+            raise UsageError(f"bubblewrap cannot isolate generated programs ({error}); {hint}") from None
+        print(f"warning: generated programs run without isolation ({error})", file=sys.stderr)
         isolated = []
 
     def score(prediction: str, example: Example) -> Scores:

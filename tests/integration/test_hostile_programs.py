@@ -5,18 +5,15 @@ Each program is bounded, so that it does little harm even if the isolation is br
 
 from __future__ import annotations
 
-import shutil
 import socket
 import time
 
 import pytest
+from conftest import skip_without_isolation
 
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring import programs
-from llm_jepa.scoring.programs import CHILD, PYTHON, isolation, isolation_problem, passes_tests
-
-PROBLEM = isolation_problem(isolation(shutil.which("bwrap") or ""))
-pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"bubblewrap: {PROBLEM}")
+from llm_jepa.scoring.programs import CHILD, PYTHON, passes_tests
 
 # Bodies of attack(), which returns "escaped" if the attack succeeds. {folder} is a folder of the test.
 ESCAPES = {
@@ -191,6 +188,7 @@ def example(tests: str) -> Example:
 
 @pytest.fixture(scope="module")
 def score():
+    skip_without_isolation()
     with pytest.MonkeyPatch.context() as patch, passes_tests(None) as score:
         patch.setattr(programs, "CPU_SECONDS", 1)
         yield score

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from conftest import call, message_row, write_rows
+from conftest import call, message_row, skip_without_isolation, write_rows
 
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example
-from llm_jepa.scoring.programs import extract_code, isolation, isolation_problem, passes_tests
+from llm_jepa.scoring.programs import extract_code, passes_tests
 
 DOUBLE = "def double(x):\n    return 2 * x"
 
@@ -49,9 +49,10 @@ CASES = {
     # as in MBPP: the tests make objects of the program's classes
     "objects": ("class Node:\n    pass\ndef depth(n): pass",
                 "root = Node(1)\nroot.left = Node(2)\nassert root.left.value == 2\nassert depth([root])\n"
-                "assert list(root) == [1, 2] and double_all(root.left)(3) == 6",
+                "assert root and not Node(0) and list(root) == [1, 2] and double_all(root.left)(3) == 6",
                 ["class Node:\n    left = None\n    def __init__(self, value): self.value = value\n"
                  "    def __iter__(self): yield from (self.value, self.left.value)\n"
+                 "    def __len__(self): return self.value\n"
                  "def depth(nodes): return nodes[0].left.value == 2\n"
                  "def double_all(n): return lambda x: x * n.value"],
                 {"class Node: pass": "error"}),
@@ -82,8 +83,8 @@ def score(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "allowed":
             patch.setattr(shutil, "which", lambda name: None)
-        elif problem := isolation_problem(isolation(shutil.which("bwrap") or "")):
-            pytest.skip(f"bubblewrap: {problem}")
+        else:
+            skip_without_isolation()
         score = opened.__enter__()
     yield score
     opened.__exit__(None, None, None)
