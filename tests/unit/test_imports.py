@@ -17,6 +17,7 @@ MODULES = {
 }
 # Imported before every command, or by the child process that runs hostile SQL and regular expressions.
 LIGHT = ("llm_jepa", "llm_jepa.cli", "llm_jepa.scoring.sandbox", "llm_jepa.scoring.sql", "llm_jepa.scoring.regexes",
+         "llm_jepa.scoring.programs",
          *(f"llm_jepa.{command}" for command in ("report", "model_card", "memory", "preflight", "search", "sweep",
                                                  "flag_docs", "driver")))  # fmt: skip
 
