@@ -8,8 +8,6 @@
 Writes predictions.jsonl batch by batch and metrics.json at the end; the same command resumes an interrupted evaluation.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import sys
@@ -313,12 +311,10 @@ def main(argv: list[str] | None = None) -> int:
     settings, _ = parse_flags(EvaluationSettings, __doc__, argv)
     resumes = settings.model_name and not settings.embeds
     hint = "; the same command without --overwrite resumes" if resumes else ""
-
-    def work(state: PartialState) -> None:
-        evaluate(check_evaluation_settings(settings, state.num_processes))
-
+    check = partial(check_evaluation_settings, settings)
     # gloo for GPUs too: only Python objects are exchanged. The timeout bounds how long one batch may take.
-    return run_script("evaluate.py", work, hint, backend="gloo", timeout=timedelta(days=7))
+    group = {"backend": "gloo", "timeout": timedelta(days=7)}
+    return run_script("evaluate.py", lambda state: evaluate(check(state.num_processes)), hint, **group)
 
 
 if __name__ == "__main__":

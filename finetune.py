@@ -25,8 +25,6 @@ chat up to the end of the user turn (the stem). A path is the sequence of tokens
 reads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools
@@ -36,7 +34,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from llm_jepa.cli import UsageError, first_line, parse_flags
@@ -49,8 +46,9 @@ if __name__ == "__main__":  # before the slow imports, so that --help and flag e
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
-from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import ProgressCallback, Trainer, set_seed
 
+from llm_jepa import losses
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
 from llm_jepa.data.examples import Problems
 from llm_jepa.data.rendering import Renderer
@@ -59,18 +57,6 @@ from llm_jepa.data.streaming import SegmentStream
 from llm_jepa.evaluation.generation import exact_match
 from llm_jepa.forward import LMHeadSelector, States
 from llm_jepa.layouts import Collator
-from llm_jepa.losses import (
-    COUNTS,
-    STP_LOSSES,
-    ContrastSet,
-    Term,
-    jepa_loss,
-    moments,
-    nitp_loss,
-    objective,
-    sigreg_loss,
-    stp_loss,
-)
 from llm_jepa.model import (
     add_adapter,
     context_length,
@@ -104,8 +90,9 @@ def random_directions(selector: LMHeadSelector, step: int) -> torch.Tensor:
 
 
 def add_contrast(
-    states: States, batch: dict[str, Any], terms: list[Term], contrast: Contrast, selector: LMHeadSelector, step: int
-) -> States:
+    states: States, batch: dict[str, Any], terms: list[losses.Term], contrast: Contrast, selector: LMHeadSelector,
+    step: int,
+) -> States:  # fmt: skip
     """The states with what the terms also read: the pairs to contrast with, and what SIGReg compares."""
     reads = {name for term in terms for name in term.reads}
     if "contrast_set" in reads:
@@ -120,20 +107,9 @@ def add_contrast(
 class JepaTrainer(StepTrainer):
     """The Trainer with the LLM-JEPA objective, normalized over the optimizer step and all ranks by default."""
 
-    def __init__(
-        self, *args: Any, selector: LMHeadSelector, contrast: Contrast, reference_grad_scale: bool = False,
-        **kwargs: Any,
-    ):  # fmt: skip
+    def __init__(self, *args: Any, selector: LMHeadSelector, reference_grad_scale: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.selector, self.contrast, self.reference_grad_scale = selector, contrast, reference_grad_scale
-
-    def save_state(self, folder: Path) -> None:
-        """Writes the queue of negatives to a checkpoint."""
-        self.contrast.save(folder)
-
-    def load_state(self, folder: Path) -> None:
-        """Reads the queue of negatives from a checkpoint."""
-        self.contrast.load(folder)
+        self.selector, self.reference_grad_scale = selector, reference_grad_scale
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
         """The step's micro-batches, and their counts (4,) in the order of COUNTS over all ranks, at least 1 each."""
@@ -164,7 +140,7 @@ class JepaTrainer(StepTrainer):
             for batch in batches:
                 few = batch | {"label_at": batch["label_at"][:, :1]}  # logits are not used
                 projected = self.selector.read(self.model_wrapped, few).projected
-                own.append((moments(projected, directions), projected.shape[1]))
+                own.append((losses.moments(projected, directions), projected.shape[1]))
         total = self.accelerator.reduce(torch.stack([m for m, _ in own]).sum(dim=0), "sum")
         count = int(self.accelerator.reduce(torch.tensor(sum(n for _, n in own), device=self.args.device), "sum"))
         for batch, (moment, n) in zip(batches, own, strict=True):
@@ -184,7 +160,7 @@ class JepaTrainer(StepTrainer):
             counts, ranks = inputs["counts"].clamp(min=1), 1
         step = self.state.global_step + 1
         terms = [(term, term.weight_at(step, self.state.max_steps)) for term in self.terms]
-        loss, sums, shares = objective(lm_sum, states, counts, self.gamma, terms)
+        loss, sums, shares = losses.objective(lm_sum, states, counts, self.gamma, terms)
         self.add_statistics(shares, lm_sum, sums, states, inputs)
         return loss * ranks  # data parallelism averages gradients, but the loss is a sum over ranks
 
@@ -204,14 +180,14 @@ class Parts:
     model: Any
     selector: LMHeadSelector
     collator: Collator
-    terms: list[Term]
+    terms: list[losses.Term]
 
     def objective(self, batch: dict[str, Any], gamma: float) -> tuple[torch.Tensor, torch.Tensor, dict, States]:
         """(loss (), sum of the cross-entropy (), sums () of the terms by name, states) of a batch on its own."""
         lm_sum, states = self.selector.lm_sum(self.model, batch)
         states = add_contrast(states, batch, self.terms, Contrast(0), self.selector, 0)
         terms = [(term, term.weight) for term in self.terms]
-        loss, sums, _ = objective(lm_sum, states, batch["counts"].clamp(min=1), gamma, terms)
+        loss, sums, _ = losses.objective(lm_sum, states, batch["counts"].clamp(min=1), gamma, terms)
         return loss, lm_sum, sums, states
 
     def inspect(self, half: bool) -> None:
@@ -221,31 +197,24 @@ class Parts:
         inspect_model(self.model, self.selector, self.collator, items, half=half, longest=longest)
 
 
-def load_on_device(s: Settings, tokenizer: Any, device: torch.device) -> Any:
-    """Loads the model on its device, and adds an adapter with --lora."""
-    model = load_model(s.model_name, s.revision, tokenizer, **loading(s))
-    return (adapted(model, s, tokenizer) if s.lora else model).to(device)
-
-
-def loading(s: Settings) -> dict[str, Any]:
-    """The options of load_model that the flags describe."""
-    return {
-        "pretrain": s.pretrain,
-        "attn_implementation": s.attn_implementation,
-        "trust_remote_code": s.trust_remote_code,
-        "predictors": s.stored_predictors,
-    }
+def load_base(s: Settings, tokenizer: Any, **options: Any) -> Any:
+    """The model of the flags without an adapter; `options` as of load_model."""
+    options |= {name: getattr(s, name) for name in ("pretrain", "attn_implementation", "trust_remote_code")}
+    return load_model(s.model_name, s.revision, tokenizer, predictors=s.stored_predictors, **options)
 
 
 def adapted(model: Any, s: Settings, tokenizer: Any) -> Any:
-    """The model with the adapter that the flags describe."""
-    return add_adapter(
-        model, tokenizer, rank=s.lora_rank, dropout=s.lora_dropout, predictors=s.stored_predictors, plain=s.plain,
-        revision=s.revision,
-    )  # fmt: skip
+    """The model with the adapter of the flags, if they ask for one."""
+    options = {"rank": s.lora_rank, "dropout": s.lora_dropout, "predictors": s.stored_predictors, "plain": s.plain}
+    return add_adapter(model, tokenizer, revision=s.revision, **options) if s.lora else model
 
 
-def auxiliary_terms(s: Settings) -> list[Term]:
+def load_on_device(s: Settings, tokenizer: Any, device: torch.device) -> Any:
+    """The model with float32 parameters, on its device."""
+    return adapted(load_base(s, tokenizer), s, tokenizer).to(device)
+
+
+def auxiliary_terms(s: Settings) -> list[losses.Term]:
     """The auxiliary losses that the flags ask for."""
     terms = []
     if s.jepa:
@@ -253,18 +222,18 @@ def auxiliary_terms(s: Settings) -> list[Term]:
         options = {"temperature": s.temperature, "stop_gradient": detached, "center": s.center}
         reads = ("projected" if s.sigreg else "views", *(["contrast_set"] if s.contrasts else []))
 
-        def jepa(views: torch.Tensor, others: ContrastSet | None = None) -> tuple[torch.Tensor, int]:
-            return jepa_loss(views, s.jepa_loss_or_default, others, **options)
+        def jepa(views: torch.Tensor, others: losses.ContrastSet | None = None) -> tuple[torch.Tensor, int]:
+            return losses.jepa_loss(views, s.jepa_loss_or_default, others, **options)
 
-        terms.append(Term("jepa", reads, "pairs", jepa, s.lbd * (1 - s.sigreg)))
+        terms.append(losses.Term("jepa", reads, "pairs", jepa, s.lbd * (1 - s.sigreg)))
         if s.sigreg:
             reads = ("projected", "directions", "rest_of_step")
-            terms.append(Term("sigreg", reads, "pairs", sigreg_loss, s.lbd * s.sigreg))
+            terms.append(losses.Term("sigreg", reads, "pairs", losses.sigreg_loss, s.lbd * s.sigreg))
     if s.stp_variant:
-        loss = partial(stp_loss, variant=s.stp_variant)
-        terms.append(Term("stp", ("path",), "spans", loss, s.stp_lbd, s.stp_warmup, s.stp_min_lbd))
+        loss = partial(losses.stp_loss, variant=s.stp_variant)
+        terms.append(losses.Term("stp", ("path",), "spans", loss, s.stp_lbd, s.stp_warmup, s.stp_min_lbd))
     if s.has_nitp:
-        terms.append(Term("nitp", ("predicted", "target"), "next_tokens", nitp_loss, s.nitp_lbd))
+        terms.append(losses.Term("nitp", ("predicted", "target"), "next_tokens", losses.nitp_loss, s.nitp_lbd))
     return terms
 
 
@@ -277,7 +246,8 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
     if max_length < s.max_length and state.is_main_process:
         print(f"--max_length {max_length}, the model's context, instead of {s.max_length}", file=sys.stderr)
     renderer = Renderer(tokenizer, s.plain, s.train_all, s.predictors, s.front_pred, s.reverse_pred)
-    encoder = Encoder(renderer, s.lm_labels, max_length, s.last_token, s.jepa, s.text_view, s.locates_user)
+    locate_user = s.stp_variant is not None and s.stp_part in ("content", "user")
+    encoder = Encoder(renderer, s.lm_labels, max_length, s.last_token, s.jepa, s.text_view, locate_user)
     data = load_data(s, encoder, state)
     set_seed(s.finetune_seed)
     model = load(s, tokenizer, device)
@@ -285,7 +255,7 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
         raise UsageError(f"--gradient_checkpointing: {type(model).__name__} does not support it")
     # A dense mask is quadratic in the row, so short rows are faster on a CPU; flash kernels want one long row.
     tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
-    points = STP_LOSSES[s.stp_variant].points if s.stp_variant else 0
+    points = losses.STP_LOSSES[s.stp_variant].points if s.stp_variant else 0
     collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, points, s.has_nitp, s.shuffle_pairs)
     add_projectors(model, ["nitp"] * s.has_nitp + ["sigreg"] * bool(s.jepa and s.sigreg), s.finetune_seed)
     layers = {"target_layer": s.nitp_layer, "targets": s.nitp_targets} if s.has_nitp else {}
@@ -302,7 +272,7 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.item()}")
     loss.backward()
-    there = dict(zip(COUNTS, batch["counts"].tolist(), strict=True)) | {"pairs": states.views.shape[1]}
+    there = dict(zip(losses.COUNTS, batch["counts"].tolist(), strict=True)) | {"pairs": states.views.shape[1]}
     means = {t.name: (sums[t.name] / there[t.divisor]).item() for t in parts.terms if there[t.divisor]}
     return {
         "lm_loss": (lm_sum / counts[0]).item(),
@@ -322,7 +292,7 @@ def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool
     """The FLOPs of regular fine-tuning as a fraction of those of these settings."""
     device, model = parts.model.device, parts.model
     if s.gradient_checkpointing:  # what the backward pass computes again counts
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.activation_checkpointing_enable()
         model.train()
 
     plain = LMHeadSelector(model)
@@ -396,14 +366,14 @@ def build_trainer(
 
 
 def fine_tune(
-    s: Settings, state: PartialState, *, load: Callable = load_on_device, half: bool | None = False,
-    callbacks: Callable[[Parts], list[TrainerCallback]] = lambda parts: [], **trainer_options: Any,
+    s: Settings, state: PartialState, *, load: Callable = load_on_device, half: bool = False, sharded: bool = False,
+    **trainer_options: Any,
 ) -> None:  # fmt: skip
     """A complete run: checks everything, starts the run folder, trains, saves.
 
     The keyword arguments are what a large model does differently: how it is loaded, whether its parameters are in half
-    precision (None: they are going to be sharded, so a callback checks the first examples), additional callbacks, and
-    the `trainer_options` of build_trainer.
+    precision, whether the Trainer shards them, so that the layout is checked only then, and the `trainer_options` of
+    build_trainer.
     """
     is_main = state.is_main_process
     say = partial(print, file=sys.stderr, flush=True) if is_main else lambda text: None
@@ -412,7 +382,7 @@ def fine_tune(
             if not s.dry_run:
                 run.check(s.resume, s.overwrite)
             parts = prepare(s, state, load)
-        if half is not None:
+        if not sharded:
             parts.inspect(half)
         if parts.problems.found:
             say(parts.problems.report())
@@ -421,8 +391,8 @@ def fine_tune(
             return
 
         trainer, bar = build_trainer(s, parts, state, **trainer_options), Bar()
-        for callback in (bar, MetricsCallback(run, trainer), *callbacks(parts)):
-            trainer.add_callback(callback)
+        trainer.add_callback(bar)
+        trainer.add_callback(MetricsCallback(run, trainer, partial(parts.inspect, half) if sharded else None))
         renderer = parts.encoder.renderer
         stop = end_of_turn(renderer) if s.lm_labels != "answer_text" else None
         config = trainer.generation_config

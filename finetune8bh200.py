@@ -10,8 +10,6 @@ checkpoints are removed. If torchrun restarts the job (--max-restarts), training
 checkpoint. `python -m llm_jepa.memory` predicts the memory; its --help has the formula.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import replace
@@ -30,11 +28,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 
-from finetune import JepaTrainer, Parts, adapted, fine_tune, load_on_device, loading
+from finetune import JepaTrainer, adapted, fine_tune, load_base, load_on_device
 from llm_jepa.files import read_json
-from llm_jepa.model import load_adapter, load_model
+from llm_jepa.model import load_adapter
 from llm_jepa.run_folder import launch_id
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.process import run_script
@@ -63,9 +61,8 @@ def load(s: LargeSettings, tokenizer: Any, device: torch.device) -> Any:
             bnb_4bit_compute_dtype=options["dtype"],
         )
         options["device_map"] = {"": device}
-    options |= loading(s) | {"empty": sharded and not PartialState().is_main_process}
-    model = load_model(s.model_name, s.revision, tokenizer, **options)
-    model = adapted(model, s, tokenizer) if s.lora else model
+    model = load_base(s, tokenizer, empty=sharded and not PartialState().is_main_process, **options)
+    model = adapted(model, s, tokenizer)
     return model if sharded or s.load_in_4bit else model.to(device)
 
 
@@ -79,17 +76,6 @@ def sharded_arguments(s: LargeSettings, *, bf16: bool, max_steps: int, device: t
     if device.type == "cpu":  # accelerate shards only between processes that it believes to have GPUs
         arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
     return arguments
-
-
-class CheckSharded(TrainerCallback):
-    """Checks the first examples when the model is sharded, before the first step."""
-
-    def __init__(self, parts: Parts, half: bool):
-        self.parts, self.half = parts, half
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Raises UsageError, on every process, if the model does not support the layout."""
-        self.parts.inspect(self.half)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -126,7 +112,7 @@ class LargeTrainer(JepaTrainer):
             return super().merged_model()
         s, dtype = self.settings, compute_dtype(self.settings, self.args.device)
         set_seed(s.finetune_seed)  # the rows of added tokens are drawn again
-        base = load_model(s.model_name, s.revision, self.processing_class, dtype=dtype, **loading(s))
+        base = load_base(s, self.processing_class, dtype=dtype)
         return load_adapter(base, self.args.output_dir).merge_and_unload()
 
 
@@ -162,16 +148,16 @@ def main(argv: list[str] | None = None) -> int:
         s = resume_after_restart(check_large_settings(settings, given, processes() > 1))
         if s is None:
             return
-        sharded, device, dtype = s.sharding == "fsdp2", state.device, compute_dtype(s, state.device)
-        in_half = (dtype if s.lora else getattr(torch, s.param_dtype)) != torch.float32
+        sharded, dtype = s.sharding == "fsdp2" and not s.dry_run, compute_dtype(s, state.device)
+        in_half = (dtype if s.lora or sharded else getattr(torch, s.param_dtype)) != torch.float32
         fine_tune(
             s, state,
             load=load,
-            half=None if sharded and not s.dry_run else in_half and not s.dry_run,
-            callbacks=lambda parts: [CheckSharded(parts, dtype != torch.float32)] if sharded else [],
+            half=in_half and not s.dry_run,
+            sharded=sharded,
             trainer_class=partial(LargeTrainer, settings=s),
             make_arguments=sharded_arguments if sharded else training_arguments,
-            bf16=uses_bfloat16(s, device) and s.param_dtype == "float32",
+            bf16=uses_bfloat16(s, state.device) and s.param_dtype == "float32",
         )  # fmt: skip
 
     return run_script("finetune8bh200.py", work)

@@ -11,10 +11,9 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 #   {flags}     the user's flags after --
 #   {fields}    the user's flags that set how examples are read: --text_field, --code_field, --system, --skip_bad_examples
 #   {plain}     --plain if it is one of the user's flags
-#   {eval_flags} the flags of evaluate.py in EVAL_FLAGS, {allow} --allow_code_execution if it is one of them
-# An arm per line: NAME[:λ, or the arm whose λ it has] and its flags. `run.sh run_NAME` trains one arm, `run.sh compare`
-# those of ARMS.
-arms() {
+#   {eval_flags} the flags of evaluate.py in EVAL_FLAGS; {allow_execution}: --allow_code_execution if it is one of them
+
+arms() { # one per line: NAME[:λ, or the arm whose λ it has] and its flags
   local views=(--predictors {predictors} --lbd {lbd} --last_token {last_token}) # λ = lbd, k = predictors
   arm regular --regular                                                         # regular fine-tuning
   arm "jepa:${jepa_lbd:-1}" "${views[@]}"                                       # the JEPA loss as published: cosine
@@ -46,7 +45,7 @@ sweep() { # the cells of the grid use these flags instead of --train_file and --
 }
 
 launchers() {
-  template check evaluate.py --score_gold --input_file {test_file} --task {task} {fields} {allow} # before the first training
+  template check evaluate.py --score_gold --input_file {test_file} --task {task} {fields} {allow_execution} # before the first training
   [ "${NPROC:-1}" = 1 ] || template launch_train -m llm_jepa.large.launch --standalone --nproc_per_node {nproc}
 }
 
@@ -118,8 +117,7 @@ More variables (one that looks like a misspelled variable of this page is an err
                     (regular jepa clip nitp placebo)
   ARM               run_pretrain: arm of the pretraining, jepa or regular (jepa)
   PRETRAIN_DATASET  run_pretrain: dataset of the pretraining (paraphrase)
-  FINETUNE_LR       run_pretrain: learning rate of the fine-tuning (that of the pretraining)
-  FINETUNE_EPOCHS   run_pretrain: epochs of the fine-tuning (those of the pretraining)
+  FINETUNE_LR, FINETUNE_EPOCHS  run_pretrain: learning rate and epochs of the fine-tuning (those of the pretraining)
   REPORTS_DIR       compare, sweep: folder of the reports (reports)
   ALLOW             compare, sweep: settings in which the arms may differ besides the method (report --allow)
   SWEEP_ARM         sweep: arm whose k and λ are picked (jepa)
@@ -127,24 +125,20 @@ More variables (one that looks like a misspelled variable of this page is an err
   GRID_LBD          sweep: values of λ (.5 1 2 4, which suits jepa; the other arms need smaller ones)
   LEARNING_RATES    sweep: learning rates (1e-5 2e-5 4e-5 8e-5; for models/tiny 5e-4 1e-3 2e-3 4e-3)
   SWEEP_SEED        sweep: seed of the trainings that pick the settings (42); with several, their mean score decides
-  EVAL_SPLIT        sweep: held-out fraction of the train file (0.2)
-  SPLIT_SEED        sweep: seed of this split (42)
+  EVAL_SPLIT, SPLIT_SEED        sweep: held-out fraction of the train file (0.2) and seed of this split (42)
 HELP
 }
 
 fail() { printf '%s: error: %s\n' "${0##*/}" "$1" >&2; exit 2; }
-
 arm() { template "arm_$1" "${@:2}"; }
-
 template() { templates+=("$1=${*:2}"); }
 
 drive() { # the script's arguments: runs them with all templates
-  python=${PYTHON_BIN:-.venv/bin/python}
   if [ -z "${PYTHON_BIN:-}" ]; then
     unset PYTHONHOME PYTHONPATH # of another environment
     bash setup.sh
   fi
-  exec "$python" -m llm_jepa.driver "${0##*/}" "${templates[@]}" -- "$@"
+  exec "${PYTHON_BIN:-.venv/bin/python}" -m llm_jepa.driver "${0##*/}" "${templates[@]}" -- "$@"
 }
 
 templates=()

@@ -8,11 +8,11 @@ LLAMA is a model folder. If it has only config.json and a tokenizer, a model wit
 to WORK/base. Flags after -- are passed to the training of each arm. WORK needs space for the base, a checkpoint and the
 saved model (`python -m llm_jepa.memory` prints how much); each arm's files are removed when the arm ends.
 
-Each arm trains from the start until a checkpoint after --steps, and then resumes in new processes. `used` is the memory
-of the main process's GPU that is not free after the steps, including contexts, NCCL and other programs. `of matmul` is
-the rate of the model's own FLOPs (6, with LoRA 4, per parameter of the decoder layers and token, and per parameter of
-the output layer and label; recomputation does not count) over that of a large matrix product timed in the same process.
-On a CPU there is no memory to compare.
+Each arm trains until a checkpoint after --steps, and then in new processes from it to the next one. `used` is the
+memory of the main process's GPU that is not free after the steps, including contexts, NCCL and other programs. `of
+matmul` is the rate of the model's own FLOPs (6, with LoRA 4, per parameter of the decoder layers and token, and per
+parameter of the output layer and label; recomputation does not count) over that of a large matrix product timed in the
+same process. On a CPU there is no memory to compare.
 """
 
 from __future__ import annotations
@@ -45,32 +45,27 @@ ARMS = {
     "lora regular": ["--regular", "--lora", "--lora_rank", "64"],
 }
 WARM_UP = 2  # steps that are not timed
-MORE = 2  # steps after resuming
 
 
 class TimedTrainer(finetune8bh200.LargeTrainer):
-    """Ends the training after its first checkpoint or, if it resumed, after MORE steps."""
+    """Ends the training after its first checkpoint."""
 
-    times: dict[str, Any] = {}  # seconds, bytes and the first step
+    times: dict[str, Any] = {}  # seconds and bytes
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Trains; the time until the first step is that of resuming."""
+        """Trains; the time until the first step includes that of resuming."""
         self.began = time.perf_counter()
         super().train_from(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One step, or the end of a resumed training."""
-        step = self.state.global_step
+        """One step."""
         self.times.setdefault("begin s", time.perf_counter() - self.began)
-        if self.times.setdefault("first step", step) and step == self.times["first step"] + MORE:
-            self.times["used bytes"] = used_memory()
-            self.times["save s"] = measure(self.save_model)
-            raise KeyboardInterrupt
         return super().training_step(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any) -> None:
         self.times["checkpoint s"] = measure(super()._save_checkpoint, *args)
         self.times["used bytes"] = used_memory()
+        self.times["save s"] = measure(self.save_model)
         raise KeyboardInterrupt
 
 
@@ -134,7 +129,7 @@ def train_arm(name: str, args: argparse.Namespace, model: Path) -> dict[str, Any
     shutil.rmtree(run, ignore_errors=True)
     flags = ["--model_name", str(model), "--train_file", args.input_file, "--output_dir", str(run), *ARMS[name]]
     flags += ["--tokens_per_batch", str(args.tokens_per_batch), "--grad_accum", "1", *args.training]
-    flags += ["--save_strategy", "steps", "--save_steps", str(args.steps), "--max_steps", str(args.steps + MORE + 1)]
+    flags += ["--save_strategy", "steps", "--save_steps", str(args.steps), "--max_steps", str(2 * args.steps + 1)]
     first, again = train(args, flags), train(args, [*flags, "--resume"])
     steps = [step for _, step in read_jsonl(run / "metrics.jsonl") if "tokens" in step]
     steps = [step for step in steps if WARM_UP < step["step"] <= args.steps]

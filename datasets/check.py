@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
-from operator import attrgetter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import pandas
 
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example, Problems, read_examples
@@ -18,25 +17,6 @@ from llm_jepa.files import read_json, sha256
 SHOWN = 5  # line numbers per finding
 LOOSE = "ignoring case, spaces and Unicode form"
 DATABASE = re.compile(r"For db_id:\[([^]]*)\]\n\n")
-
-
-prompt_of = attrgetter("system", "user")
-pair_of = attrgetter("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The lines of one part that have a property. A leak is in the train part too."""
-
-    what: str
-    lines: list[int]  # of the test file if the finding compares both parts
-    total: int  # number of examples checked
-    leak: bool = False
-
-    def __str__(self) -> str:
-        shown = ", ".join(map(str, self.lines[:SHOWN])) + (" …" if len(self.lines) > SHOWN else "")
-        mark = "LEAK" if self.leak and self.lines else ""
-        return f"  {mark:4} {len(self.lines):>6} of {self.total:<6} {self.what}" + (f": lines {shown}" if shown else "")
 
 
 def find_parts(target: str, data_dir: Path) -> dict[str, Path]:
@@ -64,18 +44,19 @@ def normalized(texts: tuple[str | None, ...]) -> tuple[str, ...]:
     return tuple(" ".join(unicodedata.normalize("NFKC", text).split()) for text in folded)  # folding can undo the form
 
 
-def repeats(examples: list[Example], key: Callable[[Example], Hashable]) -> list[int]:
-    """The lines whose key an earlier line has."""
-    seen: set[Hashable] = set()
-    return [e.id for e in examples if key(e) in seen or seen.add(key(e))]
-
-
-def several_answers(examples: list[Example]) -> list[int]:
-    """The lines whose prompt also occurs with another answer."""
-    answers = defaultdict(set)
-    for example in examples:
-        answers[prompt_of(example)].add(example.assistant)
-    return [e.id for e in examples if len(answers[prompt_of(e)]) > 1]
+def as_table(examples: list[Example]) -> pandas.DataFrame:
+    """What is compared of each example, by its line number."""
+    databases = [database_of(e) for e in examples]
+    return pandas.DataFrame(
+        {
+            "prompt": [(e.system, e.user) for e in examples],
+            "prompt and answer": [(e.system, e.user, e.assistant) for e in examples],
+            "database and SQL": [db and (db, e.assistant) for db, e in zip(databases, examples, strict=True)],
+            "database": databases,
+        },
+        index=[e.id for e in examples],
+        dtype=object,
+    )
 
 
 def answer_in_prompt(example: Example) -> bool:
@@ -84,8 +65,8 @@ def answer_in_prompt(example: Example) -> bool:
     return any(re.search(pattern, example.user, re.IGNORECASE) for pattern in patterns)
 
 
-def too_long(examples: list[Example], tokenizer_name: str, max_tokens: int) -> list[int]:
-    """The lines whose rendered chat has more than `max_tokens` tokens. Raises UsageError for an unusable tokenizer."""
+def lengths(examples: list[Example], tokenizer_name: str) -> pandas.Series:
+    """The number of tokens of each rendered chat. Raises UsageError for an unusable tokenizer."""
     from llm_jepa.model import load_tokenizer
 
     try:
@@ -93,43 +74,29 @@ def too_long(examples: list[Example], tokenizer_name: str, max_tokens: int) -> l
     except UsageError as error:
         raise UsageError(str(error).replace("--model_name", "--tokenizer")) from None
     texts = [renderer.chat(example).text for example in examples]
-    lengths = map(len, renderer.tokenizer(texts, add_special_tokens=False)["input_ids"])
-    return [e.id for e, length in zip(examples, lengths, strict=True) if length > max_tokens]
+    return pandas.Series(map(len, renderer.tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
 
-def check_part(part: str, examples: list[Example], max_tokens: int, tokenizer: str | None) -> list[Finding]:
-    """Findings within one part. None of them is a leak."""
-    lines = {
-        "repeated prompt and answer": repeats(examples, pair_of),
-        "prompt with several answers": several_answers(examples),
-        "answer in its own prompt": [e.id for e in examples if answer_in_prompt(e)],
-    }
+def within(examples: list[Example], max_tokens: int, tokenizer: str | None) -> Iterator[tuple[str, Iterable[bool]]]:
+    """Findings within one part, as (text, whether each example has it). None of them is a leak."""
+    table = as_table(examples)
+    yield "repeated prompt and answer", table["prompt and answer"].duplicated()
+    yield "prompt with several answers", table.groupby("prompt")["prompt and answer"].transform("nunique") > 1
+    yield "answer in its own prompt", map(answer_in_prompt, examples)
     if tokenizer:
-        lines[f"chat over {max_tokens} tokens"] = too_long(examples, tokenizer, max_tokens)
-    return [Finding(f"{part}: {what}", found, len(examples)) for what, found in lines.items()]
+        yield f"chat over {max_tokens} tokens", lengths(examples, tokenizer) > max_tokens
 
 
-def check_both(train: list[Example], test: list[Example]) -> list[Finding]:
+def between(train: pandas.DataFrame, test: pandas.DataFrame) -> Iterator[tuple[str, Iterable[bool]]]:
     """What the test part shares with train. Each is a leak, as are Spider databases that should be unseen in test."""
-
-    def shared(key: Callable[[Example], Hashable]) -> list[int]:
-        known = {key(example) for example in train} - {None}
-        return [example.id for example in test if key(example) in known]
-
-    def nearly(key: Callable[[Example], tuple[str | None, ...]]) -> list[int]:
-        identical = set(shared(key))
-        return [line for line in shared(lambda e: normalized(key(e))) if line not in identical]
-
-    found = {
-        "prompt in train": shared(prompt_of),
-        "prompt and answer in train": shared(pair_of),
-        f"prompt in train, {LOOSE}": nearly(prompt_of),
-        f"prompt and answer in train, {LOOSE}": nearly(pair_of),
-    }
-    if any(map(database_of, (*train, *test))):
-        found["database and SQL in train"] = shared(lambda e: database_of(e) and (database_of(e), e.assistant))
-        found["database in train"] = shared(database_of)
-    return [Finding(f"test: {what}", lines, len(test), leak=True) for what, lines in found.items()]
+    for name in ("prompt", "prompt and answer"):
+        identical = test[name].isin(train[name])
+        nearly = test[name].map(normalized).isin(train[name].map(normalized))
+        yield f"{name} in train", identical
+        yield f"{name} in train, {LOOSE}", nearly & ~identical
+    if train["database"].notna().any() or test["database"].notna().any():
+        for name in ("database and SQL", "database"):
+            yield f"{name} in train", test[name].isin(train[name].dropna())
 
 
 def manifest_mismatches(paths: Iterable[Path]) -> list[str]:
@@ -150,11 +117,22 @@ def manifest_mismatches(paths: Iterable[Path]) -> list[str]:
 def check(paths: dict[str, Path], max_tokens: int, tokenizer: str | None) -> tuple[list[str], bool]:
     """(lines of the report, whether there is a leak) for the files by part. Raises UsageError."""
     parts = {part: read_examples(str(path), Problems()) for part, path in paths.items()}
-    report = [f"{paths[part]}: {len(examples)} examples" for part, examples in parts.items()]
-    findings = [f for part, examples in parts.items() for f in check_part(part, examples, max_tokens, tokenizer)]
+    report, leaks = [f"{paths[part]}: {len(examples)} examples" for part, examples in parts.items()], []
+
+    def add(part: str, what: str, found: Iterable[bool], is_leak: bool) -> None:
+        examples = parts[part]
+        lines = [str(e.id) for e, has in zip(examples, found, strict=True) if has]
+        mark = "LEAK" if lines and is_leak else ""
+        leaks.append(mark)
+        shown = f": lines {', '.join(lines[:SHOWN])}" + (" …" if len(lines) > SHOWN else "") if lines else ""
+        report.append(f"  {mark:4} {len(lines):>6} of {len(examples):<6} {part}: {what}{shown}")
+
+    for part, examples in parts.items():
+        for what, found in within(examples, max_tokens, tokenizer):
+            add(part, what, found, False)
     if len(parts) == 2:
-        findings += check_both(**parts)
-    report += map(str, findings)
+        for what, found in between(*map(as_table, parts.values())):
+            add("test", what, found, True)
     if not tokenizer:
         report.append("tokens were not counted; use --tokenizer FOLDER")
-    return report, any(finding.leak and finding.lines for finding in findings)
+    return report, any(leaks)

@@ -1,7 +1,5 @@
 """Flags from dataclasses, contradictions between flags, and the entry wrapper of every command."""
 
-from __future__ import annotations
-
 import argparse
 import codecs
 import dataclasses

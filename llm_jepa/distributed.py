@@ -1,16 +1,12 @@
-"""The processes of a run: what torchrun's environment says, how a script starts, its process group, shared errors.
+"""The processes of a run: what torchrun's environment says, how a script starts, shared errors.
 
 A script imports this module before its flags are accepted, so accelerate is imported where it is used.
 """
 
-from __future__ import annotations
-
 import contextlib
-import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from llm_jepa.cli import UsageError, end_at_interrupts, run_command
 
@@ -66,30 +62,6 @@ def start(name: str, check: Callable[[], object]) -> None:
     end_at_interrupts(name, is_main_process)
     if code := run_command(name, work, speaks=is_main_process):
         sys.exit(code)
-
-
-@contextlib.contextmanager
-def process_group(name: str, cpu: bool, **options: Any) -> Iterator[Any]:
-    """Joins torchrun's process group, with `options` of `init_process_group`; without torchrun a single process.
-
-    Yields accelerate's PartialState. Raises the UsageError of `clean_environment(name)`.
-    """
-    from accelerate import PartialState
-
-    clean_environment(name)
-    state = PartialState(cpu=cpu, **(options if under_torchrun() else {}))
-    state.wait_for_everyone()  # a process that ends at once could not be found by one that is still connecting
-    mistake = None
-    try:
-        yield state
-    except UsageError as error:  # raised by every process; after other errors some may be gone
-        mistake = error
-    # A thread of the group that is still running when the interpreter ends aborts it. Objects that reference the group
-    # are freed first: freed later, they would wait for such a thread and hold the lock that it needs.
-    gc.collect()
-    state.destroy_process_group()
-    if mistake:
-        raise mistake
 
 
 @contextlib.contextmanager

@@ -1,12 +1,9 @@
 """Runs the commands of run.sh and run8bh200.sh for all seeds and datasets, several at a time if JOBS is larger than 1.
 
-The shell scripts pass their command lines as templates, for instance `finetune.py --train_file {train_file} {flags}`. A
-word `{name}` is replaced by the value of that name, or by several words if the value is a list. A flag whose value is
-empty is left out. A template `arm_NAME:λ` has the flags of an arm and its default λ, or the name of the arm whose λ it
-has. Finished runs are skipped, unfinished ones resumed. The name of a run folder contains its settings.
+The shell scripts pass their command lines as templates, for instance `finetune.py --train_file {train_file} {flags}`:
+`fill` replaces the names. A template `arm_NAME:λ` has the flags of an arm and its default λ, or the name of the arm
+whose λ it has. Finished runs are skipped, unfinished ones resumed. The name of a run folder contains its settings.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -23,8 +20,9 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 from tqdm import tqdm
 
@@ -50,8 +48,7 @@ PAPER_FLAGS = {
 SHELL_VARIABLES = ("PYTHON_BIN", "TRAINER", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "NODE_TIMEOUT", "PREFLIGHT",
                    "JOIN_LIMIT", "DEVICE")  # of the shell scripts themselves  # fmt: skip
 MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024", "mbpp": "2048"}  # datasets with examples of more than 512 tokens
-# Flags that the evaluation needs too, with the number of their words.
-FIELD_FLAGS = {"--text_field": 2, "--code_field": 2, "--system": 2, "--skip_bad_examples": 1}
+FIELD_FLAGS = ("text_field", "code_field", "system", "skip_bad_examples")  # the evaluation needs them too
 REFUSED_FLAGS = ("--train_file", "--data_file", "--model_name", "--learning_rate", "--num_epochs", "--last_token",
                  "--predictors", "--lbd", "--finetune_seed", "--regular", "--output_dir", "--dry_run")  # fmt: skip
 # Flags of the evaluation that its templates set.
@@ -71,19 +68,18 @@ def items(text: str) -> list[str]:
     return list(dict.fromkeys(text.replace(",", " ").split()))
 
 
-def evaluation_flags(text: str) -> tuple[list[str], dict[str, Any]]:
-    """(words, flags of evaluate.py by name) in EVAL_FLAGS. Raises UsageError if they cannot be parsed."""
+def evaluation_flags(text: str) -> dict[str, Any]:
+    """The flags of evaluate.py in EVAL_FLAGS by name. Raises UsageError if they cannot be parsed."""
 
-    def refuse(message: object) -> NoReturn:
-        raise UsageError(f"EVAL_FLAGS cannot be '{text}' ({message})")
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
 
     parser = build_parser(EvaluationSettings, "")
     parser.error = refuse
     try:
-        words = shlex.split(text)
-    except ValueError as error:  # a quote is not closed
-        refuse(error)
-    return words, vars(parser.parse_args(words))
+        return vars(parser.parse_args(shlex.split(text)))
+    except ValueError as error:  # also of a quote that is not closed
+        raise UsageError(f"EVAL_FLAGS cannot be '{text}' ({error})") from None
 
 
 def variable(names: str, pattern: str, default: str = "") -> Any:
@@ -127,7 +123,7 @@ class Settings:
     eval_flags: str = variable("EVAL_FLAGS", ".*")
 
     @classmethod
-    def read(cls, command: str, given: list[str], environment: Mapping[str, str]) -> Settings:
+    def read(cls, command: str, given: list[str], environment: Mapping[str, str]) -> Self:
         """Arguments win over variables, those over defaults; '' and '-' are not given. Raises UsageError."""
         defaults = {"epochs": "4", "arms": "regular jepa"} if environment.get("PROTOCOL") else {}
         if environment.get("NPROC", "1") != "1":
@@ -205,42 +201,39 @@ class Run:
     def folder(self) -> Path:
         return Path(self.settings.runs_dir, self.name)
 
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """The user's flags by name."""
+        return vars(build_parser(TrainingSettings, "").parse_known_args(self.flags)[0])
+
     def default_flags(self) -> list[str]:
         """Flags of the model, the protocol and the dataset that the user's flags do not replace."""
-        given = {flag.partition("=")[0] for flag in self.flags}
         defaults = dict(PAPER_FLAGS if self.settings.protocol else TINY_FLAGS if self.tiny else {})
         if self.dataset in MAX_LENGTH:
             defaults["--max_length"] = MAX_LENGTH[self.dataset]
-        if "--tokens_per_batch" in given:
+        if "tokens_per_batch" in self.given:
             defaults.pop("--batch_size", None)
-        words = [word for flag, value in defaults.items() if flag not in given for word in (flag, value)]
+        words = [word for flag, value in defaults.items() if flag[2:] not in self.given for word in (flag, value)]
         if self.settings.model == TINY:
             words.append("--pretrain")
         # Without accumulation --reference_grad_scale has no effect and is refused.
-        accumulates = not re.search(r" --grad_accum[= ]1 ", f" {' '.join(self.flags)} ")
-        if self.settings.protocol and self.arm.has_views and accumulates:
+        if self.settings.protocol and self.arm.has_views and self.given.get("grad_accum") != 1:
             words.append("--reference_grad_scale")
         return words
 
-    def fields(self) -> list[str]:
-        """Those of the user's flags that say how examples are read."""
-        kept: list[str] = []
-        for at, word in enumerate(self.flags):
-            name, equals, _ = word.partition("=")
-            words = FIELD_FLAGS.get(name, 0)
-            kept += self.flags[at : at + (min(words, 1) if equals else words)]
-        return kept
-
     def values(self) -> dict[str, Any]:
         """The values for a template."""
-        lists = {"defaults": self.default_flags(), "flags": list(self.flags), "fields": self.fields()}
+        fields = {name: self.given[name] for name in FIELD_FLAGS if name in self.given}
+        lists = {"defaults": self.default_flags(), "flags": list(self.flags)}
+        lists["fields"] = [f"--{name}" if value is True else f"--{name}={value}" for name, value in fields.items()]
         lists["arm"] = fill(self.arm.flags, vars(self.settings) | {"lbd": self.arm.lbd})
-        lists["eval_flags"], given = evaluation_flags(self.settings.eval_flags)
-        lists["allow"] = ["--allow_code_execution"] * ("allow_code_execution" in given)
-        lists |= {"resume": ["--resume"] * self.folder.exists(), "plain": ["--plain"] * ("--plain" in self.flags)}
+        lists["eval_flags"] = shlex.split(self.settings.eval_flags)
+        allowed = "allow_code_execution" in evaluation_flags(self.settings.eval_flags)
+        lists["allow_execution"] = ["--allow_code_execution"] * allowed
+        lists |= {"resume": ["--resume"] * self.folder.exists(), "plain": ["--plain"] * ("plain" in self.given)}
         own = {name: str(getattr(self, name)) for name in ("seed", "train_file", "test_file", "name")}
-        steps = any(flag.partition("=")[0] == "--max_steps" for flag in self.flags)  # they replace the epochs
-        return vars(self.settings) | own | lists | {"run": str(self.folder)} | ({"epochs": ""} if steps else {})
+        epochs = {"epochs": ""} if "max_steps" in self.given else {}
+        return vars(self.settings) | own | lists | {"run": str(self.folder)} | epochs
 
     def is_trained(self) -> bool:
         """Whether the folder has this finished run. Raises UsageError if it belongs to another model or other data."""
@@ -258,7 +251,7 @@ class Run:
         if not path.exists():
             return False
         metrics, task = read_json(path), self.settings.task
-        (_, given), recorded = evaluation_flags(self.settings.eval_flags), metrics["settings"]
+        given, recorded = evaluation_flags(self.settings.eval_flags), metrics["settings"]
         wanted = vars(EvaluationSettings(**given))
         names = recorded.keys() - SET_FLAGS - EVALUATION_IGNORES - ({"max_new_tokens"} - given.keys())
         complete = metrics["data_sha256"] == sha256(self.test_file) and all(recorded[n] == wanted.get(n) for n in names)
@@ -332,7 +325,7 @@ class Driver:
         for flag in (word.partition("=")[0] for word in self.flags + self.later):
             if flag in refused or (self.compares and flag == "--tokens_per_batch"):
                 raise UsageError(f"{flag} cannot follow -- in {script} {self.command} (see --help)")
-        if wrong := evaluation_flags(self.settings.eval_flags)[1].keys() & SET_FLAGS:
+        if wrong := evaluation_flags(self.settings.eval_flags).keys() & SET_FLAGS:
             raise UsageError(f"--{min(wrong)} cannot be in EVAL_FLAGS (see --help)")
         if self.compares and len(items(self.settings.datasets)) > 1:
             raise UsageError(f"{self.command} accepts one dataset, not '{self.settings.datasets}'")
@@ -380,7 +373,7 @@ class Driver:
             raise UsageError("\n".join(wrong) + " (the variable ARMS selects arms, see --help)")
 
     def make_run(self, arm: Arm, seed: str, dataset: str, settings: Settings, kind: str = "") -> Run:
-        """A run of one arm with the user's flags for it."""
+        """A run with the user's flags for its arm."""
         flags = self.flags + (self.later if arm.name != "regular" else ())
         return Run(settings, arm, dataset, seed, flags, kind, settings.model == TINY)
 

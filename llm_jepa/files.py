@@ -1,7 +1,5 @@
 """Files: atomic writes, JSON, checksums."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import hashlib

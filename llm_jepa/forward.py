@@ -4,8 +4,6 @@ Letters in shape comments: R rows, T tokens in a row, D hidden size, V vocabular
 points each, M tokens with a next token, U random directions.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from functools import partial

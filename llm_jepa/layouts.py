@@ -4,8 +4,6 @@ A layout only decides where segments go; all layouts give the same losses. Lette
 in a row, N label tokens, P pairs, S spans of K points each, M tokens with a next token, G segments and runs of padding.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Loads the tokenizer with the method's special tokens, the model, and a LoRA adapter on it."""
 
-from __future__ import annotations
-
 import re
 from contextlib import nullcontext
 from functools import cache, partial

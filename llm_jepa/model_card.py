@@ -7,8 +7,6 @@ Only the files in UPLOADED are uploaded, including the command lines and paths i
 no merged copies of an adapter.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

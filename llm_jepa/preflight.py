@@ -9,8 +9,6 @@ exchange their problems at --master_addr, and each prints all of them. Exit code
 wrong flags.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -34,7 +32,7 @@ from llm_jepa.files import read_json
 # all-reduce need only torch.
 
 TRAINING, NODES = "Training", "Nodes"
-GRACE = 10.0  # seconds after --join_limit that nodes which have met may still exchange their problems
+GRACE = 10.0  # seconds after --join_limit that nodes which have connected may still exchange their problems
 
 
 @dataclass
@@ -190,36 +188,22 @@ def collective_problems(processes: int, device: str, limit: float) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- nodes
 
 
-def exchange(problems: list[str], s: Preflight, address: str, marker: Path) -> list[str]:
-    """The problems of all nodes, collected by node 0. Raises DistError if node 0 cannot be reached.
+def exchange(problems: list[str], s: Preflight, marker: Path) -> list[str]:
+    """The problems of all nodes. Raises DistError if one of them does not connect.
 
     `marker`: a file in the folder of the runs; that of node 0 must be visible to all nodes.
     """
     import torch.distributed as dist
+    from torch.distributed.elastic.utils.store import synchronize
 
-    ends, limit = time.monotonic() + s.join_limit, timedelta(seconds=s.join_limit)
+    limit = timedelta(seconds=s.join_limit)
     store = dist.TCPStore(s.master_addr, s.master_port, None, s.node_rank == 0, limit, wait_for_workers=False)
-    if s.node_rank:
-        if not (marker.parent / store.get("marker").decode()).exists():
-            problems = [*problems, f"{marker.parent} is not the folder of node 0: use a folder that all nodes share"]
-        store.set(f"problems {s.node_rank}", json.dumps(problems))
-        store.set_timeout(limit + timedelta(seconds=GRACE / 2))
-        found = json.loads(store.get("all"))
-        store.set(f"done {s.node_rank}", "")
-        return found
-    store.set("marker", marker.name if marker.exists() else "")
-    found, others = [f"node 0: {p}" for p in problems], range(1, s.nnodes)
-    for node in others:
-        try:
-            store.wait([f"problems {node}"], timedelta(seconds=max(0.1, ends - time.monotonic())))
-            found += [f"node {node}: {p}" for p in json.loads(store.get(f"problems {node}"))]
-        except dist.DistStoreError:
-            absent = f"did not connect to {address} within {s.join_limit:g} s: run the same command there with"
-            found.append(f"node {node}: {absent} NODE_RANK={node}, and check that the port is open")
-    store.set("all", json.dumps(found))
-    with contextlib.suppress(dist.DistError):  # the store must live until the other nodes have read it
-        store.wait([f"done {node}" for node in others], timedelta(seconds=GRACE / 2))
-    return found
+    if s.node_rank == 0:
+        store.set("marker", marker.name if marker.exists() else "")
+    elif not (marker.parent / store.get("marker").decode()).exists():
+        problems = [*problems, f"{marker.parent} is not the folder of node 0: use a folder that all nodes share"]
+    found = synchronize(store, json.dumps(problems).encode(), s.node_rank, s.nnodes, "problems", s.join_limit)
+    return [f"node {node}: {problem}" for node, own in enumerate(found) for problem in json.loads(own)]
 
 
 def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
@@ -227,16 +211,15 @@ def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
     import torch.distributed as dist
 
     address = f"MASTER_ADDR:MASTER_PORT {s.master_addr}:{s.master_port}"
-    absent = f"node 0 did not respond at {address} within {s.join_limit:g} s: run the same command there with"
-    found = [f"node {s.node_rank}: {p}" for p in [*problems, f"{absent} NODE_RANK=0"]]
     marker = Path(s.output_dir) / f".preflight-{s.node_rank}-{os.getpid()}.tmp"
+    found, reason = [], "no reply"
 
     def work() -> None:
+        nonlocal reason
         try:
-            found[:] = exchange(problems, s, address, marker)
+            found.append(exchange(problems, s, marker))
         except dist.DistError as error:
-            if s.node_rank == 0:
-                found[-1] = f"node 0: cannot listen at {address} ({first_line(error)}): set another MASTER_PORT"
+            reason = first_line(error)
 
     print(f"preflight: waiting for {s.nnodes} nodes at {address}, at most {s.join_limit:g} s", file=sys.stderr)
     with contextlib.suppress(OSError):  # folder_problems has reported it
@@ -249,7 +232,11 @@ def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
     finally:
         with contextlib.suppress(OSError):
             marker.unlink()
-    return found
+    absent = (
+        f"{s.nnodes} nodes did not connect at {address} within {s.join_limit:g} s ({reason}): run the same command on "
+        "each node with its own NODE_RANK, and check that the port is open and that no other program uses it"
+    )
+    return found[0] if found else [f"node {s.node_rank}: {problem}" for problem in (*problems, absent)]
 
 
 # -------------------------------------------------------------------------------------------------------------- main

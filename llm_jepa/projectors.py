@@ -1,7 +1,5 @@
 """The projectors of --nitp and --sigreg: parts of the model while it trains, but not of the model that is saved."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

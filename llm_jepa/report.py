@@ -11,8 +11,6 @@ The files compare the arms of each dataset with a reference arm, by seed: the re
 --against. Arms that differ in more than the method are not compared; the differences are listed (exit code 1).
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

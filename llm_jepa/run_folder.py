@@ -4,12 +4,9 @@ A run folder holds `args.json` (all resolved settings), `run.json` (provenance a
 checkpoints and `eval/<dataset>/`. Nothing about a run is read from printed output.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -20,6 +17,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from llm_jepa.cli import UsageError
 from llm_jepa.distributed import processes
@@ -106,7 +105,7 @@ class RunFolder:
     def __init__(self, folder: str, settings: dict[str, Any]):
         self.path, self.settings = Path(folder), settings
         self.record: dict[str, Any] = {}
-        self._lock_file: Any = None
+        self._lock_file: FileLock | None = None
         self._started = time.time()
 
     def check(self, resume: bool, overwrite: bool) -> None:
@@ -149,17 +148,17 @@ class RunFolder:
         have = processes()
         if had == have or not {"batch_size", "grad_accum"} <= before.keys() & now.keys():
             return set()
-        was, by = f"--resume: {self.path} was trained by {had} processes, now {have}", ("batch_size", "grad_accum")
+        was = f"--resume: {self.path} was trained by {had} processes, now {have}"
         if before.get("tokens_per_batch") or now.get("tokens_per_batch"):
             raise UsageError(f"{was}; with --tokens_per_batch the steps would have other examples")
-        step, other = (math.prod((s[name] for name in by), start=n) for s, n in ((before, had), (now, have)))
+        step, other = had * before["batch_size"] * before["grad_accum"], have * now["batch_size"] * now["grad_accum"]
         if step != other:
             choice = f"choose --batch_size and --grad_accum with the product {step / have:g}"
             raise UsageError(f"{was}; a step would have {other} examples instead of {step}: {choice}")
         if contrasts and before["grad_accum"] != now["grad_accum"]:
             choice = f"choose --batch_size {had * before['batch_size'] / have:g} --grad_accum {before['grad_accum']}"
             raise UsageError(f"{was}; its pairs would be contrasted with another number of pairs: {choice}")
-        return set(by)
+        return {"batch_size", "grad_accum"}
 
     def start(self, overwrite: bool, record: dict[str, Any]) -> None:
         """Makes the folder and writes args.json and run.json with status `running`. A resumed run keeps its history."""
@@ -186,26 +185,18 @@ class RunFolder:
         The lock file is next to the folder, which --overwrite replaces. The lock ends with the process.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
-        path = folder.with_name(f".{folder.name}.lock")
-        file = open(path, "a")  # closed in `close`
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise BlockingIOError  # another process has removed the file since the open
-        except (BlockingIOError, FileNotFoundError):
-            file.close()
+            lock.acquire(timeout=0)
+        except Timeout:
             raise UsageError(f"--output_dir {self.path} is in use by another process") from None
-        except (OSError, ImportError, AttributeError):
-            pass  # a file system or a system without locks
-        self._lock_file = file
+        self._lock_file = lock
 
     def close(self) -> None:
         """Removes the lock file and releases the lock."""
         if self._lock_file is not None:
-            Path(self._lock_file.name).unlink(missing_ok=True)
-            self._lock_file.close()
+            Path(self._lock_file.lock_file).unlink(missing_ok=True)
+            self._lock_file.release()
 
     def remove_checkpoints(self, keep: Iterable[Path] = ()) -> None:
         """Removes all checkpoints but those to keep; one is three times as large as the model."""

@@ -11,8 +11,6 @@ The embeddings of the corpus are stored in RUN/index/, or in --index FILE. They 
 or the tokens of the views have changed.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """The flags of finetune.py, and which of them contradict each other."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib.util
@@ -85,20 +83,12 @@ class Settings:
     jepa_l2: bool = flag(False, "the same as --jepa_loss l2", METHOD)
     jepa_mse: bool = flag(False, "the same as --jepa_loss mse", METHOD)
     infonce: bool = flag(False, "the same as --jepa_loss infonce", METHOD)
-    temperature: float | None = flag(
-        None, "temperature τ of --jepa_loss infonce (default 0.07) and clip (default 0.1)", METHOD
-    )
-    negatives_queue: int = flag(
-        0, "--jepa_loss infonce, clip: also contrast with this many earlier pairs, without gradient", METHOD
-    )
+    temperature: float | None = flag(None, "τ of --jepa_loss infonce (default 0.07) and clip (default 0.1)", METHOD)
+    negatives_queue: int = flag(0, "infonce, clip: also contrast with this many earlier pairs, no gradient", METHOD)
     stop_gradient: Literal["text", "code"] | None = flag(None, "view into which no JEPA gradient flows", METHOD)
     center: bool = flag(False, "subtract each view's mean over all processes before --jepa_loss", METHOD)
-    sigreg: float = flag(
-        0.0, "W: (1 − W) · JEPA loss + W · SIGReg, both of a projection of the views; 0.02 to 0.05 is usual", METHOD
-    )
-    shuffle_pairs: bool = flag(
-        False, "placebo: pair each Text view with the Code view of another example of the micro-batch", METHOD
-    )
+    sigreg: float = flag(0.0, "W: (1 − W) · JEPA loss + W · SIGReg of the projected views; usual: 0.02 to 0.05", METHOD)
+    shuffle_pairs: bool = flag(False, "placebo: pair each Text view with the Code view of another example", METHOD)
     front_pred: bool = flag(False, "predictor tokens before the view's content", METHOD)
     reverse_pred: bool = flag(False, "the assistant turn is the first view and gets the predictor tokens", METHOD)
     text_view: Literal["alone", "in_chat"] = flag(
@@ -132,9 +122,7 @@ class Settings:
     nitp_targets: Literal["states", "random", "shuffled"] = flag(
         "states", "--nitp, controls: a fixed random vector per token; the state of another token", METHOD
     )
-    gradient_stats: int = flag(
-        100, "every N steps, log the size and direction of each auxiliary gradient; 0: never", RUN
-    )
+    gradient_stats: int = flag(100, "log size and direction of auxiliary gradients every N steps; 0: never", RUN)
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
@@ -224,11 +212,6 @@ class Settings:
     def stp_variant(self) -> str | None:
         """The variant of Semantic Tube Prediction, a key of STP_LOSSES; None if it has no weight."""
         return self.stp if self.stp_lbd > 0 else None
-
-    @property
-    def locates_user(self) -> bool:
-        """Whether the tokens of the user turn in the chat are needed."""
-        return self.text_view == "in_chat" or (bool(self.stp_variant) and self.stp_part in ("content", "user"))
 
     @property
     def jepa_loss_or_default(self) -> str:
@@ -418,19 +401,20 @@ def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -
         check_libraries(s, r)
     if r:
         raise UsageError("\n".join(r))
-    resolved = resolve(s)
-    folder = Path(resolved.output_dir).resolve()
+    s = resolve(s)
+    s = dataclasses.replace(s, output_dir=s.output_dir or default_output_dir(s))
+    folder = Path(s.output_dir).resolve()
     for name in ("model_name", "train_file", "data_file", "eval_file") if s.overwrite else ():
         path = getattr(s, name)
         if path and folder in (Path(path).resolve(), *Path(path).resolve().parents):
-            raise UsageError(f"--overwrite would remove --{name} {path}, inside --output_dir {resolved.output_dir}")
-    return resolved
+            raise UsageError(f"--overwrite would remove --{name} {path}, inside --output_dir {s.output_dir}")
+    return s
 
 
 def resolve(s: Settings) -> Settings:
-    """Fills in the defaults that depend on other flags."""
+    """Fills in the defaults that depend on other flags, but for --output_dir."""
     held_out = s.data_file or s.eval_file or s.val_fraction
-    resolved = dataclasses.replace(
+    return dataclasses.replace(
         s,
         layout=s.layout_or_default,
         additive_mask=s.layout_or_default == "additive",
@@ -444,7 +428,6 @@ def resolve(s: Settings) -> Settings:
         eval_strategy=s.eval_strategy or ("no" if not held_out else "steps" if s.streaming else "epoch"),
         save_strategy=s.save_strategy or ("steps" if s.streaming else "epoch"),
     )
-    return dataclasses.replace(resolved, output_dir=s.output_dir or default_output_dir(resolved))
 
 
 def default_output_dir(s: Settings) -> str:
@@ -452,14 +435,7 @@ def default_output_dir(s: Settings) -> str:
     dataset = dataset_name(s.train_file or s.data_file)
     method = "regular" if s.regular else f"jepa-lbd{s.lbd:g}-k{s.predictors}"
     named = {"train_file", "model_name", "regular", "lbd", "predictors", "learning_rate", "finetune_seed"}
-    usual = {f.name: f.default for f in dataclasses.fields(s)}
-    usual |= {
-        "layout": "packed",
-        "jepa_loss": "cosine",
-        "lm_labels": "answer",
-        "eval_strategy": "no",
-        "save_strategy": "epoch",
-    }
+    usual = vars(resolve(type(s)()))
     others = {k: v for k, v in dataclasses.asdict(s).items() if k not in named | VOLATILE and v != usual[k]}
     mark = "-x" + hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8] if others else ""
     return f"runs/{dataset}-{Path(s.model_name).name}-{method}-lr{s.learning_rate:g}{mark}-s{s.finetune_seed}"

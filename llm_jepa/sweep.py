@@ -1,21 +1,14 @@
-"""Picks the best cell of a grid and writes all cells to a JSON file: python -m llm_jepa.sweep --help.
+"""Picks the best cell of a grid and writes all cells to a JSON file: the last step of `bash run.sh sweep`.
 
-    python -m llm_jepa.sweep --pick jepa --output_file sweep.json RUN…          prints the run folder of the best cell
-
-`bash run.sh sweep` trains the cells and picks by itself; this command picks among runs that exist. A cell is a set of
-runs that differ only in their seed; its score is their mean task score on held-out training examples. Of equal cells,
-the one with the smallest learning rate, then k, then λ is picked.
+A cell is a set of runs that differ only in their seed; its score is their mean task score on held-out training
+examples. Of equal cells, the one with the smallest learning rate, then k, then λ is picked.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from llm_jepa.cli import FlagParser, UsageError, run_command
+from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json, write_json
 from llm_jepa.reports.results import arm_settings
 
@@ -26,21 +19,18 @@ SPLIT = ("data_file", "eval_split", "split_seed")
 def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
     """The first run folder of an arm's best cell; writes the cells of both arms to a JSON file and prints this arm's.
 
-    `evaluations`: the folders RUN/eval/DATASET. Raises UsageError if none is of this arm, if they are not evaluations
-    of finished runs on the same held-out examples, or if an arm's runs differ in more than their seed and SIGNS.
-    Runs without an auxiliary loss are the arm regular, all others the other arm. λ of `--regular --nitp` is nitp_lbd.
+    `evaluations`: the folders RUN/eval/DATASET. Raises UsageError if they are not of the same held-out examples, or if
+    an arm's runs differ in more than their seed and SIGNS. Runs without an auxiliary loss are the arm regular, all
+    others the other arm. λ of `--regular --nitp` is nitp_lbd.
     """
     import pandas
 
-    runs: list[dict[str, Any]] = []
-    expected: list[Any] = []
-    arms: dict[str, dict[str, Any]] = {}
+    runs, expected, arms = [], [], {}
     for folder in evaluations:
         run, metrics = folder.parent.parent, read_json(folder / "metrics.json")
         record, settings = read_json(run / "run.json"), read_json(run / "args.json")
-        if record.get("status") != "finished" or metrics["settings"].get("process_split") != "test":
-            raise UsageError(f"{run} is not finished, or not scored on held-out examples of its train file")
         split = [metrics[name] for name in ("score", "n", "data_sha256")] + [settings[name] for name in SPLIT]
+        split.append(metrics["settings"].get("process_split"))
         if split != (expected := expected or split):
             raise UsageError(f"{run} was scored on other examples, or by another score, than {runs[0]['run']}")
         scores = {name: metrics[name] for name in ("exact", "startswith", "stop_rate", *metrics["scores"])}
@@ -49,16 +39,14 @@ def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
         settings |= {"lbd": settings.pop("nitp_lbd")} if nitp else {}
         grid = {name: settings[name] for name in SIGNS}
         name = "regular" if regular else "jepa" if arm == "regular" else arm
-        one = {"arm": name, "seed": settings["finetune_seed"], "run": str(run)}
-        fixed = {name: value for name, value in arm_settings(settings, record).items() if name not in SIGNS}
-        first = arms.setdefault(one["arm"], fixed)
-        if other := [name for name in first | fixed if first.get(name) != fixed.get(name)]:
+        fixed = {key: value for key, value in arm_settings(settings, record).items() if key not in SIGNS}
+        first = arms.setdefault(name, fixed)
+        if other := [key for key in first | fixed if first.get(key) != fixed.get(key)]:
             raise UsageError(f"{run} differs from other runs of its arm in {', '.join(other)}")
-        runs.append(one | grid | {"score": metrics[metrics["score"]], "scores": scores})
+        one = {"arm": name, "seed": settings["finetune_seed"], "run": str(run), **grid}
+        runs.append(one | {"score": metrics[metrics["score"]], "scores": scores})
     cells = pandas.DataFrame(runs).groupby(["arm", *SIGNS]).agg(score=("score", "mean"), run=("run", "first"))
     cells = cells.round({"score": 12})  # equal means stay equal in floating point
-    if arm not in cells.index.get_level_values("arm"):
-        raise UsageError(f"none of the runs is of the arm {arm}")
     own = cells.loc[[arm]]  # in the order of preference
     picked, name = own.run[own.score.idxmax()], metrics["score"]
     held_out = {name: settings[name] for name in SPLIT} | {"n": metrics["n"]}
@@ -71,26 +59,3 @@ def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
         note = "  picked" if cell["run"] == picked else "  equal score" if cell["score"] == own.score.max() else ""
         print(f"  {label:26}{100 * cell['score']:7.2f} %{note}", file=sys.stderr)
     return picked
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 picked, 2 wrong usage or runs."""
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder with one evaluation")
-    parser.add_argument("--pick", required=True, metavar="ARM", help="regular, or any name for the other arm")
-    parser.add_argument("--output_file", required=True, type=Path, help="JSON file for all cells")
-
-    def work() -> None:
-        options, evaluations = parser.parse_args(argv), []
-        for run in options.runs:
-            found = [path.parent for path in run.glob("eval/*/metrics.json")]
-            if len(found) != 1:
-                raise UsageError(f"{run}: {len(found)} evaluations instead of one")
-            evaluations += found
-        print(pick(options.pick, evaluations, options.output_file))
-
-    return run_command("sweep", work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

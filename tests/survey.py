@@ -8,28 +8,22 @@ Each architecture has a child process with a time limit. PAGE describes what is 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 import json
 import os
 import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig  # noqa: E402
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES  # noqa: E402
+import torch
+import transformers
+from conftest import ROOT, call
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-import evaluate  # noqa: E402
-import finetune  # noqa: E402
-from llm_jepa.cli import first_line  # noqa: E402
-from llm_jepa.files import write_text  # noqa: E402
+from llm_jepa.cli import first_line
+from llm_jepa.files import write_text
 
 # Values of a configuration's fields, where it has them.
 SIZES = {
@@ -86,17 +80,14 @@ def make_model(name: str, folder: Path) -> None:
     AutoTokenizer.from_pretrained(ROOT / "models" / "tiny").save_pretrained(folder)
 
 
-def run(script: Any, *flags: object) -> str:
+def run(script: str, *flags: object) -> str:
     """Runs a script in this process: "ok", "refused: …" or "fault: …"."""
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            code = script.main([str(flag) for flag in flags])
-    except BaseException as error:  # what a user would see as a traceback
-        code, reason = getattr(error, "code", 1), f"{type(error).__name__}: {first_line(error)}"
-    else:
-        reason = said.getvalue().rpartition("error: ")[2].strip()
-    return "ok" if code == 0 else f"{'refused' if code == 2 else 'fault'}: {first_line(ValueError(reason))}"
+        done = call(script, *flags)
+    except Exception as error:  # what a user would see as a traceback
+        return f"fault: {type(error).__name__}: {first_line(error)}"
+    reason = first_line(ValueError(done.err.rpartition("error: ")[2].strip()))
+    return "ok" if done.code == 0 else f"{'refused' if done.code == 2 else 'fault'}: {reason}"
 
 
 def survey(name: str, folder: Path) -> dict[str, str]:
@@ -112,9 +103,9 @@ def survey(name: str, folder: Path) -> dict[str, str]:
     flags += ["--grad_accum", 1, "--max_steps", 2, "--save_strategy", "no"]
 
     def fine_tune(*more: object) -> str:
-        outcome = run(finetune, *flags, *more)
+        outcome = run("finetune", *flags, *more)
         if outcome.startswith("refused") and "--layout separate" in outcome:
-            outcome = run(finetune, *flags, *more, "--layout", "separate").replace("ok", "ok, separate rows")
+            outcome = run("finetune", *flags, *more, "--layout", "separate").replace("ok", "ok, separate rows")
         return outcome
 
     found = {"training": fine_tune("--output_dir", tuned)}
@@ -122,7 +113,7 @@ def survey(name: str, folder: Path) -> dict[str, str]:
     found["with --lora"] = fine_tune("--output_dir", folder / "lora", "--lora", "--lora_rank", 2)
     if found["training"].startswith("ok"):
         files = ["--model_name", tuned, "--input_file", data, "--output_file", folder / "out" / "predictions.jsonl"]
-        found["evaluation"] = run(evaluate, *files, "--task", "text", "--max_new_tokens", 8)
+        found["evaluation"] = run("evaluate", *files, "--task", "text", "--max_new_tokens", 8)
     return {column: outcome.replace(str(folder), "…") for column, outcome in found.items()}
 
 
@@ -161,16 +152,18 @@ values and the tokenizer of `models/tiny`. That shows that the code runs, not th
 
 
 def page(found: dict[str, dict[str, str]]) -> str:
-    """The page with the table."""
-    rows = [[name, *(f.get(c, "").replace("|", "/") for c in COLUMNS)] for name, f in sorted(found.items())]
-    rows = [["architecture", *COLUMNS], ["---"] * (1 + len(COLUMNS)), *rows]
+    """The page with the table: a row for the architectures of the same outcomes."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, outcomes in sorted(found.items()):
+        groups.setdefault(tuple(outcomes.get(c, "").replace("|", "/") for c in COLUMNS), []).append(name)
+    rows = [[", ".join(names), *outcomes] for outcomes, names in groups.items()]
+    rows = [["architectures", *COLUMNS], ["---"] * (1 + len(COLUMNS)), *rows]
     return PAGE.format(version=transformers.__version__, table="\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 
 def main(page_file: Path, *names: str) -> None:
     """Writes the page about these architectures, by default all."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    torch.set_num_threads(1)  # threads do not survive a fork
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     found = {}
     for name in names or NAMES:
         found[name] = in_child(name)

@@ -17,17 +17,13 @@ from llm_jepa.data.spans import Draws
 from llm_jepa.forward import LMHeadSelector
 from llm_jepa.model import load_model, load_tokenizer
 
-FAMILIES = ("deepseek_v3", "gemma3", "llama3_2", "mistral_nemo", "qwen3")
-FOLDERS = {
-    **{name: GOLDEN / "models" / name for name in MODELS},
-    "tiny": ROOT / "models" / "tiny",
-    **{name: ROOT / "tests" / "tokenizers" / name for name in FAMILIES},
-}
 END_OF_TURN = {
     "llama3": "<|eot_id|>", "chatml": "<|im_end|>", "google_gemma": "<end_of_turn>", "tiny": "<|eot_id|>",
     "deepseek_v3": "<｜end▁of▁sentence｜>", "gemma3": "<end_of_turn>", "llama3_2": "<|eot_id|>",
     "mistral_nemo": "</s>", "qwen3": "<|im_end|>",
 }  # fmt: skip
+FOLDERS = {name: ROOT / "tests" / "tokenizers" / name for name in END_OF_TURN}
+FOLDERS |= {name: GOLDEN / "models" / name for name in MODELS} | {"tiny": ROOT / "models" / "tiny"}
 RENDERING = {f.name for f in fields(Renderer)}
 
 

@@ -1,7 +1,5 @@
 """Encoded examples, and the micro-batches that they are grouped into."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -169,11 +167,7 @@ class MicroBatches(torch.utils.data.Sampler):
         yield from ((self.epoch, part.tolist()) for part in np.split(order, cuts))
 
     def _balanced(self, order: np.ndarray) -> np.ndarray:
-        """The order in which the processes' simultaneous micro-batches have similar numbers of tokens.
-
-        The longest example goes first, each to the process with the fewest tokens that has room. Every process keeps
-        its number of examples.
-        """
+        """The order after this exchange: the longest go first, each to the process with the fewest tokens and room."""
         size, parts = self.batch_size, []
         for start in range(0, len(order), size * self.processes):
             together = order[start : start + size * self.processes]

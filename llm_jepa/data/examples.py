@@ -9,8 +9,6 @@ An example is a pair of views with an optional system turn, stored as one JSON o
 or as two fields of any JSON, CSV or Parquet file or hub dataset (`Fields`).
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

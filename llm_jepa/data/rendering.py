@@ -3,8 +3,6 @@
 Labels and views are found by these character offsets, never by searching for tokens.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from dataclasses import dataclass

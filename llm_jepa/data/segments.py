@@ -1,13 +1,11 @@
 """Segments: an example's chat and views as tokens, which of them are labels, and where a view is read."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from jinja2 import TemplateError
@@ -45,14 +43,14 @@ class Segment:
         return np.concatenate([trunk, self.stem + np.arange(self.branch)])
 
     @property
-    def without_view(self) -> Segment:
+    def without_view(self) -> Self:
         """The chat as in regular fine-tuning."""
         end = len(self.ids) - self.branch
         rest = {"view": None, "stem": 0, "branch": 0}
         return dataclasses.replace(self, ids=self.ids[:end], labels=self.labels[:end], **rest)
 
     @property
-    def text_view(self) -> Segment:
+    def text_view(self) -> Self:
         """The Text view inside a chat as a segment of its own: exactly the tokens that the view attends to."""
         end = len(self.ids) - self.branch
         ids = np.concatenate([self.ids[: self.stem], self.ids[end:]])

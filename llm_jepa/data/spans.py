@@ -3,8 +3,6 @@
 Each draw is decided by the seed, the epoch and the example's number, so layouts, batch sizes and ranks agree on it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

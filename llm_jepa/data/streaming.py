@@ -4,8 +4,6 @@
 other examples than an uninterrupted one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ section 4.2 and Table 14), `export` writes them and `t_sne` draws them.
 Letters: P pairs, R rows of a batch, T tokens in a row, D hidden size.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -191,9 +189,6 @@ def similarity(text: torch.Tensor, code: torch.Tensor, seed: int) -> dict[str, A
     Those of `retrieval` and `least_squares`. `dims`: D. `singular_values`: the largest 100 of X − Y (P, D), or all;
     `singular_value_mean`: their mean; `singular_value_relative`: the mean / √((‖X‖² + ‖Y‖²) / 2), which can be compared
     between models; `singular_value_relative_shuffled`: the same with the codes of other pairs.
-
-    The published least-squares errors, 3035 and 4.04 for 1000 pairs in 2048 dimensions, are not comparable: with fewer
-    pairs than dimensions this error is 0 for any model, so it is left out (None).
     """
     x, y = text.double().numpy(), code.double().numpy()
     partner = derangement(len(x), seed)

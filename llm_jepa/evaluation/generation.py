@@ -3,8 +3,6 @@
 Letters: B examples of a batch, R rows, T tokens in a row, V vocabulary, N labels.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
@@ -81,16 +79,15 @@ def encode_usable(
 
     Raises ExampleError if no example is left.
     """
-    good, encoded = [], []
-    for example in examples:
+    encoded = {}  # by index
+    for i, example in enumerate(examples):
         try:
-            encoded.append(encode(example))
-            good.append(example)
+            encoded[i] = encode(example)
         except (ValueError, TemplateError) as error:
             problems.add(example.source, str(error))
-    if examples and not good:
+    if examples and not encoded:
         raise ExampleError(f"no usable example is left: {problems.report()}")
-    return good, encoded
+    return [examples[i] for i in encoded], list(encoded.values())
 
 
 # --------------------------------------------------------------------------------------------------------- generate

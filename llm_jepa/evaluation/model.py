@@ -1,7 +1,5 @@
 """Loads a model for evaluation, and reads its logits and hidden states."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import sys

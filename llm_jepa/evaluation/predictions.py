@@ -5,8 +5,6 @@ command resumes after an interruption. metrics.json replaces that file when pred
 several processes the main one gathers and writes the rows of all.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

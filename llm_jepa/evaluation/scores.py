@@ -1,7 +1,5 @@
 """Scores of predictions: each one's, and their summary with confidence intervals."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

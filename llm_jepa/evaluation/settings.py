@@ -1,7 +1,5 @@
 """The flags of evaluate.py, and their checks against each other and against the run that is evaluated."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from dataclasses import dataclass
@@ -51,9 +49,7 @@ class EvaluationSettings:
     )
     nosplit_data: bool = flag(False, "use the complete file, even if the run was trained on a part of it", DATA)
     process_split: Literal["train", "test"] | None = flag(
-        None,
-        "use one part of a file that finetune.py split (--data_file, --val_fraction); test: the held-out part",
-        DATA,
+        None, "use one part of a file that --data_file or --val_fraction split; test: the held-out part", DATA
     )
     test_size: float | None = flag(None, "--process_split: fraction of test; default: the run's, else 0.2", DATA)
     split_seed: int | None = flag(None, "--process_split: seed of the split; default: the run's, else 42", DATA)
@@ -65,9 +61,7 @@ class EvaluationSettings:
         0, "batches of this many tokens or fewer, padding included, or one prompt, instead of --batch_size", GENERATION
     )
     max_new_tokens: int | None = flag(
-        None,
-        "longest response in tokens; default: 128, more if the data has longer answers; -1: the context",
-        GENERATION,
+        None, "longest response in tokens; default: 128, more if the data needs more; -1: the context", GENERATION
     )
     plain: bool = flag(False, "no chat format: user<|perception|>", GENERATION)
     unmask_assistant_special_tokens: bool = flag(False, "reference implementation; no effect here", GENERATION)

@@ -5,8 +5,6 @@ vLLM needs other versions of torch and transformers than this project, so it has
 are those of the transformers engine.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -9,8 +9,6 @@ stdin   {"stop_token_ids": […], "prompts": [[id, tokens, max new tokens], …]
 stdout  {"id": …, "tokens": […]}                        for each prompt when it is finished, in any order
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

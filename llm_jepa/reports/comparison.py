@@ -38,7 +38,12 @@ class Table:
     @property
     def first(self) -> Result:
         """A result of the first arm."""
-        return next(iter(self.arms.values()))[0]
+        return self.runs[0][1]
+
+    @property
+    def runs(self) -> list[tuple[str, Result]]:
+        """All results with the labels of their arms."""
+        return [(label, result) for label, arm in self.arms.items() for result in arm]
 
 
 def arms_by_dataset(results: list[Result]) -> dict[str, dict[str, list[Result]]]:

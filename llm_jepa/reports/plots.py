@@ -45,7 +45,7 @@ CURVES = {
 CURVE_POINTS = 150  # each is the mean of a block of steps
 EMBEDDINGS = "embeddings.safetensors"  # in RUN/eval/<dataset>/
 T_SNE_MIN_POINTS = 10  # with fewer there are no neighborhoods to preserve
-T_SNE_PAIRS, T_SNE_ARMS = 250, 6  # at most, in a report
+T_SNE_PAIRS = 250  # at most, in a report
 SVG = {"svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -180,7 +180,7 @@ def training_steps(table: Table, damaged: list[str]) -> Iterator[tuple[str, Resu
 
     The steps have the columns of CURVES and flops. If a step was repeated after a resume, only its last row is kept.
     """
-    for arm, result in ((arm, result) for arm, results in table.arms.items() for result in results):
+    for arm, result in table.runs:
         path = result.run / "metrics.jsonl"
         if not path.exists():
             continue
@@ -221,20 +221,19 @@ def plot_training(table: Table, drawn: Drawn) -> None:
 
 def plot_costs(table: Table, drawn: Drawn) -> None:
     """The primary score against the cost of training: wall time, and FLOPs if they were counted."""
-    results = [(arm, r) for arm, results in table.arms.items() for r in results]
-    costs = {"training time, seconds": {r.run: r.columns["train s"] for _, r in results}}
+    costs = {"training time, seconds": {r.run: r.columns["train s"] for _, r in table.runs}}
     counted = ((r.run, steps["flops"].max()) for _, r, steps in training_steps(table, damaged=[]))  # reported before
     flops = {run: value for run, value in counted if value > 0}
     what, styles, score = "wall time", arm_styles(table, "marker"), table.first.scores[0]
     if flops:
         costs = {"training FLOPs": flops} | costs
-        what = f"FLOPs (counted in {len(flops)} of {len(results)} runs) and wall time"
+        what = f"FLOPs (counted in {len(flops)} of {len(table.runs)} runs) and wall time"
     else:
         drawn.missing.append("no figure of scores against training FLOPs, which python finetune.py --track_flop counts")
     fig, panels = subplots(1, len(costs), width=8 if flops else 5)
     for axes, (label, cost) in zip(panels, costs.items(), strict=True):
         for arm, style in styles.items():
-            runs = [r for name, r in results if name == arm and r.run in cost and f"{score} %" in r.columns]
+            runs = [r for r in table.arms[arm] if r.run in cost and f"{score} %" in r.columns]
             axes.scatter([cost[r.run] for r in runs], [r.columns[f"{score} %"] for r in runs], s=28, **style)
         axes.set(xlabel=label, ylabel=f"{score}, %")
         axes.ticklabel_format(axis="y", useOffset=False)
@@ -298,9 +297,7 @@ def plot_embeddings(table: Table, drawn: Drawn) -> None:
     """Singular values of Enc(Text) − Enc(Code), one line per run, and t-SNE of one seed of each arm."""
     styles, views, first = arm_styles(table, "linestyle"), {}, ""
     fig, (axes,) = subplots(1, 1, width=6)
-    for arm, result in (
-        (arm, r) for arm, arm_runs in table.arms.items() for r in sorted(arm_runs, key=lambda r: r.seed)
-    ):
+    for arm, result in sorted(table.runs, key=lambda run: run[1].seed):
         try:
             text, code, source = read_embeddings(result)
             if source != (first := first or source):
@@ -314,7 +311,7 @@ def plot_embeddings(table: Table, drawn: Drawn) -> None:
         # A logarithmic axis cannot show 0; values below float32's precision mean nothing.
         shown = np.where(top > 1e-7 * top[0], top, np.nan)
         axes.plot(np.arange(1, len(top) + 1), shown, linewidth=0.8, **styles[arm])
-        views.setdefault(arm, (result.seed, text, code))
+        views.setdefault(arm, (result.seed, text, code))  # of the smallest seed
     if not views:
         drawn.missing.append(
             "no singular values and no t-SNE of the views: python evaluate.py --model_name RUN --input_file "
@@ -332,9 +329,7 @@ def plot_embeddings(table: Table, drawn: Drawn) -> None:
 
 
 def plot_t_sne(views: dict[str, tuple[int, np.ndarray, np.ndarray]], drawn: Drawn) -> None:
-    """A t-SNE plane for each of the first arms, of both views of its first pairs; `views`: arm → seed, Text, Code."""
-    some = f", the first {T_SNE_ARMS} of {len(views)}" if len(views) > T_SNE_ARMS else ""
-    views = dict(list(views.items())[:T_SNE_ARMS])
+    """A t-SNE plane for each arm, of both views of its first pairs; `views`: arm → seed, Text, Code."""
     fig, panels = subplots(math.ceil(len(views) / 3), min(3, len(views)), width=1 + 2.8 * min(3, len(views)))
     for unused in panels[len(views) :]:
         unused.remove()
@@ -343,5 +338,5 @@ def plot_t_sne(views: dict[str, tuple[int, np.ndarray, np.ndarray]], drawn: Draw
         scatter_groups(axes, dict(zip(("Text", "Code"), np.split(plane, 2), strict=True)), size=8)
         axes.set_title(escape(textwrap.fill(f"{arm}, seed {seed}", 34)), fontsize=9)
     add_legend(fig)
-    what = f"the views of at most {T_SNE_PAIRS} pairs, one seed per arm{some}"
-    drawn.add(fig, "t_sne", f"t-SNE of {what}; distances are not comparable between planes")
+    what = f"t-SNE of the views of at most {T_SNE_PAIRS} pairs, one seed per arm"
+    drawn.add(fig, "t_sne", f"{what}; distances are not comparable between planes")

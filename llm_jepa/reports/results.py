@@ -124,18 +124,17 @@ def read_run(run: Path) -> list[Result]:
 
     Raises UsageError if the run is missing, unfinished or not evaluated, KeyError if one of its files lacks a key.
     """
-    record, settings = read_json(run / "run.json"), read_json(run / "args.json")
+    record, given = read_json(run / "run.json"), read_json(run / "args.json")
     if record["status"] != "finished":
         raise UsageError(f"{run}: {record['status']}, not finished")
-    seed, name, settings = settings["finetune_seed"], settings["model_name"], arm_settings(settings, record)
-    base = Path(re.sub(r"/(merged|checkpoint-\d+)/?$", "", name)).name
-    model = settings.get("model_name") or re.sub(r"-s\d+(?=-|$)", "", base)
+    settings = arm_settings(given, record)
+    base = Path(re.sub(r"/(merged|checkpoint-\d+)/?$", "", given["model_name"])).name
     results = []
     for path in sorted(run.glob("eval/*/metrics.json")):
         metrics = read_json(path)
         scores = score_names(metrics)
         evaluation = {"engine": "transformers"} | metrics["settings"]  # runs without `engine` used transformers
-        own = {
+        evaluated = {
             "test_data": metrics["data_sha256"],
             "databases": metrics.get("databases_sha256"),
             "evaluation": {name: value for name, value in evaluation.items() if name not in EVALUATION_IGNORES},
@@ -143,16 +142,24 @@ def read_run(run: Path) -> list[Result]:
             "n": metrics["n"],
             "scores": scores,
         }
-        names = dict.fromkeys(["exact", "startswith", *scores])
         environment = {name: record.get(name) for name in ENVIRONMENT}
         environment |= {f"evaluation.{name}": metrics.get(name) for name in ENVIRONMENT}
-        columns = {f"{name} %": 100 * metrics[name] for name in names} | {"train s": float(record["wall_seconds"])}
-        failures, notes = metrics["failures"], metrics.get("notes", [])
-        described = flatten(settings | own), flatten(environment)
-        learning = record.get("learned", {}), flatten(metrics.get("retrieval") or {})
-        results.append(
-            Result(run, seed, model, path.parent.name, *described, scores, columns, failures, notes, *learning)
+        columns = {f"{name} %": 100 * metrics[name] for name in dict.fromkeys(["exact", "startswith", *scores])}
+        result = Result(
+            run=run,
+            seed=given["finetune_seed"],
+            model=settings.get("model_name") or re.sub(r"-s\d+(?=-|$)", "", base),
+            dataset=path.parent.name,
+            settings=flatten(settings | evaluated),
+            environment=flatten(environment),
+            scores=scores,
+            columns=columns | {"train s": float(record["wall_seconds"])},
+            failures=metrics["failures"],
+            notes=metrics.get("notes", []),
+            learned=record.get("learned", {}),
+            retrieval=flatten(metrics.get("retrieval") or {}),
         )
+        results.append(result)
     if not results:
         raise UsageError(f"{run}: not evaluated (it has no eval/*/metrics.json)")
     return results

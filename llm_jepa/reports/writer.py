@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from llm_jepa.files import write_json, write_text
 from llm_jepa.reports.comparison import Table
@@ -29,6 +28,33 @@ from llm_jepa.settings import read_settings
 TRAINING = {"cosine": "cosine", "shuffled": "cosine_shuffled", "retrieval": "retrieval",
             "effective rank": "effective_rank", "gradient ratio": "grad_ratio"}  # fmt: skip
 TEST = {"Text → Code R@1": "text_to_code.r1", "Code → Text R@1": "code_to_text.r1", "chance": "chance.r1"}
+METHODS = (
+    "Scores are in percent, differences in percentage points: arm minus reference, seed by seed.",
+    "mean ± sd is over an arm's runs, sd with n − 1. The 95 % interval is Student's on the paired differences of at "
+    "least three seeds, not corrected; it is left out if it is wider than 100 points.",
+    "The first score is the primary one. Only it is tested; the other scores are descriptive.",
+    "p: two-sided paired t test. p, higher: one-sided, against the null hypothesis that the arm scores no higher. "
+    "p, Holm: the two-sided test corrected over all arms' comparisons of the primary score; a comparison without a "
+    f"test counts as one of p = 1. The verdict uses p, Holm at {LEVEL}.",
+    "p, sign flip: two-sided permutation test that gives each difference either sign, exact up to 16 pairs "
+    f"({RESAMPLES} random samples above). In brackets: the smallest p that is possible with this number of pairs.",
+    "Smallest difference that is detected with 80 % power: of the t test (noncentral t), given the sd of these few "
+    "differences and the level that Holm's correction leaves.",
+    "Did the term learn: cosine and shuffled are mean cosines of pairs and of shuffled pairs (NITP: of predictions and "
+    "targets); with retrieval, effective rank and the ratio of the term's gradient to that of the language-model loss "
+    "they are of micro-batches at the end of the training (the ratio: of the complete training). R@1 is among the test "
+    "pairs, with its chance level. Means over runs.",
+    "A placebo is trained on shuffled pairs. An arm whose term helps because of its pairs scores higher.",
+)
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Comparison of runs</title><style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0;font-size:.87rem}
+th,td{border-bottom:1px solid #ccc;padding:.25rem .6rem;text-align:left;vertical-align:top}
+td{font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
+img{max-width:100%;height:auto}figure{margin:1.5rem 0}figcaption{color:#555;font-size:.87rem}
+</style></head><body>
+"""
 
 
 def write_files(folder: Path, tables: list[Table], problems: list[str]) -> list[str]:
@@ -39,22 +65,87 @@ def write_files(folder: Path, tables: list[Table], problems: list[str]) -> list[
     datasets = [(table, draw(table)) for table in tables]
     damaged = list(dict.fromkeys(line for _, drawn in datasets for line in drawn.damaged))
     record = {"left_out": problems + damaged, "datasets": [dataset_json(*pair) for pair in datasets]}
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=select_autoescape(["html.jinja"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    shown = {"headline": headline(tables), "left_out": record["left_out"], "datasets": datasets}
-    shown |= {"level": LEVEL, "resamples": RESAMPLES}
-    shown |= {f.__name__: f for f in (arm_rows, comparison_rows, learning_rows, run_rows)}
-    files = ("report.md", "report.html")
-    texts = {name: environment.get_template(f"{name}.jinja").render(shown) for name in files}
+    shown = list(blocks(datasets, record["left_out"]))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", record)
-    for name, text in texts.items():
-        write_text(folder / name, text)
+    write_text(folder / "report.md", "\n\n".join(as_markdown(*block) for block in shown) + "\n")
+    write_text(folder / "report.html", HEAD + "\n".join(as_html(*block) for block in shown) + "\n</body></html>\n")
     return damaged
+
+
+def blocks(datasets: list[tuple[Table, Drawn]], left_out: list[str]) -> Iterator[tuple[str, Any]]:
+    """The report from top to bottom, as (kind, content): h1, h2, lead and p have a text, list has lines, table rows."""
+    yield "h1", "Comparison of runs"
+    yield "lead", headline([table for table, _ in datasets])
+    if left_out:
+        yield "p", "Left out of this report:"
+        yield "list", left_out
+    for table, drawn in datasets:
+        yield "h2", f"{table.dataset}: {table.first.settings['n']} examples, {table.first.model}"
+        if table.reference is None:
+            yield "p", "Only one arm, so there is no comparison."
+        yield from comparison_blocks(table)
+        yield "table", arm_rows(table)
+        if table.comparisons:
+            yield "table", comparison_rows(table)
+        if rows := learning_rows(table):
+            yield "p", "Did the term learn?"
+            yield "table", rows
+        for c in table.placebos:
+            yield "p", f"{c.arm} minus its placebo, {c.reference}: {c.score}: {c.verdict}."
+        for figure in drawn.figures:
+            yield "figure", figure
+        if drawn.missing:
+            yield "list", drawn.missing
+        yield "p", "Every run (+: with uncommitted changes):"
+        yield "table", run_rows(table)
+    yield "h2", "How to read this report"
+    yield "list", METHODS
+
+
+def comparison_blocks(table: Table) -> Iterator[tuple[str, Any]]:
+    """The verdicts on each arm, its unpaired seeds, and what was not compared or only because of --allow."""
+    for arm in dict.fromkeys(c.arm for c in table.comparisons):
+        own = [c for c in table.comparisons if c.arm == arm]
+        yield "p", f"{arm} compared with {table.reference}, by seed:"
+        yield "list", [f"{c.score}: {c.verdict}." for c in own]
+        unpaired = {arm: own[0].arm_only_seeds, table.reference: own[0].reference_only_seeds}
+        if any(unpaired.values()):
+            only = (f"only in {name}: {', '.join(map(str, seeds)) or 'none'}" for name, seeds in unpaired.items())
+            yield "p", f"Not paired: seeds {'; '.join(only)}."
+    for arm, reason in table.refused.items():
+        yield "p", f"{arm} is not compared: {reason}."
+    for arm, differences in table.allowed.items():
+        listed = "; ".join(differences)
+        yield "p", f"{arm} is compared although it differs in more than the method (--allow): {listed}."
+
+
+def as_markdown(kind: str, content: Any) -> str:
+    """A block of report.md."""
+    if kind == "list":
+        return "\n".join(f"- {line}" for line in content)
+    if kind == "table":
+        header, *rows = (" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in content)
+        return "\n".join([f"| {header} |", "|" + "---|" * len(content[0]), *(f"| {row} |" for row in rows)])
+    if kind == "figure":
+        return f"Figure in report.html: {content['caption']}."
+    return {"h1": "# ", "h2": "## "}.get(kind, "") + content
+
+
+def as_html(kind: str, content: Any) -> str:
+    """A block of report.html."""
+    if kind == "list":
+        return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in content) + "</ul>"
+    if kind == "table":
+        header, *rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in content)
+        lines = [header.replace("td>", "th>"), *rows]
+        return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>"
+    if kind == "figure":  # as an image, an SVG shares no element ids with the other figures
+        name, caption, svg = content["name"], escape(content["caption"]), content["svg"]
+        image = f'<img id="{name}" alt="{caption}" src="data:image/svg+xml;base64,{svg}">'
+        return f"<figure>{image}\n<figcaption>{caption}</figcaption></figure>"
+    text = escape(content)
+    return f"<p><strong>{text}</strong></p>" if kind == "lead" else f"<{kind}>{text}</{kind}>"
 
 
 def headline(tables: list[Table]) -> str:
@@ -116,7 +207,7 @@ def learning_rows(table: Table) -> list[list[str]]:
 
 def arm_rows(table: Table) -> list[list[str]]:
     """Mean ± sd of every arm, header first."""
-    names = dict.fromkeys(name for arm in table.arms.values() for name in arm[0].scores)
+    names = dict.fromkeys(name for _, r in table.runs for name in r.scores)
     headings = [*(f"{name} %" for name in names), "train s"]
     rows = [["arm", "n", *headings]]
     for label, arm in table.arms.items():
@@ -137,9 +228,9 @@ def comparison_rows(table: Table) -> list[list[str]]:
 
 def run_rows(table: Table) -> list[list[str]]:
     """Scores, commit and remarks of every run, header first."""
-    names = dict.fromkeys(name for arm in table.arms.values() for name in arm[0].columns)
+    names = dict.fromkeys(name for _, r in table.runs for name in r.columns)
     rows = [["arm", "seed", *names, "commit", "run", "remarks"]]
-    for label, r in ((label, r) for label, arm in table.arms.items() for r in arm):
+    for label, r in table.runs:
         values = [f"{r.columns[name]:.2f}" if name in r.columns else "–" for name in names]
         commit = str(r.environment["git_commit"] or "unknown")[:8] + ("+" if r.environment["git_dirty"] else "")
         rows.append([label, str(r.seed), *values, commit, str(r.run), "; ".join(r.remarks())])

@@ -17,15 +17,11 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 MEGABYTE = 1 << 20
 READY = "ready"  # the child's first line
-START_SECONDS = 60.0  # limit on the start of the child
-GRACE_SECONDS = 5.0  # the parent kills a child that exceeds its time limit by this and has not ended itself
 CHILD = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from llm_jepa.scoring.sandbox import serve; serve(sys.argv[2], int(sys.argv[3]))"
@@ -68,31 +64,24 @@ class Sandbox(contextlib.AbstractContextManager):
 
         Raises Failure if the function raised one, exceeded a limit, or ended the child.
         """
-        request = json.dumps([self.seconds, *arguments]).encode() + b"\n"
-        try:
-            reply = json.loads(self._exchange(request))
-        except Failure as failure:
-            if failure.reason != "crash":
-                raise
-            reply = json.loads(self._exchange(request))  # the child may have been killed from outside
-        if "failure" in reply:
-            raise Failure(reply["failure"])
-        return reply["result"]
-
-    def _exchange(self, request: bytes) -> bytes:
-        """Sends the request to the child, which is started if necessary, and returns its reply."""
         if self._child is None:
             self._start()
         try:
-            line = self._read_line(self.seconds + GRACE_SECONDS, request)
-            if line.endswith(b"\n"):
-                return line
+            with contextlib.suppress(BrokenPipeError):
+                self._child.stdin.write(json.dumps([self.seconds, *arguments]).encode() + b"\n")
+                self._child.stdin.flush()
+            line = self._child.stdout.readline(self.max_reply)
             if len(line) >= self.max_reply:
                 raise Failure("too_large")
-            raise Failure("timeout" if self._child.wait() == -signal.SIGALRM else "crash")
-        except BaseException:  # otherwise the next request would get the reply to an interrupted one
+            if not line.endswith(b"\n"):
+                raise Failure("timeout" if self._child.wait() == -signal.SIGALRM else "crash")
+        except BaseException:  # otherwise the next call would get the reply to an interrupted one
             self.close()
             raise
+        reply = json.loads(line)
+        if "failure" in reply:
+            raise Failure(reply["failure"])
+        return reply["result"]
 
     def _start(self) -> None:
         """Starts the child. Raises OSError with the child's error if it does not get ready."""
@@ -100,30 +89,9 @@ class Sandbox(contextlib.AbstractContextManager):
             [sys.executable, "-I", "-c", CHILD, str(ROOT), self.function, str(self.memory)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, start_new_session=True,
         )  # fmt: skip
-        with contextlib.suppress(Failure):
-            if self._read_line(START_SECONDS).decode().strip() == READY:
-                return
-        error = self.close()
-        raise OSError(f"the process for {self.function} does not start with {sys.executable}: {error}")
-
-    def _read_line(self, seconds: float, request: bytes = b"") -> bytes:
-        """Writes the request and reads one line, or less if the child ends or the line is too long.
-
-        Raises Failure("timeout") after killing a child that needs more than `seconds`.
-        """
-        child, deadline = self._child, time.monotonic() + seconds
-        timer = threading.Timer(seconds, child.kill)
-        timer.start()
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(request)
-                child.stdin.flush()
-            line = child.stdout.readline(self.max_reply)
-        finally:
-            timer.cancel()
-        if time.monotonic() > deadline:
-            raise Failure("timeout")
-        return line
+        if self._child.stdout.readline().decode().strip() != READY:
+            error = self.close()
+            raise OSError(f"the process for {self.function} does not start with {sys.executable}: {error}")
 
 
 def serve(function: str, memory: int) -> None:
@@ -137,9 +105,10 @@ def serve(function: str, memory: int) -> None:
         with contextlib.suppress(AttributeError, ValueError, OSError):  # not every system has every limit
             resource.setrlimit(getattr(resource, limit), (value, value))
     print(READY, file=replies, flush=True)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process at once
     for request in sys.stdin.buffer:
         seconds, *arguments = json.loads(request)
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # without a handler the signal ends the process at once
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             reply = json.dumps({"result": work(*arguments)})
         except Failure as failure:

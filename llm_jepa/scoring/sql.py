@@ -146,52 +146,35 @@ def results_match(gold: Rows, predicted: Rows, ordered: bool) -> bool:
 
 
 def _permuted_match(gold: Rows, predicted: Rows) -> bool:
-    """Whether some permutation of the columns makes the rows the same multiset, by color refinement.
+    """Whether some permutation of the columns makes the rows the same multiset.
 
-    A row's color says how often it occurs and which values it has in columns of each color; a column's color says which
-    values it has in rows of each color. Colors are refined until none changes; equal results have the same colors. If
-    different columns share a color, one of gold's is marked and paired with each predicted one that looks the same when
-    marked. Without refinement, the search over permutations is exponential in the number of columns.
+    Assigns a predicted column to each gold column in turn, and goes on only if the rows so far are the same multiset.
     """
-    colors: dict[tuple, int] = {}  # the same for both results
-    tables = [(list(rows), list(zip(*rows, strict=True))) for rows in (Counter(gold), Counter(predicted))]
+    if Counter(map(_values, gold)) != Counter(map(_values, predicted)):
+        return False
+    ours, theirs = (list(zip(*rows, strict=True)) for rows in (gold, predicted))
+    values = {column: _values(column) for column in (*ours, *theirs)}
 
-    def recolored(old: list, lines: list[tuple], across: list) -> list[int]:
-        counts = (frozenset(Counter(zip(across, line, strict=True)).items()) for line in lines)
-        return [colors.setdefault(key, len(colors)) for key in zip(old, counts, strict=True)]
+    def multiset(*columns: tuple) -> Counter[tuple]:
+        return Counter(zip(*columns, strict=True))
 
-    def refined(side: int, of_rows: list, of_columns: list) -> tuple[tuple, list, list]:
-        """(what is seen of the result, the rows' colors, the columns' colors)"""
-        (rows, columns), seen = tables[side], 0
-        while (now := len(set(of_rows)) + len(set(of_columns))) > seen:
-            seen = now
-            of_columns = recolored(of_columns, columns, of_rows)
-            of_rows = recolored(of_rows, rows, of_columns)
-        return (tuple(sorted(of_rows)), tuple(sorted(of_columns))), of_rows, of_columns
+    def search(chosen: list[tuple], left: Counter[tuple]) -> bool:
+        if not left:
+            return True
+        wanted = multiset(*ours[: len(chosen) + 1])
+        alike = [column for column in left if values[column] == values[ours[len(chosen)]]]  # equal columns count once
+        return any(
+            search([*chosen, column], left - Counter([column]))
+            for column in alike
+            if multiset(*chosen, column) == wanted
+        )
 
-    def marked(side: int, of_rows: list, of_columns: list, color: int) -> list[tuple]:
-        """The result refined with one column of the color marked, for each of them; equal columns count once."""
-        shades = {column: i for i, column in enumerate(tables[side][1]) if of_columns[i] == color}
-        return [refined(side, of_rows, [*of_columns[:i], "marked", *of_columns[i + 1 :]]) for i in shades.values()]
+    return search([], Counter(theirs))
 
-    def match(ours: tuple[tuple, list, list], theirs: tuple[tuple, list, list]) -> bool:
-        """For two results that look the same."""
-        shades = Counter(color for color, _ in set(zip(ours[2], tables[0][1], strict=True)))
-        color, several = min(((c, n) for c, n in shades.items() if n > 1), key=lambda cn: cn[1], default=(0, 1))
-        if several == 1:
-            return True  # columns of a color are equal, so rows of a color are
-        our_choices, their_choices = marked(0, *ours[1:], color), marked(1, *theirs[1:], color)
-        seen = Counter(choice[0] for choice in our_choices)
-        if seen != Counter(choice[0] for choice in their_choices):
-            return False
-        rarest = min(our_choices, key=lambda choice: seen[choice[0]])
-        return any(match(rarest, choice) for choice in their_choices if choice[0] == rarest[0])
 
-    ours, theirs = (
-        refined(side, [("times", n) for n in Counter(rows).values()], ["column"] * len(rows[0]))
-        for side, rows in enumerate((gold, predicted))
-    )
-    return ours[0] == theirs[0] and match(ours, theirs)
+def _values(line: tuple) -> frozenset:
+    """The multiset of the values of a row or column."""
+    return frozenset(Counter(line).items())
 
 
 def example_database(databases: Path, example: Example) -> Path:
@@ -205,9 +188,6 @@ def example_database(databases: Path, example: Example) -> Path:
     path = databases / header[1] / f"{header[1]}.sqlite"
     if not path.is_file():
         raise ExampleError(f"{example.source}: db_id {header[1]!r}: there is no {path} (--spider_path)")
-    log = path.with_name(f"{path.name}-wal")
-    if log.is_file() and log.stat().st_size:  # a read-only, immutable connection would not see its changes
-        raise ExampleError(f"{example.source}: {log} has changes that are not in the database; close what writes it")
     return path
 
 

@@ -1,8 +1,5 @@
 """The Trainer's own arguments from the flags of finetune.py."""
 
-from __future__ import annotations
-
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +19,27 @@ def training_arguments(
     s: Settings, *, bf16: bool, max_steps: int, device: torch.device, fsdp_config: dict[str, Any] | None = None
 ) -> TrainingArguments:
     """The TrainingArguments of a run. `fsdp_config`: for a model that is sharded over the processes."""
-    names = {f.name for f in dataclasses.fields(TrainingArguments)}  # transformers 5.23 renamed this one
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     default_workers = (1 if s.streaming else 2) if device.type == "cuda" else 0
+    own_names = (
+        "output_dir learning_rate weight_decay lr_scheduler_type max_grad_norm optim adam_beta2 use_liger_kernel "
+        "eval_strategy eval_steps save_strategy save_steps save_total_limit logging_steps"
+    ).split()
     arguments = TrainingArguments(
-        output_dir=s.output_dir,
+        **{name: getattr(s, name) for name in own_names},
         # The items of the dataset are complete micro-batches.
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=s.grad_accum,
-        learning_rate=s.learning_rate,
         num_train_epochs=s.num_epochs,
         max_steps=max_steps,
-        weight_decay=s.weight_decay,
         warmup_steps=s.warmup_steps if s.warmup_steps < 1 else int(s.warmup_steps),
-        lr_scheduler_type=s.lr_scheduler_type,
-        max_grad_norm=s.max_grad_norm,
-        optim=s.optim,
-        adam_beta2=s.adam_beta2,
         seed=s.finetune_seed,
         use_cpu=device.type == "cpu",
         bf16=bf16,
         fp16=s.dtype == "float16",
-        **{checkpointing: s.gradient_checkpointing},
+        activation_checkpointing=s.gradient_checkpointing,
         fsdp=bool(fsdp_config) or None,
         fsdp_config=fsdp_config,
-        use_liger_kernel=s.use_liger_kernel,
-        eval_strategy=s.eval_strategy,
-        eval_steps=s.eval_steps,
-        save_strategy=s.save_strategy,
-        save_steps=s.save_steps,
-        save_total_limit=s.save_total_limit,
-        logging_steps=s.logging_steps,
         logging_nan_inf_filter=False,
         disable_tqdm=False,
         log_level="error",

@@ -1,9 +1,8 @@
 """Callbacks of a training: metrics.jsonl and the progress bar."""
 
-from __future__ import annotations
-
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -45,11 +44,14 @@ class MetricsCallback(TrainerCallback):
     the counts of all lines add up to those of the run, also if it is resumed.
     """
 
-    def __init__(self, run: RunFolder, trainer: Any):
-        self.run, self.trainer, self.file = run, trainer, None
+    def __init__(self, run: RunFolder, trainer: Any, check: Callable[[], None] | None):
+        """`check` is called on every process when the model is ready, before the first step."""
+        self.run, self.trainer, self.check, self.file = run, trainer, check, None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drops the lines of steps that a resumed run repeats."""
+        if self.check:
+            self.check()
         self.trainer.seen_tokens.fill_(state.num_input_tokens_seen)
         if not state.is_world_process_zero:
             return

@@ -1,7 +1,5 @@
 """Checks on the first examples: whether segments may share a row, and whether logits may be computed in slices."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """The encoded data of a run."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from accelerate import PartialState

@@ -1,7 +1,5 @@
 """What a run says about itself: start block, first example, and the records of run.json."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

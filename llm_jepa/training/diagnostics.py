@@ -1,7 +1,5 @@
 """Whether an auxiliary loss has learned its pairs: statistics of micro-batches, and the verdict on a run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -99,15 +97,9 @@ def judge_pairs(lines: list[dict[str, Any]]) -> dict[str, Any]:
                                              2.3 % of all runs whose retrieval is at chance exceed it)
 
     With normal cosines of standard deviation σ, the probability that a Text's own Code is the nearest of N depends only
-    on d = (c − s) / σ. At d = 1.5 it is .55 for N = 8 and .03 for N = 2000 (d = 1: .39 and .01; d = 3: .92 and .34), so
-    a term has learned if a Text finds its Code among eight in more than half of the cases. Measured d, and R@1 of 2000
-    test pairs, from random parameters on 1000 SYNTH examples in steps of 8 pairs:
-
-        models/tiny, 1000 steps           cosine .35, .004; clip 3.8, .52 (d = 2.8 at half of the steps)
-        smallest test model, 500 steps    placebo .05, .000; mse .12, .002; cosine .13, .001; l2 .36, .007;
-                                          stop-gradient .84, .002; centred 1.0, .002; vicreg, then with twice the
-                                          hinge, 1.9, .045 (1.5 at half); infonce 2.4, .15 (1.9 at half);
-                                          clip 2.6, .13 (2.1 at half)
+    on d = (c − s) / σ. At d = 1.5 it is .55 for N = 8 and .03 for N = 2000, so a term has learned if a Text finds its
+    Code among eight in more than half of the cases. Measured d from random parameters, after 500 or 1000 steps of 8
+    SYNTH pairs: placebo .05, mse .12, cosine .13 to .35, l2 .36, vicreg 1.9, infonce 2.4, clip 2.6 to 3.8.
     """
     n = sum(line["pairs"] for line in lines)
 
@@ -124,10 +116,9 @@ def judge_pairs(lines: list[dict[str, Any]]) -> dict[str, Any]:
 def judge_predictions(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Whether NITP predicts the next token's state: not ("collapsed") if (c − s) / (1 − s) < NITP_MARGIN.
 
-    From lines of judged_lines; also has the mean figures over all tokens.
-    c is the mean cosine of prediction and target, s that with the targets of other tokens. For the best constant
-    prediction c = s. Measured on models/tiny, (c − s) / (1 − s) is .89 after 1000 steps; with targets of shuffled
-    positions, which cannot be predicted, it is .001 (smallest test model, 60 steps).
+    From lines of judged_lines; also has the mean figures over all tokens. c is the mean cosine of prediction and
+    target, s that with the targets of other tokens. For the best constant prediction c = s. Measured: .89 after 1000
+    steps of models/tiny, .001 with targets of shuffled positions, which cannot be predicted.
     """
     n = sum(line["next_tokens"] for line in lines)
     keys = ("nitp_cosine", "nitp_cosine_shuffled")

@@ -1,7 +1,5 @@
 """Floating-point operations of --track_flop, and the share of them for --same_flop."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

@@ -1,7 +1,5 @@
 """What the pairs of a micro-batch are contrasted with: the pairs of all ranks, and a queue of earlier ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,8 +1,7 @@
 """Runs a script's work in the processes that torchrun started."""
 
-from __future__ import annotations
-
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -17,8 +16,8 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.utils import logging as transformers_logging
 
-from llm_jepa.cli import first_line, run_command
-from llm_jepa.distributed import is_main_process, process_group
+from llm_jepa.cli import UsageError, first_line, run_command
+from llm_jepa.distributed import clean_environment, is_main_process, under_torchrun
 from llm_jepa.files import names_file
 
 
@@ -26,16 +25,30 @@ def run_script(
     name: str, work: Callable[[PartialState], None], hint: str = "; a run that has started continues with --resume",
     **group: Any,
 ) -> int:  # fmt: skip
-    """Runs `work(state)` in this process, with `group` as in `process_group`. Returns `run_command`'s exit code."""
+    """Runs `work(state)` in torchrun's process group, or without torchrun in a single process.
+
+    `group`: options of `init_process_group`. Returns `run_command`'s exit code.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
     def in_group() -> None:
+        clean_environment(name)
         # The others wait while the main process loads and saves; torch's ten minutes are short for that.
-        options = {"timeout": timedelta(hours=2)} | group
-        with process_group(name, cpu=not torch.accelerator.is_available(), **options) as state:
+        options = {"timeout": timedelta(hours=2)} | group if under_torchrun() else {}
+        state, mistake = PartialState(cpu=not torch.accelerator.is_available(), **options), None
+        state.wait_for_everyone()  # a process that ends at once could not be found by one that is still connecting
+        try:
             work(state)
+        except UsageError as error:  # raised by every process; after other errors some may be gone
+            mistake = error
+        # A thread of the group that is still running when the interpreter ends aborts it. Objects that reference the
+        # group are freed first: freed later, they would wait for such a thread and hold the lock that it needs.
+        gc.collect()
+        state.destroy_process_group()
+        if mistake:
+            raise mistake
 
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     return run_command(name, in_group, speaks=is_main_process, hint=hint)

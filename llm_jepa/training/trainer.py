@@ -1,7 +1,6 @@
 """What the Trainer needs besides the loss: micro-batches, finite steps, statistics, complete checkpoints."""
 
-from __future__ import annotations
-
+import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -25,14 +24,9 @@ from llm_jepa.files import read_json, write_json
 from llm_jepa.losses import COUNTS, find_not_negatives, nitp_loss
 from llm_jepa.projectors import load_projectors, save_projectors, without_projectors
 from llm_jepa.run_folder import mark_checkpoint
-from llm_jepa.training.diagnostics import (
-    PAIR_STATISTICS,
-    announcements,
-    effective_rank,
-    gradient_statistics,
-    pair_statistics,
-)
+from llm_jepa.training import diagnostics
 from llm_jepa.training.flops import FlopCounter
+from llm_jepa.training.pairs import Contrast
 
 TOKENS = ("chat", "text_view", "code_view", "padding")
 VIEWS_KEPT = 256  # the last pairs of a logging interval: their effective rank is logged
@@ -80,14 +74,13 @@ class StepTrainer(Trainer):
 
     def __init__(
         self, *args: Any, collator: Callable, micro_batches: Callable[..., MicroBatches], problems: Problems,
-        gamma: float, terms: list[Any], track_flop: bool = False, gradient_stats: int = 0,
-        generate: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any,
+        contrast: Contrast, gamma: float, terms: list[Any], track_flop: bool, gradient_stats: int,
+        generate: Callable[[Any], dict[str, float]] | None, **kwargs: Any,
     ):  # fmt: skip
         """`micro_batches(lengths, shuffle=, processes=)` groups examples; `problems` gets what a stream skips.
 
         `gamma` and `terms`: the objective. Every `gradient_stats` steps the gradients of the terms are compared with
-        that of the language-model loss (0: never). `generate(model)` returns metrics from generation, at each
-        evaluation.
+        that of the language-model loss (0: never). At each evaluation `generate(model)` returns more metrics.
         """
         # The Trainer changes both for its own purposes (use_cache, special tokens); saved is what the model had.
         model = kwargs["model"]
@@ -95,9 +88,10 @@ class StepTrainer(Trainer):
         super().__init__(*args, data_collator=partial(collate, collator), **kwargs)
         self.micro_batches = partial(micro_batches, processes=self.args.world_size)
         self.collator, self.problems = collator, problems
-        self.gamma, self.terms, self.track_flop, self.generate = gamma, terms, track_flop, generate
+        self.gamma, self.terms, self.contrast = gamma, terms, contrast
+        self.track_flop, self.generate = track_flop, generate
         exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        sums = ("lm", *(term.name for term in terms), "nitp_shuffled", *PAIR_STATISTICS)
+        sums = ("lm", *(term.name for term in terms), "nitp_shuffled", *diagnostics.PAIR_STATISTICS)
         self.statistics_names = (*sums, "effective_rank", "ranks", *COUNTS, *TOKENS)
         self.statistics = torch.zeros(len(self.statistics_names), dtype=exact, device=self.args.device)
         self.gradient_stats, self._measures, self._measured = gradient_stats, False, {}
@@ -145,13 +139,11 @@ class StepTrainer(Trainer):
 
     # -- steps
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, *args: Any) -> torch.Tensor:
         """A micro-batch's forward and backward pass, with --track_flop under a counter."""
-        if not self.track_flop:
-            return super().training_step(model, inputs, num_items_in_batch)
-        with FlopCounter() as counter:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self._flops = float(counter.get_total_flops())
+        with FlopCounter() if self.track_flop else contextlib.nullcontext() as counter:
+            loss = super().training_step(*args)
+        self._flops = float(counter.get_total_flops()) if counter else 0.0
         return loss
 
     def floating_point_ops(self, inputs: dict) -> float:
@@ -177,9 +169,8 @@ class StepTrainer(Trainer):
                 if error is not None:
                     raise error
             what, value = ("gradient norm", self._grad_norm) if torch.isfinite(loss) else ("loss", loss)
-            raise FloatingPointError(
-                f"the {what} of step {self.state.global_step + 1} is {value.item()}; training stopped"
-            )
+            step = self.state.global_step + 1
+            raise FloatingPointError(f"the {what} of step {step} is {value.item()}; training stopped")
 
     # -- statistics
 
@@ -195,16 +186,15 @@ class StepTrainer(Trainer):
         """Adds a micro-batch: its shares () of the step's loss, its unweighted sums (), its States and counts."""
         found = {"pairs": states.views.shape[1], "spans": states.path.shape[1]}
         if self._measures and torch.is_grad_enabled() and all(found.get(t.divisor, 1) for t in self.terms):
-            parameters = [
-                p for name, p in self.model.named_parameters() if p.requires_grad and "projectors" not in name
-            ]
-            self._measured, self._measures = gradient_statistics(shares, parameters), False
+            own = [p for name, p in self.model.named_parameters() if p.requires_grad and "projectors" not in name]
+            self._measured, self._measures = diagnostics.gradient_statistics(shares, own), False
         self._step_loss = self._step_loss + sum(shares.values()).detach()
         zero = lm_sum.new_zeros(())
         figures = dict.fromkeys(self.statistics_names, zero) | {"lm": lm_sum} | sums
         if "jepa" in sums:
             not_negatives = find_not_negatives(batch["view_ids"], batch["view_ids"]).to(states.views.device)
-            figures |= dict(zip(PAIR_STATISTICS, pair_statistics(states.views, not_negatives), strict=True))
+            sums_of_pairs = diagnostics.pair_statistics(states.views, not_negatives)
+            figures |= dict(zip(diagnostics.PAIR_STATISTICS, sums_of_pairs, strict=True))
             if torch.is_grad_enabled():
                 self._views = [torch.cat([*self._views, states.views.detach()], dim=1)[:, -VIEWS_KEPT:]]
         if "nitp" in sums:  # with the targets of other tokens
@@ -240,7 +230,7 @@ class StepTrainer(Trainer):
         if "loss" in logs:
             for views in self._views:
                 if views.shape[1] > 1:
-                    figures = {"effective_rank": sum(map(effective_rank, views)) / 2, "ranks": 1}
+                    figures = {"effective_rank": sum(map(diagnostics.effective_rank, views)) / 2, "ranks": 1}
                     self.statistics += self.statistics.new_tensor([figures.get(n, 0) for n in self.statistics_names])
             self._views = []
             t, now = self._drain(self.statistics), time.time()
@@ -262,7 +252,7 @@ class StepTrainer(Trainer):
             if self.track_flop:
                 logs["flops"] = self.state.total_flos
             line = {"step": self.state.global_step} | logs
-            logs |= announcements(self.state.log_history, line, self.state.max_steps)
+            logs |= diagnostics.announcements(self.state.log_history, line, self.state.max_steps)
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -310,20 +300,11 @@ class StepTrainer(Trainer):
         if self.args.should_save:  # an adapter comes without
             model.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
-    def save_state(self, folder: Path) -> None:
-        """Writes what a subclass keeps in a checkpoint."""
-
-    def load_state(self, folder: Path) -> None:
-        """Reads what `save_state` has written."""
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
+        with contextlib.nullcontext() if self.is_fsdp_enabled else without_projectors(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            with without_projectors(self.model):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_projectors(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
-        self.load_state(Path(resume_from_checkpoint))
+        self.contrast.load(Path(resume_from_checkpoint))
 
     def load_checkpoint(self, folder: Path) -> None:
         """Loads the parameters of a checkpoint without training."""
@@ -347,7 +328,7 @@ class StepTrainer(Trainer):
             write_json(folder / f"stream-{self.args.process_index}.json", place)
         save_projectors(self.accelerator.unwrap_model(self.model), folder)
         if self.args.should_save:
-            self.save_state(folder)
+            self.contrast.save(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_checkpoint(folder)

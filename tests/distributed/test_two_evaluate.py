@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, ROOT, call, message_row, write_rows
+from conftest import GOLDEN, ROOT, call, message_row, read_lines, write_rows
 from ranks import Ranks
 
 from llm_jepa.evaluation import generation
@@ -41,10 +41,6 @@ def flags_of(data: Path, folder: Path) -> tuple[object, ...]:
     return (*FLAGS, "--input_file", data, "--output_file", folder / "p.jsonl")
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def same_results(folder: Path, other: Path) -> bool:
     """Whether two folders have the same files; in metrics.json, command, place, processes and code may differ.
 
@@ -69,7 +65,7 @@ def one(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("one")
     data = write_rows(folder / "synth_test.jsonl", [message_row(user, "a") for user in USERS])
     assert call("evaluate", *flags_of(data, folder / "first")).code == 0
-    responses = [row["prediction"].strip() or "?" for row in lines(folder / "first" / "p.jsonl")]
+    responses = [row["prediction"].strip() or "?" for row in read_lines(folder / "first" / "p.jsonl")]
     write_rows(data, [message_row(user, responses[i] if i % 2 else "a") for i, user in enumerate(USERS)])
     assert call("evaluate", *flags_of(data, folder / "out")).code == 0
     assert 0 < json.loads((folder / "out" / "metrics.json").read_text())["exact"] < 1
@@ -111,7 +107,7 @@ def test_killed_processes_leave_what_any_number_resumes(ranks, processes, one, t
     out = tmp_path / "out"
     codes, errors = ranks(2, *flags_of(data, out), before=KILLED)
     assert -9 in codes, errors
-    assert len(lines(out / "p.jsonl")) == 4
+    assert len(read_lines(out / "p.jsonl")) == 4
     if processes == 2:
         codes, errors = ranks(2, *flags_of(data, out))
         assert codes == [0, 0], errors

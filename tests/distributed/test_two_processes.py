@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import subprocess
 import sys
@@ -10,10 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import GOLDEN, ROOT, column, message_row, metrics, same_weights, write_rows
+from conftest import GOLDEN, ROOT, column, make_model, message_row, metrics, same_weights, write_rows
 from ranks import Ranks
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llm_jepa.files import read_json
 
@@ -51,93 +48,59 @@ def launch(out: Path, data: Path, *flags: object) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
+def run(ranks: Ranks, processes: int, data: Path, out: Path, *flags: object, **code: str) -> str:
+    """Trains with JEPA; returns stderr."""
+    where = ("--train_file", data, "--output_dir", out, "--model_name", MODEL, "--learning_rate", 1e-3)
+    codes, errors = ranks(processes, *where, *JEPA, *flags, **code)
+    assert codes == [0] * processes, errors
+    return errors
+
+
 @pytest.mark.parametrize(
-    ("flags", "sizes"),
+    ("flags", "batch", "accum"),
     [
-        (("--regular",), ((1, 4),)),
-        ((*JEPA, "--jepa_ratio", 0.5), ((4, 1), (1, 4))),
-        ((*JEPA, "--stp", "geodesic", "--stp_lbd", 1, "--stp_spans", 2, "--stp_layer", 1), ((4, 1),)),
-        ((*JEPA, "--sigreg", 0.3, "--nitp", "--nitp_layer", 1), ((4, 1), (1, 4))),
-        ((*JEPA, "--sigreg", 0.3, "--jepa_loss", "clip", "--jepa_ratio", 0.3, "--nitp"), ((4, 1),)),
+        (("--jepa_ratio", 0.5, "--stp", "geodesic", "--stp_lbd", 1, "--stp_spans", 2, "--stp_layer", 1), 1, 4),
+        (("--sigreg", 0.3, "--nitp", "--nitp_layer", 1), 1, 4),
+        (("--sigreg", 0.3, "--jepa_loss", "clip", "--jepa_ratio", 0.3, "--nitp"), 4, 1),
     ],
-    ids=["regular", "jepa-dropout", "jepa-stp", "sigreg-nitp", "sigreg-clip-dropout"],
+    ids=["dropout-stp", "sigreg-nitp", "sigreg-clip-dropout"],
 )
-def test_two_processes_equal_one(ranks, data, tmp_path, flags, sizes):
-    flags = (*flags, "--eval_file", data, "--eval_generate", 1)  # one of two processes has nothing to generate
-
-    def train(processes: int, batch: int, accum: int) -> Path:
-        out = tmp_path / f"{processes}-{batch}"
-        where = ("--train_file", data, "--output_dir", out, "--model_name", MODEL, "--learning_rate", 1e-3)
-        size = ("--batch_size", batch, "--grad_accum", accum, "--num_epochs", 2)
-        codes, errors = ranks(processes, *where, *size, *flags, after=NO_GLOO_THREAD)
-        assert codes == [0] * processes, errors
-        return out
-
-    one = train(1, 8, 1)
-    for batch, accum in sizes:
-        two = train(2, batch, accum)
-        same_weights(one, two, rtol=1e-3, atol=2e-4)
-        evaluated = ("eval_nitp_loss",) if "--sigreg" in flags else ("eval_loss",)  # SIGReg: of a micro-batch
-        for key in ("loss", "lm_loss", "stp_loss", "sigreg_loss", "nitp_loss", *evaluated):
-            assert column(two, key) == pytest.approx(column(one, key), rel=1e-5)
-        assert column(two, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-4)
-        for key in ("tokens", "label_tokens", "pairs", "spans", "next_tokens"):
-            assert column(two, key) == column(one, key)
-        assert read_json(two / "run.json")["processes"] == 2
-
-
-# Reports each micro-batch's pairs, and the queue in an order that does not depend on the processes.
-REPORT = """
-import os
-from llm_jepa.training import pairs
-call = pairs.Contrast.__call__
-def reported(self, views, ids, *, training):
-    others = call(self, views, ids, training=training)
-    queue = self.queue.get("ids")
-    queue = sorted(queue[0].tolist()) if queue is not None else []
-    rank, total, queue = os.environ.get("RANK", 0), others.views.shape[1], hash(tuple(queue))
-    sys.stderr.write(f"rank {rank}: {views.shape[1]} of {total}, queue {queue}\\n")
-    return others
-pairs.Contrast.__call__ = reported
-"""
+def test_two_processes_equal_one(ranks, data, tmp_path, flags, batch, accum):
+    flags = (*flags, "--num_epochs", 2, "--eval_file", data, "--eval_generate", 1)  # one process generates nothing
+    one, two = tmp_path / "one", tmp_path / "two"
+    for processes, out, sizes in ((1, one, (8, 1)), (2, two, (batch, accum))):
+        size = ("--batch_size", sizes[0], "--grad_accum", sizes[1])
+        run(ranks, processes, data, out, *flags, *size, after=NO_GLOO_THREAD)
+    same_weights(one, two, rtol=1e-3, atol=2e-4)
+    evaluated = ("eval_nitp_loss",) if "--sigreg" in flags else ("eval_loss",)  # SIGReg: of a micro-batch
+    for key in ("loss", "lm_loss", "stp_loss", "sigreg_loss", "nitp_loss", *evaluated):
+        assert column(two, key) == pytest.approx(column(one, key), rel=1e-5)
+    assert column(two, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-4)
+    for key in ("tokens", "label_tokens", "pairs", "spans", "next_tokens"):
+        assert column(two, key) == column(one, key)
+    assert read_json(two / "run.json")["processes"] == 2
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ("clip",),
         ("clip", "--negatives_queue", 99, "--gradient_stats", 1),
         ("infonce", "--jepa_ratio", 0.3, "--negatives_queue", 99),
-        ("vicreg", "--jepa_ratio", 0.5),
-        ("cosine", "--center", "--jepa_ratio", 0.5),
-        ("vicreg", "--center", "--stop_gradient", "text", "--gradient_checkpointing"),
+        ("vicreg", "--jepa_ratio", 0.5, "--center", "--stop_gradient", "text", "--gradient_checkpointing"),
     ],
-    ids=["clip", "clip-queue-measured", "infonce-queue-dropout", "vicreg-dropout", "center-dropout", "vicreg-center"],
+    ids=["clip-queue-measured", "infonce-queue-dropout", "vicreg-center-dropout"],
 )
 def test_pairs_of_all_processes_are_contrasted_as_those_of_one_micro_batch(ranks, data, tmp_path, flags):
-    runs, reports = [], []
-    for processes, batch in ((1, 8), (2, 4)):
-        runs.append(tmp_path / str(processes))
-        where = ("--train_file", data, "--output_dir", runs[-1], "--model_name", MODEL, "--learning_rate", 1e-3)
-        size = ("--batch_size", batch, "--grad_accum", 1, "--num_epochs", 3, "--gamma", 0)
-        flags_ = (*JEPA, *size, "--eval_file", data, "--jepa_loss", *flags)
-        codes, errors = ranks(processes, *where, *flags_, before=REPORT, after=NO_GLOO_THREAD)
-        assert codes == [0] * processes, errors
-        reports.append(re.findall(r"rank (\d): (\d+) of (\d+), queue (-?\d+)", errors))
-    one, two = runs
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ("--grad_accum", 1, "--num_epochs", 3, "--gamma", 0, "--eval_file", data, "--jepa_loss", *flags)
+    for processes, out, batch in ((1, one, 8), (2, two, 4)):
+        run(ranks, processes, data, out, *flags, "--batch_size", batch, after=NO_GLOO_THREAD)
     same_weights(one, two, rtol=1e-3, atol=2e-4)
     for key in ("loss", "jepa_loss", "eval_jepa_loss"):
         assert column(two, key) == pytest.approx(column(one, key), rel=1e-4), key
     assert column(two, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-3)
     assert column(two, "pairs") == column(one, "pairs") and min(column(one, "pairs")) < 8
     assert all("effective_rank" in line for line in metrics(two, "retrieval") if "loss" in line)
-    seen = [[line[1:] for line in lines if line[0] == str(r)] for lines, r in ((reports[0], 0), (reports[1], 0), (
-        reports[1], 1))]  # fmt: skip
-    alone, *ranked = ([int(own) for own, *_ in lines] for lines in seen)
-    assert [a + b for a, b in zip(*ranked, strict=True)] == alone
-    rest = [[others for _, *others in lines] for lines in seen]
-    assert rest[1] == rest[2] == rest[0], "all contrast with the same number of pairs and keep the same queue"
-    assert any(a != b for a, b in zip(*ranked, strict=True)) and ("--jepa_ratio" not in flags or 0 in ranked[1])
 
 
 SMALL = {"vocab_size": 531, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -172,20 +135,12 @@ LlamaMLP.forward = routed
     ids=["never-used", "layer-drop", "experts"],
 )
 def test_parameters_that_a_step_does_not_use_change_nothing(ranks, data, tmp_path, kind, config, before, flags):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
-    model.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "model")
-    runs, errors = [], []
-    for processes, batch, accum in ((1, 4, 2), (2, 2, 2)):
-        runs.append(tmp_path / str(processes))
-        where = ("--train_file", data, "--output_dir", runs[-1], "--model_name", tmp_path / "model", *JEPA, *flags)
-        size = ("--batch_size", batch, "--grad_accum", accum, "--num_epochs", 3, "--learning_rate", 1e-3)
-        codes, said = ranks(processes, *where, *size, "--optim", "adamw_torch", before=before)
-        assert codes == [0] * processes, said
-        errors.append(said.count("not reached"))
+    model = make_model(tmp_path / "model", kind, "llama3", std=0.2, **config)
+    flags = ("--model_name", model, *flags, "--num_epochs", 3, "--optim", "adamw_torch")
+    runs, errors = [tmp_path / "one", tmp_path / "two"], []
+    for processes, out, batch in ((1, runs[0], 4), (2, runs[1], 2)):
+        size = ("--batch_size", batch, "--grad_accum", 2)
+        errors.append(run(ranks, processes, data, out, *flags, *size, before=before).count("not reached"))
     one, two = runs
     assert not before or errors[1] > 2 * errors[0], errors
     for key in ("loss", "grad_norm"):
@@ -193,7 +148,7 @@ def test_parameters_that_a_step_does_not_use_change_nothing(ranks, data, tmp_pat
     same_weights(one, two, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("bad", [1, 6, 7])
+@pytest.mark.parametrize("bad", [1, 7])
 def test_bad_example_in_any_processs_stream_is_reported_once(ranks, tmp_path, bad):
     data, run = tmp_path / "rows.jsonl", tmp_path / "run"
     write_rows(data, [*EXAMPLES[:bad], {"messages": []}, *EXAMPLES[bad:]])

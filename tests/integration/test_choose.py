@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, MODELS, call, message_row, weights, write_rows
+from conftest import GOLDEN, MODELS, call, make_model, message_row, weights, write_rows
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import evaluate
 from llm_jepa.data.examples import Example, Problems
@@ -52,8 +52,7 @@ def chosen(model, encoder, examples, choices, batch_size, tokens_per_batch=0) ->
         return {e.id: g for batch in found for e, g in batch}
 
 
-@pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("choices", [LETTERS, LONG], ids=["letters", "longer"])
+@pytest.mark.parametrize(("choices", "plain"), [(LETTERS, True), (LONG, False)], ids=["letters-plain", "longer"])
 @pytest.mark.parametrize("name", MODELS)
 def test_likelihoods_equal_one_forward_pass_per_choice(name, choices, plain):
     model, encoder = load(name, plain)
@@ -123,9 +122,7 @@ def test_choices_of_half_precision_are_compared_by_float32_logits(tmp_path, monk
 
 def test_likelihoods_that_are_not_finite_are_an_error(tmp_path):
     model = GOLDEN / "models" / "llama3"
-    folder = tmp_path / "broken"
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    (folder / "config.json").write_text((model / "config.json").read_text())
+    folder = shutil.copytree(model, tmp_path / "broken")
     tensors = weights(model)
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -140,14 +137,9 @@ def test_likelihoods_that_are_not_finite_are_an_error(tmp_path):
 @pytest.fixture(scope="module")
 def model64(tmp_path_factory) -> Path:
     """A Llama whose layer sizes are multiples of 64, as 4-bit kernels need."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "models" / "llama3")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.05)  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    sizes = {"vocab_size": 531, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.05}  # fmt: skip
+    return make_model(tmp_path_factory.mktemp("models") / "llama", "llama", "llama3", **sizes)
 
 
 def likelihoods(folder: Path, **flags) -> tuple[torch.Tensor, set[str]]:

@@ -18,12 +18,12 @@ METHODS = {"cosine": (), "clip": ("--jepa_loss", "clip"), "nitp": ("--regular", 
 COLLAPSED = ("cosine", "shuffled nitp", "placebo")
 
 
-def begin(data: Path, out: Path, method: str, *flags: object, size: int = 8) -> str:
+def begin(data: Path, out: Path, method: str) -> str:
     """Trains from random parameters; returns what the run has said of terms on the console."""
     jepa = () if "--regular" in METHODS[method] else ("--lbd", 1)
-    done = start(data, out, "--pretrain", "--max_steps", STEPS, "--learning_rate", "3e-3", "--batch_size", size,
+    done = start(data, out, "--pretrain", "--max_steps", STEPS, "--learning_rate", "3e-3", "--batch_size", 8,
                  "--grad_accum", 1, "--save_strategy", "steps", "--save_steps", 25, "--save_total_limit", 9,
-                 "--keep_checkpoints", *jepa, *METHODS[method], *flags)  # fmt: skip
+                 "--keep_checkpoints", *jepa, *METHODS[method])  # fmt: skip
     assert done.code == 0, done.err
     return said(done.err)
 
@@ -61,16 +61,6 @@ def test_a_term_that_has_not_learned_is_announced_once_and_others_never(runs, me
     )
 
 
-def test_announcement_has_the_figures_and_what_to_do(runs):
-    run, text = runs["cosine"]
-    ((step, _),) = announced(run)
-    found = judge([line for line in metrics(run) if line["step"] <= step], STEPS)["jepa"]
-    figures = [f"{found[key]:.4f}" for key in ("cosine", "cosine_shuffled")]
-    figures += [f"{found[key]:.3f}" for key in ("retrieval", "retrieval_chance")]
-    assert all(figure in text for figure in figures) and "--jepa_loss clip" in text
-    assert "--shuffle_pairs" in runs["placebo"][1] and "--nitp" in runs["shuffled nitp"][1]
-
-
 def test_final_judgement_is_that_of_the_last_lines(runs):
     run, _ = runs["clip"]
     found, last = learned(run)["jepa"], metrics(run)[-MIN_COUNT // 8 :]
@@ -90,20 +80,6 @@ def test_resumed_run_says_the_same_and_nothing_twice(runs, tmp_path, step):
     assert done.code == 0, done.err
     assert said(done.err) == (text if step == 25 else "")
     assert announced(again) == announced(run) and learned(again) == learned(run)
-
-
-def test_stream_is_judged_as_well(data, tmp_path):
-    text = begin(data, tmp_path / "run", "cosine", "--streaming")
-    assert (
-        len(text.splitlines())
-        == len(announced(tmp_path / "run"))
-        == learned(tmp_path / "run")["jepa"]["collapsed"]
-        == 1
-    )
-
-
-def test_pairs_without_others_are_not_measured(data, tmp_path):
-    assert begin(data, tmp_path / "run", "cosine", size=1) == "" and learned(tmp_path / "run") == {}
 
 
 # ------------------------------------------------------------------------------------------------------- judgement

@@ -70,13 +70,6 @@ def test_token_budget_changes_only_which_examples_share_a_micro_batch(trained):
     assert column(budget, "tokens") == column(one, "tokens")
 
 
-def test_micro_batches_stay_near_the_budget(data, trained):
-    sizes = column(trained(*JEPA, "--tokens_per_batch", 400, "--grad_accum", 1, "--num_epochs", 2), "tokens")
-    lengths = SegmentDataset(read_examples(str(data), Problems()), encoder(2), Problems(), KEEP).items.lengths
-    assert len(sizes) == 2 * int(np.ceil(lengths.sum() / 400))
-    assert np.mean(sizes) <= 400 and max(sizes) - np.mean(sizes) <= lengths.max()
-
-
 # --------------------------------------------------------------------------------------------------------- streams
 
 
@@ -89,8 +82,9 @@ def test_stream_trains_on_the_same_examples_as_memory_with_and_without_workers(t
     same_weights(stream, trained(*flags, "--streaming", "--dataloader_num_workers", 1))
 
 
-@pytest.mark.parametrize("size", [("--batch_size", 3), ("--tokens_per_batch", 300)], ids=["examples", "tokens"])
-@pytest.mark.parametrize("block", [5, 8192])
+@pytest.mark.parametrize(
+    ("size", "block"), [(("--batch_size", 3), 5), (("--tokens_per_batch", 300), 8192)], ids=["examples", "tokens"]
+)
 def test_resumed_stream_equals_uninterrupted_stream_bit_for_bit(tmp_path, monkeypatch, size, block):
     monkeypatch.setattr(streaming, "BLOCK", block)
     monkeypatch.setattr(streaming, "CHUNK", 2)
@@ -124,24 +118,23 @@ def test_processes_share_each_epoch_of_a_stream_in_another_order(data, monkeypat
     assert sorted(first) == sorted(second) == every and first != second
 
 
-@pytest.mark.parametrize("ending", ["csv", "parquet", "json", "tsv.gz"])
+@pytest.mark.parametrize("ending", ["parquet", "json", "tsv.gz"])
 def test_stream_reads_other_formats(tmp_path, ending):
     import pandas
 
     rows = pandas.DataFrame({"q": [f"number {i}" for i in range(9)], "a": [f"{i}.*" for i in range(9)]})
     path, fields = tmp_path / f"own.{ending}", Fields("q", "a", None)
-    write = {"csv": partial(rows.to_csv, index=False), "tsv.gz": partial(rows.to_csv, index=False, sep="\t"),
-             "json": partial(rows.to_json, orient="records"), "parquet": rows.to_parquet}  # fmt: skip
+    write = {"tsv.gz": partial(rows.to_csv, index=False, sep="\t"), "json": partial(rows.to_json, orient="records"),
+             "parquet": rows.to_parquet}  # fmt: skip
     write[ending](path)
     (batch,) = batches(stream_of(path, fields=fields, batch_size=9), 1)
     assert sorted(batch) == sorted(tokens(encoder()(read_examples(str(path), Problems(), fields))))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_bad_example_of_a_stream_is_reported_by_line(tmp_path, workers):
+def test_bad_example_of_a_stream_is_reported_by_line(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [*EXAMPLES[:16], {"messages": []}])
     run = tmp_path / "run"
-    done = start(data, run, *JEPA, "--streaming", "--max_steps", 9, "--dataloader_num_workers", workers)
+    done = start(data, run, *JEPA, "--streaming", "--max_steps", 9, "--dataloader_num_workers", 1)
     record = read_json(run / "run.json")
     assert done.code == 2 and f"{data}:17: " in done.err and "Traceback" not in done.err
     assert record["status"] == "failed" and f"{data}:17: " in record["error"]

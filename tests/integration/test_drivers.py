@@ -39,17 +39,13 @@ def project(tmp_path, monkeypatch):
 
 NAMES = [
     ("run_jepa", {}, "synth-tiny-jepa-lr1e-3-lbd1-k1-e2-s4"),
-    ("run_regular org/Some-1B/ 4e-5 2 -3 4 37 2.5 turk", {}, "turk-Some-1B-regular-lr4e-5-e2-s37"),
-    ("run_jepa org/Some-1B 4e-5 2 -3 4 37 2.5 turk", {}, "turk-Some-1B-jepa-lr4e-5-lbd2.5-k4-t-3-e2-s37"),
+    ("run_jepa org/Some-1B/ 4e-5 2 -3 4 37 2.5 turk", {}, "turk-Some-1B-jepa-lr4e-5-lbd2.5-k4-t-3-e2-s37"),
     ("run_jepa - -", {"MODEL": "org/M", "LR": "1e-5", "EPOCHS": "1", "LAST_TOKEN": "-2", "PREDICTORS": "0", "LBD": ".5",
                       "DATASET": "turk"}, "turk-M-jepa-lr1e-5-lbd.5-k0-t-2-e1-s4"),
-    ("run_jepa org/N - 6 - 2 9", {"MODEL": "org/M", "LEARNING_RATE": "1e-5", "EPOCHS": "1", "LBD": "3"},
-     "synth-N-jepa-lr1e-5-lbd3-k2-e6-s9"),
     ("run_jepa", {"NPROC": "2"}, "synth-tiny-jepa-lr1e-3-lbd1-k1-e2-s4-p2"),
     ("run_jepa", {"PROTOCOL": "paper"}, "synth-tiny-jepa-lr1e-3-lbd1-k1-e4-paper-s4"),
     ("run_jepa -- --lora --lora_rank 64", {}, "synth-tiny-jepa-lr1e-3-lbd1-k1-e2-s4-x33182f5f"),
     ("run_jepa -- --max_steps=7", {}, "synth-tiny-jepa-lr1e-3-lbd1-k1-7steps-s4-x1775805f"),
-    ("run_clip", {}, "synth-tiny-clip-lr1e-3-lbd0.1-k1-e2-s4"),
     ("run_placebo - - - -2 0 4 .2", {}, "synth-tiny-placebo-lr1e-3-lbd.2-k0-t-2-e2-s4"),
     ("run_nitp - - - -2 3", {"LBD": ".5"}, "synth-tiny-nitp-lr1e-3-lbd.5-e2-s4"),
 ]  # fmt: skip
@@ -86,20 +82,17 @@ PAPER = {
 }  # fmt: skip
 SETTINGS = [
     ("run_jepa", {}, TINY | {"predictors": 1, "lbd": 1.0, "finetune_seed": 4, "regular": False, "max_length": 512}),
-    ("run_jepa org/M", {}, {"learning_rate": 2e-5, "num_epochs": 4, "batch_size": 4, "pretrain": False}),
-    ("run_jepa org/M - - -3 0 - .5", {}, {"last_token": -3, "predictors": 0, "lbd": 0.5}),
+    ("run_jepa org/M - - -3", {}, {"learning_rate": 2e-5, "num_epochs": 4, "pretrain": False, "last_token": -3}),
     ("run_regular - - - - - - - yelp", {}, {"max_length": 2048}),
     ("run_regular - - - - - - - yelp -- --max_length 900", {"PROTOCOL": "paper"}, {"max_length": 900}),
     ("run_jepa -- --max_steps 7", {}, {"max_steps": 7, "num_epochs": 4.0}),
     ("run_jepa", {"PROTOCOL": "paper"}, PAPER | {"learning_rate": 1e-3, "pretrain": True}),
-    ("run_jepa org/M", {"PROTOCOL": "paper", "EPOCHS": "7"}, PAPER | {"learning_rate": 2e-5, "num_epochs": 7}),
-    ("run_regular", {"PROTOCOL": "paper"}, PAPER | {"reference_grad_scale": False, "regular": True}),
+    ("run_regular org/M", {"PROTOCOL": "paper", "EPOCHS": "7"},
+     PAPER | {"reference_grad_scale": False, "regular": True, "learning_rate": 2e-5, "num_epochs": 7}),
     ("run_jepa -- --tokens_per_batch 4096 --lm_labels=answer", {"PROTOCOL": "paper"},
      PAPER | {"tokens_per_batch": 4096, "lm_labels": "answer"}),
     ("run_jepa -- --grad_accum 1", {"PROTOCOL": "paper"}, PAPER | {"grad_accum": 1, "reference_grad_scale": False}),
-    ("run_jepa -- --jepa_loss clip", {}, {"jepa_loss": "clip", "lbd": 1.0}),
     ("run_clip -- --nitp", {}, {"jepa_loss": "clip", "lbd": 0.1, "nitp": True, "nitp_lbd": 0.8}),
-    ("run_nitp -- --nitp_layer 1", {}, {"regular": True, "nitp": True, "nitp_lbd": 0.8, "nitp_layer": 1}),
     ("run_nitp", {"PROTOCOL": "paper", "LBD": "2"}, PAPER | {"nitp_lbd": 2.0, "reference_grad_scale": False}),
     ("run_placebo", {"PROTOCOL": "paper"}, PAPER | {"jepa_loss": "clip", "shuffle_pairs": True, "lbd": 0.1}),
 ]  # fmt: skip
@@ -125,41 +118,28 @@ def test_seeds_and_datasets_run_in_sequence(project, given, variable, seeds):
 
 WRONG = [
     ("run_all", {}, "run_all"),
-    ("", {}, "unknown function"),
     ("run_jepa - - - - - - - - - tenth", {}, "tenth"),
-    ("sweep synth m third", {}, "third"),
     ("run_jepa - - - - 1.5", {}, "1.5"),
     ("run_jepa - - - - - 82,x3", {}, "82,x3"),
     ("run_jepa - - - - - - - nothing", {}, "datasets/nothing_train.jsonl"),
     ("run_jepa - - - - - - - ../synth", {}, "../synth"),
     ("run_jepa", {"EPOCHS": "many"}, "EPOCHS"),
     ("run_pretrain", {"ARM": "both"}, "ARM"),
-    ("run_pretrain", {"PRETRAIN_DATASET": "none"}, "none_train.jsonl"),
     ("compare synth,turk", {}, "one dataset"),
     ("compare", {"ARMS": "regular jepa vicreg"}, "regular jepa clip nitp placebo"),
     ("compare", {"ARMS": "regular:2 jepa"}, "regular:2"),
-    ("compare", {"ARMS": "regular clip:x"}, "ARMS"),
     ("compare", {"ARMS": "jepa clip"}, "regular"),
-    ("compare", {"ARMS": "regular"}, "regular"),
     ("compare -- -- --nitp_lbd 0.5", {}, "--nitp_lbd"),
-    ("compare -- -- --jepa_ratio 0.5", {}, "nitp: --jepa_ratio"),
     ("compare -- --shuffle_pairs", {"ARMS": "regular clip"}, "regular: --shuffle_pairs"),
     ("sweep", {"SWEEP_ARM": "regular"}, "regular"),
-    ("sweep", {"SWEEP_ARM": "vicreg"}, "vicreg"),
-    ("run_nitp -- --nitp_lbd=0.5", {}, "--nitp_lbd"),
-    ("compare -- -- --jepa_loss l2", {"ARMS": "regular clip"}, "--jepa_loss"),
     ("run_placebo -- --jepa_loss=l2", {}, "--jepa_loss"),
     ("sweep", {"GRID_K": "1 x"}, "GRID_K"),
     ("run_jepa -- --output_dir x", {}, "--output_dir"),
     ("run_jepa -- --finetune_seed=5", {}, "--finetune_seed"),
-    ("sweep -- -- --tokens_per_batch=64", {}, "--tokens_per_batch"),
     ("run_jepa -- --lora -- --lora", {}, "second --"),
     ("run_jepa", {"EPOCH": "1"}, "EPOCHS"),
-    ("run_jepa", {"seeds": "1"}, "SEEDS"),
-    ("compare", {"LDB": "1"}, "LBD"),
     ("sweep", {"LEARNING_RATS": "1e-3"}, "LEARNING_RATES"),
     ("run_jepa", {"EVAL_FLAGS": "--max_new_token 5"}, "EVAL_FLAGS"),
-    ("run_jepa", {"EVAL_FLAGS": "--task=text"}, "--task"),
     ("run_jepa", {"EVAL_FLAGS": "--system 'a"}, "EVAL_FLAGS"),
 ]
 
@@ -190,12 +170,6 @@ def test_help_lists_the_arms_the_variables_and_the_protocol(project):
     assert [arm.partition(":")[0] for arm in arms] == [*ARMS]
     for name, _, lbd in (arm.partition(":") for arm in arms):
         assert re.search(rf"^  {name} +{lbd} ", text, re.MULTILINE) and f"run_{name}" in text
-
-
-def test_shell_scripts_have_valid_syntax():
-    files = subprocess.check_output(["git", "ls-files", "*.sh", "*.sbatch", ".ci/run"], cwd=ROOT, text=True).split()
-    for file in files or sorted(ROOT.glob("*.sh")):
-        assert subprocess.run(["bash", "-n", ROOT / file]).returncode == 0, file
 
 
 # ------------------------------------------------------------------------------------------------ what is done
@@ -290,8 +264,9 @@ def test_flags_about_examples_reach_the_evaluation(project):
     flags = ["--text_field", "a", "--code_field=b", "--system", "Be brief.\nPlease.", "--skip_bad_examples"]
     done = project.run("run_regular", "--", *flags, "--weight_decay", "0.1", "--plain", **ONE)
     (evaluation,), (check,) = done.evaluated, done.checked
+    fields = ["--text_field=a", "--code_field=b", "--system=Be brief.\nPlease.", "--skip_bad_examples"]
     for argv in (evaluation, check):
-        assert [word for word in argv if word in flags] == flags and "--weight_decay" not in argv
+        assert [word for word in argv if word in fields] == fields and "--weight_decay" not in argv
     assert "--plain" in evaluation
 
 
@@ -317,7 +292,6 @@ def test_compare_trains_five_arms_that_differ_only_in_the_method(project):
         ({"ARMS": "regular clip:.3 clip nitp:2 jepa", "LBD": "4"},
          "regular-lr1e-3 clip-lr1e-3-lbd.3-k1 clip-lr1e-3-lbd0.1-k1 nitp-lr1e-3-lbd2 jepa-lr1e-3-lbd4-k1"),
         ({"ARMS": "regular clip clip:0.1 regular", "PREDICTORS": "0"}, "regular-lr1e-3 clip-lr1e-3-lbd0.1-k0"),
-        ({"ARMS": "regular placebo clip:.3"}, "regular-lr1e-3 placebo-lr1e-3-lbd.3-k1 clip-lr1e-3-lbd.3-k1"),
         ({"ARMS": "regular clip:.3 placebo:.5"}, "regular-lr1e-3 clip-lr1e-3-lbd.3-k1 placebo-lr1e-3-lbd.5-k1"),
         ({"PROTOCOL": "paper"}, "regular-lr1e-3 jepa-lr1e-3-lbd1-k1"),
     ],
@@ -331,12 +305,6 @@ def test_arms_chooses_and_orders_the_arms_and_their_weights(project, variables, 
     assert flag(done.reports[0], "--against") == reference
     other = project.run("compare", **ONE | {"ARMS": "regular placebo"})
     assert flag(other.reports[0], "--output_dir") != flag(done.reports[0], "--output_dir")
-
-
-def test_the_second_flags_go_to_all_arms_but_regular(project):
-    done = project.run("compare", "synth", "org/M", "--", "--lora", "--", "--stp", "geodesic", **ONE)
-    found = [(s["lora"], s["stp"]) for s in map(resolved, done.trained)]
-    assert done.code == 0 and found == [(True, None)] + [(True, "geodesic")] * 4
 
 
 def test_compare_skips_what_is_done_and_allows_what_the_protocol_needs(project):

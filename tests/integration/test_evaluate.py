@@ -6,18 +6,14 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, call, message_row, weights, write_rows
+from conftest import GOLDEN, call, changed_copy, half_token, message_row, read_lines, weights, write_rows
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
 import evaluate
-import finetune
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Problems, read_examples, split_examples
 from llm_jepa.evaluation import embeddings, generation
@@ -43,10 +39,6 @@ def score_file(predictions: object, data: object, *flags: object):
     return call("evaluate", "--score_only", predictions, "--input_file", data, *flags)
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_bytes().decode().split("\n") if line]
-
-
 def metrics_of(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
@@ -61,13 +53,6 @@ def gold_predictions(path: Path, data: Path, ids: list[int] | None = None) -> Pa
     return write_rows(path, [r for r in rows if ids is None or r["id"] in ids])
 
 
-def changed_copy(source: Path, target: Path, name: str, **values: object) -> Path:
-    """A copy of a folder with changes to one of its JSON files."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("eval"))
-    (target / name).write_text(json.dumps(json.loads((target / name).read_text()) | values))
-    return target
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A model some of whose responses stop: its stop token is one that half of the golden model's responses contain."""
@@ -77,9 +62,7 @@ def model(tmp_path_factory) -> Path:
     examples = read_examples(str(data), Problems())
     _, prompts = generation.encode_prompts(loaded.config, encoder.renderer, examples, Problems())
     responses = generation.generate_tokens(loaded, 0, [], prompts, STEPS, generation.Plan())
-    counts = {t: sum(t in tokens for tokens in responses) for tokens in responses for t in tokens}
-    stop = min(counts, key=lambda t: (abs(2 * counts[t] - len(responses)), t))
-    return changed_copy(MODEL, folder / "stops", "generation_config.json", eos_token_id=[4, stop])
+    return changed_copy(MODEL, folder / "stops", generation_config={"eos_token_id": [4, half_token(responses)]})
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +72,7 @@ def data(tmp_path_factory, model) -> Path:
     path = write_rows(folder / "synth_test.jsonl", [message_row(user, "a", "Write.") for user in USERS])
     assert score(model, path, folder / "first" / "p.jsonl").code == 0
     rows = []
-    for i, row in enumerate(lines(folder / "first" / "p.jsonl")):
+    for i, row in enumerate(read_lines(folder / "first" / "p.jsonl")):
         responses = row["prediction"].strip()
         answer = [responses or "?", responses[:2].strip() or "?", "something else"][i % 3]
         rows.append(message_row(USERS[i], answer, "Write."))
@@ -110,7 +93,7 @@ def finished(model, data, tmp_path_factory) -> tuple[Path, object]:
 
 def test_metrics_and_table_summarize_the_predictions(model, data, finished):
     folder, done = finished
-    examples, rows, metrics = read_examples(str(data), Problems()), lines(folder / "p.jsonl"), metrics_of(folder)
+    examples, rows, metrics = read_examples(str(data), Problems()), read_lines(folder / "p.jsonl"), metrics_of(folder)
     assert [row["id"] for row in rows] == list(range(1, len(USERS) + 1))
     for row, example in zip(rows, examples, strict=True):
         responses, answer = row["prediction"].strip(), example.assistant.strip()
@@ -139,32 +122,26 @@ def test_score_only_gives_the_scores_of_the_evaluation(data, finished, tmp_path)
     ours, theirs = metrics_of(tmp_path), metrics_of(folder)
     for name in ("task", "n", "score", "exact", "startswith", "stop_rate", "ci95", "data_sha256"):
         assert ours[name] == theirs[name]
-    assert lines(tmp_path / "p.jsonl") == lines(folder / "p.jsonl")
+    assert read_lines(tmp_path / "p.jsonl") == read_lines(folder / "p.jsonl")
 
 
-@pytest.mark.parametrize("reasons, rate", [((None, "stop"), None), (("length", "stop"), 10 / 11)])
-def test_stop_rate_needs_a_stop_reason_in_every_row(reasons, rate, data, tmp_path):
-    rows = lines(gold_predictions(tmp_path / "p.jsonl", data))
-    rows = [row | {"stop_reason": reasons[i > 0]} for i, row in enumerate(rows)]
+def test_stop_rate_needs_a_stop_reason_in_every_row(data, tmp_path):
+    rows = read_lines(gold_predictions(tmp_path / "p.jsonl", data))
+    rows = [row | {"stop_reason": "stop" if i else None} for i, row in enumerate(rows)]
     assert score_file(write_rows(tmp_path / "p.jsonl", rows), data).code == 0
-    assert metrics_of(tmp_path)["stop_rate"] == rate
+    assert metrics_of(tmp_path)["stop_rate"] is None
 
 
 @pytest.mark.parametrize(
     "bad, expected",
     [
         (b'{"prediction": "x"}', "p.jsonl:3"),
-        (b'{"id": "3", "prediction": "x"}', "p.jsonl:3"),
         (b'{"id": true, "prediction": "x"}', "p.jsonl:3"),
-        (b'{"id": 3, "prediction": null}', "p.jsonl:3"),
         (b'{"id": 3, "prediction": "\\ud800"}', "p.jsonl:3"),
         (b'{"id": 3, "prediction": "x", "stop_reason": "eos"}', "p.jsonl:3"),
-        (b'[3, "x"]', "p.jsonl:3"),
-        (b'{"id": 3', "p.jsonl:3"),
         (b'{"id": 3, "prediction": "\xff"}', "p.jsonl:3"),
         (b'{"id": 2, "prediction": "x"}', "p.jsonl:3"),
         (b"", ": 3 …"),
-        (b'{"id": 99, "prediction": "x"}', ": 3 …"),
         (b'{"id": 3, "prediction": "x"}\n{"id": 99, "prediction": "x"}', ": 99 …"),
     ],
 )
@@ -178,26 +155,19 @@ def test_score_only_refuses_predictions_for_other_examples(bad, expected, data, 
     assert snapshot(tmp_path) == before
 
 
-def test_startswith_becomes_the_headline_score(data, tmp_path):
-    done = score_file(gold_predictions(tmp_path / "p.jsonl", data), data, "--statswith", "--max_examples", 11)
-    assert done.code == 0, done.err
-    assert metrics_of(tmp_path)["score"] == done.out.splitlines()[2].split()[0] == "startswith"
-
-
 def test_new_task_needs_only_an_entry_in_the_table(data, tmp_path, monkeypatch):
     task = Task(("same_length",), pure(lambda p, example: {"same_length": len(p) == len(example.assistant)}))
     monkeypatch.setitem(TASKS, "lengths", task)
     rows = [{"id": i, "prediction": "something elsf", "stop_reason": "stop"} for i in range(1, len(USERS) + 1)]
     assert score_file(write_rows(tmp_path / "p.jsonl", rows), data, "--task", "lengths").code == 0
-    metrics, scored = metrics_of(tmp_path), lines(tmp_path / "p.scored.jsonl")
+    metrics, scored = metrics_of(tmp_path), read_lines(tmp_path / "p.scored.jsonl")
     assert (metrics["task"], metrics["score"], metrics["exact"]) == ("lengths", "same_length", 0)
     assert 0 < metrics["same_length"] == sum(row["same_length"] for row in scored) / len(scored) < 1
 
 
 @pytest.mark.parametrize(
     "name, task",
-    [("a/gsm8k/synth_train.jsonl", "synth"), ("synth.jsonl", "synth"), ("a/synth/rows.jsonl", None),
-     ("synthetic_test.jsonl", None), ("SYNTH_test.jsonl", None), ("text_test.jsonl", None)],
+    [("a/gsm8k/synth_train.jsonl", "synth"), ("a/synth/rows.jsonl", None), ("synthetic_test.jsonl", None)],
 )  # fmt: skip
 def test_base_name_decides_the_task(name, task, data, tmp_path):
     rows = tmp_path / name
@@ -234,28 +204,10 @@ def test_unknown_database_is_refused_and_loses_no_results(model, tmp_path):
     assert snapshot(out) == before
 
 
-def test_sandbox_that_does_not_start_is_an_error(tmp_path, monkeypatch):
-    rows = write_rows(tmp_path / "synth_test.jsonl", [message_row("a", "x|y")])
-    given = write_rows(tmp_path / "p.jsonl", [{"id": 1, "prediction": "y|x"}])
-    monkeypatch.setattr("llm_jepa.scoring.sandbox.sys.executable", "/bin/false")
-    done = score_file(given, rows)
-    assert done.code == 1 and "/bin/false" in done.err
-    assert not (tmp_path / "metrics.json").exists()
-
-
-def test_script_runs_from_another_folder(data, tmp_path):
-    gold_predictions(tmp_path / "p.jsonl", data)
-    shutil.copy(data, tmp_path / "synth_test.jsonl")
-    command = [sys.executable, ROOT / "evaluate.py", "--score_only", "p.jsonl", "--input_file", "synth_test.jsonl"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert metrics_of(tmp_path)["exact"] == 1
-
-
 # -------------------------------------------------------------------------------------------------------- retrieval
 
 
-@pytest.mark.parametrize("flags", [(), ("--predictors", 2), ("--predictors", 1, "--text_view", "in_chat")], ids=str)
+@pytest.mark.parametrize("flags", [(), ("--predictors", 1, "--text_view", "in_chat")], ids=str)
 def test_retrieval_is_that_of_the_views_as_training_reads_them(flags, data, tmp_path):
     run = trained(tmp_path / "run", "--train_file", data, *flags) if flags else MODEL
     done = score(run, data, tmp_path / "p.jsonl", "--max_new_tokens", 1, "--max_examples", 8)
@@ -269,36 +221,24 @@ def test_retrieval_is_that_of_the_views_as_training_reads_them(flags, data, tmp_
     assert shown[0][3:] == [f"{100 * value:.2f}" for value in found["text_to_code"].values()]
 
 
-@pytest.mark.parametrize("why", ["long view", "overflow", "choices", "vllm"])
+@pytest.mark.parametrize("why", ["long view", "overflow", "choices"])
 def test_scores_without_retrieval_have_a_note_that_says_why(why, model, data, tmp_path, monkeypatch):
-    rows = lines(data)[:4]
+    rows = read_lines(data)[:4]
     if why == "long view":
         rows[2]["code"] = [{"role": "assistant", "content": "[0-9] " * 3000}]
     if why == "overflow":
         nan = lambda hidden, mask, view_at: hidden[:, 0] * torch.nan  # noqa: E731
         monkeypatch.setitem(embeddings.POOLINGS, "last", nan)
-    if why == "vllm":
-        record = {"notes": []}
-        evaluate.add_retrieval(None, None, [], EvaluationSettings(engine="vllm"), record)
-        assert "--engine vllm" in record["notes"][0] and "retrieval" not in record
-        return
     file = write_rows(tmp_path / f"{'hellaswag' if why == 'choices' else 'synth'}_test.jsonl", rows)
     flags = ("--model_name", model, "--input_file", file, "--output_file", tmp_path / "p.jsonl")
     done = call("evaluate", *flags)
     place = {"long view": f"{file}:3:", "overflow": "float32", "choices": "hellaswag"}[why]
     metrics = metrics_of(tmp_path)
     assert done.code == 0 and place in metrics["notes"][0] and metrics["notes"][0] in done.err
-    assert "retrieval" not in metrics and metrics["n"] == len(lines(tmp_path / "p.jsonl")) == 4
+    assert "retrieval" not in metrics and metrics["n"] == len(read_lines(tmp_path / "p.jsonl")) == 4
     if why == "long view":
         assert call("evaluate", *flags, "--skip_bad_examples", "--overwrite").code == 0
         assert (metrics_of(tmp_path)["n"], metrics_of(tmp_path)["retrieval"]["n"]) == (4, 3)
-
-
-def test_bug_in_retrieval_ends_the_evaluation_before_it_generates(model, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(embeddings, "embed_batches", lambda *a, **k: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        score(model, data, tmp_path / "p.jsonl")
-    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------ resume, overwrite
@@ -324,45 +264,36 @@ def interrupted(model, data, path, monkeypatch, batches: int = 2, *flags: object
         assert score(model, data, path, *flags).code == 130
 
 
-@pytest.mark.parametrize("batches", [0, 1, 3])
-def test_interrupted_evaluation_resumes(batches, model, data, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("batches", "cut"), [(0, 0), (3, 0), (2, 1), (2, 9)])
+def test_interrupted_evaluation_resumes(batches, cut, model, data, finished, tmp_path, monkeypatch):
+    """Also if the end of the last line was not written (`cut` bytes)."""
     path = tmp_path / "p.jsonl"
     interrupted(model, data, path, monkeypatch, batches)
-    kept = lines(path)
-    assert len(kept) == 3 * batches and not (tmp_path / "metrics.json").exists()
+    assert len(read_lines(path)) == 3 * batches and not (tmp_path / "metrics.json").exists()
+    path.write_bytes(path.read_bytes()[: -cut or None])
     sizes = watch_batches(monkeypatch)
     assert score(model, data, path).code == 0
-    assert sum(sizes) == len(USERS) - len(kept)
+    assert sum(sizes) == len(USERS) - 3 * (batches - (cut > 0)), "complete batches are kept"
     assert path.read_bytes() == (finished[0] / "p.jsonl").read_bytes()
     for name in ("ci95", "retrieval"):
         assert metrics_of(tmp_path)[name] == metrics_of(finished[0])[name]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "p.jsonl"]
 
 
-@pytest.mark.parametrize("tokens", [1, 150, 100_000])
-def test_token_budget_changes_no_response(tokens, model, data, finished, tmp_path, monkeypatch):
+def test_token_budget_changes_no_response(model, data, finished, tmp_path, monkeypatch):
     sizes = watch_batches(monkeypatch)
-    assert score(model, data, tmp_path / "p.jsonl", "--tokens_per_batch", tokens).code == 0
+    assert score(model, data, tmp_path / "p.jsonl", "--tokens_per_batch", 150).code == 0
     assert (tmp_path / "p.jsonl").read_bytes() == (finished[0] / "p.jsonl").read_bytes()
-    assert {1: 11, 100_000: 1}.get(tokens, len(sizes)) == len(sizes) and (tokens != 150 or 1 < len(sizes) < 11)
+    assert 1 < len(sizes) < len(USERS)
 
 
-@pytest.mark.parametrize("cut", [-1, -9, -1000])
-def test_line_cut_short_is_generated_again(cut, model, data, finished, tmp_path, monkeypatch):
-    path = tmp_path / "p.jsonl"
-    interrupted(model, data, path, monkeypatch, 2)
-    path.write_bytes(path.read_bytes()[:cut])
-    assert score(model, data, path).code == 0
-    assert path.read_bytes() == (finished[0] / "p.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize("change", ["--max_new_tokens", "--max_examples", "--task", "data", "weights", "no settings"])
+@pytest.mark.parametrize("change", ["--max_new_tokens", "--max_examples", "data", "weights", "no settings"])
 def test_evaluation_with_other_settings_does_not_resume(change, model, data, tmp_path, monkeypatch):
     folder, rows, path = tmp_path / "model", tmp_path / "synth_test.jsonl", tmp_path / "out" / "p.jsonl"
     shutil.copytree(model, folder)
     shutil.copy(data, rows)
     interrupted(folder, rows, path, monkeypatch)
-    value = {"--max_new_tokens": STEPS + 1, "--max_examples": 9, "--task": "text"}.get(change)
+    value = {"--max_new_tokens": STEPS + 1, "--max_examples": 9}.get(change)
     if change == "data":
         rows.write_bytes(rows.read_bytes().replace(b"cat", b"dog"))
     elif change == "weights":
@@ -376,7 +307,7 @@ def test_evaluation_with_other_settings_does_not_resume(change, model, data, tmp
     assert value is None or change in done.err
     assert snapshot(path.parent) == before
     assert score(folder, rows, path, *flags, "--overwrite").code == 0
-    assert metrics_of(path.parent)["n"] == len(lines(path)) == (9 if change == "--max_examples" else len(USERS))
+    assert metrics_of(path.parent)["n"] == len(read_lines(path)) == (9 if change == "--max_examples" else len(USERS))
 
 
 def test_finished_evaluation_is_replaced_only_with_overwrite(model, data, tmp_path, monkeypatch):
@@ -390,7 +321,7 @@ def test_finished_evaluation_is_replaced_only_with_overwrite(model, data, tmp_pa
     assert done.code == 2 and "metrics.json" in done.err and "p.jsonl" in done.err, "one metrics.json in a folder"
     assert snapshot(tmp_path) == before
     assert score(model, data, path, "--overwrite").code == 0
-    assert len(lines(path)) == metrics_of(tmp_path)["n"] == len(USERS)
+    assert len(read_lines(path)) == metrics_of(tmp_path)["n"] == len(USERS)
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
@@ -401,12 +332,10 @@ def test_finished_evaluation_is_replaced_only_with_overwrite(model, data, tmp_pa
     [
         (b"\n\n", "synth_test.jsonl"),
         (b"{\n", ":2:"),
-        (b'{"messages": []}\n', ":2:"),
-        (b'"\xff"\n', ":2:"),
         (json.dumps(message_row("x " * 1500, "b")).encode(), ":2:"),
         (None, "synth_test.jsonl"),
     ],
-    ids=["blank", "not JSON", "no messages", "not UTF-8", "too long", "missing"],
+    ids=["blank", "not JSON", "too long", "missing"],
 )
 def test_bad_data_is_reported_and_loses_no_results(content, place, model, data, tmp_path):
     rows = tmp_path / "synth_test.jsonl"
@@ -423,7 +352,7 @@ def test_bad_data_is_reported_and_loses_no_results(content, place, model, data, 
 
 @pytest.mark.parametrize("kind", ["generate", "choose", "embed"])
 def test_examples_over_the_context_are_skipped_on_request(kind, model, tmp_path):
-    folder = changed_copy(model, tmp_path / "short", "config.json", max_position_embeddings=120)
+    folder = changed_copy(model, tmp_path / "short", config={"max_position_embeddings": 120})
     rows = [message_row(user, "B") for user in ("short?", "long " * 300)]
     data = write_rows(tmp_path / ("hellaswag_test.jsonl" if kind == "choose" else "synth_test.jsonl"), rows)
     flags = ["--model_name", folder, "--input_file", data, "--output_file", tmp_path / "out" / "p.jsonl"]
@@ -436,7 +365,7 @@ def test_examples_over_the_context_are_skipped_on_request(kind, model, tmp_path)
     assert (written["n"], written["skipped_examples"]) == (1, 1)
 
 
-@pytest.mark.parametrize("damage", ["cut", "headless", "no weights", "no tokenizer", "no template", "nowhere"])
+@pytest.mark.parametrize("damage", ["cut", "headless", "no tokenizer", "no template"])
 def test_broken_model_is_reported_and_loses_no_results(damage, data, finished, tmp_path):
     folder, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(finished[0], out)
@@ -446,12 +375,11 @@ def test_broken_model_is_reported_and_loses_no_results(damage, data, finished, t
     elif damage == "headless":
         rest = {k: v for k, v in weights(MODEL).items() if k != "lm_head.weight"}
         save_file(rest, folder / "model.safetensors", {"format": "pt"})
-    names = {"no weights": ["model.safetensors"], "no tokenizer": ["tokenizer.json", "tokenizer_config.json"],
-             "no template": ["chat_template.jinja"]}.get(damage, [])  # fmt: skip
-    for name in names:
-        (folder / name).unlink()
-    if damage == "nowhere":
-        shutil.rmtree(folder)
+    elif damage == "no tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    else:
+        (folder / "chat_template.jinja").unlink()
     before = snapshot(out)
     done = score(folder, data, out / "p.jsonl", "--overwrite")
     assert done.code == 2 and str(folder) in done.err and "Traceback" not in done.err
@@ -470,41 +398,33 @@ def test_model_that_does_not_exist_is_refused_by_flag(flag, model, data, tmp_pat
     check_name("gpt2")  # a hub name even beside runs
 
 
-WRONG_FLAGS = {
-    "all at once": (
-        {"model_name": "m", "score_only": "p", "batch_size": 0, "max_new_tokens": 0, "max_examples": -1,
-         "nosplit_data": True, "process_split": "test", "task": "nothing", "split_tune_untune": True},
-        ["--score_only", "--batch_size 0", "--max_new_tokens 0", "--max_examples -1", "--nosplit_data",
-         "--task nothing", "--original_model_name"],
-    ),
-    "nothing": ({"input_file": None, "test_size": 0.5, "split_seed": 3},
-                ["--input_file", "--model_name", "--test_size, --split_seed"]),
-    "no output": ({"model_name": str(MODEL)}, ["--output_file"]),
-    "sizes": ({"batch_size": 3, "tokens_per_batch": -1}, ["--batch_size", "--tokens_per_batch -1"]),
-    "needs a model": ({"score_only": "p", "plain": True, "dtype": "float32"}, ["--plain, --dtype"]),
-    "bits": ({"load_in_8bit": True, "load_in_4bit": True}, ["--load_in_8bit and --load_in_4bit"]),
-    "fields": ({"text_field": "a", "system": "b"}, ["--code_field"]),
-    "embeddings": ({"embedding_layer": 1, "t_sne_type": "paraphrase"}, ["--embedding_layer", "--t_sne_type"]),
-    "export": ({"model_name": str(MODEL), "export_embeddings": "e", "output_file": "o"}, ["--output_file"]),
-    "same file": ({"model_name": str(MODEL), "similarity": True, "export_embeddings": "o", "output_file": "o"},
-                  ["--export_embeddings must"]),
-    "torchrun": ({"device_map": "auto", "score_only": "p", "similarity": True, "t_sne": True},
-                 ["--device_map, --score_only, --similarity, --t_sne: not under torchrun"]),
-    "generating": ({"model_name": str(MODEL), "similarity": True, "output_file": "o", "task": "text"},
-                   ["--task"]),
-    "databases": ({"score_only": "p", "spider_path": "x"}, ["--spider_path"]),
-    "metrics": ({"score_only": "p", "output_file": "a/metrics.json"}, ["--output_file a/metrics.json"]),
-    "input": ({"score_only": "p", "output_file": "./synth_test.jsonl"}, ["--output_file"]),
-}  # fmt: skip
+WRONG_FLAGS = [  # the settings besides the input file, the number of processes, and what the error mentions
+    ({"model_name": "m", "score_only": "p", "batch_size": 0, "max_new_tokens": 0, "max_examples": -1,
+      "nosplit_data": True, "process_split": "test", "task": "nothing", "split_tune_untune": True}, 1,
+     ["--score_only", "--batch_size 0", "--max_new_tokens 0", "--max_examples -1", "--nosplit_data", "--task nothing",
+      "--original_model_name"]),
+    ({"input_file": None, "test_size": 0.5, "split_seed": 3}, 1,
+     ["--input_file", "--model_name", "--test_size, --split_seed"]),
+    ({"model_name": str(MODEL)}, 1, ["--output_file"]),
+    ({"batch_size": 3, "tokens_per_batch": -1}, 1, ["--batch_size", "--tokens_per_batch -1"]),
+    ({"score_only": "p", "plain": True, "dtype": "float32"}, 1, ["--plain, --dtype"]),
+    ({"load_in_8bit": True, "load_in_4bit": True, "text_field": "a", "system": "b", "embedding_layer": 1}, 1,
+     ["--load_in_8bit and --load_in_4bit", "--code_field", "--embedding_layer"]),
+    ({"model_name": str(MODEL), "similarity": True, "export_embeddings": "o", "output_file": "o", "task": "text"}, 1,
+     ["--export_embeddings must", "--task"]),
+    ({"device_map": "auto", "score_only": "p", "similarity": True, "t_sne": True}, 2,
+     ["--device_map, --score_only, --similarity, --t_sne: not under torchrun"]),
+    ({"score_only": "p", "spider_path": "x", "output_file": "a/metrics.json"}, 1,
+     ["--spider_path", "--output_file a/metrics.json"]),
+    ({"score_only": "p", "output_file": "./synth_test.jsonl"}, 1, ["--output_file"]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WRONG_FLAGS)
-def test_wrong_flags_are_refused_together(case):
-    flags, expected = WRONG_FLAGS[case]
+@pytest.mark.parametrize(("flags", "processes", "mentioned"), WRONG_FLAGS)
+def test_wrong_flags_are_refused_together(flags, processes, mentioned):
     with pytest.raises(UsageError) as error:
-        processes = 2 if case == "torchrun" else 1
         check_evaluation_settings(EvaluationSettings(**{"input_file": "synth_test.jsonl"} | flags), processes)
-    assert [name for name in expected if name not in str(error.value)] == []
+    assert [name for name in mentioned if name not in str(error.value)] == []
 
 
 # ------------------------------------------------------------------------------------------------- run folders, splits
@@ -531,31 +451,13 @@ def test_run_is_evaluated_in_its_own_format(plain_run, data, tmp_path):
     done = call("evaluate", "--model_name", plain_run, *flags, "--plain")
     assert done.code == 0, done.err
     assert metrics_of(plain_run / "eval" / "synth")["n"] == 2
-    chat = changed_copy(plain_run, tmp_path / "chat", "args.json", plain=False)
+    chat = changed_copy(plain_run, tmp_path / "chat", args={"plain": False})
     done = call("evaluate", "--model_name", chat, *flags, "--plain")
     assert done.code == 2 and "--plain" in done.err
 
 
-def test_run_of_a_model_with_named_templates_keeps_them_and_refuses_text_of_special_tokens(data, tmp_path):
-    model = shutil.copytree(MODEL, tmp_path / "model")
-    (model / "additional_chat_templates").mkdir()
-    (model / "additional_chat_templates" / "rag.jinja").write_text("RAG {{ messages }}")
-    run = trained(tmp_path / "run", "--train_file", data, "--model_name", model)
-    named = AutoTokenizer.from_pretrained(run).chat_template
-    assert named == {"default": (model / "chat_template.jinja").read_text(), "rag": "RAG {{ messages }}"}
-    rows = [message_row("one", "1"), message_row("what does <|eot_id|> do", "end")]
-    test, flags = write_rows(tmp_path / "test.jsonl", rows), ("--task", "text", "--max_new_tokens", 2)
-    for script, done in (
-        ("evaluate", call("evaluate", "--model_name", run, "--input_file", test, *flags)),
-        ("finetune", call("finetune", "--model_name", run, "--train_file", test, "--dry_run", 2)),
-    ):
-        assert done.code == 2 and f"{test}:2: " in done.err and "<|eot_id|>" in done.err, script
-    done = call("evaluate", "--model_name", run, "--input_file", test, *flags, "--skip_bad_examples")
-    assert done.code == 0 and metrics_of(run / "eval" / "test")["skipped_examples"] == 1
-
-
 def test_unfinished_run_is_refused(plain_run, data, tmp_path):
-    folder = changed_copy(plain_run, tmp_path / "run", "run.json", status="interrupted")
+    folder = changed_copy(plain_run, tmp_path / "run", run={"status": "interrupted"})
     (folder / "config.json").unlink()  # it is saved at the end
     before = snapshot(folder)
     done = call("evaluate", "--model_name", folder, "--input_file", data, "--plain")
@@ -563,25 +465,13 @@ def test_unfinished_run_is_refused(plain_run, data, tmp_path):
     assert snapshot(folder) == before
 
 
-def test_adapter_and_merged_model_give_the_same_responses(data, tmp_path):
-    run = trained(tmp_path / "run", "--train_file", GOLDEN / "regex_rows.jsonl", "--lora", "--merge")
-    for name, folder in (("adapter", run), ("merged", run / "merged"), ("base", MODEL)):
-        assert score(folder, data, tmp_path / name / "p.jsonl").code == 0
-    responses = {
-        name: [r["prediction"] for r in lines(tmp_path / name / "p.jsonl")] for name in ("adapter", "merged", "base")
-    }
-    assert responses["adapter"] == responses["merged"] != responses["base"]
-
-
-@pytest.mark.parametrize("share, seed", [(0.2, 42), (0.5, 7)])
-def test_process_split_is_the_split_of_finetune(share, seed, regex_rows, tmp_path):
-    held_out = split_examples(read_examples(str(regex_rows), Problems()), share, seed)[1]
+def test_process_split_is_the_split_of_finetune(regex_rows, tmp_path):
+    held_out = split_examples(read_examples(str(regex_rows), Problems()), 0.5, 7)[1]
     given = gold_predictions(tmp_path / "p.jsonl", regex_rows, [e.id for e in held_out])
-    flags = ("--task", "synth", "--process_split", "test", "--test_size", share, "--split_seed", seed)
-    usual = (share, seed) == (finetune.Settings().eval_split, finetune.Settings().split_seed)  # the defaults
-    done = score_file(given, regex_rows, *(flags[:4] if usual else flags))
+    flags = ("--task", "synth", "--process_split", "test", "--test_size", 0.5, "--split_seed", 7)
+    done = score_file(given, regex_rows, *flags)
     assert done.code == 0, done.err
-    assert (metrics_of(tmp_path)["n"], metrics_of(tmp_path)["exact"]) == (120 * share, 1)
+    assert (metrics_of(tmp_path)["n"], metrics_of(tmp_path)["exact"]) == (60, 1)
     assert score_file(given, regex_rows, *flags, "--process_split", "train", "--overwrite").code == 2
 
 
@@ -600,20 +490,20 @@ def test_file_split_for_training_needs_a_part_or_consent(tmp_path):
 
 def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, finished, tmp_path, monkeypatch):
     assert score(MODEL, data, tmp_path / "golden" / "p.jsonl").code == 0
-    rows, responses = lines(data), lines(tmp_path / "golden" / "p.jsonl")
+    rows, responses = read_lines(data), read_lines(tmp_path / "golden" / "p.jsonl")
     for i in (2, 5, 8):  # examples that the model gets wrong
         rows[i]["messages"][2]["content"] = responses[i]["prediction"]
     data = write_rows(tmp_path / "synth_test.jsonl", rows)
     out, flags = tmp_path / "out", ("--split_tune_untune", "--original_model_name", MODEL)
     interrupted(model, data, out / "p.jsonl", monkeypatch, 5, *flags)  # four batches each
-    assert len(lines(out / "untuned" / "p.jsonl")) == 3
+    assert len(read_lines(out / "untuned" / "p.jsonl")) == 3
     with monkeypatch.context() as patch:
         sizes = watch_batches(patch)
         done = score(model, data, out / "p.jsonl", *flags)
     assert done.code == 0 and sum(sizes) == len(USERS) - 3, done.err
-    metrics, tuned, untuned = metrics_of(out), lines(out / "p.jsonl"), lines(out / "untuned" / "p.jsonl")
+    metrics, tuned, untuned = metrics_of(out), read_lines(out / "p.jsonl"), read_lines(out / "untuned" / "p.jsonl")
     assert [row["prediction"] for row in untuned] == [row["prediction"] for row in responses]
-    assert [row["prediction"] for row in tuned] == [row["prediction"] for row in lines(finished[0] / "p.jsonl")]
+    assert [row["prediction"] for row in tuned] == [row["prediction"] for row in read_lines(finished[0] / "p.jsonl")]
     right = {row["id"] for row in untuned if row["exact"]}
     assert {3, 6, 9} <= right and len(right) < len(USERS) and metrics["untuned"]["exact"] == len(right) / len(USERS)
     assert metrics["untuned"]["retrieval"] == metrics["retrieval"], "models that differ in their stop token only"
@@ -626,15 +516,9 @@ def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, fini
 
 def test_checkpoint_is_evaluated_as_its_run(data, tmp_path, monkeypatch):
     rows = write_rows(tmp_path / "synth_train.jsonl", [message_row(f"q{i}", f"a{i}") for i in range(10)])
-    flags = ("--plain", "--data_file", rows, "--predictors", 2)
-    run = trained(tmp_path / "run", *flags, "--save_strategy", "steps", "--save_steps", 1)
-    checkpoint = run / "checkpoint-1"
-    if not checkpoint.exists():  # a finished run may keep only its model
-        shutil.copytree(run, tmp_path / "copy")
-        shutil.move(tmp_path / "copy", checkpoint)
-        for name in ("run.json", "args.json"):
-            (checkpoint / name).unlink()
-    results, figures = {}, {}
+    flags = ("--plain", "--data_file", rows, "--predictors", 2, "--save_strategy", "steps", "--keep_checkpoints")
+    run = trained(tmp_path / "run", *flags, "--save_steps", 1)
+    checkpoint, results = run / "checkpoint-1", []
     for folder in (run, checkpoint):
         done = score(folder, data, tmp_path / "no" / "p.jsonl")
         assert done.code == 2 and "--plain" in done.err
@@ -642,34 +526,19 @@ def test_checkpoint_is_evaluated_as_its_run(data, tmp_path, monkeypatch):
         assert done.code == 2 and "--process_split" in done.err
         out = tmp_path / folder.name
         assert score(folder, rows, out / "p.jsonl", "--plain", "--process_split", "test").code == 0
-        results[folder] = (out / "p.jsonl").read_text(), metrics_of(out)["notes"]
-        embed = (
-            "--model_name",
-            folder,
-            "--input_file",
-            data,
-            "--plain",
-            "--similarity",
-            "--output_file",
-            out / "s.json",
-        )
-        assert call("evaluate", *embed).code == 0
-        figures[folder] = json.loads((out / "s.json").read_text())["cosine"]
-    assert results[run] == results[checkpoint] and figures[run] == figures[checkpoint]
+        results.append([(out / "p.jsonl").read_text(), *(metrics_of(out)[name] for name in ("notes", "retrieval"))])
+    assert results[0] == results[1]
     record = json.loads((run / "run.json").read_text()) | {"status": "interrupted"}
     (run / "run.json").write_text(json.dumps(record))
     monkeypatch.chdir(checkpoint)  # the folder is known by whatever name
-    (checkpoint / "complete.json").write_text("{}")
     assert score(".", data, tmp_path / "here" / "p.jsonl", "--plain", "--max_examples", 1).code == 0
     assert score("..", data, tmp_path / "there" / "p.jsonl", "--plain").code == 2
 
 
-@pytest.mark.parametrize(
-    "flags", [("--train_file", "--val_fraction", 0.3), ("--data_file", "--eval_split", 0.3)], ids=str
-)
-def test_note_counts_the_examples_that_the_run_was_trained_on(flags, tmp_path, monkeypatch):
+def test_note_counts_the_examples_that_the_run_was_trained_on(tmp_path, monkeypatch):
     data = write_rows(tmp_path / "synth_train.jsonl", [message_row(f"q{i}", f"a{i}") for i in range(10)])
-    run = trained(tmp_path / "run", flags[0], data, *flags[1:], "--split_seed", 5, "--eval_strategy", "no")
+    flags = ("--train_file", data, "--val_fraction", 0.3, "--split_seed", 5, "--eval_strategy", "no")
+    run = trained(tmp_path / "run", *flags)
     held_out = [e.id for e in split_examples(read_examples(str(data), Problems()), 0.3, 5)[1]]
     notes = {}
     for name, extra in {"all": ["--nosplit_data"], "test": ["--process_split", "test"],
@@ -678,7 +547,7 @@ def test_note_counts_the_examples_that_the_run_was_trained_on(flags, tmp_path, m
         assert score(run, data, out / "p.jsonl", *extra).code == 0  # by the run's own split
         notes[name] = metrics_of(out)["notes"]
         if name == "test":
-            assert [row["id"] for row in lines(out / "p.jsonl")] == sorted(held_out)
+            assert [row["id"] for row in read_lines(out / "p.jsonl")] == sorted(held_out)
             assert (metrics_of(out)["settings"]["test_size"], metrics_of(out)["settings"]["split_seed"]) == (0.3, 5)
     assert notes["test"] == [] and "7 of these 10" in notes["all"][0] and "7 of these 7" in notes["train"][0]
     done = score(run, data, tmp_path / "other" / "p.jsonl", "--process_split", "test", "--test_size", 0.5)
@@ -691,47 +560,31 @@ def test_note_counts_the_examples_that_the_run_was_trained_on(flags, tmp_path, m
 # ------------------------------------------------------------------------------------- what is refused first, lengths
 
 
-@pytest.mark.parametrize("damage", ["no template", "no weights", "context", "other results"])
-def test_untuned_model_is_checked_before_the_tuned_one_generates(damage, model, data, finished, tmp_path):
-    base, out = tmp_path / "base", tmp_path / "out"
-    shutil.copytree(MODEL, base)
-    shutil.copytree(finished[0], out)
-    flags = ["--split_tune_untune", "--original_model_name", base]
-    if damage in ("no template", "no weights"):
-        (base / {"no template": "chat_template.jinja", "no weights": "model.safetensors"}[damage]).unlink()
-    if damage == "context":
-        config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 50}
-        (base / "config.json").write_text(json.dumps(config))
-    if damage == "other results":
-        out = tmp_path / "new"
-        (out / "untuned").mkdir(parents=True)
-        (out / "untuned" / "p.jsonl").write_text("")
-    else:
-        flags.append("--overwrite")
+def test_untuned_model_is_checked_before_the_tuned_one_generates(model, data, finished, tmp_path):
+    base = changed_copy(MODEL, tmp_path / "base", config={"max_position_embeddings": 50})
+    out = shutil.copytree(finished[0], tmp_path / "out")
     before = snapshot(out)
+    flags = ("--split_tune_untune", "--original_model_name", base, "--overwrite")
     done = score(model, data, out / "p.jsonl", *flags)
-    named = {"context": "synth_test.jsonl:", "other results": "untuned"}.get(damage, str(base))
-    assert done.code == 2 and named in done.err and "Traceback" not in done.err
+    assert done.code == 2 and "synth_test.jsonl:" in done.err and "Traceback" not in done.err
     assert snapshot(out) == before
 
 
-def test_places_that_no_file_can_be_written_to_are_refused_first(model, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flag", ["--output_file", "--export_embeddings"])
+def test_places_that_no_file_can_be_written_to_are_refused_first(flag, model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load", lambda *a: 1 / 0)
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder" / "metrics.json").mkdir(parents=True)
+    (tmp_path / "folder").mkdir()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "p.jsonl")
     os.mkfifo(tmp_path / "pipe")
-    places = ("file/p.jsonl", "folder", "folder/p.jsonl", "dangling", "pipe")
-    for place in (*(tmp_path / name for name in places), "/dev/stdout", "/dev/null", "/proc/self/fd/1"):
-        for flag in ("--output_file", "--export_embeddings"):
-            if (place, flag) != (tmp_path / "folder/p.jsonl", "--export_embeddings"):
-                done = call("evaluate", "--model_name", model, "--input_file", data, flag, place, "--overwrite")
-                assert done.code == 2 and str(place.parent if isinstance(place, Path) else place) in done.err, (
-                    place,
-                    flag,
-                )
-                assert done.err.count("\n") == 1
+    for place in (*(tmp_path / name for name in ("file/p.jsonl", "folder", "dangling", "pipe")), Path("/dev/stdout")):
+        done = call("evaluate", "--model_name", model, "--input_file", data, flag, place, "--overwrite")
+        assert done.code == 2 and str(place.parent) in done.err and done.err.count("\n") == 1, place
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+
+def test_input_that_is_no_file_is_refused(data, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
     for flag in ("--input_file", "--score_only"):
         files = {"--input_file": data, "--score_only": data} | {flag: tmp_path / "pipe"}
         done = call("evaluate", *(word for pair in files.items() for word in pair))
@@ -739,7 +592,7 @@ def test_places_that_no_file_can_be_written_to_are_refused_first(model, data, tm
 
 
 def test_default_length_fits_the_longest_answer_and_cut_responses_are_counted(finished, data, tmp_path):
-    rows = lines(data)
+    rows = read_lines(data)
     rows[0]["messages"][2]["content"] = "a word " * 200
     long = write_rows(tmp_path / "synth_test.jsonl", rows)
     done = call("evaluate", "--model_name", MODEL, "--input_file", long, "--output_file", tmp_path / "p.jsonl",
@@ -748,7 +601,7 @@ def test_default_length_fits_the_longest_answer_and_cut_responses_are_counted(fi
     tokenizer = evaluate.load(str(MODEL), EvaluationSettings())[1].renderer.tokenizer
     length = len(tokenizer("a word " * 200).input_ids)
     assert 128 < length < metrics_of(tmp_path)["settings"]["max_new_tokens"] < length + 128
-    metrics, predicted = metrics_of(finished[0]), lines(finished[0] / "p.jsonl")
+    metrics, predicted = metrics_of(finished[0]), read_lines(finished[0] / "p.jsonl")
     assert metrics["cut_at_limit"] == sum(row["stop_reason"] == "length" for row in predicted) > 0
     assert f"{metrics['cut_at_limit']} of {len(predicted)}" in finished[1].out
     assert generation.answer_limit(evaluate.load(str(MODEL), EvaluationSettings())[1].renderer, []) == 128

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import resource
@@ -21,6 +19,7 @@ from conftest import (
     column,
     dry_run,
     interrupted,
+    make_model,
     message_row,
     metrics,
     predictions,
@@ -30,7 +29,7 @@ from conftest import (
     weights,
     write_rows,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
 from llm_jepa import forward
@@ -38,65 +37,63 @@ from llm_jepa.files import read_json, sha256
 from llm_jepa.run_folder import complete_checkpoints
 
 MODEL = GOLDEN / "models" / "llama3"
-SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-
-
-def make_model(folder: Path, config: object = None, tokenizer: str = "chatml", **options: object) -> Path:
-    """A model folder with random parameters and a golden tokenizer; by default the golden model with `options`."""
-    source = GOLDEN / "models" / tokenizer
-    config = config or AutoConfig.from_pretrained(source, **options)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return folder
+SMALL = {"vocab_size": 531, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+         "num_attention_heads": 2}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> Path:
     """A model whose output layer is tied to its embeddings, as in small published models."""
-    return make_model(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
+    return make_model(tmp_path_factory.mktemp("tied"), "llama", **SMALL, tie_word_embeddings=True)
 
 
 # ------------------------------------------------------------------------------------------------------- objective
 
 
-def test_zero_weight_and_zero_ratio_equal_regular_bit_for_bit(trained):
-    regular, jepa = trained("--regular", "--max_steps", 3), trained(*JEPA, "--max_steps", 3)
-    zero = trained("--predictors", 2, "--lbd", 0, "--max_steps", 3)
-    for other in (zero, trained(*JEPA, "--jepa_ratio", 0, "--max_steps", 3)):
-        same_weights(regular, other)
-        for key in ("loss", "tokens"):
-            assert column(other, key) == column(regular, key)
-    assert not weights(jepa)["lm_head.weight"].equal(weights(regular)["lm_head.weight"])
+@pytest.mark.parametrize(
+    ("base", "zero"),
+    [
+        (("--regular",), ("--predictors", 2, "--lbd", 0)),
+        (("--regular",), (*JEPA, "--jepa_ratio", 0)),
+        (("--regular",), ("--lbd", 0, "--jepa_loss", "clip", "--negatives_queue", 8)),
+        (("--regular",), ("--lbd", 0, "--sigreg", 0.1)),
+        (("--regular",), ("--lbd", 0, "--shuffle_pairs", "--center", "--stop_gradient", "text")),
+        (("--regular",), ("--regular", "--nitp", "--nitp_lbd", 0, "--stp", "patch", "--stp_lbd", 0)),
+        (JEPA, (*JEPA, "--stp", "patch", "--stp_lbd", 0)),
+    ],
+)
+def test_zero_weight_or_ratio_changes_nothing_bit_for_bit(trained, base, zero):
+    usual, other = (trained(*flags, "--max_steps", 3) for flags in (base, zero))
+    same_weights(usual, other)
+    assert metrics(other)[0].keys() == metrics(usual)[0].keys()
+    for key in ("loss", "tokens"):
+        assert column(other, key) == column(usual, key)
 
 
-def test_zero_weight_equals_regular_bit_for_bit_with_lora_and_tied_embeddings(trained, tied):
+def test_zero_weight_changes_nothing_with_lora_and_tied_embeddings(trained, tied):
     flags = ("--lora", "--max_steps", 2)
     regular, zero = (trained(*flags, *arm, model=tied) for arm in (("--regular",), ("--predictors", 2, "--lbd", 0)))
     same_weights(regular, zero)
-    assert column(regular, "loss") == column(zero, "loss")
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--regular",),
-        JEPA,
-        (*JEPA, "--jepa_ratio", 0.5, "--stp", "geodesic", "--stp_lbd", 0.5, "--stp_spans", 2),
+        (*JEPA, "--jepa_ratio", 0.5, "--stp", "geodesic", "--stp_lbd", 0.5, "--stp_spans", 2, "--nitp"),
+        (*JEPA, "--sigreg", 0.3, "--nitp", "--nitp_layer", 1),
     ],
-    ids=["regular", "jepa", "jepa-dropout-stp"],
+    ids=["dropout-stp-nitp", "sigreg-nitp"],
 )
-def test_micro_batch_size_and_accumulation_change_nothing(trained, flags):
-    one, *others = (
-        trained(*flags, "--max_steps", 3, "--batch_size", b, "--grad_accum", a) for b, a in ((8, 1), (4, 2), (1, 8))
-    )
-    for other in others:
-        same_weights(one, other, rtol=1e-3, atol=2e-5)
-        for x, y in zip(metrics(one), metrics(other), strict=True):
-            for key in ("loss", "lm_loss", "stp_loss"):
-                assert x.get(key, 0) == pytest.approx(y.get(key, 0), rel=1e-5)
-            assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
-            assert [x.get(k) for k in ("tokens", "pairs", "spans")] == [y.get(k) for k in ("tokens", "pairs", "spans")]
+@pytest.mark.parametrize(("source", "size"), [((), (4, 2)), ((), (1, 8)), (("--streaming",), (2, 4))])
+def test_micro_batch_size_and_accumulation_change_nothing(trained, flags, source, size):
+    flags = (*flags, *source, "--max_steps", 3)
+    one, other = (trained(*flags, "--batch_size", b, "--grad_accum", a) for b, a in ((8, 1), size))
+    same_weights(one, other, rtol=1e-3, atol=5e-5)
+    for key in ("loss", "lm_loss", "jepa_loss", "sigreg_loss", "nitp_loss", "stp_loss", "grad_norm", "nitp_cosine"):
+        assert column(other, key) == pytest.approx(column(one, key), rel=1e-4), key
+    for key in ("tokens", "pairs", "spans", "next_tokens"):
+        assert column(other, key) == column(one, key)
+    assert column(one, "nitp_loss") and column(one, "next_tokens")
 
 
 def test_short_last_step_is_normalized_by_its_own_counts(tmp_path):
@@ -108,19 +105,6 @@ def test_short_last_step_is_normalized_by_its_own_counts(tmp_path):
     assert sorted(spans[:2]) in ([1, 8], [2, 7]) and sum(spans) == 18
     for m in metrics(run):
         assert m["loss"] == pytest.approx(m["lm_loss"] + m["jepa_loss"] + m["stp_loss"], rel=1e-5)
-
-
-def test_each_epoch_has_every_example_once_in_another_order(tmp_path):
-    data = write_rows(tmp_path / "growing.jsonl", [message_row("a", "b " * (1 + i)) for i in range(16)])
-    labels = column(train(data, tmp_path / "run", "--regular", "--num_epochs", 2), "label_tokens")
-    assert sum(labels[:2]) == sum(labels[2:]) and labels[:2] != labels[2:]
-
-
-def test_logged_loss_is_the_formula(trained):
-    for m in metrics(trained(*JEPA, "--gamma", 0.5, "--lbd", 2, "--max_steps", 2)):
-        assert m["loss"] == pytest.approx(0.5 * m["lm_loss"] + 2 * m["jepa_loss"], rel=1e-5)
-        assert m["jepa_loss"] == pytest.approx(1 - m["cosine"], abs=1e-5)
-        assert {"effective_rank", "tokens", "padding", "pairs", "grad_norm", "learning_rate"} <= m.keys()
 
 
 @pytest.mark.parametrize("flags", [(), ("--reference_grad_scale",), ("--lora",)], ids=str)
@@ -148,13 +132,12 @@ def test_mean_of_nothing_is_not_logged(tmp_path):
     assert (got["pairs"], got["jepa_loss"], got["stp_loss"]) == (0, None, None)
 
 
-@pytest.mark.parametrize("flags", [("--logging_steps", 3), ("--logging_steps", 100)], ids=str)
-def test_lines_add_up_to_the_run_also_at_a_resume(data, trained, tmp_path, flags):
+def test_lines_add_up_to_the_run_also_at_a_resume(data, trained, tmp_path):
     """7 steps, checkpoints after 2, 4, 6."""
-    flags = (*JEPA, "--max_steps", 7, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, *flags)
+    flags = (*JEPA, "--max_steps", 7, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9)
+    every, flags = trained(*flags), (*flags, "--logging_steps", 3)
     straight = trained(*flags)
     run = train(data, interrupted(straight, 4, tmp_path / "run"), *flags, "--resume")
-    every = trained(*flags[:-2])
     for key in ("tokens", "pairs", "label_tokens"):
         assert sum(column(straight, key)) == sum(column(every, key)) and column(run, key) == column(straight, key)
     record = read_json(run / "run.json")
@@ -180,12 +163,10 @@ SAVED = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--sav
 @pytest.mark.parametrize(
     ("flags", "step"),
     [
-        (JEPA, 4),
         (JEPA, 6),  # interrupted between the last checkpoint and the final model
-        ((*JEPA, "--lora", "--lora_dropout", 0.3, "--jepa_ratio", 0.5), 4),
-        (("--regular", "--stp", "patch", "--stp_warmup", 0.9), 2),
+        ((*JEPA, "--lora", "--lora_dropout", 0.3, "--jepa_ratio", 0.5, "--stp", "patch", "--stp_warmup", 0.9), 2),
     ],
-    ids=["full", "last-step", "dropout", "stp"],
+    ids=["last-step", "dropout-stp"],
 )
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(data, trained, tmp_path, flags, step):
     straight = trained(*flags, *SAVED)
@@ -262,51 +243,28 @@ def test_finished_run_keeps_only_model_and_records(data, trained, tmp_path, monk
     assert run.is_symlink() and len(complete_checkpoints(tmp_path / "target")) == 3
 
 
-def too_large(trainer, folder, save):
-    """Saves under a limit on the size of files."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        save(trainer, folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def disk_full(trainer, folder, save):
-    """Saves the optimizer's state to a device that is full."""
-    (Path(folder) / "optimizer.pt").symlink_to("/dev/full")
-    save(trainer, folder)
-
-
-def no_quota(trainer, folder, save):
-    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-
-
-@pytest.mark.parametrize(
-    ("method", "failing"),
-    [("_save", too_large), ("_save_optimizer_and_scheduler", disk_full), ("_save_rng_state", no_quota)],
-)
-def test_refused_write_is_one_line_and_leaves_the_last_checkpoint(
-    data, trained, tmp_path, monkeypatch, method, failing
-):
-    run, real = tmp_path / "run", getattr(finetune.JepaTrainer, method)
+def test_refused_write_is_one_line_and_leaves_the_last_checkpoint(data, trained, tmp_path, monkeypatch):
+    run, real = tmp_path / "run", finetune.JepaTrainer._save
 
     def save(self, folder, *args, **kwargs):
+        """Under a limit on the size of files."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if "checkpoint-4" in str(folder):
-            failing(self, folder, real)
-        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
             real(self, folder, *args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.JepaTrainer, method, save)
+        patch.setattr(finetune.JepaTrainer, "_save", save)
         done = start(data, run, *JEPA, *SAVED)
     last = done.err.splitlines()[-1]
     assert done.code == 1 and str(run) in last and "Traceback" not in done.err, done.err
     assert read_json(run / "run.json")["status"] == "failed"
     assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
-    if failing is too_large:
-        assert call("finetune", "--resume", run).code == 0
-        same_weights(trained(*JEPA, *SAVED), run)
+    assert call("finetune", "--resume", run).code == 0
+    same_weights(trained(*JEPA, *SAVED), run)
 
 
 @pytest.mark.parametrize("bad", ["a file", "below a file", "a dangling link"])
@@ -324,7 +282,7 @@ def test_folder_that_cannot_be_made_is_refused_at_once(data, tmp_path, bad):
 # ------------------------------------------------------------------------------------------------- kinds of models
 
 
-@pytest.mark.parametrize("model", ["llama3", "google_gemma", "tied"])
+@pytest.mark.parametrize("model", ["google_gemma", "tied"])
 def test_adapter_trains_predictor_tokens_and_merges_to_the_same_model(data, trained, tied, tmp_path, model):
     base = tied if model == "tied" else GOLDEN / "models" / model
     run = trained(*JEPA, "--lora", "--lora_rank", 4, "--merge", "--max_steps", 3, model=base)
@@ -351,21 +309,18 @@ def test_plain_adapter_trains_exactly_the_added_tokens(trained, tmp_path):
 
 
 def test_adapter_of_a_phi_model_reaches_joined_projections_but_no_output_layer_with_bias(data, trained, tmp_path):
-    from transformers import Phi3Config, PhiConfig
-
-    joined = Phi3Config(vocab_size=531, num_hidden_layers=1, num_key_value_heads=2, pad_token_id=10, **SMALL)
-    run = trained(*JEPA, "--lora", "--max_steps", 1, model=make_model(tmp_path / "joined", joined))
+    joined = make_model(tmp_path / "joined", "phi3", num_key_value_heads=2, pad_token_id=10, **SMALL)
+    run = trained(*JEPA, "--lora", "--max_steps", 1, model=joined)
     names = " ".join(weights(run, "adapter_model.safetensors"))
     assert all(part in names for part in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"))
-    biased = make_model(tmp_path / "biased", PhiConfig(vocab_size=531, num_hidden_layers=1, **SMALL))
+    biased = make_model(tmp_path / "biased", "phi", **SMALL)
     done = start(data, tmp_path / "run", "--lora", "--plain", *JEPA, model=biased)
     assert done.code == 2 and "--lora" in done.err and "--plain" in done.err
     train(data, tmp_path / "run", "--lora", *JEPA, "--max_steps", 1, model=biased)
 
 
-@pytest.mark.parametrize("flags", [(), ("--trainall",)], ids=["chat", "text"])
-def test_plain_runs_train_and_evaluate(trained, tmp_path, flags):
-    run = trained("--plain", *flags, "--lbd", 1, "--max_steps", 2)
+def test_plain_runs_train_and_evaluate(trained, tmp_path):
+    run = trained("--plain", "--trainall", "--lbd", 1, "--max_steps", 2)
     test = write_rows(tmp_path / "words_test.jsonl", EXAMPLES[:3])
     assert len(predictions(run, test, tmp_path / "out", "--plain", "--statswith")) == 3
     assert read_json(tmp_path / "out" / "metrics.json")["score"] == "startswith"
@@ -385,28 +340,13 @@ def test_generation_config_is_corrected_or_refused_before_training(data, tmp_pat
 
 
 def test_model_with_state_along_the_row_is_refused_unless_separate(data, tmp_path):
-    from transformers import MambaConfig
-
-    config = MambaConfig(vocab_size=531, hidden_size=16, state_size=4, num_hidden_layers=1, pad_token_id=10)
-    mamba = make_model(tmp_path / "mamba", config)
+    sizes = {"vocab_size": 531, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "pad_token_id": 10}
+    mamba = make_model(tmp_path / "mamba", "mamba", **sizes)
     for flags in (JEPA, ("--regular",)):
         done = start(data, tmp_path / "run", "--max_steps", 1, *flags, model=mamba)
         assert done.code == 2 and "--layout separate" in done.err and not (tmp_path / "run").exists()
     assert call("finetune", "--train_file", data, "--model_name", mamba, "--dry_run", 3, *JEPA).code == 2
     train(data, tmp_path / "run", *JEPA, "--max_steps", 1, "--layout", "separate", model=mamba)
-
-
-def test_dense_mask_is_refused_for_a_model_with_a_sliding_window(data, tmp_path):
-    from transformers import MistralConfig
-
-    config = MistralConfig(vocab_size=531, num_hidden_layers=2, num_key_value_heads=1, sliding_window=8,
-                           pad_token_id=10, **SMALL)  # fmt: skip
-    flags = ("--train_file", data, "--model_name", make_model(tmp_path / "model", config), "--dry_run", 4, *JEPA)
-    done = call("finetune", *flags, "--additive_mask")
-    assert done.code == 2 and "--layout additive" in done.err
-    packed, separate = dry_run(*flags), dry_run(*flags, "--layout", "separate")
-    for key in ("lm_loss", "jepa_loss", "grad_norm"):
-        assert packed[key] == pytest.approx(separate[key], rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- held-out examples
@@ -433,22 +373,20 @@ def test_held_out_loss_is_that_of_one_batch_without_dropout_and_warmup(data, tra
     assert {"stp_loss", "eval_stp_loss"} <= read_json(run / "run.json")["final"].keys()
 
 
+SEPARATE = ("--layout", "separate", "--batch_size", 2, "--grad_accum", 2)
+
+
 @pytest.mark.parametrize(
     ("flags", "regular"),
-    [
-        ((), ()),
-        (("--layout", "separate", "--jepa_ratio", 0.4), ("--layout", "separate")),
-        (("--nitp", "--stp", "patch"), ()),
-        (("--sigreg", 0.05, "--batch_size", 2, "--grad_accum", 2), ("--batch_size", 2, "--grad_accum", 2)),
-    ],
-    ids=["packed", "separate-dropout", "nitp-stp", "sigreg"],
+    [(("--nitp", "--stp", "patch"), ()), ((*SEPARATE, "--sigreg", 0.05, "--jepa_ratio", 0.4), SEPARATE)],
+    ids=["nitp-stp", "sigreg-dropout"],
 )
 def test_same_flop_spends_the_flops_of_regular_fine_tuning(trained, flags, regular):
-    common = ("--batch_size", 4, "--grad_accum", 1, "--num_epochs", 6, "--track_flop")
+    common = ("--batch_size", 4, "--grad_accum", 1, "--num_epochs", 3, "--track_flop")
     one, same = (trained(*JEPA, *common, *flags, *more) for more in ((), ("--same_flop",)))
     flops = [column(run, "flops")[-1] for run in (one, same, trained("--regular", *common, *regular))]
     assert flops[0] > 1.15 * flops[2] and flops[1] == pytest.approx(flops[2], rel=0.08)
-    assert read_json(same / "run.json")["steps"] == len(metrics(same)) < len(metrics(one)) == 36
+    assert read_json(same / "run.json")["steps"] == len(metrics(same)) < len(metrics(one)) == 18
 
 
 @pytest.mark.parametrize("scope", ["answer", "reference"])
@@ -474,9 +412,9 @@ def test_memorized_answer_stops_only_if_the_end_of_turn_is_a_label(tmp_path, sco
 
 
 def test_run_and_evaluation_work_without_linux_only_calls(data, tmp_path, monkeypatch):
-    """macOS has none of these, and on other systems a file system or the system itself may have no locks."""
+    """macOS has none of these."""
     names = {os: "sched_getaffinity sched_setaffinity posix_fadvise posix_fallocate memfd_create copy_file_range "
-                 "splice process_cpu_count O_DIRECT", resource: "prlimit", select: "epoll", fcntl: "flock"}  # fmt: skip
+                 "splice process_cpu_count O_DIRECT", resource: "prlimit", select: "epoll"}  # fmt: skip
     for module, unavailable in names.items():
         for name in unavailable.split():
             monkeypatch.delattr(module, name, raising=False)
@@ -513,8 +451,7 @@ def test_existing_folder_is_kept_unless_overwritten(data, tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient norm"])
-@pytest.mark.parametrize("norm", [1, 0], ids=["clipped", "unclipped"])
+@pytest.mark.parametrize(("what", "norm"), [("loss", 1), ("gradient norm", 0)])
 def test_step_that_is_not_finite_stops_training(data, tmp_path, monkeypatch, what, norm):
     real, calls = forward.lm_loss, []
 
@@ -536,11 +473,9 @@ def test_step_that_is_not_finite_stops_training(data, tmp_path, monkeypatch, wha
 
 
 def test_example_longer_than_the_context_is_reported(tmp_path):
-    from transformers import GPT2Config
-
-    config = GPT2Config(vocab_size=531, n_positions=96, n_embd=16, n_layer=1, n_head=2)
+    gpt2 = make_model(tmp_path / "gpt2", "gpt2", vocab_size=531, n_positions=96, n_embd=16, n_layer=1, n_head=2)
     data = write_rows(tmp_path / "data.jsonl", [*EXAMPLES[:4], message_row("long " * 60, "x")])
-    done = start(data, tmp_path / "run", *JEPA, model=make_model(tmp_path / "gpt2", config))
+    done = start(data, tmp_path / "run", *JEPA, model=gpt2)
     assert done.code == 2 and f"{data}:5: " in done.err and "--max_length 96" in done.err
     assert not (tmp_path / "run").exists()
 
@@ -555,36 +490,24 @@ def test_dry_run_prints_one_object_and_writes_nothing(data, tmp_path, monkeypatc
     assert row["total_loss"] == pytest.approx(row["lm_loss"] + 0.1 * row["jepa_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("flag", "tolerance"), [("--gradient_checkpointing", 1e-5), ("--dtype=bfloat16", 0.05)], ids=["memory", "bf16"]
-)
-def test_memory_and_precision_flags_change_little(trained, flag, tolerance):
-    float32, other = (trained(*JEPA, "--max_steps", 3, *more) for more in ((), (flag,)))
-    assert column(other, "loss") == pytest.approx(column(float32, "loss"), rel=tolerance)
-    assert ("bfloat16" in flag) == (column(float32, "loss")[0] != column(other, "loss")[0])
+def test_bfloat16_changes_little(trained):
+    float32, other = (trained(*JEPA, "--max_steps", 3, *more) for more in ((), ("--dtype", "bfloat16")))
+    assert column(float32, "loss") != column(other, "loss") == pytest.approx(column(float32, "loss"), rel=0.05)
     assert weights(other)["lm_head.weight"].dtype == torch.float32
 
 
 # ----------------------------------------------------------------------------------------------------- usage errors
 
-BAD_LINES = {
-    "not JSON": b'{"messages": [',
-    "no messages": b'{"text": "a"}',
-    "too long": json.dumps(message_row("a", "b " * 600)).encode(),
-}
 
-
-@pytest.mark.parametrize("bad", BAD_LINES)
-def test_bad_line_is_reported_by_file_and_line_or_skipped_and_counted(tmp_path, bad):
-    data = write_rows(tmp_path / "data.jsonl", EXAMPLES[:3])
-    data.write_bytes(data.read_bytes() + BAD_LINES[bad] + b"\n")
+def test_bad_line_is_reported_by_file_and_line_or_skipped_and_counted(tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", [*EXAMPLES[:3], message_row("a", "b " * 600)])
     done = start(data, tmp_path / "run", "--regular", "--max_steps", 1)
     assert done.code == 2 and f"{data}:4" in done.err and not (tmp_path / "run").exists()
     run = train(data, tmp_path / "run", "--regular", "--max_steps", 1, "--skip_bad_examples")
     assert read_json(run / "run.json")["skipped_examples"] == 1
 
 
-REFUSED = ("--lr_scheduler_type cosine_with_min_lr", "--stp patch --stp_layer 3", "--stp patch --stp_layer -4")
+REFUSED = ("--lr_scheduler_type cosine_with_min_lr", "--stp patch --stp_layer 3", "--nitp --nitp_layer -4")
 
 
 @pytest.mark.parametrize("flags", REFUSED)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import GOLDEN, MODELS
+from conftest import GOLDEN, MODELS, changed_copy, half_token, random_model
 
 import evaluate
 from llm_jepa.cli import UsageError
@@ -22,83 +20,32 @@ from llm_jepa.evaluation.settings import EvaluationSettings
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
-KINDS = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA_LIKE),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", LLAMA_LIKE | {"head_dim": 8}),
-    "sliding_window": ("MistralForCausalLM", "MistralConfig", LLAMA_LIKE | {"sliding_window": 6}),
-    "learned_positions": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}),
-    "alibi_by_mask": ("BloomForCausalLM", "BloomConfig", SMALL | {"n_head": 4, "n_layer": 2}),
-    "alibi_by_entry": (
-        "MptForCausalLM",
-        "MptConfig",
-        {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
-    ),
-    "recurrent": ("MambaForCausalLM", "MambaConfig", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}),
-    "recurrent_without_mask": (
-        "RwkvForCausalLM",
-        "RwkvConfig",
-        {
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "attention_hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-        },
-    ),
-    "no_cache": (
-        "OpenAIGPTLMHeadModel",
-        "OpenAIGPTConfig",
-        {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    ),
-    "own_cache": (
-        "MiniMaxForCausalLM",
-        "MiniMaxConfig",
-        LLAMA_LIKE
-        | {
-            "head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
-            "num_local_experts": 2,
-            "block_size": 8,
-        },
-    ),
-    "positions_by_entry": (
-        "BartForCausalLM",
-        "BartConfig",
-        {
-            "vocab_size": 97,
-            "d_model": 32,
-            "decoder_layers": 2,
-            "decoder_attention_heads": 4,
-            "decoder_ffn_dim": 48,
-            "max_position_embeddings": 128,
-            "pad_token_id": 0,
-        },
-    ),
-    "one_token_at_a_time": (
-        "ProphetNetForCausalLM",
-        "ProphetNetConfig",
-        {
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "decoder_ffn_dim": 48,
-            "num_decoder_layers": 2,
-            "num_decoder_attention_heads": 4,
-            "max_position_embeddings": 128,
-            "ngram": 2,
-        },
-    ),
-}
-ONE_AT_A_TIME = ("recurrent_without_mask", "own_cache", "positions_by_entry", "one_token_at_a_time")
-NO_PREFIX = (*ONE_AT_A_TIME, "sliding_window", "alibi_by_entry", "recurrent", "no_cache")  # fmt: skip
+KINDS = {  # by model_type
+    "llama": LLAMA_LIKE,
+    "mistral": LLAMA_LIKE | {"sliding_window": 6},
+    "gpt2": {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4},  # learned positions
+    "bloom": SMALL | {"n_head": 4, "n_layer": 2},  # ALiBi by the mask
+    "mpt": {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},  # ALiBi by the entry
+    "mamba": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2},
+    "rwkv": {"vocab_size": 97, "hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48,
+             "num_hidden_layers": 2},
+    "openai-gpt": {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},  # no cache
+    "minimax": LLAMA_LIKE | {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+                             "num_local_experts": 2, "block_size": 8},  # a cache of its own
+    "bart": {"vocab_size": 97, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+             "max_position_embeddings": 128, "pad_token_id": 0},  # positions by the entry
+    "prophetnet": {"vocab_size": 97, "hidden_size": 32, "decoder_ffn_dim": 48, "num_decoder_layers": 2,
+                   "num_decoder_attention_heads": 4, "max_position_embeddings": 128, "ngram": 2},
+}  # fmt: skip
+ONE_AT_A_TIME = ("rwkv", "minimax", "bart", "prophetnet")
+NO_PREFIX = (*ONE_AT_A_TIME, "mistral", "mpt", "mamba", "openai-gpt")
 PAD, PREFIX, STOPS = 0, [11, 12, 13, 14, 15, 16], [7, *range(40, 46)]
 
 
 @cache
 def build(kind: str) -> torch.nn.Module:
     """A random model whose responses differ in length."""
-    model, config, options = KINDS[kind]
-    torch.manual_seed(0)
-    built = getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+    built = random_model(kind, **KINDS[kind]).eval()
     with torch.no_grad():  # with small parameters every response repeats one token
         for parameter in built.parameters():
             if parameter.ndim == 2:
@@ -137,9 +84,8 @@ def in_batches(model: torch.nn.Module, prompts: list[list[int]], steps: int, bat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("first_round", [1, 8])
-def test_batch_rounds_and_prefix_change_no_tokens(kind, first_round, monkeypatch):
-    monkeypatch.setattr(generation, "FIRST_ROUND", first_round)
+def test_batch_rounds_and_prefix_change_no_tokens(kind, monkeypatch):
+    monkeypatch.setattr(generation, "FIRST_ROUND", 4)
     model, prompts = build(kind), random_prompts(6)
     want = [one_by_one(model, p, 24, STOPS) for p in prompts]
     assert in_batches(model, prompts, 24) == want
@@ -161,7 +107,7 @@ def test_plan_leaves_out_what_changes_outputs(kind):
 
 def test_equal_lengths_are_batched_only_if_rows_do_not_mix():
     prompts = [[*PREFIX, n, 30] for n in range(20, 25)]  # a batch of RWKV is wrong from the second token on
-    for kind in ("recurrent_without_mask", "llama"):
+    for kind in ("rwkv", "llama"):
         assert in_batches(build(kind), prompts, 12) == [one_by_one(build(kind), p, 12, STOPS) for p in prompts]
 
 
@@ -277,15 +223,6 @@ def generated(folder: Path, batch_size: int, steps: int = STEPS, examples=EXAMPL
     return [found[e.id] for e in examples]
 
 
-def changed_copy(source: Path, target: Path, **changes: dict) -> Path:
-    """A copy of a model folder with changes to its JSON files, by their names without ending."""
-    shutil.copytree(source, target)
-    for name, values in changes.items():
-        path = target / f"{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    return target
-
-
 @pytest.fixture(scope="module")
 def stopping(tmp_path_factory):
     """Golden models by name with a second stop token, which ends about half of their responses; their stop tokens."""
@@ -295,15 +232,14 @@ def stopping(tmp_path_factory):
         model, renderer = load(golden)
         turn = end_of_turn(renderer)
         said = [one_by_one(model, prompt, STEPS, [turn]) for prompt in prompts_of(golden, EXAMPLES)]
-        counts = {t: sum(t in tokens for tokens in said) for tokens in said for t in tokens if t != turn}
-        stop = min(counts, key=lambda t: (abs(2 * counts[t] - len(said)), t))
+        stop = half_token(said, turn)
         config = {"eos_token_id": [turn, stop]}
         folder = changed_copy(golden, tmp_path_factory.mktemp("models") / name, generation_config=config)
         folders[name] = folder, {turn, stop, renderer.tokenizer.eos_token_id}
     return folders
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_responses_equal_those_of_one_prompt_without_cache(name, batch_size, stopping):
     folder, stops = stopping[name]
@@ -335,10 +271,8 @@ def test_response_ends_at_the_context_length(max_new_tokens, stopping, tmp_path)
 @pytest.mark.parametrize(
     "config",
     [
-        {"repetition_penalty": 5.0},
         {"do_sample": True, "temperature": 5.0, "top_k": 50, "top_p": 0.9, "num_return_sequences": 2},
-        {"num_beams": 3},
-        {"suppress_tokens": list(range(100, 400)), "no_repeat_ngram_size": 1},
+        {"num_beams": 3, "repetition_penalty": 5.0, "suppress_tokens": list(range(100, 400))},
         {"min_new_tokens": STEPS, "max_length": 3, "max_new_tokens": 2},
     ],
     ids=lambda config: next(iter(config)),
@@ -347,27 +281,6 @@ def test_generation_config_of_a_model_does_not_change_greedy_responses(config, s
     folder, _ = stopping["llama3"]
     odd = changed_copy(folder, tmp_path / "odd", generation_config=config)
     assert generated(odd, 4) == generated(folder, 4)
-
-
-PROMPTS = {
-    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe short.<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nthe question<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "chatml": "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nthe question<|im_end|>\n"
-    "<|im_start|>assistant\n",
-    # Gemma's template refuses a system turn.
-    "google_gemma": "<bos><start_of_turn>user\nBe short.\n\nthe question<end_of_turn>\n<start_of_turn>model\n",
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_prompt_is_the_chat_up_to_the_answer(name):
-    model, renderer = load(GOLDEN / "models" / name)
-    example = Example("Be short.", "the question", "secret", "data:1", 1)
-    (ids,) = prompts_of(GOLDEN / "models" / name, [example])
-    assert renderer.tokenizer.decode(ids) == PROMPTS[name]
-    plain = load(GOLDEN / "models" / name, plain=True)[1]
-    assert plain.prompt(example).removeprefix(plain.prefix) == "the question<|perception|>"
 
 
 def test_tokenizer_that_adds_bos_adds_no_second_one(tmp_path):
@@ -382,13 +295,3 @@ def test_tokenizer_that_adds_bos_adds_no_second_one(tmp_path):
     folder = changed_copy(GOLDEN / "models" / "llama3", tmp_path / "bos", tokenizer={"post_processor": processor})
     assert load(folder)[1].tokenizer("a").input_ids[0] == 0
     assert [(ids[0], ids.count(0)) for ids in prompts_of(folder, EXAMPLES)] == [(0, 1)] * len(EXAMPLES)
-
-
-def test_held_out_generations_are_as_long_as_the_longest_answer(monkeypatch):
-    model, renderer = load(GOLDEN / "models" / "llama3")
-    limits, answer = [], "a word " * 200
-    monkeypatch.setattr(generation, "generate", lambda *a, max_new_tokens, **k: limits.append(max_new_tokens) or [])
-    examples = [Example(None, "x", text, "data:1", 1) for text in ("a", answer)]
-    for some in (examples[:1], examples):
-        generation.exact_match(renderer, some)(model)
-    assert limits[0] == 128 and len(renderer.tokenizer(answer).input_ids) < limits[1]

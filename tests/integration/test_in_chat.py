@@ -8,13 +8,11 @@ import pytest
 import torch
 from conftest import GOLDEN, MODELS, call, dry_run, message_row, write_rows
 
-import evaluate
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, read_examples
 from llm_jepa.data.rendering import Renderer, predictor_token
 from llm_jepa.data.segments import Encoder
 from llm_jepa.data.spans import Draws
-from llm_jepa.evaluation import embeddings
 from llm_jepa.forward import LMHeadSelector, States
 from llm_jepa.layouts import LAYOUTS, Collator
 from llm_jepa.model import load_model, load_tokenizer
@@ -43,7 +41,7 @@ def read(name: str, items: list, layout: str = "packed") -> States:
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("k", [0, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_chat_is_as_without_view_and_view_is_as_without_answer(name, k, layout):
     items = encoder(name, k)(EXAMPLES)
@@ -73,20 +71,13 @@ def test_view_ends_with_the_user_text_or_the_predictors(name, k, plain):
 
 
 @pytest.mark.parametrize("k", [0, 2])
-def test_layouts_agree_and_only_code_view_and_predictors_cost_tokens(k):
+def test_only_code_view_and_predictors_cost_tokens(k):
     flags = ("--train_file", DATA, "--model_name", GOLDEN / "models" / "chatml", "--lbd", 1, "--dry_run", 5)
     flags += ("--predictors", k) if k else ()
-    alone = dry_run(*flags)
-    in_chat = {layout: dry_run(*flags, "--text_view", "in_chat", "--layout", layout) for layout in LAYOUTS}
-    packed = in_chat["packed"]
-    for got in in_chat.values():
-        assert got["lm_loss"] == pytest.approx(alone["lm_loss"], abs=1e-5)
-        for key in ("jepa_loss", "total_loss", "grad_norm"):
-            assert got[key] == pytest.approx(packed[key], rel=1e-4), key
-        assert got["tokens"]["text_view"] == 5 * k and got["pairs"] == 5
-        assert all(got["tokens"][kind] == alone["tokens"][kind] for kind in ("chat", "code_view"))
-    assert abs(packed["jepa_loss"] - alone["jepa_loss"]) > 1e-4, "this view also attends to the system turn"
-    assert packed["first_row"]["text_view"].startswith(packed["first_row"]["chat"][:20])
+    alone, in_chat = dry_run(*flags), dry_run(*flags, "--text_view", "in_chat")
+    assert in_chat["tokens"]["text_view"] == 5 * k and in_chat["pairs"] == 5
+    assert all(in_chat["tokens"][kind] == alone["tokens"][kind] for kind in ("chat", "code_view"))
+    assert abs(in_chat["jepa_loss"] - alone["jepa_loss"]) > 1e-4, "this view also attends to the system turn"
 
 
 def test_dropped_pairs_have_neither_view_nor_predictors():
@@ -97,15 +88,6 @@ def test_dropped_pairs_have_neither_view_nor_predictors():
         keep = len(item) == 2
         assert (item[0].view is not None) == (item[0].branch == 2) == keep
         assert len(item[0].ids) == len(full[0].ids) - (0 if keep else 2)
-
-
-def test_embeddings_are_the_views_that_training_reads():
-    model, _, tokenizer = loaded("llama3")
-    with evaluate.layer_states(model, tokenizer.pad_token_id, -1) as states:
-        views = embeddings.encode_views(model, encoder("llama3", 2), EXAMPLES, Problems())[1]
-        text, code = embeddings.embed(views, states, batch_size=4)
-    views = read("llama3", encoder("llama3", 2)(EXAMPLES)).views
-    torch.testing.assert_close(torch.stack([text, code]), views, rtol=1e-5, atol=1e-5)
 
 
 def test_example_with_a_text_view_of_its_own_is_refused_by_line(tmp_path):

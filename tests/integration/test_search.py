@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import EXAMPLES, GOLDEN, JEPA, call, train, weights, write_rows
+from conftest import EXAMPLES, GOLDEN, JEPA, call, weights, write_rows
 from safetensors import safe_open
 from safetensors.numpy import save_file
-
-from llm_jepa import search
+from synthetic_runs import change
 
 USERS, CODES = ([row["messages"][i]["content"] for row in EXAMPLES] for i in (1, 2))
 FLAGS = {
-    "k=2": JEPA,
     "reverse_pred": (*JEPA, "--reverse_pred"),
     "in_chat": (*JEPA, "--text_view", "in_chat"),
     "plain": (*JEPA, "--plain"),
@@ -29,16 +24,10 @@ FLAGS = {
 
 def run_search(*argv: object, stdin: bytes = b"") -> SimpleNamespace:
     """Runs search.main in this process: its exit code, stderr, and the lines of stdout, split at tabs."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.stdin
-    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin))
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = search.main([str(a) for a in argv])
-    except SystemExit as exit_:
-        code = exit_.code
-    finally:
-        sys.stdin = before
-    return SimpleNamespace(code=code, err=err.getvalue(), lines=[x.split("\t") for x in out.getvalue().splitlines()])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        done = call("llm_jepa.search", *argv)
+    return SimpleNamespace(code=done.code, err=done.err, lines=[x.split("\t") for x in done.out.splitlines()])
 
 
 @pytest.fixture
@@ -121,29 +110,28 @@ def poison(path: Path) -> None:
     save_file({"vectors": equal}, path, metadata)
 
 
-@pytest.mark.parametrize("change", ["nothing", "corpus", "weights", "settings"])
-def test_index_is_used_until_corpus_or_model_change(change, run, tmp_path):
+@pytest.mark.parametrize("what", ["nothing", "corpus", "weights", "settings"])
+def test_index_is_used_until_corpus_or_model_change(what, run, tmp_path):
     corpus = write_rows(tmp_path / "rows.jsonl", EXAMPLES)
     first = run_search(run, "--corpus", corpus, USERS[0])
     (index,) = (run / "index").iterdir()
     assert str(index) in first.err
     before = vectors(run)
     poison(index)
-    if change == "corpus":
+    if what == "corpus":
         write_rows(corpus, [*EXAMPLES[1:], EXAMPLES[0]])
-    elif change == "weights":
+    elif what == "weights":
         save_file({k: (v * 1.5).numpy() for k, v in weights(run).items()}, run / "model.safetensors", {"format": "pt"})
-    elif change == "settings":
-        settings = json.loads((run / "args.json").read_text())
-        (run / "args.json").write_text(json.dumps(settings | {"last_token": -1}))
+    elif what == "settings":
+        change(run, "args.json", last_token=-1)
     found = run_search(run, "--corpus", corpus, USERS[0])
     after = vectors(run)
     assert found.code == 0 and str(index) in found.err
-    if change == "nothing":
+    if what == "nothing":
         assert (after == 1).all() and len({cosine for cosine, _, _ in found.lines}) == 1
     else:
-        assert f"the {'weights' if change == 'weights' else 'views'} changed" in found.err and not (after == 1).any()
-        assert (change == "corpus") == np.allclose(np.roll(after, 1, axis=0), before, atol=1e-6)
+        assert f"the {'weights' if what == 'weights' else 'views'} changed" in found.err and not (after == 1).any()
+        assert (what == "corpus") == np.allclose(np.roll(after, 1, axis=0), before, atol=1e-6)
         assert found.lines != first.lines
 
 
@@ -166,58 +154,35 @@ def test_model_that_is_no_run_gets_no_index_by_itself(data, tmp_path):
     assert sorted(model.rglob("*")) == before
 
 
-def test_run_with_code_and_a_tokenizer_of_other_folders(data, tmp_path):
-    base = shutil.copytree(GOLDEN / "models" / "llama3", tmp_path / "base", ignore=shutil.ignore_patterns("token*"))
-    config = json.loads((base / "config.json").read_text()) | {"model_type": "mine"}
-    config["auto_map"] = {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.MineForCausalLM"}
-    (base / "config.json").write_text(json.dumps(config))
-    (base / "code.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
-        "class Mine(LlamaConfig):\n    model_type = 'mine'\n\n\n"
-        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = Mine\n"
-    )
-    tokenizer = ("--tokenizer_name", GOLDEN / "models" / "llama3")
-    run = train(data, tmp_path / "run", *JEPA, "--max_steps", 1, "--trust_remote_code", *tokenizer, model=base)
-    found = run_search(run, "--corpus", data, "--top", 2, USERS[0])
-    assert found.code == 0 and len(found.lines) == 2, found.err
-
-
 # ----------------------------------------------------------------------------------------------- warnings and errors
 
 
 def test_run_whose_loss_has_not_learned_its_pairs_is_announced(run, data):
-    record = json.loads((run / "run.json").read_text())
     for collapsed in (True, False):
-        learned = {"jepa": {"collapsed": collapsed}}
-        (run / "run.json").write_text(json.dumps(record | {"learned": learned}))
+        change(run, "run.json", learned={"jepa": {"collapsed": collapsed}})
         found = run_search(run, "--corpus", data, "q")
         assert found.code == 0 and ("warning" in found.err) == collapsed
 
 
-BAD = {
-    "no such run": (lambda run: (run.parent / "nowhere", "--corpus", "DATA", "q"), "nowhere"),
-    "no such corpus": (lambda run: (run, "--corpus", run / "no.txt", "q"), "no.txt"),
-    "empty corpus": (lambda run: (run, "--corpus", "empty.txt", "q"), "empty.txt"),
-    "not UTF-8": (lambda run: (run, "--corpus", "bytes.txt", "q"), "bytes.txt:2"),
-    "not JSON": (lambda run: (run, "--corpus", "bytes.jsonl", "q"), "bytes.jsonl:1"),
-    "long entry": (lambda run: (run, "--corpus", "long.txt", "q"), "long.txt:2"),
-    "long question": (lambda run: (run, "--corpus", "DATA", "a " * 3000), "the question"),
-    "special token": (lambda run: (run, "--corpus", "DATA", "what is <|eot_id|>"), "<|eot_id|>"),
-    "no corpus": (lambda run: (run, "q"), "--corpus"),
-    "no matches": (lambda run: (run, "--corpus", "DATA", "--top", 0, "q"), "--top"),
-    "empty question": (lambda run: (run, "--corpus", "DATA", " "), "question"),
+BAD = {  # the arguments, and what the error mentions
+    "no such run": (("nowhere", "--corpus", "DATA", "q"), "nowhere"),
+    "no such corpus": (("RUN", "--corpus", "no.txt", "q"), "no.txt"),
+    "not UTF-8": (("RUN", "--corpus", "bytes.txt", "q"), "bytes.txt:2"),
+    "long entry": (("RUN", "--corpus", "long.txt", "q"), "long.txt:2"),
+    "long question": (("RUN", "--corpus", "DATA", "a " * 3000), "the question"),
+    "special token": (("RUN", "--corpus", "DATA", "what is <|eot_id|>"), "<|eot_id|>"),
+    "no corpus": (("RUN", "q"), "--corpus"),
+    "empty question": (("RUN", "--corpus", "DATA", " "), "question"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_with_its_place(case, run, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("empty.txt").write_text("\n \n")
-    for name in ("bytes.txt", "bytes.jsonl"):
-        Path(name).write_bytes(b"good\n\xff\n")
+    Path("bytes.txt").write_bytes(b"good\n\xff\n")
     Path("long.txt").write_text("short\n" + "a " * 3000)
-    arguments, place = BAD[case][0](run), BAD[case][1]
-    found = run_search(*(data if a == "DATA" else a for a in arguments))
+    arguments, place = BAD[case]
+    found = run_search(*({"RUN": run, "DATA": data}.get(a, a) for a in arguments))
     assert found.code == 2 and place in found.err.splitlines()[-1] and not found.lines
     assert "Traceback" not in found.err and found.err.count("error:") == 1
 
@@ -225,7 +190,6 @@ def test_bad_input_is_one_line_with_its_place(case, run, data, tmp_path, monkeyp
 def test_bad_line_of_stdin_and_unfinished_run(run, data):
     found = run_search(run, "--corpus", data, stdin=b"good\n\xff\n")
     assert found.code == 2 and "stdin:2" in found.err and found.lines[0] == ["good"]
-    record = json.loads((run / "run.json").read_text()) | {"status": "running"}
-    (run / "run.json").write_text(json.dumps(record))
+    change(run, "run.json", status="running")
     found = run_search(run, "--corpus", data, "q")
     assert found.code == 2 and str(run) in found.err

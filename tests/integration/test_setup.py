@@ -39,7 +39,7 @@ def test_a_complete_environment_needs_no_installation(installed):
     assert sorted((path, path.stat().st_mtime_ns) for path in installed.rglob("*")) == before
 
 
-@pytest.mark.parametrize("missing", ["--dev", "--vllm", "unfinished"])
+@pytest.mark.parametrize("missing", ["--dev", "unfinished"])
 def test_an_incomplete_environment_is_installed(installed, missing, tmp_path):
     folder = shutil.copytree(installed, tmp_path / "copy", symlinks=True)
     if missing == "unfinished":

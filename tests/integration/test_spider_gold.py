@@ -21,7 +21,7 @@ from conftest import ROOT
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring.sql import execution_match
 
-SAMPLE = 100  # queries per variant; those with repeated rows first
+SAMPLE = 50  # queries per variant; those with repeated rows first
 MAX_COLUMNS = 5  # of a result, so at most 120 permutations
 
 # Variants of a query q with columns c0, c1, …: d has each distinct row once, n numbers the m rows.

@@ -46,8 +46,6 @@ def python(*argv: object, **variables: str) -> subprocess.CompletedProcess:
         ("finetune.py --regular --lbd 2", "--lbd"),
         ("finetune8bh200.py --train_file t --param_dtype bfloat16 --lora", "--param_dtype"),
         ("evaluate.py --input_file t --score_gold --batch_size 3", "--batch_size"),
-        ("-m llm_jepa.memory --gpus none", "--gpus"),
-        ("-m llm_jepa.preflight --runs 0", "--runs"),
         ("-m llm_jepa.report", "RUN"),
     ],
 )
@@ -64,10 +62,8 @@ def test_wrong_flags_are_refused_without_slow_imports(command, mentioned):
     [
         ("finetune.py --train_file t --model_name models/tiny", "numpy"),
         ("evaluate.py --score_gold --input_file datasets/synth_test.jsonl", "torch"),
-        ("finetune8bh200.py --train_file t --model_name models/tiny", "torch"),
-        ("finetune.py --train_file t --model_name models/tiny --lr_scheduler_type cosine", "transformers"),
+        ("finetune8bh200.py --train_file t --model_name models/tiny", "transformers"),
         ("-m llm_jepa.report runs/none", "llm_jepa.reports.comparison"),
-        ("-m llm_jepa.memory --model_name models/tiny", "torch"),
     ],
 )
 def test_an_interrupt_during_imports_is_one_line(command, module, tmp_path):
@@ -110,9 +106,8 @@ def environment(monkeypatch):
 
 @pytest.mark.parametrize(
     "variables",
-    [{name: LAUNCHED[name]} for name in LAUNCHED]
-    + [{"RANK": "3", "LOCAL_RANK": "1"}, {"PMI_SIZE": "1", "LOCAL_RANK": "2"}, LAUNCHED | {"MASTER_PORT": ""}],
-)  # fmt: skip
+    [{"RANK": "3", "LOCAL_RANK": "1"}, {"PMI_SIZE": "1", "LOCAL_RANK": "2"}, LAUNCHED | {"MASTER_PORT": ""}],
+)
 def test_a_part_of_torchruns_variables_means_one_process(environment, variables):
     for name, value in variables.items():
         environment.setenv(name, value)
@@ -149,9 +144,8 @@ def plain(data, tmp_path_factory):
 @pytest.mark.parametrize(
     "variables",
     [
-        {"ACCELERATE_MIXED_PRECISION": "bf16", "LOCAL_RANK": "0"},
+        {"ACCELERATE_MIXED_PRECISION": "bf16", "LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "5"},
-        {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_USE_DEEPSPEED": "true"},
     ],
 )
 def test_variables_of_accelerate_change_nothing(environment, plain, data, tmp_path, variables):

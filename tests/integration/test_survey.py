@@ -15,3 +15,6 @@ def test_survey_writes_the_table(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert "| llama | ok | ok | ok | ok |" in table
     assert table.index("| llama |") < table.index("| mamba | ok, separate rows |")
+    ok, refused = dict.fromkeys(survey.COLUMNS, "ok"), {"training": "refused: a|b"}
+    page = survey.page({"c": ok, "b": refused, "a": ok})
+    assert page.index("| a, c | ok | ok | ok | ok |") < page.index("| b | refused: a/b |  |  |  |")

@@ -29,7 +29,7 @@ MODEL = GOLDEN / "models" / "llama3"
 EXAMPLES = 22  # not a multiple of the batch size: the last step of an epoch is short
 KEPT_STEPS = (1, 5, 10, 15, 20)
 TIMING = ("runtime", "per_second")
-BOUNDED = ("cosine", "shuffled")  # near 0 their rounding error is that of numbers near 1
+BOUNDED = ("cosine", "shuffled", "shuffled_sd")  # near 0 their rounding error is that of numbers near 1
 
 JEPA = "--predictors 1 --lbd 1"
 RUNS = {
@@ -57,21 +57,14 @@ RUNS = {
     "streaming": f"{JEPA} --streaming",
     "two_processes": f"{JEPA} --batch_size 1 --grad_accum 2",
 }
-DEFAULTS = {"--batch_size": 4, "--grad_accum": 1, "--learning_rate": 3e-5, "--max_steps": 20, "--save_strategy": "no"}
-
-
-def read_line(line: str) -> dict[str, float]:
-    """The numbers of one line of metrics.jsonl, without times."""
-    return {k: v for k, v in json.loads(line).items() if not k.endswith(TIMING)}
+DEFAULTS = "--batch_size 4 --grad_accum 1 --learning_rate 3e-5 --max_steps 20 --save_strategy no"  # replaced by a run's
 
 
 def train(name: str, folder: Path) -> dict[str, list[float]]:
     """Runs finetune.py with the flags of a case: the values of each log key at the kept steps."""
     data, run = folder / "examples.jsonl", folder / "run"
     data.write_text("".join((GOLDEN / "regex_rows.jsonl").read_text().splitlines(keepends=True)[:EXAMPLES]))
-    argv = [*RUNS[name].split(), "--train_file", data, "--model_name", MODEL, "--output_dir", run]
-    unused = [*argv, "--batch_size"] if name == "tokens_per_batch" else argv
-    argv += [part for flag, value in DEFAULTS.items() if flag not in unused for part in (flag, value)]
+    argv = [*DEFAULTS.split(), *RUNS[name].split(), "--train_file", data, "--model_name", MODEL, "--output_dir", run]
     argv += [] if name == "streaming" else ["--eval_file", GOLDEN / "tricky_rows.jsonl", "--eval_strategy", "epoch"]
     if name == "two_processes":
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -82,9 +75,9 @@ def train(name: str, folder: Path) -> dict[str, list[float]]:
         done = call("finetune", *argv)
         assert done.code == 0, done.err
     columns: dict[str, list[float]] = {}
-    for line in map(read_line, (run / "metrics.jsonl").read_text().splitlines()):
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         for key, value in line.items():
-            if line["step"] in KEPT_STEPS and key != "step":
+            if line["step"] in KEPT_STEPS and key != "step" and not key.endswith(TIMING):
                 columns.setdefault(key, []).append(value)
     return columns
 

@@ -51,11 +51,7 @@ def test_arms_are_paired_by_seed_with_the_regular_arm(tmp_path, report):
     )
     assert exact["interval"] == pytest.approx([-1.26, 2.76], abs=0.005)
     assert (exact["mean"], exact["family"], exact["p_holm"]) == (pytest.approx(0.75), 1, exact["p_two_sided"])
-    assert (
-        (startswith["family"], startswith["p_two_sided"])
-        == (stop_rate["family"], stop_rate["p_two_sided"])
-        == (0, None)
-    )
+    assert {(c["family"], c["p_two_sided"]) for c in (startswith, stop_rate)} == {(0, None)}
 
 
 def test_primary_score_comes_first(tmp_path, report):
@@ -84,11 +80,10 @@ def test_holm_corrects_per_data_set(tmp_path, report):
 
 
 METHODS = [
-    {"lbd": 2.0}, {"predictors": 3}, {"last_token": -2}, {"jepa_l2": True}, {"jepa_mse": True}, {"infonce": True},
-    {"front_pred": True}, {"reverse_pred": True}, {"text_view": "in_chat"}, {"jepa_ratio": 0.5},
+    {"lbd": 2.0}, {"last_token": -2}, {"infonce": True}, {"reverse_pred": True}, {"text_view": "in_chat"},
     {"layout": "additive", "additive_mask": True}, {"jepa_loss": "clip", "temperature": 0.2, "negatives_queue": 64},
-    {"stop_gradient": "code"}, {"center": True}, {"sigreg": 0.05}, {"shuffle_pairs": True},
-    {"regular": True, "nitp": True}, {"nitp": True, "nitp_lbd": 1.0, "nitp_layer": 1, "nitp_targets": "random"},
+    {"sigreg": 0.05}, {"regular": True, "nitp": True},
+    {"nitp": True, "nitp_lbd": 1.0, "nitp_layer": 1, "nitp_targets": "random"},
     {"same_flop": True}, {"stp": "geodesic", "stp_lbd": 0.02},
 ]  # fmt: skip
 
@@ -113,7 +108,6 @@ OTHER = {
     "train_data": ("run.json", {"data_sha256": {"train.jsonl": "c1d2"}}, "['b0a8']", "['c1d2']"),
     "test_data": (METRICS, {"data_sha256": "c1d2"}, "'5c44'", "'c1d2'"),
     "evaluation.max_new_tokens": (METRICS, {"settings": {"max_new_tokens": 64}}, "128", "64"),
-    "evaluation.git_commit": (METRICS, {"git_commit": "4d5f"}, f"'{ENVIRONMENT['git_commit']}'", "'4d5f'"),
     "lora": ("args.json", {"lora": True}, "False", "True"),
 }
 
@@ -130,18 +124,6 @@ def test_arms_that_differ_in_more_than_the_method_are_compared_only_if_allowed(t
     code, found, _ = report(runs, "--allow", name)
     assert (code, len(found["synth"]["comparisons"])) == (0, 3)
     assert list(found["synth"]["allowed"].values()) == [[difference]]
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "changed"), [("git_dirty", True, 4), ("git_commit", None, 4), ("git_commit", "4d5f", 1)]
-)
-def test_unknown_code_and_a_single_other_commit_are_refused(tmp_path, report, name, value, changed):
-    runs = two_arms(tmp_path)
-    for run in runs[-changed:]:
-        change(run, "run.json", **{name: value})
-    code, _, err = report(runs)
-    assert code == 1 and f"{name} " in err and f"{value!r} in {runs[-changed]}" in err
-    assert report(runs, "--allow", name)[0] == 0
 
 
 def test_the_same_uncommitted_change_is_comparable(tmp_path, report):
@@ -184,10 +166,11 @@ def test_two_regular_arms_need_a_reference(tmp_path, report):
     assert code == 1 and list(found) == ["turk"] and "synth: " in err  # other datasets are reported
 
 
-@pytest.mark.parametrize("against", ["k=1", "jepa-s82", "RUN"])
-def test_against_selects_the_reference_by_label_run_name_or_path(tmp_path, report, against):
+@pytest.mark.parametrize("against", ["k=1", "jepa-s82", "./jepa-s82/"])
+def test_against_selects_the_reference_by_label_run_name_or_path(tmp_path, report, against, monkeypatch):
     runs = two_arms(tmp_path) + synthetic_arm(tmp_path, "more", JEPA | {"predictors": 2}, FEW)
-    _, found, _ = report(runs, "--against", runs[3] if against == "RUN" else against)
+    monkeypatch.chdir(tmp_path)
+    _, found, _ = report(runs, "--against", against)
     assert found["synth"]["reference"] == next(iter(found["synth"]["arms"])) == "JEPA λ=1, k=1"
     assert {c["arm"] for c in found["synth"]["comparisons"]} == {"regular", "JEPA λ=1, k=2"}
     assert found["synth"]["comparisons"][0]["mean"] == -1.0
@@ -200,13 +183,14 @@ def test_against_must_match_one_arm(tmp_path, report, against, count):
     assert code == 2 and not found and f"--against {against} matches {count} " in err
 
 
-def test_labels_have_the_loss_the_placebo_and_nitp(tmp_path, report):
-    clip = JEPA | {"jepa_loss": "clip"}
-    arms = [REGULAR, REGULAR | {"nitp": True}, JEPA, clip, clip | {"shuffle_pairs": True}, clip | {"nitp": True}]
+def test_labels_have_the_losses_and_the_placebo_and_one_arm_is_regular(tmp_path, report):
+    clip, stp = JEPA | {"jepa_loss": "clip"}, {"stp": "geodesic", "stp_lbd": 0.02}
+    arms = [REGULAR, REGULAR | {"nitp": True}, JEPA, clip, clip | {"shuffle_pairs": True}, clip | {"nitp": True},
+            REGULAR | stp, JEPA | stp]  # fmt: skip
     runs = [run for i, arm in enumerate(arms) for run in synthetic_arm(tmp_path, f"a{i}", arm, {82: 90.0})]
     assert list(report(runs)[1]["synth"]["arms"]) == [
         "regular", "NITP", "JEPA λ=1, k=1", "JEPA clip λ=1, k=1", "JEPA clip (shuffled pairs) λ=1, k=1",
-        "JEPA clip + NITP λ=1, k=1",
+        "JEPA clip + NITP λ=1, k=1", "STP geodesic", "JEPA + STP geodesic λ=1, k=1",
     ]  # fmt: skip
 
 
@@ -237,21 +221,6 @@ def test_an_arm_is_compared_with_its_own_placebo_without_correction(tmp_path, re
     assert {c["family"] for c in synth["comparisons"] if c["score"] == "exact"} == {3}
     change(runs[-1], "run.json", device="NVIDIA H100")  # a placebo that is not compared with the reference
     assert report(runs)[1]["synth"]["placebos"] == []
-
-
-def test_stp_is_not_a_regular_arm(tmp_path, report):
-    stp = {"stp": "geodesic", "stp_lbd": 0.02}
-    runs = two_arms(tmp_path, {82: 90.0}) + synthetic_arm(tmp_path, "stp", REGULAR | stp, {82: 91.0})
-    arms = list(report(runs + synthetic_arm(tmp_path, "both", JEPA | stp, {82: 92.0}))[1]["synth"]["arms"])
-    assert arms == ["regular", "JEPA λ=1, k=1", *arms[2:]]
-    assert arms[2].startswith("STP geodesic") and arms[3].startswith("JEPA + STP geodesic λ=1, k=1")
-
-
-def test_against_finds_a_folder_however_it_is_written(tmp_path, report, monkeypatch):
-    runs = two_arms(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    _, found, _ = report(runs, "--against", f"./{Path(runs[3]).name}/")
-    assert found["synth"]["reference"] == "JEPA λ=1, k=1"
 
 
 def test_pretrained_arms_are_compared_by_their_pretraining(tmp_path, report):

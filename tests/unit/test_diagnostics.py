@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_jepa.training.diagnostics import (
-    PAIR_STATISTICS,
-    effective_rank,
-    gradient_statistics,
-    judge,
-    pair_statistics,
-)
+from llm_jepa.training.diagnostics import PAIR_STATISTICS, effective_rank, gradient_statistics, pair_statistics
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -42,14 +36,12 @@ def test_pair_statistics_equal_their_formulas():
 @pytest.mark.parametrize(
     ("text", "code", "cosine", "shuffled", "retrieved"),
     [
-        (torch.ones(4, 3), torch.ones(4, 3), 1, 1, 0.25),
         (torch.arange(1.0, 5)[:, None] * torch.ones(3), torch.ones(4, 3), 1, 1, 0.25),
         (torch.eye(4), torch.eye(4), 1, 0, 1),
-        (torch.eye(4), torch.eye(4).roll(1, dims=0), 0, 1 / 3, 0),
         (torch.eye(4), -torch.eye(4), -1, 0, 0),
         (torch.eye(4)[[0, 0, 1, 1]], torch.eye(4)[[0, 0, 1, 1]], 1, 1 / 3, 0.5),
     ],
-    ids=["collapsed", "one-direction", "learned", "other-pairs", "opposite", "equal-in-twos"],
+    ids=["one-direction", "learned", "opposite", "equal-in-twos"],
 )
 def test_pair_statistics_of_hand_made_views(text, code, cosine, shuffled, retrieved):
     got = means(text, code)
@@ -74,18 +66,6 @@ def test_pair_statistics_leave_out_pairs_that_are_no_negatives():
     assert 0 < expected["retrieved"] < 4 / 5
 
 
-def test_learned_two_class_data_is_judged_as_learned():
-    """The Codes are two, and each Text has the embedding of its Code."""
-    classes = torch.tensor([0, 0, 0, 1, 1, 0, 1, 1])
-    views = torch.tensor([[1.0, 0.2], [0.1, 1.0]])[classes]
-    found = means(views, views, classes[:, None] == classes)
-    line = {"lm_loss": 1.0, "pairs": 8, "cosine": found["cosine"], "cosine_shuffled": found["shuffled"],
-            "cosine_shuffled_sd": found["shuffled_variance"] ** 0.5, "retrieval": found["retrieved"],
-            "retrieval_chance": found["chance"], "effective_rank": 1.0}  # fmt: skip
-    judged = judge([line | {"step": i} for i in range(1, 51)], 50)["jepa"]
-    assert not judged["collapsed"] and judged["retrieval"] == 1 and judged["retrieval_chance"] == pytest.approx(0.2)
-
-
 @pytest.mark.parametrize("p", [0, 1])
 def test_too_few_pairs_to_contrast_have_a_cosine_only(p):
     views = random(2, p, 5)
@@ -97,13 +77,10 @@ def test_too_few_pairs_to_contrast_have_a_cosine_only(p):
     ("vectors", "rank"),
     [
         (torch.cat([torch.eye(5), -torch.eye(5)]), 5),
-        (torch.arange(8.0)[:, None] * random(1, 5), 1),
         (torch.cat([torch.eye(5)[:2], -torch.eye(5)[:2]]) + 100, 2),
-        (torch.ones(8, 5), 0),
         (random(1, 5).expand(7, 5), 0),
-        (random(1, 5), 0),
     ],
-    ids=["isotropic", "a-line", "a-plane-off-the-origin", "equal", "equal-up-to-rounding", "one-vector"],
+    ids=["isotropic", "a-plane-off-the-origin", "equal-up-to-rounding"],
 )
 def test_effective_rank_counts_the_directions(vectors, rank):
     assert effective_rank(vectors) == pytest.approx(rank, abs=1e-3)

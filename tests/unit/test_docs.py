@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from llm_jepa import flag_docs
@@ -22,10 +23,9 @@ from llm_jepa.scoring.tasks import TASKS
 from llm_jepa.settings import Settings, check_settings
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "RESULTS.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
 COMMAND = re.compile(r"(?:[A-Z_0-9]+=\S* )*(?:python|\.venv/bin/python|torchrun|bash) ")
 TARGET = re.compile(r"[\w/]+\.(py|sh)|llm_jepa\.\w+")
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def code_lines(page: Path) -> list[str]:
@@ -49,17 +49,14 @@ def commands() -> list[tuple[str, list[str]]]:
 @cache
 def help_text(*command: str) -> str:
     """What a script (a path) or module (a dotted name) prints with --help; the second word is a subcommand."""
-    argv, path, out = sys.argv, sys.path[:], io.StringIO()
-    sys.argv = [*command, "--help"]
-    try:
-        with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
-            if command[0].endswith(".py"):
-                sys.path.insert(0, str((ROOT / command[0]).parent))
-                runpy.run_path(str(ROOT / command[0]), run_name="__main__")
-            else:
-                runpy.run_module(command[0], run_name="__main__", alter_sys=True)
-    finally:
-        sys.argv, sys.path = argv, path
+    out, file = io.StringIO(), ROOT / command[0]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", [*command, "--help"])
+        if file.suffix == ".py":
+            patch.syspath_prepend(file.parent)
+            runpy.run_path(str(file), run_name="__main__")
+        else:
+            runpy.run_module(command[0], run_name="__main__", alter_sys=True)
     return out.getvalue()
 
 
@@ -88,16 +85,13 @@ def test_command_mentions_existing_files_and_flags(page, words):
         assert re.search(rf"{flag}(?![\w-])", shown), f"{target} has no {flag}"
 
 
-@every_page
-def test_links_lead_to_existing_files(page):
-    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
-    assert [x for x in links if not re.match(r"https?:|mailto:", x) and not (page.parent / x).exists()] == []
-
-
-@every_page
-def test_mentioned_files_exist(page):
-    names = set(re.findall(r"(?<![\w./-])[\w/-]+\.(?:py|sh|sbatch)\b", page.read_text(encoding="utf-8")))
-    assert [name for name in sorted(names) if not any((d / name).exists() for d in (ROOT, ROOT / "datasets"))] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_and_mentioned_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:|mailto:)([^)#\s]+)", text)
+    assert [x for x in links if not (page.parent / x).exists()] == []
+    names = re.findall(r"(?<![\w./-])[\w/-]+\.(?:py|sh|sbatch)\b", text)
+    assert [name for name in names if not any((d / name).exists() for d in (ROOT, ROOT / "datasets"))] == []
 
 
 def test_python_blocks_import_what_exists():
@@ -129,10 +123,21 @@ def test_table_of_scores_has_those_of_all_tasks():
     assert set(explained) == {score for task in TASKS.values() for score in task.scores}
 
 
-def test_readme_is_short_and_starts_with_the_two_commands():
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
-    first = [line.split("  ")[0] for line in code_lines(README)][:2]
-    assert first == ["bash run.sh run_jepa", "bash setup.sh --dev && .venv/bin/python -m pytest"]
+def test_workflow_runs_the_checks_of_ci():
+    [workflow] = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    [job] = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
+
+
+def test_issue_forms_have_fields_with_distinct_ids():
+    forms = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")]
+    assert forms and len({form["name"] for form in forms}) == len(forms)
+    for form in forms:
+        assert {"name", "description", "body"} <= form.keys() and {field["type"] for field in form["body"]} <= {
+            "input", "textarea", "dropdown", "checkboxes", "markdown"
+        }  # fmt: skip
+        ids = [field["id"] for field in form["body"]]
+        assert len(set(ids)) == len(ids) and all(field["attributes"]["label"] for field in form["body"])
 
 
 def test_figures_of_the_main_finding_are_in_the_results():

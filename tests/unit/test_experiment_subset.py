@@ -1,15 +1,11 @@
 """experiments/subset.py: subsets of examples."""
 
-import importlib.util
-from pathlib import Path
+import sys
 
 import pytest
-from conftest import message_row, write_rows
+from conftest import ROOT, call, message_row, write_rows
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "subset.py"
-spec = importlib.util.spec_from_file_location("experiment_subset", SCRIPT)
-subset = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(subset)
+sys.path.insert(0, str(ROOT / "experiments"))
 
 
 @pytest.fixture
@@ -20,12 +16,12 @@ def source(tmp_path):
 def test_first_and_skip_copy_lines(source, tmp_path):
     target = tmp_path / "part.jsonl"
     for _ in range(2):  # the same examples again are no conflict
-        assert subset.main([str(source), str(target), "--skip", "3", "--first", "5"]) == 0
+        assert call("subset", source, target, "--skip", 3, "--first", 5).code == 0
     assert target.read_text().splitlines() == source.read_text().splitlines()[3:8]
 
 
 @pytest.mark.parametrize("flags", [["--first", "21"], ["--skip", "20"], ["--first", "6"]])
-def test_too_few_examples_or_an_existing_target_are_refused(source, tmp_path, capsys, flags):
+def test_too_few_examples_or_an_existing_target_are_refused(source, tmp_path, flags):
     target = write_rows(tmp_path / "part.jsonl", [message_row("kept", "a")])
-    assert subset.main([str(source), str(target), *flags]) == 2
-    assert (".jsonl" in capsys.readouterr().err) and "kept" in target.read_text()
+    done = call("subset", source, target, *flags)
+    assert done.code == 2 and ".jsonl" in done.err and "kept" in target.read_text()

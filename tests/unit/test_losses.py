@@ -176,18 +176,11 @@ def test_stopped_gradient_is_zero_in_that_view_and_the_same_in_the_other(name, d
 
 
 def sigreg(points: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """Epps and Pulley's statistic of both views' projections, direction by direction, by the trapezoidal rule."""
-    total = points.new_zeros(())
-    for view in points:
-        for direction in directions.T:
-            u, at = view @ direction, [3 * k / 16 for k in range(-16, 17)]
-            heights = []
-            for t in at:
-                normal = np.exp(-(t**2) / 2)
-                heights.append(normal * (((t * u).cos().mean() - normal) ** 2 + (t * u).sin().mean() ** 2))
-            integral = sum(3 / 16 * (left + right) / 2 for left, right in zip(heights, heights[1:], strict=False))
-            total = total + len(u) * integral / directions.shape[1] / 2
-    return total
+    """Epps and Pulley's statistic, a mean over both views' projections, by the trapezoidal rule."""
+    t = torch.linspace(-3, 3, 33, dtype=torch.float64)
+    normal, angles = (-(t**2) / 2).exp(), (points @ directions)[..., None] * t  # (2, P, K, 33)
+    distance = (angles.cos().mean(dim=1) - normal) ** 2 + angles.sin().mean(dim=1) ** 2  # (2, K, 33)
+    return points.shape[1] * torch.trapezoid(normal * distance, t).mean()
 
 
 def test_sigreg_equals_its_formula():
@@ -232,10 +225,17 @@ def test_lm_loss_is_summed_cross_entropy():
     assert count == 2
 
 
+def beside_others(views: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
+    """The centered loss beside five pairs of another rank or of the queue."""
+    pairs = views.shape[1]
+    others = ContrastSet(torch.cat([views, random(2, 5, 7).detach()], dim=1), torch.eye(pairs, pairs + 5).bool())
+    return jepa_loss(views, name, others, center=True)
+
+
 # Each loss of one tensor, and the tensor's shape with 0 for what is counted.
 LOSSES = {
     **{f"jepa {name}": (lambda x, n=name: jepa_loss(x, n), (2, 0, 7)) for name in JEPA_LOSSES},
-    "jepa centered": (lambda x: jepa_loss(x, center=True), (2, 0, 7)),
+    **{f"jepa {name}, pairs elsewhere": (lambda x, n=name: beside_others(x, n), (2, 0, 7)) for name in JEPA_LOSSES},
     **{f"stp {name}": (lambda x, n=name: stp_loss(x, n), (loss.points, 0, 7)) for name, loss in STP_LOSSES.items()},
     "sigreg": (lambda x: sigreg_loss(x, torch.eye(7)), (2, 0, 7)),
     "sigreg, points elsewhere": (lambda x: sigreg_loss(x, torch.eye(7), (torch.ones(2, 2, 17, 7), 5)), (2, 0, 7)),
@@ -251,17 +251,6 @@ def test_nothing_to_score_gives_zero_with_gradient(name):
     total, count = loss(empty)
     total.backward()
     assert (total.item(), count) == (0.0, 0) and empty.grad is not None
-
-
-@pytest.mark.parametrize("pairs", [0, 5], ids=["nowhere", "elsewhere"])
-@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
-def test_rank_without_pairs_has_zero_loss_and_gradient(name, pairs):
-    """Beside other ranks' pairs and the queue's two."""
-    views = torch.zeros(2, 0, 7, requires_grad=True)
-    others = ContrastSet(torch.cat([views, random(2, pairs + 2, 7).detach()], 1), torch.eye(pairs, pairs + 2).bool())
-    total, count = jepa_loss(views, name, others, center=True)
-    total.backward()
-    assert (total.item(), count) == (0.0, 0) and views.grad is not None
 
 
 @pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
@@ -285,14 +274,12 @@ def test_half_precision_is_summed_in_float32(name):
         (((0, 0), (1, 1), (3, 3)), 0),
         (((1, 0), (2, 0), (0.5, 0)), 2),
         (((0, 0), (2, 0), (2, 5)), 1),
-        (((5, 5), (6, 5), (7, 6)), 1 - 0.5**0.5),
         # In the first part the patch moves by (2, 0), the rest by (1, 0) before it, (0, 1) after it and (0, 2).
         (((0, 0), (1, 0), (3, 0), (3, 1), (9, 9), (9, 9), (9, 9), (9, 11)), 1 - 1 / 10**0.5),
         # A patch over both parts: (1, 0) + (0, 1) against (0, −1) + (−1, 0).
         (((0, 0), (0, -1), (1, -1), (1, -1), (4, 4), (4, 4), (4, 5), (3, 5)), 2),
-        (((0, 0), (1, 1), (2, 2), (3, 3), (0, 0), (0, 0), (0, 0), (0, 0)), 0),
     ],
-    ids=["straight", "reversal", "right angle", "45 degrees", "patch in one part", "in both parts", "straight patch"],
+    ids=["straight", "reversal", "right angle", "patch in one part", "patch in both parts"],
 )
 def test_stp_loss_is_one_minus_cosine_of_steps(points, expected):
     variant = {3: "geodesic", 8: "patch"}[len(points)]

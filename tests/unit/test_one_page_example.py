@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import math
 import runpy
+import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from conftest import ROOT, dry_run, message_row, write_rows
 
+sys.path.insert(0, str(ROOT / "examples"))
 
-def load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import llm_jepa_in_one_page as example  # noqa: E402
+import python_api  # noqa: E402
 
 
 def test_one_page_example_has_the_loss_and_gradient_of_finetune(tmp_path: Path):
-    example = load_example("llm_jepa_in_one_page")
     model, tokenizer = example.load()
     lm, jepa, total = example.objective(model, tokenizer)
     total.backward()
@@ -42,17 +37,16 @@ def test_one_page_example_has_the_loss_and_gradient_of_finetune(tmp_path: Path):
 
 
 def test_one_page_example_prints_its_losses(capsys: pytest.CaptureFixture):
-    runpy.run_path(str(ROOT / "examples" / "llm_jepa_in_one_page.py"), run_name="__main__")
+    runpy.run_path(example.__file__, run_name="__main__")
     words = capsys.readouterr().out.replace(",", "").split()
     lm, jepa, total = (float(words[i]) for i in (2, 5, 7))
-    assert math.isclose(lm + jepa, total, abs_tol=2e-6)
+    assert lm + jepa == pytest.approx(total, abs=2e-6)
 
 
 def test_python_api_example_trains_scores_and_embeds(tmp_path: Path):
-    example = load_example("python_api")
     data = tmp_path / "train.jsonl"
-    data.write_text("".join(example.TRAIN.read_text().splitlines(keepends=True)[:16]))
-    scores, views = example.main(str(tmp_path / "run"), data, steps=2, examples=12, max_new_tokens=4)
+    data.write_text("".join(python_api.TRAIN.read_text().splitlines(keepends=True)[:16]))
+    scores, views = python_api.main(str(tmp_path / "run"), data, steps=2, examples=12, max_new_tokens=4)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["pairs"] for line in lines if "pairs" in line] == [8, 8]

@@ -8,8 +8,8 @@ import shutil
 import socket
 import threading
 import time
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,10 +74,9 @@ def test_gpu_memory_is_compared_with_the_plan(check, monkeypatch):
 
 def test_disk_space(monkeypatch):
     plan = {"saved_model": 15 * GIB, "checkpoint": 45 * GIB}
-    usage = namedtuple("usage", "free")
 
     def fits(free: int, runs: int, limit: int, keep: bool) -> bool:
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
         return not preflight.disk_problems("runs/new", plan, runs, limit, keep)
 
     for runs, limit, keep, need in ((10, 2, False, 150 + 135), (10, 1, True, 150 + 495)):
@@ -132,8 +131,6 @@ def test_flags_that_the_training_refuses(check):
 def test_wrong_flags_exit_with_2(check):
     done = check(nnodes=2, node_rank=2, master_port=0)
     assert done.code == 2 and "--node_rank 2" in done.err and "--master_port 0" in done.err
-    done = check("--lorra")
-    assert done.code == 2 and "--lorra" in done.err
 
 
 def test_missing_bitsandbytes(check, monkeypatch):
@@ -193,8 +190,8 @@ def test_nodes_without_a_shared_folder(tmp_path, port):
 
 def test_absent_node_is_reported(tmp_path, port):
     first, second = exchange([tmp_path], port, [["x"], [], None], limit=2.0)
-    assert first == second and len(first) == 2 and first[0] == "node 0: x"
-    assert first[1].startswith("node 2: ") and f":{port}" in first[1]
+    assert first[0] == "node 0: x" and len(first) == 2 and len(second) == 1
+    assert all("NODE_RANK" in problem and f":{port}" in problem for problem in (first[1], second[0]))
 
 
 def test_port_in_use_is_reported(tmp_path, monkeypatch):
@@ -204,7 +201,7 @@ def test_port_in_use_is_reported(tmp_path, monkeypatch):
         ((busy,),) = exchange([tmp_path], port, [[], None])
         ((own, silent),) = exchange([tmp_path], port, [None, ["x"]], limit=0.5)  # torch itself waits without limit
     assert "MASTER_PORT" in busy and str(port) in busy
-    assert own == "node 1: x" and silent.startswith("node 1: ") and "NODE_RANK=0" in silent
+    assert own == "node 1: x" and silent.startswith("node 1: ") and "NODE_RANK" in silent
 
 
 def test_command_reports_the_problems_of_other_nodes(tmp_path, check, port):

@@ -28,11 +28,14 @@ def write_parts(folder, train, test):
     return folder / "mine"
 
 
-def test_clean_examples_have_no_findings(tmp_path):
+def test_clean_examples_have_no_findings_and_line_numbers_count_blank_lines(tmp_path):
     train, test = [("q1", "a", "Do this."), ("q2", "b")], [("q3", "c"), ("q1", "a", "Do that.")]
     done = run(write_parts(tmp_path, train, test))
     assert done.code == 0 and len(done.findings) == 10
     assert {count for _, count, _ in done.findings.values()} == {0}
+    path = write_rows(tmp_path / "a.jsonl", [message_row("q", "a")] * 9)
+    path.write_text("\n" + path.read_text())
+    assert run(path).findings["train: repeated prompt and answer"] == (False, 8, "3, 4, 5, 6, 7 …")
 
 
 def test_repeats_several_answers_and_answers_in_prompts_are_no_leaks(tmp_path):
@@ -78,12 +81,6 @@ def test_spider_databases_in_both_parts_are_leaks_in_any_case(tmp_path):
     assert done.findings["test: database and SQL in train"] == (True, 1, "1")
     assert done.findings["test: database in train"] == (True, 2, "1, 2")
     assert run(write_parts(tmp_path, train, test[2:])).code == 0
-
-
-def test_line_numbers_are_those_of_the_file(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [message_row("q", "a")] * 9)
-    path.write_text("\n" + path.read_text())  # a blank line is no example, but it counts as a line
-    assert run(path).findings["train: repeated prompt and answer"] == (False, 8, "3, 4, 5, 6, 7 …")
 
 
 def test_chats_are_counted_in_tokens_of_the_rendered_chat(tmp_path):

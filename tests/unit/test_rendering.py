@@ -64,20 +64,6 @@ def test_labels_are_answer_and_end_of_turn_token_and_no_prompt_token(name):
         assert end_of_turn(e.renderer) == label_ids[-1]
 
 
-def test_end_of_turn_is_found_after_a_long_preamble():
-    template = tokenizer("chatml").chat_template
-    long = with_template("{{ 'word ' * 3000 }}" + template)
-    assert end_of_turn(long.renderer) == end_of_turn(with_template(template).renderer) is not None
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_answer_text_excludes_end_of_turn_token(name):
-    without = encoder(name, lm_labels="answer_text").chats(EXAMPLES)
-    for a, b in zip(encoder(name).chats(EXAMPLES), without, strict=True):
-        assert a.ids.tolist() == b.ids.tolist()
-        assert np.flatnonzero(a.labels)[:-1].tolist() == np.flatnonzero(b.labels).tolist()
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_system_text_is_in_chat_only_and_text_has_at_most_one_bos(name):
     e = encoder(name, predictors=1)
@@ -136,12 +122,6 @@ def test_training_evaluation_and_saved_tokenizer_have_one_prompt(name, plain, tm
         assert example.user.strip() in prompt and "2031" not in prompt
         assert (example.system or "") in prompt or plain
         assert prompt.endswith(f"{example.user}<|perception|>") or not plain
-    assert (FOLDERS[name] / "chat_template.jinja").read_text() in (tokenizer_text(name), tokenizer_text(name) + "\n")
-
-
-def tokenizer_text(name: str) -> str:
-    """The template of the files."""
-    return AutoTokenizer.from_pretrained(FOLDERS[name]).chat_template
 
 
 # Templates whose generation prompt is not how an answer begins, and what follows the user text "q" in a prompt.
@@ -157,20 +137,13 @@ HEADERS = {
         + "{% if add_generation_prompt %}<|im_start|>assistant:<think>\n{% endif %}\n",
         "<|im_end|>\n<|im_start|>assistant:",
     ),
-    "ends with a space": (
-        turns(": {{ m.content | trim }}") + "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}",
-        "<|im_end|>\n<|im_start|>assistant: ",
-    ),
 }
 
 
-@pytest.mark.parametrize("name", ["chatml", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["chatml", "qwen3"])
 @pytest.mark.parametrize("kind", HEADERS)
 def test_prompt_ends_where_the_answer_begins(kind, name, tmp_path, monkeypatch):
     template, end = HEADERS[kind]
-    if name == "gemma3":
-        template, end = (text.replace("im_end|>", "end_of_turn>").replace("<|", "<") for text in (template, end))
-        template, end = (text.replace("<im_start|>", "<start_of_turn>") for text in (template, end))
     e = with_template(template, name)
     examples = [Example(system, "q", answer, "rows:1", 1) for system in (None, "s") for answer in ("the word", "(a|b)")]
     prompts = assert_one_prompt(e, examples, tmp_path, monkeypatch)
@@ -234,16 +207,13 @@ def test_white_space_that_a_template_changes_does_not_hide_the_content():
 def test_text_of_a_special_token_is_refused_in_every_turn_and_view(name):
     e, end = encoder(name, predictors=1), END_OF_TURN[name]
     bad = [
-        dataclasses.replace(FIRST, **{field: f"What is {text}?", "source": f"rows:{number}"})
-        for number, (field, text) in enumerate(
-            (f, t)
-            for f in ("system", "user", "assistant", "text", "code")
-            for t in (end, "<|predictor_1|>", e.renderer.tokenizer.eos_token)
-        )
+        dataclasses.replace(FIRST, **{field: f"What is {text}?", "source": f"{field} {text}"})
+        for field in ("system", "user", "assistant", "text", "code")
+        for text in (end, "<|predictor_1|>")
     ]
     problems = Problems(skip=True)
     assert len(SegmentDataset([FIRST, *bad], e, problems, Draws(0))) == 1
-    assert list(problems.found) == [f"rows:{number}" for number in range(len(bad))]
+    assert list(problems.found) == [example.source for example in bad]
     for example in bad:
         with pytest.raises(ValueError, match="special token"):
             e.renderer.prompt(example)
@@ -261,9 +231,7 @@ def test_default_template_of_several_is_used_and_the_others_are_kept(tmp_path, m
         prompts = assert_one_prompt(e, EXAMPLES[:1], tmp_path, monkeypatch)
         assert prompts[0].startswith(start)
         saved = AutoTokenizer.from_pretrained(tmp_path).chat_template
-        assert {name: saved[name] for name in ("tool_use", "rag")} == {
-            name: named[name] for name in ("tool_use", "rag")
-        }
+        assert saved == named | {"default": saved["default"]}
     del named["default"]
     with pytest.raises(UsageError, match="template"):
         with_template(named)

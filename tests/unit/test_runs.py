@@ -45,50 +45,30 @@ def test_only_complete_checkpoints_count_ordered_by_step(tmp_path):
 def test_json_is_written_atomically_and_damage_is_reported(tmp_path):
     path = tmp_path / "run.json"
     write_json(path, {"a": 1})
+    (tmp_path / "run.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        write_json(path, {"a": "b" * 1000})
+    assert error.value.errno == errno.ENOSPC and str(path) in str(error.value)
     with pytest.raises(ValueError):
         write_json(path, {"a": "\ud800"})
-    assert read_json(path) == {"a": 1}
+    assert read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["run.json"]
     path.write_text("{")
     with pytest.raises(UsageError, match="run.json"):
         read_json(path)
-
-
-@pytest.mark.parametrize("reason", ["EFBIG", "ENOSPC"])
-def test_refused_write_names_the_file_and_keeps_it(tmp_path, reason):
-    path, limits = tmp_path / "run.json", resource.getrlimit(resource.RLIMIT_FSIZE)
-    write_json(path, {"a": 1})
-    if reason == "ENOSPC":
-        (tmp_path / "run.json.tmp").symlink_to("/dev/full")
-    else:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.raises(OSError) as error:
-            write_json(path, {"a": "b" * 1000})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert error.value.errno == getattr(errno, reason) and str(path) in str(error.value)
-    assert read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["run.json"]
 
 
 def save_sharded(path):
     raise CheckpointException("save", {0: (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), None)})
 
 
-def write_open_file(path):
-    with open(path, "wb") as file:
-        file.write(b"x" * 100_000)
-
-
 @pytest.mark.parametrize(
     "save",
     [
         lambda path: torch.save({"a": torch.ones(9999)}, path),
-        lambda path: torch.save({}, path.with_name("absent") / "file"),
         lambda path: save_file({"a": torch.ones(9999)}, path),
         save_sharded,
-        write_open_file,
     ],
-    ids=["torch", "no folder", "safetensors", "sharded", "file"],
+    ids=["torch", "safetensors", "sharded"],
 )
 def test_every_error_of_a_refused_write_names_the_folder_in_one_line(tmp_path, save):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -99,12 +79,8 @@ def test_every_error_of_a_refused_write_names_the_folder_in_one_line(tmp_path, s
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_other_errors_stay_what_they_are(tmp_path):
-    for bug in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("x"), UsageError("x")):
-        with pytest.raises(type(bug)), write_errors(str(tmp_path)):
-            raise bug
+    with pytest.raises(RuntimeError, match="^no write$"), write_errors(str(tmp_path)):
+        raise RuntimeError("no write")
 
 
 def test_job_is_identified_without_a_name_of_the_machine(monkeypatch):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from decimal import Decimal
 
 import pytest
-from conftest import GOLDEN
 
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring import tasks
@@ -32,7 +29,6 @@ def scored(task: str, prediction: str, answer: str, **fields) -> dict:
         ("say [0-9]+", "[0-9]+", False, False),
         (" \n", "[0-9]+", False, False),
         ("GOOD", "Good", False, False),
-        ("naïve ☃", "naïve ☃", True, True),
     ],
 )
 def test_score_text(prediction, answer, exact, startswith):
@@ -43,7 +39,6 @@ def test_score_text(prediction, answer, exact, startswith):
 
 ANSWERS = {
     "synth": "(dog)&(.*[0-9].*)",
-    "turk": "~((dog.*[0-9].*){3,})",
     "gsm8k": "She makes 9 * 2 = $<<9*2=18>>18 a day.\n#### 18",
     "nq_open": "6 geese a-laying; maids a-milking",
     "hellaswag": "C",
@@ -92,49 +87,21 @@ def test_slow_prediction_and_slow_answer_have_different_reasons(monkeypatch):
         assert score("dog", example("(dog)")) == {"dfa_equal": True}
 
 
-def test_verdicts_of_golden_regexes():
-    answers = [json.loads(line)["messages"][-1]["content"] for line in (GOLDEN / "regex_rows.jsonl").open()]
-    changes = {
-        "complement twice": lambda x: f"~(~({x}))",
-        "+ for *": lambda x: x.replace("*", "+"),
-        "| for &": lambda x: x.replace("&", "|"),
-        "cut": lambda x: x[:-1],
-    }
-    verdicts = Counter()
-    with TASKS["synth"].start(None) as score:
-        for answer in dict.fromkeys(answers):
-            for name, change in changes.items():
-                scores = score(change(answer), example(answer))
-                verdicts[name, scores.get("failure", scores["dfa_equal"])] += 1
-    assert verdicts == {
-        ("complement twice", True): 74,
-        ("+ for *", True): 29,
-        ("+ for *", False): 45,
-        ("| for &", True): 59,
-        ("| for &", False): 15,
-        ("cut", "syntax"): 74,
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------- numbers
 
 BOTH = [
-    "other steps\n#### 1,000", "####1000", "#### 1000.0", "#### 1,000.00.", "#### $1,000", "#### 1000%",
-    "#### 1000 eggs", "#### 1000\n#### 7", "#### 1000 and 7", "#### 01000", "#### Step 1: no\n#### 1000",
-    "#### no\n#### 1000\n7", "#### 2nd step: 7\n####1{,}000", "#### 1\\,000", "#### 1\u202f000",
+    "other steps\n#### 1,000", "####1000", "#### 1,000.00.", "#### $1,000", "#### 1000%", "#### 1000 eggs",
+    "#### 1000\n#### 7", "#### 01000", "#### Step 1: no\n#### 1000", "#### 2nd step: 7\n####1{,}000", "#### 1\u202f000",
 ]  # fmt: skip
 ONLY_LAST = [
-    "### 1000", "The answer is $1,000.00.", "10 * 100 = <<10*100=1000>>1000", "2000-1000", "(2000)-1000",
-    "2000 - 1000", "from 1 to 1,000!", "#### x = 1000", "1000 ####", "1000\n####\n1000", "#### Step 7\n**1000**",
-    r"\boxed{1{,}000}", r"$1{\,}000.", r"1,\!000", r"1\ 000 eggs", "1\u2009000", "1\xa0000", "1'000", "1_000",
+    "### 1000", "The answer is $1,000.00.", "10 * 100 = <<10*100=1000>>1000", "2000-1000", "(2000)-1000", "1000 ####",
+    "#### x = 1000", "1000\n####\n1000", r"\boxed{1{,}000}", r"$1{\,}000.", r"1,\!000", r"1\ 000 eggs", "1\xa0000",
 ]  # fmt: skip
 NEITHER = [
-    "#### -1000", "#### −1000", "#### 1000.0000000000000000000000001", "#### 999.9999999999999999999999999",
-    "#### 10000", "#### 100", "#### 1,00", "#### 1,000,00", "#### 10,00", "#### 1000/1", "#### 1000:1",
-    "#### 1000.0.0", "#### 1000x", "#### 1e3", "#### ١٠٠٠", "#### ten hundred", "#### 7\n1000",
-    r"\boxed{9{,}000}", r"1{,}00", "91{,}00",
-    "the result is -1000", "it is 1000, or 2/1000", "1000 in 3 days",
-    "one thousand", "#### 1" + "0" * 20_000, "1." * 20_000,
+    "#### −1000", "#### 1000.0000000000000000000000001", "#### 10000", "#### 100", "#### 1,000,00", "#### 10,00",
+    "#### 1000/1", "#### 1000:1", "#### 1000.0.0", "#### 1000x", "#### 1e3", "#### ١٠٠٠", "#### 7\n1000",
+    r"\boxed{9{,}000}", r"1{,}00", "the result is -1000", "it is 1000, or 2/1000", "1000 in 3 days", "one thousand",
+    "#### 1" + "0" * 20_000, "1." * 20_000,
 ]  # fmt: skip
 
 
@@ -166,9 +133,8 @@ NORMAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", NORMAL)
-def test_normalize(text):
-    assert normalize(text) == NORMAL[text]
+def test_normalize():
+    assert {text: normalize(text) for text in NORMAL} == NORMAL
 
 
 RIGHT_AND_WRONG = {  # (task, answer): (right predictions, wrong ones)
@@ -183,8 +149,6 @@ RIGHT_AND_WRONG = {  # (task, answer): (right predictions, wrong ones)
         ["Good.", "Good ..."],
         ["Very Good", "Goodness", "Good Bad", "Good, I think", "Not Good", "'Good'", "Mediocre", "", "."],
     ),
-    ("yelp", "Mediocre"): (["Mediocre"], ["Good"]),
-    ("rotten_tomatoes", "Bad"): (["Bad", "bad!"], ["Good", "Very Bad"]),
 }
 
 

@@ -66,7 +66,6 @@ def test_default_folder_depends_on_every_setting_that_changes_numbers():
     [
         ("", "answer"),
         ("--use_default_data_collator", "answer_text"),
-        ("--use_default_data_collator --unmask_assistant_special_tokens", "answer"),
         ("--unmask_assistant_special_tokens", "reference"),
         ("--unmask_assistant_special_tokens --train_all", "reference"),
         ("--use_default_data_collator --lm_labels answer_text", "answer_text"),
@@ -80,14 +79,11 @@ def test_label_flags_of_the_reference_implementation_are_scopes(flags, scope):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--regular",
         "--additive_mask --jepa_l2 --predictors 2 --same_flop --num_epochs 2",
-        "--lora --merge --unmask_assistant_special_tokens --overwrite --last_token -2 --learning_rate 1e-300",
+        "--lora --merge --unmask_assistant_special_tokens --overwrite --last_token -2 --tokens_per_batch 9",
         "--streaming --max_steps 5 --eval_file e --text_field a --code_field b --system s",
         "--val_fraction 0.1 --eval_strategy steps --stp patch --stp_warmup 0.1 --plain --train_all --keep_checkpoints",
-        "--tokens_per_batch 9",
         "--jepa_loss clip --batch_size 1 --negatives_queue 512 --gradient_stats 10",
-        "--regular --torch_compile --gradient_stats 0",
     ],
 )
 def test_settings_of_a_run_folder_are_those_of_its_command(flags, tmp_path):
@@ -101,42 +97,31 @@ def test_settings_of_a_run_folder_are_those_of_its_command(flags, tmp_path):
 # Flags, and the flags that the message must mention (by default the first one).
 REFUSED = {
     "--regular --lbd 1 --infonce": "--lbd --infonce --regular",
-    "--regular --gamma 0": "--gamma",
     "--regular --reference_grad_scale": "--reference_grad_scale --regular",
     "--reference_grad_scale --grad_accum 1": "--reference_grad_scale --grad_accum",
     "--jepa_l2 --jepa_mse": "--jepa_l2 --jepa_mse",
-    "--infonce --batch_size 1": "infonce --batch_size",
     "--jepa_loss clip --infonce": "--jepa_loss --infonce",
     "--jepa_loss vicreg --batch_size 1": "--jepa_loss --batch_size",
     "--center --batch_size 1": "--center --batch_size",
-    "--center --jepa_loss clip --negatives_queue 9 --batch_size 1": "--center --batch_size",
     "--shuffle_pairs --batch_size 1": "--shuffle_pairs --batch_size",
     "--temperature 0.1": "--temperature --jepa_loss",
     "--negatives_queue 9 --jepa_loss vicreg": "--negatives_queue --jepa_loss",
-    "--jepa_loss clip --temperature 0": "--temperature",
-    "--negatives_queue -1 --jepa_loss clip": "",
-    "--sigreg 1": "",
-    "--regular --jepa_loss clip --center --sigreg 0.1": "--jepa_loss --center --sigreg --regular",
-    "--regular --stop_gradient text --shuffle_pairs": "--stop_gradient --shuffle_pairs --regular",
     "--nitp_layer 1 --nitp_targets random --nitp_lbd 2": "--nitp_layer --nitp_targets --nitp_lbd --nitp",
-    "--nitp --nitp_lbd -1": "--nitp_lbd",
     "--gamma 0 --lbd 0 --nitp --nitp_lbd 0": "--gamma",
-    "--gradient_stats -1": "",
     "--gradient_stats 10 --torch_compile": "--gradient_stats --torch_compile",
     "--gradient_stats 10 --track_flop": "--gradient_stats --track_flop",
     "--gradient_stats 10 --regular": "",
     "--predictors 11": "",
-    "--predictors -1": "",
     "--front_pred": "--front_pred --predictors",
     "--last_token 0": "",
     "--jepa_ratio 1.5": "",
     "--lbd inf": "",
+    "--sigreg 1": "",
+    "--max_steps 0": "",
+    "--jepa_loss clip --temperature 0": "--temperature",
     "--train_all --lm_labels answer": "--lm_labels",
     "--use_default_data_collator --lm_labels reference": "--lm_labels --use_default_data_collator",
-    "--unmask_assistant_special_tokens --lm_labels answer": "--lm_labels --unmask_assistant_special_tokens",
-    "--use_default_data_collator --train_all": "--train_all",
     "--additive_mask --layout packed": "--additive_mask --layout",
-    "--additive_mask --regular": "",
     "--layout additive --regular": "",
     "--tokens_per_row 9 --layout separate": "",
     "--tokens_per_row 64 --attn_implementation flash_attention_2": "",
@@ -146,24 +131,19 @@ REFUSED = {
     "--data_file x": "--train_file --data_file",
     "--eval_split 0.1": "",
     "--val_fraction 0.1 --eval_file e": "--val_fraction --eval_file",
-    "--eval_generate 5": "",
     "--eval_generate 3 --eval_strategy no --eval_file e": "",
     "--eval_steps 5 --eval_file e": "",
     "--max_steps 5 --num_epochs 1": "",
-    "--max_steps 0": "",
     "--resume --overwrite": "--resume --overwrite",
     "--dry_run 2 --overwrite": "--overwrite --dry_run",
     "--track_flop --torch_compile": "--track_flop --torch_compile",
-    "--track_flop --attn_implementation flex_attention": "--track_flop --attn_implementation",
     "--attn_implementation flex_attention": "--attn_implementation flex_attention",
     "--lr_scheduler_type polynomial --learning_rate 1e-8": "--lr_scheduler_type --learning_rate",
     "--learning_rate nan": "",
     "--batch_size 0": "",
     "--finetune_seed 4294967296": "",
-    "--split_seed 4294967296 --val_fraction 0.1": "",
     "--adam_beta2 2": "",
     "--report_to excel": "",
-    "--lr_scheduler_type stairs": "",
     "--optim magic": "",
     f"--model_name {ROOT} --revision abc": "--revision",
     "--output_dir runs/own --overwrite --model_name runs/own": "--overwrite --model_name",
@@ -192,9 +172,7 @@ def test_all_mistakes_are_reported_at_once_with_exit_code_2(tmp_path):
     [
         ("--learning-rate 1", "--learning-rate --learning_rate"),
         ("--lora_rnk 8 --epochs 2", "--lora_rnk --lora_rank --epochs --num_epochs"),
-        ("--model m", "--model"),
         ("--zzz", "--zzz --help"),
-        ("--lbd much", "--lbd much"),
         ("--layout pakced", "--layout pakced packed"),
     ],
 )
@@ -204,7 +182,7 @@ def test_unknown_flag_or_value_is_one_line_with_similar_flags(flags, mentioned):
     assert all(word in done.err for word in mentioned.split()), done.err
 
 
-# What is removed from a model folder (None: the folder), or how it is changed, and what the message must mention.
+# What is removed from a model folder (or the folder), and what the message must mention.
 FOLDERS = {
     "folder": "model",
     "*": "tokenizer",
@@ -223,10 +201,10 @@ def test_incomplete_model_folder_is_refused(missing, tmp_path):
     path = model / "model.safetensors"
     if missing == "folder":
         shutil.rmtree(model)
-    elif missing == "a layer's parameters":
-        save_file({k: v for k, v in load_file(path).items() if "layers.1.mlp" not in k}, path, {"format": "pt"})
     elif missing == "half of model.safetensors":
         path.write_bytes(path.read_bytes()[:1000])
+    elif missing == "a layer's parameters":
+        save_file({k: v for k, v in load_file(path).items() if "layers.1.mlp" not in k}, path, {"format": "pt"})
     elif missing == "all but the adapter":
         path.unlink()
         (model / "config.json").unlink()

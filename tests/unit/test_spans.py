@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,18 +24,6 @@ PARTS = ((3, 7), (10, 13))  # seven tokens, with three tokens of the template be
 TOKENS = [3, 4, 5, 6, 10, 11, 12]
 
 
-class Fixed:
-    """A generator that draws the given numbers."""
-
-    def __init__(self, *values: int):
-        self.values = list(values)
-
-    def integers(self, *bounds: int) -> int:
-        value = self.values.pop(0)
-        assert (bounds[0] if len(bounds) > 1 else 0) <= value < bounds[-1]
-        return value
-
-
 def encoded(name: str = "llama3", draws: Draws | None = None, **flags) -> SegmentDataset:
     return dataset(EXAMPLES, encoder(name, predictors=1, locate_user=True, **flags), draws)
 
@@ -43,17 +33,12 @@ def paths(data: SegmentDataset, epoch: int = 0, batch: int = 6) -> list[list]:
     return [item[0].path.tolist() for part in parts for item in data[epoch, part]]
 
 
-def test_triples_are_drawn_uniformly():
+@pytest.mark.parametrize("longest", [99, 3])
+def test_triples_of_the_allowed_length_are_drawn_uniformly(longest):
+    every = [t for t in itertools.combinations(TOKENS, 3) if TOKENS.index(t[2]) - TOKENS.index(t[0]) <= longest]
     rng = np.random.default_rng(0)
-    drawn = Counter(tuple(draw_triple(rng, PARTS, 99).tolist()) for _ in range(7000))
-    assert set(drawn) == {(a, b, c) for a in TOKENS for b in TOKENS for c in TOKENS if a < b < c}
-    assert min(drawn.values()) > 140 and max(drawn.values()) < 270  # 35 triples, 200 each on average
-
-
-def test_triples_are_at_most_as_long_as_allowed():
-    rng = np.random.default_rng(0)
-    drawn = {tuple(TOKENS.index(t) for t in draw_triple(rng, PARTS, 3)) for _ in range(1000)}
-    assert drawn == {(s, r, t) for s in range(7) for r in range(7) for t in range(7) if s < r < t <= s + 3}
+    drawn = Counter(tuple(draw_triple(rng, PARTS, longest).tolist()) for _ in range(200 * len(every)))
+    assert set(drawn) == set(every) and min(drawn.values()) > 140 and max(drawn.values()) < 270
 
 
 @pytest.mark.parametrize("longest", [99, 2])
@@ -77,7 +62,7 @@ def test_patch_loss_compares_the_steps_inside_a_span_with_the_other_steps(parts)
         for b in range(a + 1, min(len(tokens), a + len(tokens) - 1) + 1):
             inside, rest = steps[a:b].sum(axis=0), steps[:a].sum(axis=0) + steps[b:].sum(axis=0)
             expected = 1 - inside @ rest / np.linalg.norm(inside) / np.linalg.norm(rest)
-            points = draw_patch(Fixed(a, b - 1), parts, 99)
+            points = draw_patch(Mock(integers=Mock(side_effect=[a, b - 1])), parts, 99)
             loss, count = stp_loss(torch.from_numpy(hidden[points])[:, None], "patch")
             assert count == 1 and loss.item() == pytest.approx(expected, abs=1e-5), (a, b)
 

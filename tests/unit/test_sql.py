@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import random
-import re
 import sqlite3
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example, ExampleError
 from llm_jepa.files import sha256
 from llm_jepa.scoring.sandbox import Failure, Sandbox
-from llm_jepa.scoring.sql import (
-    example_database,
-    execute,
-    execution_match,
-    is_ordered,
-    results_match,
-    spider_databases,
-)
+from llm_jepa.scoring.sql import execute, execution_match, is_ordered, results_match, spider_databases
 
 SCRIPT = """
 CREATE TABLE singer (id INTEGER PRIMARY KEY, name TEXT, age INTEGER);
@@ -68,16 +58,13 @@ def listing(folder: Path) -> dict[str, tuple[int, str]]:
     "gold, predicted, unordered, ordered",
     [
         ([], [], True, True),
-        ([(1,)], [], False, False),
         ([(1,)], [(1.0,)], True, True),
         ([(1,)], [("1",)], False, False),
-        ([(b"a",)], [("a",)], False, False),
         ([(None,)], [(0,)], False, False),
         ([(2**53 + 1,)], [(2.0**53,)], False, False),
         ([(1,), (2,)], [(2,), (1,)], True, False),
         ([(1,), (1,), (2,)], [(1,), (2,), (2,)], False, False),
         ([(1, "a"), (2, "b")], [("a", 1), ("b", 2)], True, True),
-        ([(1, "a"), (2, "b")], [("a", 2), ("b", 1)], False, False),
         # One permutation for all rows.
         ([(1, 2), (3, 4)], [(2, 1), (3, 4)], False, False),
         ([(1, 2), (2, 1)], [(2, 1), (1, 2)], True, True),
@@ -86,7 +73,6 @@ def listing(folder: Path) -> dict[str, tuple[int, str]]:
         # The columns are permutations of each other.
         ([(1, 2, 3), (2, 3, 1), (3, 1, 2)], [(1, 3, 2), (2, 1, 3), (3, 2, 1)], True, True),
         ([(1, 2, 3), (2, 3, 1), (3, 1, 2)], [(1, 2, 3), (2, 1, 3), (3, 3, 1)], False, False),
-        ([(0, 0, 1), (0, 1, 0), (1, 0, 0)], [(1, 1, 0), (0, 0, 1), (0, 0, 0)], False, False),
     ],
 )
 def test_results_match(gold, predicted, unordered, ordered):
@@ -95,24 +81,13 @@ def test_results_match(gold, predicted, unordered, ordered):
         assert results_match(a, b, True) is ordered
 
 
-def edges(*cycles: list[int]) -> list[tuple[int, ...]]:
-    """A row for each edge of the cycles and a column for each of 12 vertices: 1 if the vertex is on the edge."""
-    return [tuple(int(v in (c[i], c[i - 1])) for v in range(12)) for c in cycles for i in range(len(c))]
-
-
 def test_similar_columns_need_no_search_of_all_permutations():
-    cyclic = [tuple((r + c) % 12 for c in range(12)) for r in range(12)]
-    marks = [tuple(int(r == c) for c in range(12)) for r in range(12)]
-    similar = [  # (rows, another result whose columns have the same values)
-        (cyclic, [*cyclic[:11], (*cyclic[11][:10], *cyclic[11][:9:-1])]),
-        (marks, [(*row[:10], int(r == 10), int(r == 10)) for r, row in enumerate(marks)]),
-        (edges(list(range(12))), edges(list(range(6)), list(range(6, 12)))),
-    ]
-    generator = random.Random(1)
-    for rows, result in [(a, b) for a, other in similar for b in (a, other)]:
-        order = generator.sample(range(12), 12)
-        shuffled = [tuple(row[i] for i in order) for row in generator.sample(result, 12)]
-        assert results_match(rows, shuffled, False) is (result is rows)  # 12! permutations would take days
+    """Rows are the edges of a cycle through 12 columns, in two orders of columns, or of two cycles through 6."""
+    rows = [tuple(int(c in (r, (r + 1) % 12)) for c in range(12)) for r in range(12)]
+    shuffled = [tuple(row[5 * c % 12] for c in range(12)) for row in rows]
+    assert results_match(rows, shuffled, ordered=False)  # 12! permutations would take days
+    two = [tuple(int(c in (r, (r + 1) % 6 + 6 * (r // 6))) for c in range(12)) for r in range(12)]
+    assert not results_match(rows, two, ordered=False)
 
 
 ORDERED = [
@@ -146,9 +121,7 @@ def reason(database: Path, query: str) -> str:
     [
         "; SELECT count(*) FROM singer ; ;\n; -- that; is all;",
         "-- how many;\nSELECT count(*) FROM singer WHERE name != 'a;''b;';",
-        'SELECT count(*) AS "a;b" FROM singer',
         "SELECT count(*) AS [a;b] FROM singer",
-        "SELECT count(*) AS `a;b` FROM singer",
         "WITH s AS (SELECT * FROM singer) SELECT count(*) FROM s",
         "SELECT count(*) FROM singer WHERE id > = 1 AND id ! = 9",  # as the official evaluator reads it
     ],
@@ -202,16 +175,13 @@ SCORES = [  # (gold query, prediction, execution, execution_ordered, failure)
     ("SELECT name FROM singer", "select Name from Singer ;", True, True, None),
     ("SELECT name FROM singer", "SELECT name FROM singer ORDER BY name DESC", True, False, None),
     ("SELECT name FROM singer ORDER BY name", "SELECT name FROM singer ORDER BY name DESC", False, False, None),
-    ("SELECT name FROM singer ORDER BY id", "SELECT name FROM singer", True, True, None),
     ("SELECT name, age FROM singer", "SELECT age, name FROM singer", True, False, None),
     ("SELECT name, age FROM singer ORDER BY id", "SELECT age, name FROM singer ORDER BY id", True, False, None),
     ("SELECT name FROM singer WHERE id > 9", "SELECT id, age FROM singer WHERE id < 0", True, True, None),
-    ("SELECT x'31', id FROM singer", "SELECT id, x'31' FROM singer", True, False, None),
     ("SELECT 1", "SELECT", False, False, "error"),
     ("SELECT 1", "DROP TABLE singer", False, False, "refused"),
     ("SELECT nothing", "SELECT nothing", False, False, "gold_error"),
     ("DROP TABLE singer", "DROP TABLE singer", False, False, "gold_refused"),
-    ("SELECT name FROM singer WHERE id > 9", "REINDEX", False, False, "refused"),
 ]
 
 
@@ -221,8 +191,29 @@ def test_execution_match(match):
         assert match(prediction, example(gold)) == scores, (gold, prediction)
 
 
+# Parts of queries, from characters to statements. None takes long, however often it is repeated.
+FRAGMENTS = st.sampled_from(
+    ["SELECT", "name", "singer", "*", "FROM singer", "WHERE", "ORDER BY name", "UNION", "1", "(", ")", ",", ";", "--",
+     "/*", "*/", "'", '"', "`", "[", "]", "\n", "\0", "\ud800", "☃", "?", "$a(", ".quit", "LIMIT 3", "EXPLAIN",
+     "DROP TABLE singer", "DELETE FROM singer", "PRAGMA user_version = 7", "ATTACH 'evil' AS evil",
+     "VACUUM INTO 'evil'", "BEGIN", "load_extension('x')", "CREATE TABLE evil (a)",
+     "INSERT INTO singer DEFAULT VALUES", "RETURNING name", "WITH singer AS (SELECT 1 AS name)"]
+)  # fmt: skip
+REASONS = {"empty", "several_statements", "refused", "error", "too_large", "memory", "timeout"}  # not "crash"
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.one_of(st.text(max_size=60), st.lists(FRAGMENTS, max_size=8).map(" ".join)))
+def test_any_query_gives_a_verdict_or_a_reason_and_changes_no_file(match, database, query):
+    before = listing(database.parent)
+    scores = match(query, example("SELECT name FROM singer"))
+    if failure := scores.get("failure"):
+        assert failure in REASONS and not scores["execution"] and not scores["execution_ordered"]
+    assert listing(database.parent) == before
+
+
 def test_bad_db_id_is_reported_with_file_and_line(match):
-    names = ("nowhere", "../music", "..", "", "a/b", "a\\b", "/etc", "music\0", "mu\nsic")
+    names = ("nowhere", "../music", "", "a\\b", "/etc", "music\0", "mu\nsic")
     others = ("For db_id:[music]\nQ", "For db_id: music\n\nQ", "Q\n\nFor db_id:[music]\n\nQ")
     for user in (*(f"For db_id:[{name}]\n\nQ" for name in names), *others):
         with pytest.raises(ExampleError, match=r"^data\.jsonl:7: .*db_id"):
@@ -230,26 +221,6 @@ def test_bad_db_id_is_reported_with_file_and_line(match):
 
 
 # ----------------------------------------------------------------------------------------------------- databases
-
-
-def test_verdicts_on_spider_data(tmp_path):
-    changes = {
-        "itself": lambda q: q + " --",
-        "DISTINCT": lambda q: q.replace("SELECT ", "SELECT DISTINCT ", 1),
-        "without WHERE": lambda q: re.sub(r" WHERE .*", "", q),
-        "other order": lambda q: re.sub(r"ORDER BY ", "ORDER BY 1 DESC, ", q),
-    }
-    with zipfile.ZipFile(ROOT / "spider_data.zip") as archive:
-        name = next(name for name in archive.namelist() if name.endswith("dev.json"))
-        queries = json.loads(archive.read(name))
-    verdicts = Counter()
-    with execution_match(spider_databases(ROOT / "spider_data.zip", tmp_path)) as match:
-        for query in queries:
-            for change, changed in changes.items():
-                scores = match(changed(query["query"]), example(query["query"], query["db_id"]))
-                assert "failure" not in scores or change != "itself"
-                verdicts[change] += scores["execution"]
-    assert verdicts == {"itself": 150, "DISTINCT": 140, "without WHERE": 46, "other order": 128}
 
 
 def make_zip(path: Path, database: Path, top: str = "spider_data/", **more: bytes) -> Path:
@@ -304,21 +275,3 @@ def test_path_without_databases_is_an_error_with_the_path(database, tmp_path):
         with pytest.raises(UsageError, match=f"^{tmp_path / name}: "):
             spider_databases(tmp_path / name, tmp_path / "cache")
         assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").iterdir())
-
-
-def test_database_with_an_unmerged_log_is_refused(database):
-    log = database.with_name(f"{database.name}-wal")
-    log.write_bytes(b"changes")
-    with pytest.raises(ExampleError, match=log.name):
-        example_database(database.parents[1], example("SELECT 1"))
-    log.write_bytes(b"")
-    assert example_database(database.parents[1], example("SELECT 1")) == database
-
-
-def test_symmetric_results_match_quickly():
-    # Rows are the edges of two 12-cycles over columns; only the order of the columns differs.
-    rows = [tuple(int(c in (r, (r + 1) % 12)) for c in range(12)) for r in range(12)]
-    shuffled = [tuple(row[5 * c % 12] for c in range(12)) for row in rows]
-    assert results_match(rows, shuffled, ordered=False)
-    paths = [tuple(int(c in (r, (r + 1) % 6 + 6 * (r // 6))) for c in range(12)) for r in range(12)]
-    assert not results_match(rows, paths, ordered=False)

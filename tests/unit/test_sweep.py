@@ -67,16 +67,6 @@ def test_the_mean_over_seeds_decides_and_the_file_lists_both_arms(cell, tmp_path
     assert written["runs"][-1]["scores"] == {"exact": 0.14, "startswith": 0.9, "stop_rate": 1.0, "dfa_equal": 0.86}
 
 
-def test_command_picks_among_run_folders(cell, tmp_path, capsys):
-    runs = [cell(score, lbd=lbd).parents[1] for lbd, score in ((1.0, 50.0), (2.0, 60.0))]
-    output = ("--output_file", str(tmp_path / "sweep.json"))
-    assert sweep.main(["--pick", "jepa", *output, *map(str, runs)]) == 0
-    assert capsys.readouterr().out == f"{runs[1]}\n"
-    for arm, run, mentioned in (("regular", runs[0], "regular"), ("jepa", tmp_path / "none", "none")):
-        assert sweep.main(["--pick", arm, *output, str(run)]) == 2
-        assert mentioned in capsys.readouterr().err
-
-
 def test_an_auxiliary_loss_without_views_is_no_regular_arm(cell, tmp_path):
     runs = [cell(70.0, arm=REGULAR), cell(80.0, arm=REGULAR | {"stp": "geodesic", "stp_lbd": 0.02})]
     assert sweep.pick("regular", runs, tmp_path / "sweep.json") == str(runs[0].parents[1])

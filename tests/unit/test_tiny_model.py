@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from conftest import ROOT
@@ -11,18 +12,10 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 
 TINY = ROOT / "models" / "tiny"
-PREDICTORS = [f"<|predictor_{k}|>" for k in range(1, 11)]
-SPECIAL = ["<|pad|>", "<|eot_id|>", "<|system|>", "<|user|>", "<|assistant|>", "<|perception|>", *PREDICTORS]
-
-SYSTEM = {"role": "system", "content": "Convert natural language to regular expression."}
-USER = {"role": "user", "content": " \nlines with a  vowel before the string 'dog', 3 or more times \t"}
-ASSISTANT = {"role": "assistant", "content": r"([AEIOUaeiou]).*((dog){3,}).*"}
+SPECIAL = [f"<|{name}|>" for name in ("pad", "eot_id", "system", "user", "assistant", "perception")]
+SPECIAL += [f"<|predictor_{k}|>" for k in range(1, 11)]
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
-
-
-def render(messages, **options):
-    return TOKENIZER.apply_chat_template(messages, tokenize=False, **options)
 
 
 @settings(deadline=None, max_examples=200)
@@ -46,20 +39,21 @@ def test_special_tokens_have_fixed_ids():
     assert (TOKENIZER.pad_token, TOKENIZER.eos_token, TOKENIZER.bos_token) == ("<|pad|>", "<|eot_id|>", None)
 
 
-def test_template_trims_and_ends_each_turn():
-    system = "<|system|>Convert natural language to regular expression.<|eot_id|>"
-    user = "<|user|>lines with a  vowel before the string 'dog', 3 or more times<|eot_id|>"
-    assistant = r"<|assistant|>([AEIOUaeiou]).*((dog){3,}).*<|eot_id|>"
-    assert render([SYSTEM, USER, ASSISTANT]) == system + user + assistant
-    assert render([SYSTEM, USER], add_generation_prompt=True) == system + user + "<|assistant|>"
-    with pytest.raises(TemplateError, match="tool"):
-        render([{"role": "tool", "content": "text"}])
-
-
 def test_configuration_matches_the_tokenizer():
     config = AutoConfig.from_pretrained(TINY)
     assert (config.vocab_size, config.max_position_embeddings) == (len(TOKENIZER), TOKENIZER.model_max_length)
     assert (config.pad_token_id, config.eos_token_id) == (TOKENIZER.pad_token_id, TOKENIZER.eos_token_id)
+
+
+def test_template_trims_and_ends_each_turn():
+    turns = [("system", "s"), ("user", " \nlines with a  vowel \t"), ("assistant", r"([AEIOUaeiou]).*")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    prompt = "<|system|>s<|eot_id|><|user|>lines with a  vowel<|eot_id|><|assistant|>"
+    render = partial(TOKENIZER.apply_chat_template, tokenize=False)
+    assert render(chat) == prompt + r"([AEIOUaeiou]).*<|eot_id|>"
+    assert render(chat[:2], add_generation_prompt=True) == prompt
+    with pytest.raises(TemplateError, match="tool"):
+        render([{"role": "tool", "content": "text"}])
 
 
 def test_make_tiny_writes_the_committed_files(tmp_path):
