@@ -3,18 +3,19 @@
     with passes_tests(False) as score:
         score("def double(x):\\n    return 2 * x", example)  # {"pass_at_1": True}
 
-Programs are untrusted. For each one, bubblewrap (`bwrap`) isolates two processes of program_child.py: one with the
-program and one with the tests, which gives the verdict. Without a verdict there is one of these reasons: `syntax`,
-`error` (an exception), `timeout`, `memory`, `crash` (a process has ended), `too_large` (a returned value), and
-`gold_syntax` (the example's tests or its answer are not Python).
+Programs are untrusted. bubblewrap (`bwrap`) isolates each one, with its tests, in a process of its own. A program that
+neither passes nor fails an assertion has one of these reasons: `syntax`, `error` (an exception), `timeout`, `memory`,
+`crash` (the process has ended, or the program has written to the file of the verdict).
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -27,28 +28,19 @@ from typing import TYPE_CHECKING
 
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example, ExampleError
-from llm_jepa.scoring.program_child import MEGABYTE
-from llm_jepa.scoring.sandbox import Failure
+from llm_jepa.scoring.sandbox import MEGABYTE, Failure
 
 if TYPE_CHECKING:  # tasks.py imports this module
     from llm_jepa.scoring.tasks import Scorer, Scores
 
-CPU_SECONDS, SECONDS = 10, 30.0  # limits of each of the two processes: CPU time, and time on the clock
-CHILD = Path(__file__).with_name("program_child.py")
 PYTHON = Path(sys.executable).resolve()  # outside a virtual environment, so with the standard library only
-NOBODY = "65534"
-TEMPORARY = 32 * MEGABYTE  # bytes of the private folder
+NOBODY = 65534
+SECONDS = 30.0  # on the clock
+# Soft and hard; the soft one on CPU time ends the process with SIGXCPU.
+LIMITS = {"CPU": (10, 11), "AS": 2 * [1024 * MEGABYTE], "FSIZE": 2 * [16 * MEGABYTE], "NOFILE": (64, 64),
+          "NPROC": (0, 0), "CORE": (0, 0)}  # fmt: skip
 FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
-# A program that returns True only where it cannot start a process.
-PROBE = """
-import os
-def limited():
-    try:
-        if os.fork() == 0:
-            os._exit(0)
-    except OSError:
-        return True
-"""
+PROBE = "import os\ntry:\n    os._exit(os.fork() < 0)\nexcept OSError:\n    pass"  # passes if it cannot start a process
 
 
 def extract_code(response: str) -> str:
@@ -69,80 +61,89 @@ def example_tests(example: Example) -> str:
     return "\n".join(example.tests)
 
 
+def child() -> None:
+    """The process of a program: only this function's text runs there.
+
+    stdin: JSON [token, limits, user ID or null, program, tests]. stdout: the token after all tests have passed, else a
+    reason. The program's own stdin, stdout and stderr are /dev/null.
+    """
+    import builtins, json, os, resource, sys, types  # noqa: E401, I001
+
+    token, limits, user, *sources = json.load(sys.stdin)
+    if user is not None:  # root has no limit on processes
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    for name, limit in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), limit)
+    verdict, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    module = sys.modules["program"] = types.ModuleType("program")  # not __main__, so that no example usage runs
+    namespace, original = vars(module), vars(builtins).copy()
+    run, write = exec, os.write  # the program may replace them
+    try:
+        program, tests = (compile(source, "program", "exec", dont_inherit=True) for source in sources)
+        run(program, namespace)
+        namespace["__builtins__"] = original
+        run(tests, namespace)
+        result = token
+    except BaseException as error:  # also SystemExit
+        reasons = {AssertionError: "assert", MemoryError: "memory", SyntaxError: "syntax", BaseException: "error"}
+        result = next(reason for kind, reason in reasons.items() if isinstance(error, kind))
+    write(verdict, result.encode())
+
+
 def isolation() -> list[str]:
     """bubblewrap's part of a command: the process sees only Python, read-only, and an empty /tmp, and no network.
 
     Raises OSError with the reason if that does not work here.
     """
     bwrap, prefix = shutil.which("bwrap"), PYTHON.parents[1]
-    if not bwrap:
-        raise OSError("bwrap is not installed; try apt-get install bubblewrap")
-    if Path(os.path.expanduser("~")).is_relative_to(prefix):
-        raise OSError(f"Python's folder {prefix} contains the home folder")
-    # Made here, because bubblewrap may give a folder above a mounted one the mode 0700.
-    folders = [*map(str, prefix.parents[-2::-1]), "/dev"]
-    root = ("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID") if os.getuid() == 0 else ()
+    if not bwrap or Path.home().is_relative_to(prefix):
+        raise OSError(f"{prefix} contains the home folder" if bwrap else "bwrap: not found; apt-get install bubblewrap")
+    # Folders above a mounted one are made here, because bubblewrap may give them the mode 0700.
+    folders, root = [*map(str, prefix.parents[-2::-1]), "/dev"], ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     isolated = [
         bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
-        "--die-with-parent", *root,
+        "--die-with-parent", "--cap-drop", "ALL", *(root if os.getuid() == 0 else ()),
         *(word for folder in folders for word in ("--perms", "0755", "--dir", folder)),
-        *(word for folder in ("/usr", "/lib", "/lib64") for word in ("--ro-bind-try", folder, folder)),
-        "--ro-bind", str(prefix), str(prefix), "--ro-bind", str(CHILD), f"/{CHILD.name}",
-        "--dev-bind", "/dev/null", "/dev/null", "--perms", "1777", "--size", str(TEMPORARY), "--tmpfs", "/tmp",
+        *(word for folder in ("/usr", "/lib", "/lib64", str(prefix)) for word in ("--ro-bind-try", folder, folder)),
+        "--dev-bind", "/dev/null", "/dev/null", "--perms", "1777", "--size", str(32 * MEGABYTE), "--tmpfs", "/tmp",
         "--remount-ro", "/", "--chdir", "/tmp",
     ]  # fmt: skip
     try:
-        limited = passes(isolated, PROBE, PROBE, "assert limited()")
+        passes(isolated, PROBE, "")
     except Failure as failure:
-        raise OSError(f"a program fails with {failure.reason}") from None
-    if not limited:
-        raise OSError("it does not limit processes")
+        raise OSError(f"a test of its limit on processes ends with {failure.reason}") from None
     return isolated
 
 
-def passes(isolated: list[str], program: str, reference: str, tests: str) -> bool:
+def passes(isolated: list[str], program: str, tests: str) -> bool:
     """Whether a program passes the tests. `isolated`: the result of `isolation`, or [] for none.
 
-    Raises Failure with one of the module's reasons, and OSError if the two processes do not start.
+    Raises Failure with one of the module's reasons, and OSError if the process does not start.
     """
-    path, uid = (f"/{CHILD.name}", NOBODY if os.getuid() == 0 else "-") if isolated else (str(CHILD), "-")
-    command = [*isolated, str(PYTHON), "-S", "-s", "-P", path, str(CPU_SECONDS), uid]
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-
-        def start(*role: str, pass_fds: tuple[int, ...] = ()) -> subprocess.Popen:
-            child = subprocess.Popen(
-                [*command, *role], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder,
-                env={"PYTHONHASHSEED": "0"}, start_new_session=True, pass_fds=pass_fds,
-            )  # fmt: skip
-            stack.enter_context(child)  # closes its pipes and waits
-            stack.callback(kill, child)
-            return child
-
-        served = start("program")
-        pipes = (served.stdout.fileno(), served.stdin.fileno())
-        tested = start("tests", *map(str, pipes), pass_fds=pipes)
-        served.stdout.close()
-        served.stdin.close()
+    token, user = secrets.token_hex(), NOBODY if isolated and os.getuid() == 0 else None
+    job = json.dumps([token, LIMITS, user, program, tests]).encode()
+    command = [*isolated, str(PYTHON), "-S", "-s", "-P", "-c", inspect.getsource(child) + "child()"]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:  # a file has a limit on its size
         try:
-            reply, errors = tested.communicate(json.dumps([program, reference, tests]).encode(), SECONDS)
-            verdict = json.loads(reply or '{"failure": "crash"}')
-            if verdict.get("failure") in ("crash", "start"):
-                served.wait(1)
+            done = subprocess.run(
+                command, input=job, stdout=output, stderr=subprocess.PIPE, timeout=SECONDS, start_new_session=True,
+                cwd=folder, env={"PYTHONHASHSEED": "0"},
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise Failure("timeout") from None
-        if not reply and errors or verdict.get("failure") == "start":
-            error = (errors or served.stderr.read()).decode(errors="replace").strip().rpartition("\n")[2]
-            raise OSError(f"the processes for a program do not start: {error}")
-    if "failure" in verdict:
-        ended = {abs(child.returncode) % 128 for child in (served, tested)}
-        raise Failure("timeout" if signal.SIGXCPU in ended else verdict["failure"])
-    return verdict["result"]
-
-
-def kill(child: subprocess.Popen) -> None:
-    """Ends a process and all that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+        output.seek(0)
+        verdict = output.read(2 * len(token)).decode(errors="replace")
+    if done.stderr:  # of bubblewrap, or of Python before the program
+        raise OSError(done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
+    if verdict in (token, "assert"):
+        return verdict == token
+    if abs(done.returncode) % 128 == signal.SIGXCPU:
+        raise Failure("timeout")
+    raise Failure(verdict if verdict in ("memory", "syntax", "error") else "crash")
 
 
 @contextlib.contextmanager
@@ -161,9 +162,9 @@ def passes_tests(allow_code_execution: bool | None) -> Iterator[Scorer]:
         isolated = []
 
     def score(prediction: str, example: Example) -> Scores:
-        tests, answer = example_tests(example), extract_code(example.assistant)
+        tests = example_tests(example)
         try:
-            return {"pass_at_1": passes(isolated, extract_code(prediction), answer, tests)}
+            return {"pass_at_1": passes(isolated, extract_code(prediction), tests)}
         except Failure as failure:
             return {"pass_at_1": False, "failure": failure.reason}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 
 import pytest
@@ -33,71 +34,49 @@ def test_program_is_the_first_python_block_or_the_complete_response(response, co
     assert extract_code(response) == code
 
 
-# (reference, tests, right programs, wrong programs with their reason)
+# tests, right programs, wrong programs with their reason
 CASES = {
-    "function": (DOUBLE, "assert double(4) == 8\nassert double('a') == 'aa'",
-                 [DOUBLE, "double = lambda x: x + x", "import decimal, re\n" + DOUBLE],
-                 {"def double(x): return x": None, "def double(x)": "syntax", "": "error", "double = 8": "error",
-                  "def double(x): return x / 0": "error", "assert 1 == 2": None}),
-    "values": ("def f(): pass", "\n".join(
-        f"assert f({v}) == {v} and type(f({v})) is type({v})" for v in (
-            "None", "True", "10 ** 5000", "-0.1", "1e999", "2j", "'\\ud800\\n☃'", "b'\\xff'", "[1, (2, {3})]",
-            "{(1, 'a'): [{}], None: ()}", "frozenset({(1,), frozenset()})", "set()")),
-        ["def f(x): return x"], {"import json\ndef f(x): return json.loads(json.dumps(x))": "error"}),
-    "subclasses": ("def f(): pass", "assert f('abca') == {'a': 2, 'b': 1, 'c': 1}",
-                   ["import collections\nf = collections.Counter"], {"def f(x): return x": None}),
-    # as in MBPP: the tests make objects of the program's classes
-    "objects": ("class Node:\n    pass\ndef depth(n): pass",
-                "root = Node(1)\nroot.left = Node(2)\nassert root.left.value == 2\nassert depth([root])\n"
-                "assert root and not Node(0) and list(root) == [1, 2] and double_all(root.left)(3) == 6",
-                ["class Node:\n    left = None\n    def __init__(self, value): self.value = value\n"
-                 "    def __iter__(self): yield from (self.value, self.left.value)\n"
-                 "    def __len__(self): return self.value\n"
-                 "def depth(nodes): return nodes[0].left.value == 2\n"
-                 "def double_all(n): return lambda x: x * n.value"],
-                {"class Node: pass": "error"}),
-    "a function with the name of a builtin": ("def sum(a, b): return a + b", "assert sum(3, 4) == 7",
-                                              ["def sum(a, b): return a + b"], {"": "error"}),
-    "imports of the answer": ("import math\ndef f(x): return math.sqrt(x)", "assert math.isclose(f(4), 2)",
-                              ["def f(x): return 2.0"],
-                              {"import math\nmath.isclose = lambda *_: True\ndef f(x): return 3": None}),
-    "exceptions": ("def f(x): raise ValueError",
-                   "try:\n    f(1)\nexcept ValueError:\n    pass\nelse:\n    assert False",
-                   ["class Bad(ValueError): pass\ndef f(x): raise Bad(x)"],
-                   {"def f(x): raise KeyError": "error", "def f(x): return x": None}),
-    "example usage": (DOUBLE, "assert double(1) == 2", [DOUBLE + "\nif __name__ == '__main__':\n    double(input())"],
-                      {DOUBLE + "\ninput()": "error"}),
-    "wrong tests": (DOUBLE, "assert double(1) =", [], {DOUBLE: "gold_syntax"}),
-    "wrong answer": ("def double", "assert double(1) == 2", [], {DOUBLE: "gold_syntax"}),
+    "function": ("assert double(4) == 8\nassert double('a') == 'aa'",
+                 [DOUBLE, "double = lambda x: x + x", "import decimal, re\n" + DOUBLE,
+                  DOUBLE + "\nif __name__ == '__main__':\n    double(input())"],
+                 {"def double(x): return x": None, "def double(x)": "syntax", "if 1:\ndouble = 8": "syntax",
+                  "": "error", "double = 8": "error", "def double(x): return x / 0": "error",
+                  DOUBLE + "\ninput()": "error", "raise MemoryError": "memory"}),
+    # program and tests share objects: arguments change, objects are equal, functions are arguments
+    "objects": ("root = Node(1)\nroot.left = Node(2)\nassert root == Node(1) and root is same(root)\n"
+                "values = [3, 1]\nsort(values, key=lambda x: x)\nassert values == [1, 3]",
+                ["class Node:\n    def __init__(self, value): self.value = value\n"
+                 "    def __eq__(self, other): return self.value == other.value\n"
+                 "def same(x): return x\ndef sort(values, key): values.sort(key=key)"], {"class Node: pass": "error"}),
+    "data class": ("assert Point(1, 2).x == 1",
+                   ["from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\n"
+                    "class Point:\n    x: int\n    y: int"], {}),
+    "a function with the name of a builtin": ("assert sum(3, 4) == 7", ["def sum(a, b): return a + b"], {"": "error"}),
 }  # fmt: skip
-
-
-def example(answer: str, tests: str | None) -> Example:
-    return Example(None, "question", answer, "data.jsonl:7", 7, tests=tests and (tests,))
 
 
 @pytest.fixture(scope="module", params=["isolated", "allowed"])
 def score(request):
     """The scorer, with bubblewrap and without."""
-    opened = passes_tests(True)
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "allowed":
-            patch.setattr(shutil, "which", lambda name: None)
-        else:
-            skip_without_isolation()
-        score = opened.__enter__()
-    yield score
-    opened.__exit__(None, None, None)
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            if request.param == "allowed":
+                patch.setattr(shutil, "which", lambda name: None)
+            else:
+                skip_without_isolation()
+            score = stack.enter_context(passes_tests(True))
+        yield score
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_program_passes_only_if_it_does_what_the_tests_expect(case, score):
-    reference, tests, right, wrong = CASES[case]
+    tests, right, wrong = CASES[case]
+    example = Example(None, "question", "answer", "data.jsonl:7", 7, tests=tuple(tests.splitlines()))
     for program in right:
-        assert score(f"```python\n{program}\n```", example(reference, tests)) == {"pass_at_1": True}, program
+        assert score(f"```python\n{program}\n```", example) == {"pass_at_1": True}, program
     for program, failure in wrong.items():
         reason = {"failure": failure} if failure else {}
-        assert score(program, example(reference, tests)) == {"pass_at_1": False} | reason, program
+        assert score(program, example) == {"pass_at_1": False} | reason, program
 
 
 def test_without_bubblewrap_the_task_is_refused_unless_allowed(tmp_path, monkeypatch):
@@ -106,8 +85,6 @@ def test_without_bubblewrap_the_task_is_refused_unless_allowed(tmp_path, monkeyp
     monkeypatch.setenv("PATH", str(tmp_path))
     done = call("evaluate", "--score_gold", "--input_file", data)
     assert done.code == 2 and "bwrap" in done.err and "--allow_code_execution" in done.err
-    with pytest.raises(UsageError), passes_tests(None):
-        pass
     done = call("evaluate", "--score_gold", "--input_file", data, "--allow_code_execution")
     assert done.code == 0 and "pass_at_1" in done.out and "100.00" in done.out and "without isolation" in done.err
     done = call("evaluate", "--score_gold", "--input_file", data, "--task", "text", "--allow_code_execution")
@@ -115,13 +92,11 @@ def test_without_bubblewrap_the_task_is_refused_unless_allowed(tmp_path, monkeyp
 
 
 def test_isolation_that_fails_is_refused(tmp_path, monkeypatch):
-    bwrap = tmp_path / "bwrap"
-    for script, reason in (("echo 'No permissions' >&2; exit 1", "No permissions"), ("exit 1", "bubblewrap")):
-        bwrap.write_text(f"#!/bin/sh\n{script}\n")
-        bwrap.chmod(0o755)
-        monkeypatch.setenv("PATH", str(tmp_path))
-        with pytest.raises(UsageError, match=reason), passes_tests(None):
-            pass
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'No permissions' >&2; exit 1")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="No permissions"), passes_tests(None):
+        pass
 
 
 def test_example_without_tests_is_reported_with_its_line(tmp_path):
@@ -129,6 +104,3 @@ def test_example_without_tests_is_reported_with_its_line(tmp_path):
     data = write_rows(tmp_path / "mbpp_test.jsonl", rows)
     done = call("evaluate", "--score_gold", "--input_file", data)
     assert done.code == 2 and f"{data}:2" in done.err and '"tests"' in done.err
-    data = write_rows(data, [rows[0] | {"tests": "assert double(2) == 4"}])
-    done = call("evaluate", "--score_gold", "--input_file", data)
-    assert done.code == 2 and f"{data}:1" in done.err and '"tests"' in done.err
