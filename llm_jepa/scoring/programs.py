@@ -83,7 +83,7 @@ def child() -> None:
     namespace, original = vars(module), vars(builtins).copy()
     run, write = exec, os.write  # the program may replace them
     try:
-        program, tests = (compile(source, "program", "exec", dont_inherit=True) for source in sources)
+        program, tests = (compile(source, "program", "exec") for source in sources)
         run(program, namespace)
         namespace["__builtins__"] = original
         run(tests, namespace)
