@@ -372,7 +372,7 @@ def test_all_prepares_what_it_can_and_lists_the_rest(hub, tmp_path, out):
     write_deep_regex(tmp_path / "downloads" / "turk", 10)
     done = run("all", "--source", tmp_path / "downloads", "--out_dir", out)
     assert done.code == 2 and sorted(manifest(out)) == ["gsm8k", "spider", "synth", "turk"]
-    assert "not prepared: paraphrase, rotten_tomatoes, yelp, nq_open, hellaswag" in done.err
+    assert "not prepared: paraphrase, rotten_tomatoes, yelp, nq_open, mbpp, hellaswag" in done.err
 
 
 # ------------------------------------------------------------------------------------------------------ own data
