@@ -35,15 +35,12 @@ from llm_jepa.evaluation import generation, predictions, vllm_engine
 from llm_jepa.evaluation.generation import Generation
 from llm_jepa.evaluation.model import label_logits, layer_states, load, weight_files
 from llm_jepa.evaluation.predictions import Predictions
-from llm_jepa.evaluation.scores import retrieval_table, score_table, scored_row, summarize
+from llm_jepa.evaluation.scores import databases_of, retrieval_table, score_table, scored_row, scorer, summarize
 from llm_jepa.files import folder_sha256, sha256, write_json
 from llm_jepa.run_folder import provenance
-from llm_jepa.scoring.programs import example_tests
-from llm_jepa.scoring.sql import example_database, spider_databases
-from llm_jepa.scoring.tasks import TASKS, Scorer
+from llm_jepa.scoring.tasks import TASKS
 from llm_jepa.training.process import run_script, write_errors
 
-HERE = Path(__file__).resolve().parent
 MIN_GOLD_SCORE = 0.9  # of the data's own answers; published datasets contain a few wrong answers
 TOKENS_PER_BATCH = 2048  # of views, which are embedded before generating, without --tokens_per_batch
 
@@ -81,7 +78,7 @@ def predict(
     """
     with contextlib.ExitStack() as stack:
         with agreed():  # nothing is replaced before all input is checked
-            score = stack.enter_context(scorer(s, examples))
+            score = stack.enter_context(scorer(s.task, s.spider_path, examples, s.allow_code_execution))
             model, encoder = load(name, s)
             choices, renderer, plan = TASKS[s.task].choices, encoder.renderer, generation.Plan()
             limit = s.max_new_tokens or generation.answer_limit(renderer, examples)
@@ -145,25 +142,6 @@ def add_retrieval(
 # ---------------------------------------------------------------------------------------------------------- score
 
 
-def databases_of(s: EvaluationSettings) -> Path | None:
-    """The folder of Spider's databases, None for a task without. Raises UsageError if there are none."""
-    if not TASKS[s.task].needs_databases:
-        return None
-    path = Path(s.spider_path)
-    return spider_databases(path if path.exists() else HERE / path, HERE / "datasets" / "spider_databases")
-
-
-def scorer(s: EvaluationSettings, examples: list[Example]) -> contextlib.AbstractContextManager[Scorer]:
-    """The task's scorer. Raises ExampleError if an example names a database that does not exist, or has no tests."""
-    task, databases = TASKS[s.task], databases_of(s)
-    for example in examples:
-        if task.needs_databases:
-            example_database(databases, example)
-        if task.runs_programs:
-            example_tests(example)
-    return task.start(s.allow_code_execution if task.runs_programs else databases)
-
-
 def score_file(path: str, examples: list[Example], s: EvaluationSettings) -> Predictions:
     """Scores predictions made elsewhere. Raises UsageError if their ids are not those of the examples."""
     given, ids = {row["id"]: row for row in predictions.read(Path(path))}, {e.id for e in examples}
@@ -171,13 +149,13 @@ def score_file(path: str, examples: list[Example], s: EvaluationSettings) -> Pre
         if wrong:
             raise UsageError(f"--score_only {path}: {len(wrong)} ids {what} in {s.input_file}: {min(wrong)} …")
     responses = {i: Generation(row["prediction"], row.get("stop_reason")) for i, row in given.items()}
-    with scorer(s, examples) as score:
+    with scorer(s.task, s.spider_path, examples, s.allow_code_execution) as score:
         return [scored_row(example, responses[example.id], score) for example in tqdm(examples, unit="example")]
 
 
 def check_gold(examples: list[Example], s: EvaluationSettings) -> None:
     """Prints the scores of the data's own answers. Raises UsageError if less than MIN_GOLD_SCORE of them are right."""
-    with scorer(s, examples) as score:
+    with scorer(s.task, s.spider_path, examples, s.allow_code_execution) as score:
         rows = [scored_row(e, Generation(e.assistant, None), score) for e in examples]
     metrics = summarize(rows, s.task)
     print(score_table(metrics))
@@ -289,7 +267,7 @@ def evaluate(s: EvaluationSettings) -> None:
         examples = examples[: s.max_examples or None]
         settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "overwrite"}
         identity = {"settings": settings, "data_sha256": checksum}
-        if s.task and (databases := databases_of(s)):
+        if s.task and (databases := databases_of(s.task, s.spider_path)):
             identity["databases_sha256"] = folder_sha256(databases)
         if s.output_file and not s.embeds:
             predictions.check_free(Path(s.output_file), s.overwrite)

@@ -46,7 +46,7 @@ if __name__ == "__main__":  # before the slow imports, so that --help and flag e
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
-from transformers import ProgressCallback, Trainer, set_seed
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, set_seed
 
 from llm_jepa import losses
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
@@ -54,7 +54,6 @@ from llm_jepa.data.examples import Problems
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, end_of_turn
 from llm_jepa.data.streaming import SegmentStream
-from llm_jepa.evaluation.generation import exact_match
 from llm_jepa.forward import LMHeadSelector, States
 from llm_jepa.layouts import Collator
 from llm_jepa.model import (
@@ -75,8 +74,10 @@ from llm_jepa.training.checks import inspect_model
 from llm_jepa.training.data import load_data
 from llm_jepa.training.describe import final_record, first_example, last_checkpoint, start_block, start_record
 from llm_jepa.training.flops import FlopCounter, flop_share
+from llm_jepa.training.generations import Generations, GenerationsCallback
 from llm_jepa.training.pairs import Contrast
 from llm_jepa.training.process import run_script, write_errors
+from llm_jepa.training.trackers import start_trackers
 from llm_jepa.training.trainer import StepTrainer, compile_decoder
 
 # -------------------------------------------------------------------------------------------------------------- trainer
@@ -333,9 +334,11 @@ def build_trainer(
         steps_per_epoch = math.ceil(batches // state.num_processes / s.grad_accum)
         steps = max(1, round(steps_per_epoch * s.num_epochs * share_of_flop(s, parts, micro_batches, bf16)))
     generate = None
-    if s.eval_generate:
-        examples = parts.held_out.examples[: s.eval_generate]
-        generate = exact_match(parts.encoder.renderer, examples, state.process_index, state.num_processes)
+    if s.generates:
+        generate = Generations(
+            parts.encoder.renderer, parts.held_out.examples, s.scored_task, s.spider_path, scored=s.eval_generate,
+            shown=s.sample_generations, process=state.process_index, processes=state.num_processes,
+        )  # fmt: skip
     try:
         arguments = make_arguments(s, bf16=bf16, max_steps=steps, device=state.device)
         Trainer.get_optimizer_cls_and_kwargs(arguments, parts.model)  # raises if the optimizer is not installed
@@ -355,6 +358,7 @@ def build_trainer(
             gamma=s.gamma,
             terms=parts.terms,
             reference_grad_scale=s.reference_grad_scale,
+            save_total_limit=s.save_total_limit,
             generate=generate,
         )
     except (ValueError, ImportError, OverflowError) as error:
@@ -391,8 +395,11 @@ def fine_tune(
             return
 
         trainer, bar = build_trainer(s, parts, state, **trainer_options), Bar()
-        trainer.add_callback(bar)
-        trainer.add_callback(MetricsCallback(run, trainer, partial(parts.inspect, half) if sharded else None))
+        check = partial(parts.inspect, half) if sharded else None
+        reports = [bar, MetricsCallback(run, trainer, check)] + ([GenerationsCallback(trainer)] if s.generates else [])
+        stopping = [EarlyStoppingCallback(s.early_stopping_patience)] if s.early_stopping_patience else []
+        for callback in (*reports, *stopping):
+            trainer.add_callback(callback)
         renderer = parts.encoder.renderer
         stop = end_of_turn(renderer) if s.lm_labels != "answer_text" else None
         config = trainer.generation_config
@@ -402,6 +409,7 @@ def fine_tune(
             if is_main:
                 record = start_record(s, parts.train_set, parts.problems)
                 record |= {"not_adapted": not_adapted(parts.model)} if s.lora else {}
+                start_trackers(trainer, s.project)
                 say(start_block(s, parts.model, renderer, parts.train_set, len(parts.held_out or ())))
                 run.start(s.overwrite, record)
 
@@ -432,7 +440,8 @@ def fine_tune(
             if s.streaming and parts.problems.found:
                 say(parts.problems.report())
             shown = ", ".join(f"{name} {value:.4g}" for name, value in facts["final"].items())
-            say(f"finished {facts['steps']} steps, {facts['tokens']} tokens: {shown}")
+            best = f" (the model is that of step {facts['best']['step']})" if s.save_best else ""
+            say(f"finished {facts['steps']} steps, {facts['tokens']} tokens: {shown}{best}")
         state.wait_for_everyone()  # a process that leaves first would break the others' connections
 
 

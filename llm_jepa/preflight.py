@@ -284,7 +284,9 @@ def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str],
         plan = max(plans, key=lambda plan: plan["checkpoint"])
         if last.merge:
             plan["saved_model"] += plan["parameters"] * (4 if last.param_dtype == "float32" else 2)
-        problems += disk_problems(s.output_dir, plan, s.runs, last.save_total_limit, last.keep_checkpoints)
+        problems += disk_problems(
+            s.output_dir, plan, s.runs, last.save_total_limit + last.save_best, last.keep_checkpoints
+        )
         if not last.gradient_checkpointing:
             notes.append("activations that --no-gradient_checkpointing stores: the predicted memory is without them")
     if enough and (s.nproc_per_node > 1 or s.device == "cuda"):

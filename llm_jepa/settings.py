@@ -15,12 +15,14 @@ from llm_jepa.data.examples import Fields, dataset_name
 from llm_jepa.distributed import processes
 from llm_jepa.files import read_json
 from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
+from llm_jepa.scoring.tasks import TASKS
 
 DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimization", "Run"
-# Settings that change no number: a resumed run may change them, and they do not distinguish arms.
-VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "save_total_limit", "keep_checkpoints",
-            "logging_steps", "gradient_stats", "dataloader_num_workers", "preprocessing_num_workers",
-            "use_default_data_collator", "unmask_assistant_special_tokens"}  # the last two set lm_labels  # fmt: skip
+# Settings that change no number: a resumed run may change them, and they do not distinguish arms. The last two set
+# lm_labels.
+VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "run_name", "project", "sample_generations",
+            "save_total_limit", "keep_checkpoints", "logging_steps", "gradient_stats", "dataloader_num_workers",
+            "preprocessing_num_workers", "use_default_data_collator", "unmask_assistant_special_tokens"}  # fmt: skip
 # Flags of the JEPA loss and of --stp, without effect otherwise.
 JEPA_FLAGS = ("lbd predictors last_token jepa_loss jepa_l2 jepa_mse infonce temperature negatives_queue stop_gradient "
               "center sigreg shuffle_pairs front_pred reverse_pred text_view jepa_ratio same_flop").split()  # fmt: skip
@@ -28,6 +30,7 @@ STP_FLAGS = "stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd st
 JepaLossName = Literal[*JEPA_LOSSES] | None
 StpName = Literal[*STP_LOSSES] | None
 Strategy = Literal["epoch", "steps", "no"] | None
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 @dataclass
@@ -166,19 +169,54 @@ class Settings:
     dry_run: int | None = flag(None, "print the losses of the first N examples as one JSON object; write nothing", RUN)
     eval_strategy: Strategy = flag(None, "when held-out examples are evaluated; default epoch if there are any", RUN)
     eval_steps: int = flag(500, "steps between evaluations with --eval_strategy steps", RUN)
-    eval_generate: int = flag(0, "also generate for N held-out examples; log exact match", RUN)
+    eval_on_start: bool = flag(False, "also evaluate before the first step", RUN)
+    eval_generate: int = flag(0, "also generate for N held-out examples; log the scores of --task", RUN)
+    sample_generations: int = flag(
+        0, "print the generations for the first N held-out examples; write them to generations.jsonl and trackers", RUN
+    )
+    task: str | None = flag(
+        None, f"scores of generations ({', '.join(TASKS)}); default: by the base name of the file, else text", RUN
+    )
+    spider_path: str = flag("spider_data.zip", "task spider: folder or zip file of Spider with its databases", RUN)
+    save_best: bool = flag(
+        False,
+        "save the model of the evaluation with the best score: the first of --task with --eval_generate, else "
+        "eval_lm_loss; a checkpoint is saved at each evaluation",
+        RUN,
+    )
+    early_stopping_patience: int | None = flag(None, "stop after N evaluations without a better such score", RUN)
     save_strategy: Strategy = flag(None, "when checkpoints are saved; default epoch, or steps with --streaming", RUN)
     save_steps: int = flag(500, "steps between checkpoints with --save_strategy steps", RUN)
-    save_total_limit: int = flag(1, "number of complete checkpoints to keep", RUN)
+    save_total_limit: int = flag(1, "number of complete checkpoints to keep, besides that of --save_best", RUN)
     keep_checkpoints: bool = flag(False, "keep checkpoints after training (by default only the final model)", RUN)
     logging_steps: int = flag(1, "optimizer steps per line of metrics.jsonl", RUN)
-    report_to: str = flag("none", "none, tensorboard, wandb, trackio, or several with commas", RUN)
+    report_to: str = flag("none", f"none, {', '.join(TRACKERS)}, or several with commas", RUN)
+    run_name: str | None = flag(None, "name of the run in trackers; default: that of the run folder", RUN)
+    project: str | None = flag(None, "W&B or trackio project, MLflow experiment; default: the tracker's", RUN)
     track_flop: bool = flag(False, "log floating-point operations to metrics.jsonl (slower)", RUN)
 
     @property
     def fields(self) -> Fields | None:
         """The fields of the views, None for data in the project's own format."""
         return Fields(self.text_field, self.code_field, self.system) if self.text_field else None
+
+    @property
+    def generates(self) -> bool:
+        """Whether evaluations generate."""
+        return self.eval_generate > 0 or self.sample_generations > 0
+
+    @property
+    def scored_task(self) -> str:
+        """The task whose scores the generations get, a key of TASKS."""
+        name = dataset_name(self.eval_file or self.data_file or self.train_file)
+        return self.task or (name if name in TASKS else "text")
+
+    @property
+    def best_metric(self) -> str | None:
+        """What decides which evaluation is the best, a key of metrics.jsonl; None without --save_best and stopping."""
+        if not (self.save_best or self.early_stopping_patience):
+            return None
+        return f"eval_{TASKS[self.scored_task].primary}" if self.eval_generate else "eval_lm_loss"
 
     @property
     def label_scope(self) -> str | None:
@@ -259,11 +297,17 @@ def check_data(s: Settings, r: Refusals) -> None:
     r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
     r.only_if(bool(s.data_file), "eval_split", "only with --data_file")
     r.only_if(bool(s.data_file or s.val_fraction), "split_seed", "only with --data_file or --val_fraction")
-    r.only_if(any(sources), "eval_strategy eval_steps eval_generate", "there are no held-out examples")
+    evaluating = "eval_on_start eval_generate sample_generations save_best early_stopping_patience"
+    r.only_if(any(sources), f"eval_strategy eval_steps {evaluating}", "there are no held-out examples")
     for action in ("eval", "save"):
         in_steps = (getattr(s, f"{action}_strategy") or ("steps" if s.streaming else "epoch")) == "steps"
         r.only_if(in_steps, f"{action}_steps", f"only with --{action}_strategy steps")
-    r.only_if(s.eval_strategy != "no", "eval_generate", "not with --eval_strategy no")
+    r.only_if(s.eval_strategy != "no", evaluating, "not with --eval_strategy no")
+    r.only_if(not s.save_best, "save_strategy save_steps", "not with --save_best, which saves at each evaluation")
+    more = 0 < s.eval_generate < s.sample_generations
+    r.refuse(more, f"--sample_generations {s.sample_generations} is above --eval_generate {s.eval_generate}")
+    r.only_if(s.generates, "task spider_path", "only with --eval_generate or --sample_generations")
+    r.refuse(s.task not in (None, *TASKS), f"--task {s.task} is not known; give one of {', '.join(TASKS)}")
     r.refuse(not 0 < s.eval_split < 1, f"--eval_split {s.eval_split} is not between 0 and 1")
     r.refuse(not 0 <= s.val_fraction < 1, f"--val_fraction {s.val_fraction} is not in 0 to 1")
     if s.streaming:
@@ -344,10 +388,11 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.refuse(s.dry_run == 0, "--dry_run 0 would score nothing; leave it out to train")
     r.only_if(not s.dry_run, "resume overwrite", "not with --dry_run, which writes nothing")
     for tracker in s.report_to.split(","):
-        known = tracker in ("none", "tensorboard", "wandb", "trackio")
+        known = tracker in ("none", *TRACKERS)
         r.refuse(not known, f"--report_to {tracker} is not known")
         missing = known and tracker != "none" and importlib.util.find_spec(tracker) is None
         r.refuse(missing, f"--report_to {tracker}: install the package {tracker} first")
+    r.only_if(s.report_to != "none", "run_name project", "only with --report_to")
 
 
 def check_libraries(s: Settings, r: Refusals) -> None:
@@ -372,10 +417,11 @@ def check_libraries(s: Settings, r: Refusals) -> None:
 
 
 POSITIVE = ("batch_size grad_accum lora_rank max_length save_steps eval_steps logging_steps save_total_limit "
-            "stp_spans learning_rate num_epochs").split()  # fmt: skip
+            "stp_spans learning_rate num_epochs early_stopping_patience").split()  # fmt: skip
 NOT_NEGATIVE = ("lbd gamma nitp_lbd negatives_queue gradient_stats stp_lbd stp_max_length stp_warmup stp_min_lbd "
-                "finetune_seed split_seed eval_generate dry_run tokens_per_row tokens_per_batch max_grad_norm "
-                "warmup_steps weight_decay dataloader_num_workers preprocessing_num_workers").split()  # fmt: skip
+                "finetune_seed split_seed eval_generate sample_generations dry_run tokens_per_row tokens_per_batch "
+                "max_grad_norm warmup_steps weight_decay dataloader_num_workers "
+                "preprocessing_num_workers").split()  # fmt: skip
 
 
 def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -> Settings:
@@ -391,7 +437,8 @@ def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -
     r.refuse(s.max_steps != -1 and s.max_steps < 1, f"--max_steps {s.max_steps} is not positive")
     r.refuse(not 0 <= s.adam_beta2 < 1, f"--adam_beta2 {s.adam_beta2} is not in 0 to 1")
     for name in (*POSITIVE, *NOT_NEGATIVE):
-        value = getattr(s, name) or 0
+        value = getattr(s, name)
+        value = 1 if value is None else value
         r.refuse(name in POSITIVE and not value > 0, f"--{name} {value} is not positive")
         r.refuse(name in NOT_NEGATIVE and not value >= 0, f"--{name} {value} is negative")
         r.refuse(math.isinf(value), f"--{name} is not finite")
@@ -413,7 +460,8 @@ def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -
 
 def resolve(s: Settings) -> Settings:
     """Fills in the defaults that depend on other flags, but for --output_dir."""
-    held_out = s.data_file or s.eval_file or s.val_fraction
+    held_out, steps = s.data_file or s.eval_file or s.val_fraction, "steps" if s.streaming else "epoch"
+    eval_strategy = s.eval_strategy or (steps if held_out else "no")
     return dataclasses.replace(
         s,
         layout=s.layout_or_default,
@@ -425,8 +473,9 @@ def resolve(s: Settings) -> Settings:
         lm_labels=s.label_scope or ("all" if s.train_all else "answer"),
         use_default_data_collator=False,
         unmask_assistant_special_tokens=False,
-        eval_strategy=s.eval_strategy or ("no" if not held_out else "steps" if s.streaming else "epoch"),
-        save_strategy=s.save_strategy or ("steps" if s.streaming else "epoch"),
+        eval_strategy=eval_strategy,
+        save_strategy=eval_strategy if s.save_best else s.save_strategy or steps,
+        save_steps=s.eval_steps if s.save_best else s.save_steps,
     )
 
 

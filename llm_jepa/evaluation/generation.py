@@ -26,7 +26,6 @@ from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, Segment, end_of_turn
 from llm_jepa.model import context_length, stop_tokens
-from llm_jepa.scoring.tasks import score_text
 
 
 @dataclass(frozen=True)
@@ -310,23 +309,6 @@ def generate(
     plan = make_plan(model, prompts, renderer.tokenizer.pad_token_id)
     response = partial(generate_batch, model, renderer, max_new_tokens, plan)
     return respond(examples, prompts, response, batches([len(p) for p in prompts], batch_size if plan.batch else 1))
-
-
-def exact_match(
-    renderer: Renderer, examples: list[Example], process: int = 0, processes: int = 1
-) -> Callable[[Any], dict[str, float]]:
-    """A function of the model: exact match of its greedy responses, over all processes."""
-    mine, limit = examples[process::processes], answer_limit(renderer, examples)
-
-    def exact(model: Any) -> dict[str, float]:
-        responses = generate(model, renderer, mine, batch_size=32, max_new_tokens=limit)
-        hits = sum(score_text(g.text, e.assistant)["exact"] for batch in responses for e, g in batch)
-        counts = torch.tensor([float(hits), float(len(mine))], device=model.device)
-        if processes > 1:
-            torch.distributed.all_reduce(counts)
-        return {"exact": (counts[0] / counts[1]).item()}
-
-    return exact
 
 
 # ----------------------------------------------------------------------------------------------------------- choose

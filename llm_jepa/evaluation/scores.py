@@ -1,12 +1,38 @@
 """Scores of predictions: each one's, and their summary with confidence intervals."""
 
 from collections import Counter
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from llm_jepa.data.examples import Example
 from llm_jepa.evaluation.generation import Generation
 from llm_jepa.evaluation.predictions import Predictions
+from llm_jepa.run_folder import ROOT
+from llm_jepa.scoring.programs import example_tests
+from llm_jepa.scoring.sql import example_database, spider_databases
 from llm_jepa.scoring.tasks import TASKS, Scorer, score_text, wilson
+
+
+def databases_of(task: str, spider_path: str) -> Path | None:
+    """The folder of Spider's databases, None for a task without. Raises UsageError if there are none."""
+    if not TASKS[task].needs_databases:
+        return None
+    path = Path(spider_path)
+    return spider_databases(path if path.exists() else ROOT / path, ROOT / "datasets" / "spider_databases")
+
+
+def scorer(
+    name: str, spider_path: str, examples: list[Example], allow_code_execution: bool = False
+) -> AbstractContextManager[Scorer]:
+    """The task's scorer. Raises ExampleError if an example names a database that does not exist, or has no tests."""
+    task, databases = TASKS[name], databases_of(name, spider_path)
+    for example in examples:
+        if task.needs_databases:
+            example_database(databases, example)
+        if task.runs_programs:
+            example_tests(example)
+    return task.start(allow_code_execution if task.runs_programs else databases)
 
 
 def scored_row(example: Example, generation: Generation, score: Scorer) -> dict[str, Any]:
@@ -15,6 +41,14 @@ def scored_row(example: Example, generation: Generation, score: Scorer) -> dict[
     if generation.log_likelihoods:
         row["log_likelihoods"] = generation.log_likelihoods
     return row | score_text(generation.text, example.assistant) | score(generation.text, example)
+
+
+def verdicts(row: dict[str, Any], task: str) -> str:
+    """The scores of one line of predictions.jsonl in words, the primary one first."""
+    said = [f"{name} {'yes' if row[name] else 'no'}" for name in (*TASKS[task].scores, "exact", "startswith")]
+    if row["stop_reason"] == "length":
+        said.append("cut at the maximum length")
+    return ", ".join(said + ([f"no result: {row['failure']}"] if "failure" in row else []))
 
 
 def summarize(rows: Predictions, task: str, startswith: bool = False) -> dict[str, Any]:

@@ -26,7 +26,8 @@ class LargeSettings(Settings):
         None,
         "for several processes: fsdp2 shards parameters, gradients and optimizer states; ddp keeps a full copy in each "
         "process. Default fsdp2, but ddp with --load_in_4bit, or with --lora on a model with tied embeddings. "
-        "--eval_generate, --same_flop, --torch_compile and --gradient_stats are refused with fsdp2",
+        "Without the full model, fsdp2 refuses --eval_generate, --sample_generations, --save_best, --same_flop, "
+        "--torch_compile and --gradient_stats",
         MODEL,
     )
     load_in_4bit: bool = flag(False, "QLoRA: frozen parameters in 4 bits (needs the package bitsandbytes)", MODEL)
@@ -70,7 +71,7 @@ def check_large_settings(s: LargeSettings, given: set[str], several: bool) -> La
     mixed = s.param_dtype == "bfloat16" and s.dtype not in ("auto", "bfloat16")
     r.refuse(mixed, f"--dtype {s.dtype}: not with --param_dtype bfloat16")
     r.only_if(several, "sharding", "only with several processes")
-    unsharded = "eval_generate same_flop torch_compile gradient_stats"
+    unsharded = "eval_generate sample_generations save_best same_flop torch_compile gradient_stats"
     r.only_if(sharding != "fsdp2", unsharded, "not with --sharding fsdp2, where no process has the full model")
     s = replace(s, sharding=sharding)
     if s.optim == "auto":

@@ -22,7 +22,8 @@ MARK = "<!-- written by model_card.py from the files of the run -->"
 # Settings that the table of settings omits: they affect no number, or another part of the card has them.
 OMITTED = VOLATILE | set(
     "layout additive_mask tokens_per_row train_file data_file eval_file model_name revision pretrain regular lm_labels "
-    "finetune_seed eval_strategy eval_steps eval_generate save_strategy save_steps track_flop merge".split()
+    "finetune_seed eval_strategy eval_steps eval_generate save_strategy save_steps track_flop merge "
+    "eval_on_start task spider_path".split()
 )
 
 

@@ -175,6 +175,11 @@ class Task:
     needs_databases: bool = False
     runs_programs: bool = False
 
+    @property
+    def primary(self) -> str:
+        """The name of the primary score."""
+        return (*self.scores, "exact")[0]
+
 
 def pure(score: Scorer) -> Callable[[Any], AbstractContextManager[Scorer]]:
     """The `start` of a task whose scorer opens nothing."""

@@ -1,5 +1,6 @@
 """The Trainer's own arguments from the flags of finetune.py."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ def uses_bfloat16(s: Settings, device: torch.device) -> bool:
     return s.dtype == "bfloat16" or (s.dtype == "auto" and on_gpu and torch.cuda.is_bf16_supported())
 
 
+class Arguments(TrainingArguments):
+    """The Trainer's arguments; what trackers record of them includes the run's settings, as llm_jepa/<flag>."""
+
+    settings: Settings
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments and the settings by name."""
+        return super().to_dict() | {f"llm_jepa/{k}": v for k, v in dataclasses.asdict(self.settings).items()}
+
+
 def training_arguments(
     s: Settings, *, bf16: bool, max_steps: int, device: torch.device, fsdp_config: dict[str, Any] | None = None
 ) -> TrainingArguments:
@@ -22,9 +33,9 @@ def training_arguments(
     default_workers = (1 if s.streaming else 2) if device.type == "cuda" else 0
     own_names = (
         "output_dir learning_rate weight_decay lr_scheduler_type max_grad_norm optim adam_beta2 use_liger_kernel "
-        "eval_strategy eval_steps save_strategy save_steps save_total_limit logging_steps"
+        "eval_strategy eval_steps eval_on_start save_strategy save_steps logging_steps"
     ).split()
-    arguments = TrainingArguments(
+    arguments = Arguments(
         **{name: getattr(s, name) for name in own_names},
         # The items of the dataset are complete micro-batches.
         per_device_train_batch_size=1,
@@ -40,11 +51,15 @@ def training_arguments(
         activation_checkpointing=s.gradient_checkpointing,
         fsdp=bool(fsdp_config) or None,
         fsdp_config=fsdp_config,
+        load_best_model_at_end=s.save_best,
+        metric_for_best_model=s.best_metric,
+        restore_callback_states_from_checkpoint=s.early_stopping_patience is not None,
         logging_nan_inf_filter=False,
         disable_tqdm=False,
         log_level="error",
         report_to=s.report_to.split(","),
-        run_name=Path(s.output_dir).name,
+        run_name=s.run_name or Path(s.output_dir).name,
+        project=s.project or TrainingArguments.project,
         remove_unused_columns=False,
         dataloader_num_workers=default_workers if s.dataloader_num_workers is None else s.dataloader_num_workers,
         dataloader_pin_memory=device.type == "cuda",
@@ -59,4 +74,5 @@ def training_arguments(
     )
     # One device without torchrun: torch's DataParallel would split packed rows.
     arguments._n_gpu = min(1, arguments.n_gpu)
+    arguments.settings = s
     return arguments

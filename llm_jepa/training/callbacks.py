@@ -3,7 +3,8 @@
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
@@ -37,11 +38,18 @@ def announcement(term: str, found: dict[str, Any], settings: dict[str, Any]) -> 
     return f"{describe_learning(term, found)}; {advice}"
 
 
+def reopen(path: Path, step: int) -> TextIO:
+    """Opens a file of JSON lines to append to, without the lines of the steps after `step`, which a run repeats."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    write_text(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+    return open(path, "a", encoding="utf-8")
+
+
 class MetricsCallback(TrainerCallback):
     """Sets the epoch, stops at a step that is not finite, and writes metrics.jsonl.
 
-    The last steps, and the steps before a checkpoint, get a line even if --logging_steps does not ask for one, so that
-    the counts of all lines add up to those of the run, also if it is resumed.
+    The last steps, and the steps before an evaluation or a checkpoint, get a line even if --logging_steps does not ask
+    for one, so that the counts of all lines add up to those of the run, also if it is resumed.
     """
 
     def __init__(self, run: RunFolder, trainer: Any, check: Callable[[], None] | None):
@@ -49,17 +57,12 @@ class MetricsCallback(TrainerCallback):
         self.run, self.trainer, self.check, self.file = run, trainer, check, None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drops the lines of steps that a resumed run repeats."""
         if self.check:
             self.check()
         self.trainer.seen_tokens.fill_(state.num_input_tokens_seen)
         if not state.is_world_process_zero:
             return
-        path = self.run.path / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-        write_text(path, "".join(kept))
-        self.file = open(path, "a", encoding="utf-8")  # closed in on_train_end
+        self.file = reopen(self.run.path / "metrics.jsonl", state.global_step)  # closed in on_train_end
         self.run.update("running", computation=computation(self.trainer, self.run.settings["torch_compile"]))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -67,12 +70,12 @@ class MetricsCallback(TrainerCallback):
             self.trainer.sampler.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log |= control.should_save or control.should_training_stop
+        control.should_log |= control.should_save or control.should_evaluate or control.should_training_stop
         if self.trainer.streaming:  # the Trainer, which does not know the length, counts a share of max_steps
             state.epoch = self.trainer.place[0]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log |= control.should_save
+        control.should_log |= control.should_save or control.should_evaluate
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.require_finite_step()

@@ -14,6 +14,7 @@ from llm_jepa.distributed import processes
 from llm_jepa.model import not_adapted
 from llm_jepa.reports.results import describe_method
 from llm_jepa.run_folder import complete_checkpoints, origin_of_model, provenance
+from llm_jepa.scoring.tasks import TASKS
 from llm_jepa.settings import Settings
 from llm_jepa.training.diagnostics import judge
 
@@ -87,8 +88,15 @@ def last_checkpoint(run: Path, say: Callable[[str], None]) -> Path | None:
 def final_record(trainer: Any) -> dict[str, Any]:
     """What run.json records at the end: steps, tokens, the last value of each loss, and what the terms learned."""
     losses = ("lm_loss", *(f"{term.name}_loss" for term in trainer.terms), "eval_exact")
+    if trainer.generate is not None:
+        losses += (f"eval_{TASKS[trainer.generate.task].primary}",)
     final = {k: v for line in trainer.state.log_history for k, v in line.items() if k.endswith(losses)}
     facts = {"steps": trainer.state.global_step, "tokens": int(trainer.seen_tokens), "final": final}
+    if trainer.args.load_best_model_at_end:
+        facts["best"] = {
+            "step": trainer.state.best_global_step,
+            trainer.args.metric_for_best_model: trainer.state.best_metric,
+        }
     facts["learned"] = judge(trainer.state.log_history, trainer.state.max_steps)
     if trainer.streaming:  # each process has met the bad examples of its own share
         for found in gather_object([trainer.problems.found]):

@@ -75,12 +75,13 @@ class StepTrainer(Trainer):
     def __init__(
         self, *args: Any, collator: Callable, micro_batches: Callable[..., MicroBatches], problems: Problems,
         contrast: Contrast, gamma: float, terms: list[Any], track_flop: bool, gradient_stats: int,
-        generate: Callable[[Any], dict[str, float]] | None, **kwargs: Any,
+        save_total_limit: int, generate: Callable[[Any], dict[str, float]] | None, **kwargs: Any,
     ):  # fmt: skip
         """`micro_batches(lengths, shuffle=, processes=)` groups examples; `problems` gets what a stream skips.
 
         `gamma` and `terms`: the objective. Every `gradient_stats` steps the gradients of the terms are compared with
-        that of the language-model loss (0: never). At each evaluation `generate(model)` returns more metrics.
+        that of the language-model loss (0: never). `save_total_limit` complete checkpoints are kept, besides the best.
+        At each evaluation `generate(model)` returns more metrics.
         """
         # The Trainer changes both for its own purposes (use_cache, special tokens); saved is what the model had.
         model = kwargs["model"]
@@ -90,6 +91,7 @@ class StepTrainer(Trainer):
         self.collator, self.problems = collator, problems
         self.gamma, self.terms, self.contrast = gamma, terms, contrast
         self.track_flop, self.generate = track_flop, generate
+        self.save_total_limit = save_total_limit  # not the Trainer's argument, by which it removes more than others
         exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         sums = ("lm", *(term.name for term in terms), "nitp_shuffled", *diagnostics.PAIR_STATISTICS)
         self.statistics_names = (*sums, "effective_rank", "ranks", *COUNTS, *TOKENS)
@@ -259,7 +261,7 @@ class StepTrainer(Trainer):
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Mean losses of the held-out examples, and with --eval_generate exact match.
+        """Mean losses of the held-out examples, and with --eval_generate the scores of generations.
 
         Contrastive losses compare the pairs of one micro-batch of all ranks, SIGReg those of one rank's micro-batch.
         """
@@ -315,13 +317,8 @@ class StepTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).merge_and_unload()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Older checkpoints are removed after the new one is complete, so that a kill while saving leaves one to resume.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.state.num_input_tokens_seen = int(self.seen_tokens)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.streaming:
             place = {"place": self.place, "processes": self.args.world_size, "skipped": self.problems.found}
@@ -332,17 +329,29 @@ class StepTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_checkpoint(folder)
-            rotate_checkpoints(self.args.output_dir, limit)
+            # After the new one is complete, so that a kill while saving leaves one to resume.
+            best = self.best_checkpoint if self.args.load_best_model_at_end else None
+            rotate_checkpoints(self.args.output_dir, self.save_total_limit + (best not in (None, folder)), best)
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """The checkpoint of the best evaluation; the Trainer's own record has the path at the time."""
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+
+    def _load_best_model(self) -> None:
+        self.load_checkpoint(self.best_checkpoint)
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Trains from a complete checkpoint, or from the start. One of the last step is only loaded."""
         if checkpoint is not None and self.streaming:
             self._resume_stream(checkpoint)
         if checkpoint is not None:
+            self.args.eval_on_start = False
             reached = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            if reached.global_step >= reached.max_steps:  # the Trainer would train beyond it
-                self.load_checkpoint(checkpoint)
+            stopped = reached.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
+            if stopped or reached.global_step >= reached.max_steps:  # the Trainer would train beyond it
                 self.state = reached
+                self.load_checkpoint(self.best_checkpoint if self.args.load_best_model_at_end else checkpoint)
                 self.seen_tokens.fill_(reached.num_input_tokens_seen)
                 return
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -81,6 +81,26 @@ def test_two_processes_equal_one(ranks, data, tmp_path, flags, batch, accum):
     assert read_json(two / "run.json")["processes"] == 2
 
 
+def test_processes_agree_on_generations_the_best_model_and_the_last_step(ranks, data, tmp_path):
+    flags = ("--regular", "--eval_file", data, "--eval_generate", 5, "--sample_generations", 3, "--eval_on_start",
+             "--eval_strategy", "steps", "--eval_steps", 1, "--max_steps", 9, "--learning_rate", 1e-6, "--save_best",
+             "--early_stopping_patience", 1, "--keep_checkpoints", "--grad_accum", 1)  # fmt: skip
+    runs = [tmp_path / "1", tmp_path / "2"]
+    for processes, run in enumerate(runs, 1):
+        where = ("--train_file", data, "--output_dir", run, "--model_name", MODEL, "--batch_size", 4 // processes)
+        codes, errors = ranks(processes, *where, *flags)
+        assert codes == [0] * processes, errors
+        # The score stays 0, so the first evaluation of a trained model is the best.
+        record = read_json(run / "run.json")
+        assert record["steps"] == 2 and record["best"] == {"step": 1, "eval_exact": 0}
+        same_weights(run, run / "checkpoint-1")
+    one, two = runs
+    keys = ("eval_exact", "eval_exact_high", "eval_stop_rate")
+    assert [column(one, key) for key in keys] == [column(two, key) for key in keys]
+    assert len((one / "generations.jsonl").read_text().splitlines()) == 9
+    assert (one / "generations.jsonl").read_text() == (two / "generations.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -17,6 +17,7 @@ from llm_jepa.data.examples import Example, Problems
 from llm_jepa.data.segments import end_of_turn
 from llm_jepa.evaluation import generation
 from llm_jepa.evaluation.settings import EvaluationSettings
+from llm_jepa.training.generations import Generations
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -295,3 +296,14 @@ def test_tokenizer_that_adds_bos_adds_no_second_one(tmp_path):
     folder = changed_copy(GOLDEN / "models" / "llama3", tmp_path / "bos", tokenizer={"post_processor": processor})
     assert load(folder)[1].tokenizer("a").input_ids[0] == 0
     assert [(ids[0], ids.count(0)) for ids in prompts_of(folder, EXAMPLES)] == [(0, 1)] * len(EXAMPLES)
+
+
+def test_held_out_generations_are_as_long_as_the_longest_answer(monkeypatch):
+    model, renderer = load(GOLDEN / "models" / "llama3")
+    limits, answer = [], "a word " * 200
+    examples = [Example(None, "x", text, "data:1", i) for i, text in enumerate(("a", answer))]
+    found = [[(example, generation.Generation("", "stop")) for example in examples]]
+    monkeypatch.setattr(generation, "generate", lambda *a, max_new_tokens: limits.append(max_new_tokens) or found)
+    for some in (examples[:1], examples):
+        Generations(renderer, some, "text", "", scored=2, shown=0)(model)
+    assert limits[0] == 128 and len(renderer.tokenizer(answer).input_ids) < limits[1]

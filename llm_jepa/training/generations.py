@@ -1,0 +1,110 @@
+"""Generations at the evaluations of a training: their scores, and samples on the console and in generations.jsonl."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from llm_jepa.data.examples import Example, Problems
+from llm_jepa.data.rendering import Renderer
+from llm_jepa.data.segments import Encoder
+from llm_jepa.evaluation import generation
+from llm_jepa.evaluation.model import label_logits
+from llm_jepa.evaluation.scores import scored_row, scorer, summarize, verdicts
+from llm_jepa.scoring.tasks import TASKS
+from llm_jepa.training.callbacks import reopen
+from llm_jepa.training.trackers import log_table
+
+BATCH_SIZE = 32
+
+
+class Generations:
+    """A function of the model: the scores of its responses to the examples, as evaluate.py computes them.
+
+    The processes share the examples, and all return the same scores. `samples` are the rows of the first `shown`
+    examples in the last evaluation. Raises UsageError if the task cannot score the examples.
+    """
+
+    def __init__(
+        self, renderer: Renderer, examples: list[Example], task: str, spider_path: str, *, scored: int, shown: int,
+        process: int = 0, processes: int = 1,
+    ):  # fmt: skip
+        """`scored`, `shown`: of the first N examples there are scores, or samples; 0: none."""
+        self.renderer, self.task, self.scored, self.shown = renderer, task, scored, shown
+        self.examples = examples[: scored or shown]
+        self.mine, self.limit = self.examples[process::processes], generation.answer_limit(renderer, self.examples)
+        self.scorer = partial(scorer, task, spider_path, self.mine)
+        self.samples: list[dict[str, Any]] = []
+        scorer(task, spider_path, self.examples)
+
+    def _responses(self, model: Any) -> generation.Responses:
+        if not (choices := TASKS[self.task].choices):
+            yield from generation.generate(model, self.renderer, self.mine, BATCH_SIZE, max_new_tokens=self.limit)
+            return
+        encoder = Encoder(self.renderer, "answer_text", sys.maxsize)
+        examples, chats = generation.encode_choices(model.config, encoder, self.mine, choices, Problems())
+        batches = generation.batches([generation.forward_size(chat) for chat in chats], BATCH_SIZE)
+        with label_logits(model, self.renderer.tokenizer.pad_token_id) as read:
+            yield from generation.respond(examples, chats, partial(generation.choose, read, choices), batches)
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Each score and, as `_low` and `_high`, the 95 % interval of the primary one; {} if none is wanted."""
+        with self.scorer() as score:
+            rows = [(e, scored_row(e, found, score)) for batch in self._responses(model) for e, found in batch]
+        rows = {example.id: (example, row) for example, row in gather_object(rows)}
+        pairs = [rows[example.id] for example in self.examples]
+        self.samples = [{"prompt": e.user, "answer": e.assistant} | row for e, row in pairs[: self.shown]]
+        if not self.scored:
+            return {}
+        found = summarize([row for _, row in pairs], self.task)
+        names = [n for n in (*found["scores"], "exact", "startswith", "stop_rate") if found[n] is not None]
+        primary = found["score"]
+        limits = dict(zip((f"{primary}_low", f"{primary}_high"), found["ci95"][primary], strict=True))
+        return {name: found[name] for name in names} | limits
+
+
+def shorten(text: str) -> str:
+    """The text for the console: long ones lose their middle."""
+    return repr(text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}")
+
+
+class GenerationsCallback(TrainerCallback):
+    """Prints the primary score of each evaluation and the samples, which also go to generations.jsonl and trackers."""
+
+    def __init__(self, trainer: Any):
+        self.trainer, self.generate, self.file = trainer, trainer.generate, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.generate.shown:
+            self.file = reopen(Path(args.output_dir) / "generations.jsonl", state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        task, step, lines = self.generate.task, state.global_step, []
+        if self.generate.scored:
+            name = TASKS[task].primary
+            value, low, high = (100 * metrics[f"eval_{name}{end}"] for end in ("", "_low", "_high"))
+            n = len(self.generate.examples)
+            lines.append(f"step {step}: {name} {value:.2f} % [{low:.2f}, {high:.2f}], n = {n}")
+        rows = [{"step": step} | row for row in self.generate.samples]
+        for row in rows:
+            lines.append(f"step {step}, example {row['id']}: {verdicts(row, task)}")
+            names = {"prompt": "prompt", "answer": "answer", "output": "prediction"}
+            lines += [f"  {name} {shorten(row[key])}" for name, key in names.items()]
+        tqdm.write("\n".join(lines), file=sys.stderr)
+        if rows:
+            self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self.file.flush()
+            log_table(self.trainer.callback_handler.callbacks, "generations", rows, step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.file is not None:
+            self.file.close()

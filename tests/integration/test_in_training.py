@@ -1,0 +1,209 @@
+"""Evaluations during a training: the task's scores, samples, the best model, early stopping, trackers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import (
+    EXAMPLES,
+    JEPA,
+    call,
+    column,
+    interrupted,
+    message_row,
+    metrics,
+    same_weights,
+    start,
+    train,
+    write_rows,
+)
+
+import finetune
+from llm_jepa.files import read_json
+from llm_jepa.run_folder import complete_checkpoints
+
+NO_CHECKPOINTS = ("--save_strategy", "no")
+
+
+def samples(run: Path) -> list[dict]:
+    """The lines of generations.jsonl."""
+    return [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+
+
+# Trained answers, and those to score by: the first two are right, but only as a language or only at the start.
+ANSWERS = {"synth": ("a|b", "b|a"), "text": ("abc", "ab"), "hellaswag": ("A", "B")}
+
+
+@pytest.mark.parametrize("task", ANSWERS)
+def test_scores_and_samples_are_those_of_evaluate(task, tmp_path):
+    learned, other = ANSWERS[task]
+    data = write_rows(tmp_path / "data.jsonl", [message_row(q, learned) for q in ("one", "two")])
+    rows = [message_row("one", learned), message_row("two", other), message_row("three " * 9, other)]
+    held_out = write_rows(tmp_path / f"{task}_test.jsonl", rows)
+    run = train(data, tmp_path / "run", "--regular", "--learning_rate", "1e-2", "--max_steps", 30, "--batch_size", 2,
+                "--grad_accum", 1, "--eval_file", held_out, "--eval_generate", 3, "--sample_generations", 2,
+                "--eval_strategy", "steps", "--eval_steps", 30, *NO_CHECKPOINTS)  # fmt: skip
+    assert call("evaluate", "--model_name", run, "--input_file", held_out, "--task", task).code == 0
+    want = read_json(run / "eval" / task / "metrics.json")
+    (line,), primary = metrics(run, "eval_exact"), want["score"]
+    names = [n for n in (*want["scores"], "exact", "startswith", "stop_rate") if want[n] is not None]
+    assert {name: line[f"eval_{name}"] for name in names} == {name: want[name] for name in names}
+    assert [line[f"eval_{primary}_{end}"] for end in ("low", "high")] == want["ci95"][primary]
+    predicted = [json.loads(x) for x in (run / "eval" / task / "predictions.jsonl").read_text().splitlines()]
+    own = [{k: v for k, v in row.items() if k not in ("step", "prompt", "answer")} for row in samples(run)]
+    log = ("log_likelihoods",)
+    assert [{k: v for k, v in x.items() if k not in log} for x in own] == [
+        {k: v for k, v in x.items() if k not in log} for x in predicted[:2]
+    ]
+    assert [(x["step"], x["prompt"], x["answer"]) for x in samples(run)] == [(30, "one", learned), (30, "two", other)]
+    assert len({want["exact"], want["startswith"], want[primary]}) == (1 if task == "hellaswag" else 2)
+
+
+SCORES = {0: 0.9, 2: 0.1, 4: 0.5, 6: 0.3, 8: 0.4}  # by step: 4 is the best of the trained models, 8 the last
+STOPS = ("--eval_generate", 1, "--sample_generations", 1, "--eval_on_start", "--eval_strategy", "steps", "--eval_steps",
+         2, "--max_steps", 20, "--logging_steps", 3, "--save_best", "--early_stopping_patience", 2, "--val_fraction",
+         0.25, "--keep_checkpoints")  # fmt: skip
+
+
+def untimed(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl without times."""
+    lines = [line for line in metrics(run, "step") if "train_loss" not in line]
+    return [{k: v for k, v in line.items() if "second" not in k and "runtime" not in k} for line in lines]
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Evaluations find the exact match of SCORES."""
+    real = finetune.JepaTrainer.evaluation_loop
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = real(self, *args, **kwargs)
+        output.metrics["eval_exact"] = SCORES[self.state.global_step]
+        return output
+
+    monkeypatch.setattr(finetune.JepaTrainer, "evaluation_loop", evaluation_loop)
+
+
+@pytest.mark.parametrize("flags", [(*JEPA, "--nitp"), ("--regular", "--lora")], ids=["projector", "lora"])
+def test_best_model_is_saved_and_training_stops_early_also_if_resumed(flags, scripted, data, tmp_path):
+    run = train(data, tmp_path / "run", *flags, *STOPS, "--save_total_limit", 9)
+    record = read_json(run / "run.json")
+    assert record["steps"] == 8 and record["best"] == {"step": 4, "eval_exact": 0.5}
+    same_weights(run, run / "checkpoint-4")
+    assert [p.name for p in complete_checkpoints(run)] == [f"checkpoint-{n}" for n in (2, 4, 6, 8)]
+    assert [line["step"] for line in metrics(run, "eval_loss")] == [x["step"] for x in samples(run)] == [0, 2, 4, 6, 8]
+    assert sum(column(run, "tokens")) == record["tokens"]
+
+    few = train(data, tmp_path / "few", *flags, *STOPS)  # --save_total_limit 1
+    assert [p.name for p in complete_checkpoints(few)] == ["checkpoint-4", "checkpoint-8"]
+    same_weights(run, few)
+    for step in (6, 8):  # in the middle, and after the last step
+        resumed = interrupted(run, step, tmp_path / f"from-{step}")
+        train(data, resumed, *flags, *STOPS, "--save_total_limit", 9, "--resume")
+        same_weights(run, resumed)
+        assert samples(run) == samples(resumed)
+        assert untimed(run) == untimed(resumed)
+        assert read_json(resumed / "run.json")["best"] == record["best"]
+
+
+def test_best_model_without_generations_is_that_of_the_lowest_loss(data, tmp_path):
+    flags = ("--regular", "--eval_file", data, "--eval_strategy", "steps", "--eval_steps", 1, "--max_steps", 9,
+             "--learning_rate", 1, "--save_best", "--early_stopping_patience", 1)  # fmt: skip
+    run = train(data, tmp_path / "run", *flags)
+    losses = column(run, "eval_lm_loss")
+    assert len(losses) < 9 and losses[-1] >= losses[-2] == min(losses)
+    assert read_json(run / "run.json")["best"] == {"step": len(losses) - 1, "eval_lm_loss": losses[-2]}
+    assert not complete_checkpoints(run)
+
+
+def test_examples_that_the_task_cannot_score_are_reported_before_anything_is_written(data, tmp_path):
+    flags = ("--regular", "--eval_file", data, "--eval_generate", 2, "--task", "spider")
+    done = start(data, tmp_path / "run", *flags)
+    assert done.code == 2 and f"{data}:1: " in done.err and not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- trackers
+
+
+def leveldb_records(log: bytes, offset: int) -> Iterator[bytes]:
+    """The records of a LevelDB log, which W&B writes after a header of `offset` bytes."""
+    at, record = 0, b""
+    while at + 7 <= len(log):
+        left = 32768 - (at + offset) % 32768  # of the block
+        if left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(log[at + 4 : at + 6], "little"), log[at + 6]
+        record += log[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # complete
+            yield record
+            record = b""
+
+
+def test_trackers_get_settings_curves_and_tables_of_generations(data, tmp_path, monkeypatch):
+    import mlflow
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for name, value in {
+        "WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "WANDB_SILENT": "true", "MLFLOW_ALLOW_FILE_STORE": "true",
+        "WANDB_PROJECT": "other", "MLFLOW_EXPERIMENT_NAME": "other",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"file:{tmp_path}/mlruns")
+    run = train(data, tmp_path / "run", *JEPA, "--max_steps", 2, "--eval_file", data, "--eval_strategy", "steps",
+                "--eval_steps", 1, "--sample_generations", 2, "--report_to", "tensorboard,wandb,mlflow", "--run_name",
+                "mine", "--project", "shop", *NO_CHECKPOINTS)  # fmt: skip
+    wandb.finish()
+    wandb.teardown()  # another run reads the environment again
+    curves = {key: column(run, key) for key in ("jepa_loss", "cosine_shuffled", "eval_cosine")}
+    table = [[row[key] for key in ("step", "answer", "prediction", "exact")] for row in samples(run)]
+    assert len(table) == 4
+
+    # W&B's file of an offline run
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    records = [Record.FromString(record) for record in leveldb_records(file.read_bytes()[7:], offset=7)]
+    (started,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]
+    assert (started.project, started.display_name) == ("shop", "mine")
+    config = {x.key: json.loads(x.value_json) for r in records for x in (*r.run.config.update, *r.config.update)}
+    assert config["llm_jepa/lbd"] == 1 and config["llm_jepa/jepa_loss"] == "cosine" and "llm_jepa/task" in config
+    logged = [{x.key or "/".join(x.nested_key): json.loads(x.value_json) for x in r.history.item} for r in records]
+    for key, values in curves.items():
+        key = f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
+        assert [x[key] for x in logged if key in x] == values
+    tables = [json.loads(p.read_text()) for p in sorted(file.parent.glob("files/media/table/*.json"))]
+    found = [dict(zip(t["columns"], row, strict=True)) for t in tables for row in t["data"]]
+    assert sorted([x["step"], x["answer"], x["prediction"], x["exact"]] for x in found) == sorted(table)
+
+    (experiment,) = [x for x in mlflow.search_experiments() if x.name != "Default"]
+    (tracked,) = mlflow.search_runs([experiment.experiment_id], output_format="list")
+    assert (experiment.name, tracked.info.run_name, tracked.info.status) == ("shop", "mine", "FINISHED")
+    assert tracked.data.params["llm_jepa/lbd"] == "1.0" and tracked.data.params["llm_jepa/predictors"] == "2"
+    for key, values in curves.items():
+        assert [m.value for m in mlflow.MlflowClient().get_metric_history(tracked.info.run_id, key)] == values
+    found = mlflow.load_table("generations.json", [tracked.info.run_id])
+    assert found[["step", "answer", "prediction", "exact"]].values.tolist() == table
+
+    (folder,) = {p.parent for p in (run / "runs").rglob("events*")}
+    events = EventAccumulator(str(folder)).Reload()
+    for key, values in curves.items():
+        key = f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
+        assert [x.value for x in events.Scalars(key)] == pytest.approx(values)
+    text = events.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert '"llm_jepa/lbd": 1.0' in text
+    assert [x.step for x in events.Tensors("generations/text_summary")] == [1, 2]
+    assert EXAMPLES[0]["messages"][2]["content"] in str(events.Tensors("generations/text_summary")[0].tensor_proto)
+
+
+def test_tracker_that_does_not_start_is_an_error_before_anything_is_written(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "not a key")
+    done = start(data, tmp_path / "run", "--regular", "--max_steps", 1, "--report_to", "wandb")
+    assert done.code == 2 and "--report_to wandb: " in done.err and "Traceback" not in done.err
+    assert not any((tmp_path / "run").iterdir())
