@@ -78,7 +78,7 @@ def predict(
     """
     with contextlib.ExitStack() as stack:
         with agreed():  # nothing is replaced before all input is checked
-            score = stack.enter_context(scorer(s.task, s.spider_path, examples))
+            score = stack.enter_context(scorer(s.task, s.spider_path, examples, s.allow_code_execution))
             model, encoder = load(name, s)
             choices, renderer, plan = TASKS[s.task].choices, encoder.renderer, generation.Plan()
             limit = s.max_new_tokens or generation.answer_limit(renderer, examples)
@@ -149,13 +149,13 @@ def score_file(path: str, examples: list[Example], s: EvaluationSettings) -> Pre
         if wrong:
             raise UsageError(f"--score_only {path}: {len(wrong)} ids {what} in {s.input_file}: {min(wrong)} …")
     responses = {i: Generation(row["prediction"], row.get("stop_reason")) for i, row in given.items()}
-    with scorer(s.task, s.spider_path, examples) as score:
+    with scorer(s.task, s.spider_path, examples, s.allow_code_execution) as score:
         return [scored_row(example, responses[example.id], score) for example in tqdm(examples, unit="example")]
 
 
 def check_gold(examples: list[Example], s: EvaluationSettings) -> None:
     """Prints the scores of the data's own answers. Raises UsageError if less than MIN_GOLD_SCORE of them are right."""
-    with scorer(s.task, s.spider_path, examples) as score:
+    with scorer(s.task, s.spider_path, examples, s.allow_code_execution) as score:
         rows = [scored_row(e, Generation(e.assistant, None), score) for e in examples]
     metrics = summarize(rows, s.task)
     print(score_table(metrics))

@@ -11,7 +11,7 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 #   {flags}     the user's flags after --
 #   {fields}    the user's flags that set how examples are read: --text_field, --code_field, --system, --skip_bad_examples
 #   {plain}     --plain if it is one of the user's flags
-#   {eval_flags} the flags of evaluate.py in EVAL_FLAGS
+#   {eval_flags} the flags of evaluate.py in EVAL_FLAGS; {allow_execution}: --allow_code_execution if it is one of them
 
 arms() { # one per line: NAME[:λ, or the arm whose λ it has] and its flags
   local views=(--predictors {predictors} --lbd {lbd} --last_token {last_token}) # λ = lbd, k = predictors
@@ -45,7 +45,7 @@ sweep() { # the cells of the grid use these flags instead of --train_file and --
 }
 
 launchers() {
-  template check evaluate.py --score_gold --input_file {test_file} --task {task} {fields} # before the first training
+  template check evaluate.py --score_gold --input_file {test_file} --task {task} {fields} {allow_execution} # before the first training
   [ "${NPROC:-1}" = 1 ] || template launch_train -m llm_jepa.large.launch --standalone --nproc_per_node {nproc}
 }
 
@@ -96,7 +96,7 @@ Arguments, all optional, in this order ('-' selects the default). The variable i
 run_regular and run_nitp ignore last_token and predictors, run_regular also lbd. compare and sweep accept only DATASET and
 MODEL; variables set the others. FLAGs go to finetune.py, and the name of the run folder has a hash of them:
   bash run.sh run_jepa -- --lora --lora_rank 64
-The default of --max_length is 1024 for gsm8k and 2048 for yelp, which have examples of more than 512 tokens.
+The default of --max_length is 1024 for gsm8k and 2048 for yelp and mbpp, which have examples of more than 512 tokens.
 
 PROTOCOL=paper trains as published. It sets
   --lm_labels reference --max_length 512 --batch_size 4 --grad_accum 4 --lr_scheduler_type linear

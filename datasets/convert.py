@@ -38,6 +38,7 @@ def to_json(example: Example) -> dict[str, Any]:
         "code": example.code and [{"role": "assistant", "content": example.code}],
         "answers": example.answers,
         "group": example.group,
+        "tests": example.tests,
     }
     return chat_turns | {name: value for name, value in optional.items() if value is not None}
 
@@ -271,6 +272,27 @@ def hellaswag(source: Source, problems: Problems, train_rows: int = DRAWN_TRAIN,
     return Parts(*parts, describe_draw(counts.values(), "the training and the validation part"))
 
 
+MBPP = "google-research-datasets/mbpp:full:{}@4bb6404fdc6cacfda99d4ac4205087b89d32030c"
+# The paper's prompt (section 3).
+MBPP_PROMPT = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}"
+
+
+def mbpp(source: Source, problems: Problems) -> Parts:
+    """MBPP of arXiv 2108.07732: task and tests → Python program; the Text view is the task without the tests."""
+
+    def convert(row: Any) -> dict[str, Any]:
+        tests = [test.replace("\r\n", "\n").strip() for test in (row["test_setup_code"], *row["test_list"])]
+        tests = [test for test in tests if test]
+        prompt = MBPP_PROMPT.format(row["text"], "\n".join(row["test_list"]))
+        return chat(None, prompt, row["code"].replace("\r\n", "\n").strip()) | {
+            "text": [{"role": "user", "content": row["text"]}],
+            "tests": tests,
+        }
+
+    train, test = (to_examples(source.hub(MBPP.format(part)), convert, problems) for part in ("train", "test"))
+    return Parts(train, test, "the authors' own")
+
+
 @dataclass(frozen=True)
 class Dataset:
     """An entry of DATASETS.
@@ -296,5 +318,6 @@ DATASETS = {
     "rotten_tomatoes": Dataset(rotten_tomatoes, "unknown", None, {"": (8530, 1066)}),
     "yelp": Dataset(yelp, "other (the Yelp dataset's agreement)", None, DRAWN, ("train_rows", "test_rows")),
     "nq_open": Dataset(nq_open, "CC BY-SA 3.0", None, {"": (DRAWN_TRAIN, 1769)}, ("train_rows",)),
+    "mbpp": Dataset(mbpp, "CC BY 4.0", None, {"": (374, 500)}),
     "hellaswag": Dataset(hellaswag, "MIT", None, DRAWN, ("train_rows", "test_rows")),
 }

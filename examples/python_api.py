@@ -52,7 +52,7 @@ def train(train_file: Path, output_dir: str, steps: int) -> Settings:
 
 def evaluate(model, renderer: Renderer, examples: list, task: str, max_new_tokens: int) -> dict[str, tuple]:
     """(share, its 95 % interval) of each score."""
-    with TASKS[task].start(None) as score:  # the argument is the folder of Spider's databases
+    with TASKS[task].start(None) as score:  # the argument is for the tasks spider and mbpp
         batches = generate(model, renderer, examples, 64, max_new_tokens)
         rows = [scored_row(example, generation, score) for batch in batches for example, generation in batch]
     metrics = summarize(rows, task)

@@ -47,7 +47,7 @@ PAPER_FLAGS = {
 }  # fmt: skip
 SHELL_VARIABLES = ("PYTHON_BIN", "TRAINER", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "NODE_TIMEOUT", "PREFLIGHT",
                    "JOIN_LIMIT", "DEVICE")  # of the shell scripts themselves  # fmt: skip
-MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024"}  # datasets with examples of more than 512 tokens
+MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024", "mbpp": "2048"}  # datasets with examples of more than 512 tokens
 FIELD_FLAGS = ("text_field", "code_field", "system", "skip_bad_examples")  # the evaluation needs them too
 REFUSED_FLAGS = ("--train_file", "--data_file", "--model_name", "--learning_rate", "--num_epochs", "--last_token",
                  "--predictors", "--lbd", "--finetune_seed", "--regular", "--output_dir", "--dry_run")  # fmt: skip
@@ -228,6 +228,8 @@ class Run:
         lists["fields"] = [f"--{name}" if value is True else f"--{name}={value}" for name, value in fields.items()]
         lists["arm"] = fill(self.arm.flags, vars(self.settings) | {"lbd": self.arm.lbd})
         lists["eval_flags"] = shlex.split(self.settings.eval_flags)
+        allowed = "allow_code_execution" in evaluation_flags(self.settings.eval_flags)
+        lists["allow_execution"] = ["--allow_code_execution"] * allowed
         lists |= {"resume": ["--resume"] * self.folder.exists(), "plain": ["--plain"] * ("plain" in self.given)}
         own = {name: str(getattr(self, name)) for name in ("seed", "train_file", "test_file", "name")}
         epochs = {"epochs": ""} if "max_steps" in self.given else {}

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -43,9 +44,10 @@ gc.freeze()
 
 # `pytest -m fast`: all tests in these folders or files, except in slow ones.
 FAST = ("unit", "parity", "property")
-SLOW = ("test_preflight", "test_prepare", "test_plots", "test_any_query", "test_language_up_to_a_length")
+SLOW = ("test_preflight", "test_prepare", "test_plots", "test_programs", "test_any_query",
+        "test_language_up_to_a_length")  # fmt: skip
 # Reasons for which CI accepts a skipped test.
-ALLOWED_SKIPS = ("GPU", "vLLM", "bitsandbytes", "network namespaces", "cannot be mounted")
+ALLOWED_SKIPS = ("GPU", "vLLM", "bitsandbytes", "network namespaces", "cannot be mounted", "bubblewrap")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -157,6 +159,13 @@ def predictions(model: Path, data: Path, out: Path, *flags: object) -> list[str]
                 "--output_file", out / "predictions.jsonl", *flags)  # fmt: skip
     assert done.code == 0, done.err
     return [json.loads(line)["prediction"] for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def skip_without_isolation() -> None:
+    """Skips the test if bubblewrap does not work here."""
+    command = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+    if not shutil.which("bwrap") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("bubblewrap does not work")
 
 
 def metrics(run: Path, key: str = "loss") -> list[dict]:

@@ -25,7 +25,7 @@ from llm_jepa.cli import UsageError, first_line
 from llm_jepa.files import READ_ERRORS, jsonl_lines, open_data, parse_json, read_error, sha256
 
 ROLES = (["system", "user", "assistant"], ["user", "assistant"])
-OPTIONAL = ("text", "code", "answers", "group")  # of an example in the project's own format, besides its messages
+OPTIONAL = ("text", "code", "answers", "group", "tests")  # keys of an example besides "messages"
 HUB = re.compile(  # a revision can have slashes, as refs/pr/1
     r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:@[/]+))?:(?P<split>[^:@[/]+(\[[^]]*\][^:@[/]*)*)(@(?P<revision>[^:\s]+))?"
 )
@@ -49,6 +49,7 @@ class Example:
     code: str | None = None
     answers: tuple[str, ...] | None = None  # if more than one is right; `assistant` contains them all
     group: str | None = None  # its set of paraphrases
+    tests: tuple[str, ...] | None = None  # Python statements that raise if a program is wrong
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,18 @@ def parse_messages(row: Any, source: str, number: int) -> Example:
     *system, user, assistant = (
         check_text(m.get("content"), f"content of the {m['role']} turn", blank=m["role"] == "system") for m in messages
     )
-    answers = row.get("answers")
-    if answers is not None and (not isinstance(answers, list) or not answers):
-        raise ValueError('"answers" is not a list of texts')
-    answers = answers and tuple(check_text(a, '"answers"') for a in answers)
     text, code = _view(row, "text", "user"), _view(row, "code", "assistant")
     group = row["group"] if isinstance(row.get("group"), str) else None
-    return Example(system[0] if system else None, user, assistant, source, number, text, code, answers, group)
+    answers, tests = (_texts(row, name) for name in ("answers", "tests"))
+    return Example(system[0] if system else None, user, assistant, source, number, text, code, answers, group, tests)
+
+
+def _texts(row: dict[str, Any], name: str) -> tuple[str, ...] | None:
+    if (texts := row.get(name)) is None:
+        return None
+    if not isinstance(texts, list) or not texts:
+        raise ValueError(f'"{name}" is not a list of texts')
+    return tuple(check_text(text, f'"{name}"') for text in texts)
 
 
 def _view(row: dict[str, Any], name: str, role: str) -> str | None:

@@ -9,6 +9,7 @@ from llm_jepa.data.examples import Example
 from llm_jepa.evaluation.generation import Generation
 from llm_jepa.evaluation.predictions import Predictions
 from llm_jepa.run_folder import ROOT
+from llm_jepa.scoring.programs import example_tests
 from llm_jepa.scoring.sql import example_database, spider_databases
 from llm_jepa.scoring.tasks import TASKS, Scorer, score_text, wilson
 
@@ -21,12 +22,17 @@ def databases_of(task: str, spider_path: str) -> Path | None:
     return spider_databases(path if path.exists() else ROOT / path, ROOT / "datasets" / "spider_databases")
 
 
-def scorer(task: str, spider_path: str, examples: list[Example]) -> AbstractContextManager[Scorer]:
-    """The task's scorer. Raises ExampleError if an example names a database that does not exist."""
-    databases = databases_of(task, spider_path)
-    for example in examples if databases else ():
-        example_database(databases, example)
-    return TASKS[task].start(databases)
+def scorer(
+    name: str, spider_path: str, examples: list[Example], allow_code_execution: bool = False
+) -> AbstractContextManager[Scorer]:
+    """The task's scorer. Raises ExampleError if an example names a database that does not exist, or has no tests."""
+    task, databases = TASKS[name], databases_of(name, spider_path)
+    for example in examples:
+        if task.needs_databases:
+            example_database(databases, example)
+        if task.runs_programs:
+            example_tests(example)
+    return task.start(allow_code_execution if task.runs_programs else databases)
 
 
 def scored_row(example: Example, generation: Generation, score: Scorer) -> dict[str, Any]:

@@ -44,6 +44,9 @@ class EvaluationSettings:
     system: str | None = flag(None, "system turn of such data; default: none", DATA)
     task: str | None = flag(None, f"how to score ({', '.join(TASKS)}); default: by the file's base name", DATA)
     spider_path: str = flag("spider_data.zip", "task spider: folder or zip file of Spider with its databases", DATA)
+    allow_code_execution: bool = flag(
+        False, "task mbpp: run programs without isolation, with all your rights, if bubblewrap does not work", DATA
+    )
     nosplit_data: bool = flag(False, "use the complete file, even if the run was trained on a part of it", DATA)
     process_split: Literal["train", "test"] | None = flag(
         None, "use one part of a file that --data_file or --val_fraction split; test: the held-out part", DATA
@@ -131,7 +134,7 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
     r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
     r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
     r.refuse(s.split_tune_untune and not s.original_model_name, "--split_tune_untune: only with --original_model_name")
-    generating = "task spider_path max_new_tokens startswith split_tune_untune"
+    generating = "task spider_path allow_code_execution max_new_tokens startswith split_tune_untune"
     r.only_if(not s.embeds, generating, "not with --similarity, --t_sne, --export_embeddings")
     r.only_if(s.embeds, "embedding_layer embedding_pooling", "only with --similarity, --t_sne or --export_embeddings")
     r.only_if(s.t_sne, "t_sne_type", "only with --t_sne")
@@ -167,6 +170,7 @@ def check_task(s: EvaluationSettings, r: Refusals) -> str | None:
         r.append(f"--task {unknown}; give one of {', '.join(TASKS)} (text: compare the texts)")
         return task
     r.only_if(TASKS[task].needs_databases, "spider_path", f"not with task {task}")
+    r.only_if(TASKS[task].runs_programs, "allow_code_execution", f"not with task {task}")
     if TASKS[task].choices:
         r.only_if(False, "max_new_tokens", f"task {task} generates nothing")
         r.refuse(s.engine == "vllm", f"--engine vllm: not with task {task}, which compares likelihoods")

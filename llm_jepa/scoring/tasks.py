@@ -13,8 +13,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from llm_jepa.data.examples import Example
+from llm_jepa.scoring.programs import passes_tests
 from llm_jepa.scoring.sandbox import Failure, Sandbox
 from llm_jepa.scoring.sql import execution_match
 
@@ -167,9 +169,11 @@ class Task:
     """How predictions are scored. Every task also has the scores `exact` and `startswith`."""
 
     scores: tuple[str, ...]  # names of the task's own scores, the primary one first; if empty, `exact` is primary
-    start: Callable[[Path | None], AbstractContextManager[Scorer]]  # opens the scorer; argument: Spider's databases
+    # Opens the scorer. The argument: Spider's databases, or whether programs may run without isolation.
+    start: Callable[[Any], AbstractContextManager[Scorer]]
     choices: tuple[str, ...] = ()  # if given, the prediction is the likeliest of these, and nothing is generated
     needs_databases: bool = False
+    runs_programs: bool = False
 
     @property
     def primary(self) -> str:
@@ -177,9 +181,9 @@ class Task:
         return (*self.scores, "exact")[0]
 
 
-def pure(score: Scorer) -> Callable[[Path | None], AbstractContextManager[Scorer]]:
+def pure(score: Scorer) -> Callable[[Any], AbstractContextManager[Scorer]]:
     """The `start` of a task whose scorer opens nothing."""
-    return lambda databases: nullcontext(score)
+    return lambda _: nullcontext(score)
 
 
 REGEXES = Task(("dfa_equal",), start_regexes)
@@ -188,6 +192,7 @@ TASKS: dict[str, Task] = {
     "turk": REGEXES,
     "gsm8k": Task(("number", "last_number"), pure(score_number)),
     "spider": Task(("execution", "execution_ordered"), execution_match, needs_databases=True),
+    "mbpp": Task(("pass_at_1",), passes_tests, runs_programs=True),
     "nq_open": Task(("answer_match",), pure(score_answers)),
     "hellaswag": Task(("choice",), pure(score_choice), LETTERS),
     "rotten_tomatoes": Task(("class_match",), pure(functools.partial(score_class, classes=SENTIMENTS))),

@@ -177,9 +177,10 @@ def test_help_lists_the_arms_the_variables_and_the_protocol(project):
 
 def test_flags_of_the_evaluation_reach_it(project):
     for command in ("run_jepa", "run_pretrain", "sweep"):
-        done = project.run(command, EVAL_FLAGS="--max_new_tokens 9", **ONE)
+        done = project.run(command, EVAL_FLAGS="--max_new_tokens 9 --allow_code_execution", **ONE)
         assert {flag(argv, "--max_new_tokens") for argv in done.evaluated} == {"9"}
-        assert all("--max_new_tokens" not in argv for argv in done.trained)
+        assert all("--max_new_tokens" not in argv for argv in done.trained + done.checked)
+        assert all("--allow_code_execution" in argv for argv in done.evaluated + done.checked) and done.checked
 
 
 def test_finished_evaluation_with_other_flags_is_refused(project):

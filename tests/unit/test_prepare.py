@@ -161,6 +161,31 @@ def test_nq_open_keeps_all_answers(hub, out):
     assert manifest(out)["nq_open"]["source"][1]["url"] == convert.NQ_OPEN_TEST
 
 
+def test_mbpp_keeps_the_tests_and_the_task_without_them_is_a_view(hub, out):
+    rows = [
+        {"task_id": i, "text": f"Write double{i}.", "code": f"def double{i}(x):\r\n  return 2 * x ",
+         "test_list": [f"assert double{i}(2)==4", f"assert double{i}(0)==0"], "test_setup_code": "three = 3" * (i % 2),
+         "challenge_test_list": []}
+        for i in range(3)
+    ]  # fmt: skip
+    for part, some in (("train", rows[:1]), ("test", rows[1:])):
+        hub.data["google-research-datasets/mbpp", "full", part] = datasets.Dataset.from_list(some)
+    assert run("mbpp", "--out_dir", out).code == 0
+    user = (
+        "You are an expert Python programmer, and here is your task: Write double1. Your code should pass these tests:"
+        "\n\nassert double1(2)==4\nassert double1(0)==0"
+    )
+    assert read(out / "mbpp_test.jsonl")[0] == {
+        **message_row(user, "def double1(x):\n  return 2 * x", None),
+        "text": [{"role": "user", "content": "Write double1."}],
+        "tests": ["three = 3", "assert double1(2)==4", "assert double1(0)==0"],
+    }
+    assert read(out / "mbpp_train.jsonl")[0]["tests"] == ["assert double0(2)==4", "assert double0(0)==0"]
+    assert {request[3] for request in hub.requests} == {"4bb6404fdc6cacfda99d4ac4205087b89d32030c"}
+    done = call("evaluate", "--score_gold", "--input_file", out / "mbpp_test.jsonl", "--allow_code_execution")
+    assert done.code == 0 and "pass_at_1          100.00" in done.out, done.err
+
+
 def test_paraphrase_pairs_neighbors_within_a_set_at_a_resolved_commit(hub, out):
     texts = [(7, "a"), (7, "b"), (9, "x"), (7, "c"), (9, "y"), (11, "single")]
     rows = [{"paraphrase_set_id": i, "text": text} for i, text in texts]
@@ -347,7 +372,7 @@ def test_all_prepares_what_it_can_and_lists_the_rest(hub, tmp_path, out):
     write_deep_regex(tmp_path / "downloads" / "turk", 10)
     done = run("all", "--source", tmp_path / "downloads", "--out_dir", out)
     assert done.code == 2 and sorted(manifest(out)) == ["gsm8k", "spider", "synth", "turk"]
-    assert "not prepared: paraphrase, rotten_tomatoes, yelp, nq_open, hellaswag" in done.err
+    assert "not prepared: paraphrase, rotten_tomatoes, yelp, nq_open, mbpp, hellaswag" in done.err
 
 
 # ------------------------------------------------------------------------------------------------------ own data
