@@ -20,9 +20,10 @@ from llm_jepa.scoring.tasks import TASKS
 DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimization", "Run"
 # Settings that change no number: a resumed run may change them, and they do not distinguish arms. The last two set
 # lm_labels.
-VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "run_name", "project", "sample_generations",
-            "save_total_limit", "keep_checkpoints", "logging_steps", "gradient_stats", "dataloader_num_workers",
-            "preprocessing_num_workers", "use_default_data_collator", "unmask_assistant_special_tokens"}  # fmt: skip
+VOLATILE = {"output_dir", "config", "resume", "overwrite", "dry_run", "report_to", "run_name", "project",
+            "sample_generations", "save_total_limit", "keep_checkpoints", "logging_steps", "gradient_stats",
+            "dataloader_num_workers", "preprocessing_num_workers", "use_default_data_collator",
+            "unmask_assistant_special_tokens"}  # fmt: skip
 # Flags of the JEPA loss and of --stp, without effect otherwise.
 JEPA_FLAGS = ("lbd predictors last_token jepa_loss jepa_l2 jepa_mse infonce temperature negatives_queue stop_gradient "
               "center sigreg shuffle_pairs front_pred reverse_pred text_view jepa_ratio same_flop").split()  # fmt: skip
@@ -164,6 +165,9 @@ class Settings:
     same_flop: bool = flag(False, "train with the FLOPs that regular fine-tuning needs for --num_epochs", OPTIM)
 
     output_dir: str | None = flag(None, "run folder; default runs/<dataset>-<model>-<method>-…", RUN)
+    config: str | None = flag(
+        None, "YAML file of flags, or a run folder whose settings are the defaults; flags on the command line win", RUN
+    )
     resume: bool | str = flag(False, "resume at the last complete checkpoint; --resume RUN: with RUN's settings", RUN)
     overwrite: bool = flag(False, "replace an existing run folder", RUN)
     dry_run: int | None = flag(None, "print the losses of the first N examples as one JSON object; write nothing", RUN)
@@ -235,6 +239,23 @@ class Settings:
         settings, known = read_json(run / "args.json"), {f.name for f in dataclasses.fields(cls)}
         known -= {"resume", "overwrite", "dry_run"}
         return {name: settings[name] for name in known & settings.keys()} | {"output_dir": given["resume"]}
+
+    @classmethod
+    def configured(cls, run: Path) -> dict[str, Any]:
+        """The settings of a run for another run. Raises UsageError if it is no run folder.
+
+        What the run derived from other settings is left out, so that it is derived again.
+        """
+        names = {f.name for f in dataclasses.fields(cls)}.difference(
+            ("output_dir", "config", "resume", "overwrite", "dry_run", "additive_mask")
+        )
+        stored = read_json(run / "args.json")
+        found = {name: value for name, value in stored.items() if name in names}
+        for name in ("layout", "jepa_loss", "lm_labels", "eval_strategy", "save_strategy"):
+            rest = {k: v for k, v in found.items() if k != name}
+            if name in found and getattr(resolve(cls(**rest)), name) == found[name]:
+                found = rest
+        return found
 
     @property
     def jepa(self) -> bool:
