@@ -265,7 +265,7 @@ def evaluate(s: EvaluationSettings) -> None:
         if s.process_split:
             examples = split_examples(examples, share, seed)[s.process_split == "test"]
         examples = examples[: s.max_examples or None]
-        settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "overwrite"}
+        settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("overwrite", "config")}
         identity = {"settings": settings, "data_sha256": checksum}
         if s.task and (databases := databases_of(s.task, s.spider_path)):
             identity["databases_sha256"] = folder_sha256(databases)

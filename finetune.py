@@ -201,13 +201,13 @@ class Parts:
 def load_base(s: Settings, tokenizer: Any, **options: Any) -> Any:
     """The model of the flags without an adapter; `options` as of load_model."""
     options |= {name: getattr(s, name) for name in ("pretrain", "attn_implementation", "trust_remote_code")}
-    return load_model(s.model_name, s.revision, tokenizer, predictors=s.stored_predictors, **options)
+    return load_model(*s.base, tokenizer, predictors=s.stored_predictors, **options)
 
 
 def adapted(model: Any, s: Settings, tokenizer: Any) -> Any:
     """The model with the adapter of the flags, if they ask for one."""
-    options = {"rank": s.lora_rank, "dropout": s.lora_dropout, "predictors": s.stored_predictors, "plain": s.plain}
-    return add_adapter(model, tokenizer, revision=s.revision, **options) if s.lora else model
+    adapter = s.model_name if s.adapter else None
+    return add_adapter(model, tokenizer, revision=s.revision, adapter=adapter, **s.lora_options) if s.lora else model
 
 
 def load_on_device(s: Settings, tokenizer: Any, device: torch.device) -> Any:
@@ -242,7 +242,7 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
     """Reads and encodes the data and loads the model. Raises UsageError; writes no file."""
     device = torch.device("cpu") if s.dry_run else state.device
     tokenizer = load_tokenizer(s.model_name, s.revision, **tokenizer_options(s))
-    config = load_config(s.model_name, s.revision, trust_remote_code=s.trust_remote_code)
+    config = load_config(*s.base, trust_remote_code=s.trust_remote_code)
     max_length = min(s.max_length, context_length(config) or s.max_length)
     if max_length < s.max_length and state.is_main_process:
         print(f"--max_length {max_length}, the model's context, instead of {s.max_length}", file=sys.stderr)

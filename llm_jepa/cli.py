@@ -12,6 +12,7 @@ import sys
 import typing
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 
@@ -69,25 +70,79 @@ def build_parser(settings: type, doc: str) -> FlagParser:
         if kind is bool and str in typing.get_args(types[f.name]):  # a switch that also accepts a value
             options.update(nargs="?", const=True, metavar=f.metadata["group"].upper())
         elif kind is bool:
-            options["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+            options["action"] = argparse.BooleanOptionalAction
         else:
             options.update(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
         group.add_argument(f"--{f.name}", *f.metadata["aliases"], **options)
     return parser
 
 
+def read_config(path: Path, settings: type) -> dict[str, Any]:
+    """The flags that a YAML file gives, one `name: value` per line. Raises UsageError naming file, line and key.
+
+    A value is spelled as on the command line and has the type of its flag, so `2e-5` is a number and `no` a choice.
+    """
+    import yaml
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    parser = build_parser(settings, "")
+    parser.error = refuse
+    known = {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
+    known = {name: a for name, a in known.items() if a.dest not in ("help", "config", "resume") and name[:3] != "no-"}
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path} cannot be read ({' '.join(str(error).split())})") from None
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"--config {path} has no lines `name: value`")
+    found: dict[str, Any] = {}
+    for key, value in root.value if root else ():
+        name, text, place = str(key.value), value.value, f"{path}:{key.start_mark.line + 1}: {key.value}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 2, 0.7)
+            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+            raise UsageError(f"{place} is not a flag{hint}")
+        if known[name].dest in found:
+            raise UsageError(f"{place} is there twice")
+        if not isinstance(text, str):
+            raise UsageError(f"{place} has several values; give one, as on the command line")
+        if value.style is None and text in ("", "~", "null"):  # no value, unless it is quoted
+            continue
+        words = [f"--{name}={text}"]
+        if known[name].nargs == 0:  # a switch
+            if text not in ("true", "false"):
+                raise UsageError(f"{place} is neither true nor false: {text}")
+            words = [f"--{name}" if text == "true" else f"--no-{name}"]
+        try:
+            found |= vars(parser.parse_args(words))
+        except ValueError as error:
+            raise UsageError(f"{place}: {error}") from None
+    return found
+
+
 def parse_flags(settings: type, doc: str, argv: list[str] | None = None) -> tuple[Any, set[str]]:
     """(settings, names of the flags that were given with another value than their default).
 
-    `--resume RUN` adds the settings that `settings.stored` finds in the run's folder; flags that were given win.
+    `--resume RUN` and `--config RUN` add the settings that `settings.stored` and `settings.configured` find in the
+    run's folder, `--config FILE` gives the flags of a YAML file; flags on the command line win.
     """
     parser = build_parser(settings, doc)
     given, stored = vars(parser.parse_args(argv)), {}
-    if isinstance(given.get("resume"), str):
-        try:
+    try:
+        if isinstance(given.get("resume"), str):
+            if "config" in given:
+                raise UsageError("give one of --resume RUN and --config")
             stored, given["resume"] = settings.stored(given), True
-        except UsageError as error:
-            parser.error(str(error))
+        elif "config" in given:
+            path = Path(given.pop("config"))
+            if path.is_dir() or path.name == "args.json":
+                stored = settings.configured(path if path.is_dir() else path.parent)
+            else:
+                given = read_config(path, settings) | given
+    except UsageError as error:
+        parser.error(str(error))
     defaults = {f.name: f.default for f in dataclasses.fields(settings)}
     return settings(**(stored | given)), {name for name, value in given.items() if value != defaults[name]}
 

@@ -50,10 +50,11 @@ SHELL_VARIABLES = ("PYTHON_BIN", "TRAINER", "MASTER_ADDR", "MASTER_PORT", "MAX_R
 MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024", "mbpp": "2048"}  # datasets with examples of more than 512 tokens
 FIELD_FLAGS = ("text_field", "code_field", "system", "skip_bad_examples")  # the evaluation needs them too
 REFUSED_FLAGS = ("--train_file", "--data_file", "--model_name", "--learning_rate", "--num_epochs", "--last_token",
-                 "--predictors", "--lbd", "--finetune_seed", "--regular", "--output_dir", "--dry_run")  # fmt: skip
+                 "--predictors", "--lbd", "--finetune_seed", "--regular", "--output_dir", "--dry_run",
+                 "--config")  # fmt: skip
 # Flags of the evaluation that its templates set.
 SET_FLAGS = set("model_name input_file output_file task text_field code_field system skip_bad_examples plain "
-                "startswith process_split test_size split_seed score_only score_gold".split())  # fmt: skip
+                "startswith process_split test_size split_seed score_only score_gold config".split())  # fmt: skip
 NUMBER, WHOLE, COUNT = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", r"(?:0|[1-9]\d*)", r"[1-9]\d*"
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 

@@ -1,6 +1,7 @@
 """Loads the tokenizer with the method's special tokens, the model, and a LoRA adapter on it."""
 
 import re
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -109,14 +110,17 @@ def load_pretrained(name: str, **options: Any) -> Any:
     return model
 
 
-def load_adapter(model: Any, name: str) -> Any:
-    """The model with the adapter of a folder or hub name. Raises UsageError if the adapter does not fit it."""
+def load_adapter(model: Any, name: str, **options: Any) -> Any:
+    """The model with the adapter of a folder or hub name; `options` as of PeftModel.from_pretrained.
+
+    Raises UsageError if the adapter does not fit it.
+    """
     from peft import PeftModel
 
     if Path(name).is_dir() and not any(Path(name).glob("adapter_model.*")):
         raise UsageError(f"--model_name {name}: the adapter's weights are missing (adapter_model.safetensors)")
     try:
-        return PeftModel.from_pretrained(model, name)
+        return PeftModel.from_pretrained(model, name, **options)
     except LOADING_ERRORS as error:
         reason = next((x.strip() for x in str(error).splitlines() if "size mismatch" in x), first_line(error))
         raise UsageError(f"the adapter {name} does not fit the base {model.name_or_path}: {reason}") from None
@@ -293,13 +297,22 @@ def adapter_targets(model: Any) -> tuple[list[str], list[str]]:
     return layers, parameters + [f"{name}.weight" for name in renamed]
 
 
+def ends_with(name: str, ends: Iterable[str]) -> bool:
+    """Whether a module's name, or its end after a dot, is one of these, as PEFT matches names."""
+    return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
 def add_adapter(
-    model: Any, tokenizer: Any, *, rank: int, dropout: float, predictors: int, plain: bool, revision: str | None = None
-) -> Any:
+    model: Any, tokenizer: Any, *, rank: int, dropout: float, predictors: int, plain: bool, revision: str | None = None,
+    lora_alpha: int | None = None, target_modules: list[str] | None = None, modules_to_save: list[str] | None = None,
+    adapter: str | None = None, **peft_options: Any,
+) -> Any:  # fmt: skip
     """The model with a LoRA adapter on its text decoder; the rows of added tokens train too.
 
     These rows are those that load_model has made, the embeddings of the `predictors` predictor tokens in use, and with
-    `plain` the embeddings and output rows of the tokens that are labels. Saved are LoRA's weights and these rows.
+    `plain` the embeddings and output rows of the tokens that are labels. Saved are LoRA's weights, these rows, and
+    modules of which `modules_to_save` has the ends of the names, as `target_modules` of the weights to adapt.
+    `adapter`: a folder whose adapter is continued, with its own configuration. Raises UsageError if PEFT cannot.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer, ParamWrapper
@@ -319,17 +332,43 @@ def add_adapter(
             flag = "--lora with --plain" if plain else "--lora"
             why = f"the output layer of {type(model).__name__} has a bias"  # which PEFT would leave out
             raise UsageError(f"{flag}: the rows of new tokens cannot train, because {why}")
-    layers, parameters = adapter_targets(model)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0 if parameters else dropout,  # PEFT refuses to have it before single parameters
-        target_modules=layers,
-        target_parameters=parameters or None,
-        trainable_token_indices={name: found for name, found in rows.items() if found} or None,
-    )
-    model = get_peft_model(model, config, revision=revision)
+    config = LoraConfig.from_pretrained(adapter) if adapter else None
+    whole = config.modules_to_save if config else modules_to_save
+    rows = {name: found for name, found in rows.items() if found and not ends_with(name, whole or ())}
+    if config:
+        stored, parameters = config.trainable_token_indices or {}, config.target_parameters
+        if any(set(found) - set(stored.get(name, ())) for name, found in rows.items()):
+            raise UsageError(f"--model_name {adapter}: the adapter lacks rows of tokens in use; give its --predictors")
+        config.lora_dropout = 0.0 if parameters else dropout
+        model = load_adapter(model, adapter, is_trainable=True, config=config)
+    else:
+        layers, parameters = adapter_targets(model)
+        for end in target_modules or ():
+            if not any(ends_with(name, [end]) for name in layers + parameters):
+                raise UsageError(f"--target_modules {end}: {type(model).__name__} has no such weights to adapt")
+        for end in modules_to_save or ():
+            if not any(ends_with(name, [end]) for name in names.values()):
+                raise UsageError(f"--modules_to_save {end}: {type(model).__name__} has no such module")
+        if tied and any(ends_with(name, modules_to_save or ()) for name in (embedding, output)):
+            raise UsageError("--modules_to_save: not the embeddings of a model with tied embeddings")
+        if target_modules:
+            layers, parameters = ([n for n in found if ends_with(n, target_modules)] for found in (layers, parameters))
+        layers = [name for name in layers if not ends_with(name, modules_to_save or ())]
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=lora_alpha or 2 * rank,
+            lora_dropout=0.0 if parameters else dropout,  # PEFT refuses to have it before single parameters
+            target_modules=layers,
+            target_parameters=parameters or None,
+            trainable_token_indices=rows or None,
+            modules_to_save=modules_to_save,
+            **peft_options,
+        )
+        try:
+            model = get_peft_model(model, config, revision=revision)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"--lora: PEFT refuses these options ({first_line(error)})") from None
     for layer in model.modules() if parameters and dropout else ():
         if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper):
             layer.lora_dropout["default"] = torch.nn.Dropout(dropout)

@@ -20,12 +20,14 @@ from llm_jepa.scoring.tasks import TASKS
 DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimization", "Run"
 # Settings that change no number: a resumed run may change them, and they do not distinguish arms. The last two set
 # lm_labels.
-VOLATILE = {"output_dir", "resume", "overwrite", "dry_run", "report_to", "run_name", "project", "sample_generations",
-            "save_total_limit", "keep_checkpoints", "logging_steps", "gradient_stats", "dataloader_num_workers",
-            "preprocessing_num_workers", "use_default_data_collator", "unmask_assistant_special_tokens"}  # fmt: skip
+VOLATILE = {"output_dir", "config", "resume", "overwrite", "dry_run", "report_to", "run_name", "project",
+            "sample_generations", "save_total_limit", "keep_checkpoints", "logging_steps", "gradient_stats",
+            "dataloader_num_workers", "preprocessing_num_workers", "use_default_data_collator",
+            "unmask_assistant_special_tokens"}  # fmt: skip
 # Flags of the JEPA loss and of --stp, without effect otherwise.
 JEPA_FLAGS = ("lbd predictors last_token jepa_loss jepa_l2 jepa_mse infonce temperature negatives_queue stop_gradient "
               "center sigreg shuffle_pairs front_pred reverse_pred text_view jepa_ratio same_flop").split()  # fmt: skip
+LORA_FLAGS = "lora_rank lora_alpha target_modules modules_to_save use_rslora use_dora init_lora_weights".split()
 STP_FLAGS = "stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer".split()
 JepaLossName = Literal[*JEPA_LOSSES] | None
 StpName = Literal[*STP_LOSSES] | None
@@ -63,8 +65,22 @@ class Settings:
         "embedding and output rows of tokens that the model lacked (with --plain of the turn tokens)",
         MODEL,
     )
-    lora_rank: int = flag(16, "rank of the adapter; alpha is twice the rank", MODEL)
+    lora_rank: int = flag(16, "rank of the adapter", MODEL)
+    lora_alpha: int | None = flag(None, "scale of the adapter; default: twice the rank", MODEL)
     lora_dropout: float = flag(0.1, "dropout before the adapter (fused experts have none)", MODEL)
+    target_modules: str | None = flag(
+        None, "ends of the names of the weights to adapt, with commas (q_proj,v_proj); default: all that PEFT can",
+        MODEL, "--lora_target_modules",
+    )  # fmt: skip
+    modules_to_save: str | None = flag(
+        None, "ends of the names of modules that train completely and are stored with the adapter, with commas",
+        MODEL, "--lora_modules_to_save",
+    )  # fmt: skip
+    use_rslora: bool = flag(False, "rank-stabilized LoRA: alpha / √rank instead of alpha / rank", MODEL)
+    use_dora: bool = flag(False, "DoRA: the adapter also trains the norm of each output", MODEL)
+    init_lora_weights: Literal["gaussian", "orthogonal", "olora", "pissa"] | None = flag(
+        None, "initialization of the adapter; default: PEFT's", MODEL
+    )
     merge: bool = flag(False, "also write the model with the adapter merged in, to OUTPUT_DIR/merged", MODEL)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "precision of the computation (parameters stay float32); auto: bfloat16 if the GPU supports it", MODEL
@@ -164,6 +180,9 @@ class Settings:
     same_flop: bool = flag(False, "train with the FLOPs that regular fine-tuning needs for --num_epochs", OPTIM)
 
     output_dir: str | None = flag(None, "run folder; default runs/<dataset>-<model>-<method>-…", RUN)
+    config: str | None = flag(
+        None, "YAML file of flags, or a run folder whose settings are the defaults; flags on the command line win", RUN
+    )
     resume: bool | str = flag(False, "resume at the last complete checkpoint; --resume RUN: with RUN's settings", RUN)
     overwrite: bool = flag(False, "replace an existing run folder", RUN)
     dry_run: int | None = flag(None, "print the losses of the first N examples as one JSON object; write nothing", RUN)
@@ -236,6 +255,23 @@ class Settings:
         known -= {"resume", "overwrite", "dry_run"}
         return {name: settings[name] for name in known & settings.keys()} | {"output_dir": given["resume"]}
 
+    @classmethod
+    def configured(cls, run: Path) -> dict[str, Any]:
+        """The settings of a run for another run. Raises UsageError if it is no run folder.
+
+        What the run derived from other settings is left out, so that it is derived again.
+        """
+        names = {f.name for f in dataclasses.fields(cls)}.difference(
+            ("output_dir", "config", "resume", "overwrite", "dry_run", "additive_mask")
+        )
+        stored = read_json(run / "args.json")
+        found = {name: value for name, value in stored.items() if name in names}
+        for name in ("layout", "jepa_loss", "lm_labels", "eval_strategy", "save_strategy"):
+            rest = {k: v for k, v in found.items() if k != name}
+            if name in found and getattr(resolve(cls(**rest)), name) == found[name]:
+                found = rest
+        return found
+
     @property
     def jepa(self) -> bool:
         """Whether any example gets the JEPA term."""
@@ -245,6 +281,27 @@ class Settings:
     def stored_predictors(self) -> int:
         """The number of predictor tokens whose rows are stored: all ten, in an adapter those in use."""
         return 10 if not self.lora else self.predictors if self.jepa else 0
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """The configuration of the adapter that --model_name is, which training continues; {} for another model."""
+        path = Path(self.model_name or "") / "adapter_config.json"
+        return read_json(path) if path.is_file() else {}
+
+    @property
+    def base(self) -> tuple[str, str | None]:
+        """Name and revision of the model without an adapter."""
+        found = self.adapter
+        return (found["base_model_name_or_path"], found.get("revision")) if found else (self.model_name, self.revision)
+
+    @property
+    def lora_options(self) -> dict[str, Any]:
+        """The options of add_adapter."""
+        names = {name: (getattr(self, name) or "").split(",") for name in ("target_modules", "modules_to_save")}
+        lists = {name: [x.strip() for x in found if x.strip()] or None for name, found in names.items()}
+        options = {name: getattr(self, name) for name in ("lora_alpha", "use_rslora", "use_dora", "plain")}
+        options |= {"rank": self.lora_rank, "dropout": self.lora_dropout, "predictors": self.stored_predictors}
+        return options | lists | {"init_lora_weights": self.init_lora_weights or True}
 
     @property
     def stp_variant(self) -> str | None:
@@ -373,7 +430,12 @@ def check_method(s: Settings, r: Refusals) -> None:
 def check_training(s: Settings, r: Refusals) -> None:
     """The model, the optimizer and the run."""
     r.only_if(not s.plain, "chat_template", "not with --plain")
-    r.only_if(s.lora, "lora_rank lora_dropout merge", "only with --lora")
+    r.only_if(s.lora, f"{' '.join(LORA_FLAGS)} lora_dropout merge", "only with --lora")
+    if Path(s.model_name or "", "adapter_config.json").is_file():
+        how = "continue it with --lora, or give its merged model (finetune.py --merge)"
+        r.refuse(not s.lora, f"--model_name {s.model_name} is an adapter: {how}")
+        r.only_if(False, " ".join(LORA_FLAGS), f"not with the adapter {s.model_name}, which has its own")
+    r.refuse(s.lora_alpha is not None and s.lora_alpha < 1, f"--lora_alpha {s.lora_alpha} is not positive")
     r.refuse(not 0 <= s.lora_dropout < 1, f"--lora_dropout {s.lora_dropout} is not in 0 to 1")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
@@ -462,8 +524,15 @@ def resolve(s: Settings) -> Settings:
     """Fills in the defaults that depend on other flags, but for --output_dir."""
     held_out, steps = s.data_file or s.eval_file or s.val_fraction, "steps" if s.streaming else "epoch"
     eval_strategy = s.eval_strategy or (steps if held_out else "no")
+    config, own = s.adapter, {}
+    if config:  # --model_name is an adapter, which keeps its configuration
+        init, whole = config["init_lora_weights"], config["modules_to_save"]
+        own = {name: config[name] for name in ("lora_alpha", "use_rslora", "use_dora")} | {"lora_rank": config["r"]}
+        own |= {"init_lora_weights": init if isinstance(init, str) else None}
+        own |= {"modules_to_save": ",".join(whole) if whole else None}
     return dataclasses.replace(
         s,
+        **own,
         layout=s.layout_or_default,
         additive_mask=s.layout_or_default == "additive",
         jepa_loss=s.jepa_loss_or_default,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from llm_jepa.cli import Refusals, UsageError, flag
 from llm_jepa.data.examples import Example, Fields, data_sha256, dataset_name, split_examples
+from llm_jepa.files import read_json
 from llm_jepa.run_folder import CHECKPOINT_MARK, run_settings
 from llm_jepa.scoring.tasks import TASKS
 
@@ -89,9 +90,19 @@ class EvaluationSettings:
     overwrite: bool = flag(False, "replace existing predictions", OUTPUT)
     score_only: str | None = flag(None, "score this file of predictions (JSON lines with id and prediction)", OUTPUT)
     score_gold: bool = flag(False, "score the data's own answers, without a model; writes nothing", OUTPUT)
+    config: str | None = flag(
+        None, "YAML file of flags, or a run folder to evaluate as it was trained; flags on the command line win", OUTPUT
+    )
     split_tune_untune: bool = flag(
         False, "also evaluate --original_model_name; separate scores for what it got right and wrong", OUTPUT
     )
+
+    @classmethod
+    def configured(cls, run: Path) -> dict[str, Any]:
+        """The run as the model, with how it reads examples. Raises UsageError if it is no run folder."""
+        names = ("text_field", "code_field", "system", "plain", "trust_remote_code", "skip_bad_examples")
+        stored = read_json(run / "args.json")
+        return {name: stored[name] for name in names if name in stored} | {"model_name": str(run)}
 
     @property
     def fields(self) -> Fields | None:

@@ -190,9 +190,8 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
     trained_model, size = model, model.get_output_embeddings().weight.shape[1]
     with torch.device("meta"):
         if s.lora:
-            trained_model = add_adapter(
-                model, tokenizer, rank=s.lora_rank, dropout=0.0, predictors=s.stored_predictors, plain=s.plain
-            )
+            options = s.lora_options | {"dropout": 0.0, "init_lora_weights": True}
+            trained_model = add_adapter(model, tokenizer, **options)
         count = s.has_nitp + bool(s.jepa and s.sigreg)
         trained_model.projectors = torch.nn.ModuleList(Projector(size) for _ in range(count))
     table = parameter_table(model, trained_model, s)

@@ -107,6 +107,66 @@ def test_towers_of_a_multimodal_model_are_not_adapted(data, tmp_path):
     assert any("mlp.down_proj" in n for n in names) and not any("vision" in n or "projector" in n for n in names)
 
 
+def only(*ends: str):
+    """A function that says whether LoRA trained exactly the weights with these names."""
+    return lambda names: {n.split(".lora_A")[0].split(".")[-1] for n in names if "lora_A" in n} == set(ends)
+
+
+OPTIONS = [
+    ("--lora_alpha 4 --target_modules q_proj,mlp.up_proj", {"lora_alpha": 4}, only("q_proj", "up_proj")),
+    ("--use_rslora --init_lora_weights gaussian", {"use_rslora": True, "init_lora_weights": "gaussian"}, bool),
+    ("--use_dora", {"use_dora": True}, lambda names: any("lora_magnitude_vector" in n for n in names)),
+    ("--init_lora_weights pissa", {"init_lora_weights": "pissa"}, bool),
+    ("--init_lora_weights olora", {"init_lora_weights": "olora"}, bool),
+    ("--modules_to_save lm_head,embed_tokens", {"trainable_token_indices": None},
+     lambda names: sum("lm_head" in n or "embed_tokens" in n for n in names) == 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "values", "reached"), OPTIONS, ids=[flags for flags, *_ in OPTIONS])
+def test_options_of_peft_and_the_adapter_is_continued(flags, values, reached, without_rows, data, tmp_path):
+    usual = (*JEPA, "--lora", "--merge", "--max_steps", 2, "--learning_rate")
+    base = without_rows[0]
+    run = train(data, tmp_path / "run", *usual, 0.01, "--lora_rank", 4, *flags.split(), model=base)
+    config = read_json(run / "adapter_config.json")
+    assert {name: config[name] for name in values} == values and config["r"] == 4
+    assert reached([name for name, w in weights(run, "adapter_model.safetensors").items() if w.any()])
+    same_as_merged(run)
+    after = train(data, tmp_path / "after", *usual, "1e-12", model=run)  # so slowly that it shows where it started
+    for part in ("", "merged"):
+        first, second = (
+            (AutoModelForCausalLM if part else AutoPeftModelForCausalLM).from_pretrained(x / part) for x in (run, after)
+        )
+        torch.testing.assert_close(logits(first), logits(second), rtol=1e-4, atol=1e-4)
+    assert read_json(after / "adapter_config.json")["base_model_name_or_path"] == str(base)
+    before, now = (read_json(x / "args.json") for x in (run, after))
+    assert all(now[n] == before[n] for n in ("lora_rank", "use_rslora", "use_dora", "init_lora_weights"))
+    assert now["lora_alpha"] == config["lora_alpha"] == (values.get("lora_alpha") or 8)
+
+
+def test_continued_adapter_trains_and_refuses_what_it_cannot_change(without_rows, data, tmp_path):
+    _, run = without_rows
+    after = train(data, tmp_path / "after", *JEPA, "--lora", "--max_steps", 2, model=run)
+    before, now = weights(run, "adapter_model.safetensors"), weights(after, "adapter_model.safetensors")
+    assert before.keys() == now.keys() and not any(before[name].equal(now[name]) for name in before)
+    for flags, part in (((), "--lora"), (("--lora", "--lora_rank", 2), "--lora_rank"), (
+            ("--lora", "--use_dora", "--target_modules", "q_proj"), "--target_modules"),
+            (("--lora", "--lbd", 1, "--predictors", 3), "--predictors")):  # fmt: skip
+        done = start(data, tmp_path / "no", *(flags if "--predictors" in flags else (*JEPA, *flags)), model=run)
+        assert done.code == 2 and str(run) in done.err and part in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [("llama", "--target_modules q_proj,query"), ("llama", "--modules_to_save score"), ("glm4_moe", "--use_dora")],
+)
+def test_options_that_do_not_fit_the_model_are_refused(kind, flags, data, tmp_path):
+    base = base_model(tmp_path / "base", kind)
+    done = start(data, tmp_path / "run", *JEPA, "--lora", *flags.split(), model=base)
+    named = flags.split()[0] if kind == "llama" else "use_dora"
+    assert done.code == 2 and named in done.err and not (tmp_path / "run").exists(), done.err
+
+
 # ------------------------------------------------------------------------------------------------ new tokens
 
 
