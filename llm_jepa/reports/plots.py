@@ -46,7 +46,8 @@ CURVE_POINTS = 150  # each is the mean of a block of steps
 EMBEDDINGS = "embeddings.safetensors"  # in RUN/eval/<dataset>/
 T_SNE_MIN_POINTS = 10  # with fewer there are no neighborhoods to preserve
 T_SNE_PAIRS = 250  # at most, in a report
-SVG = {"svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+SVG = {"svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+       "figure.facecolor": "none", "axes.facecolor": "none"}  # fmt: skip
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Drawn:
         stored = {}
         for text, axes in panels.items():
             file = io.BytesIO()
-            axes.figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+            axes.figure.savefig(file, format="svg", metadata={"Date": None})
             stored[text] = base64.b64encode(file.getvalue()).decode()
         self.figures.append({"name": name, "caption": caption, "panels": stored})
 
@@ -128,7 +129,8 @@ def plot_differences(table: Table, drawn: Drawn) -> None:
     shown = [c for c in table.comparisons if c.score == score]
     if not shown:
         return
-    axes = new_axes(4.2, 0.8 + 0.45 * len(shown))
+    labels = [escape(textwrap.fill(c.arm, 20)) for c in shown]
+    axes = new_axes(4.2, 0.8 + max(0.45, *(0.2 * (label.count("\n") + 1) for label in labels)) * len(shown))
     axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
     for y, c in enumerate(shown):
         color, marker = styles[c.arm]["color"], styles[c.arm]["marker"]
@@ -136,7 +138,7 @@ def plot_differences(table: Table, drawn: Drawn) -> None:
         axes.hlines(y, *(c.interval or (c.mean, c.mean)), color=color, linewidth=2)
         axes.scatter(c.mean, y, s=60, marker=marker, edgecolor=color, color=color if c.differs else "white", zorder=3)
     axes.set_xlabel(escape(textwrap.fill(f"{score}: difference from {table.reference}, percentage points", 50)))
-    axes.set_yticks(range(len(shown)), [escape(textwrap.fill(c.arm, 20)) for c in shown])
+    axes.set_yticks(range(len(shown)), labels)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     text = "; ".join(f"{c.arm} {format_points(c.mean)} {format_interval(c)}" for c in shown)
     caption = (
