@@ -9,10 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for llm_jepa
 
 from llm_jepa.cli import UsageError, run_command
-from llm_jepa.reports.plots import PALETTE, subplots
+from llm_jepa.reports.plots import PALETTE
 from llm_jepa.reports.results import read_runs
 
 SCORES = {"exact %": "exact match, %", "startswith %": "startswith, %", "stop_rate %": "stop rate, %"}
@@ -32,7 +34,8 @@ def main() -> None:
     missing = [key for scope in SCOPES for arm in ARMS for s in seeds if (key := (scope, arm, s)) not in by]
     if problems or missing or not seeds:
         raise UsageError("; ".join(problems) or f"no run of (labels, regular, seed) {missing[:1]}")
-    fig, panels = subplots(1, len(SCORES), width=9, height=2.5, sharey=True)
+    fig = Figure(figsize=(9, 3), layout="constrained")
+    panels = fig.subplots(1, len(SCORES), sharey=True)
     for axes, (column, heading) in zip(panels, SCORES.items(), strict=True):
         for x, scope in enumerate(SCOPES):
             for seed in seeds:

@@ -1,7 +1,8 @@
 """Figures: those of a report, drawn as SVG without a display, and the t-SNE plots of evaluate.py.
 
-`draw` returns a dataset's figures and one line for each figure without data, with the command that creates the data.
-Arms and groups differ in color and in marker. matplotlib and scikit-learn are imported when something is drawn.
+`draw` returns a dataset's figures and one line for each figure without data, with the command that creates the data. A
+figure has panels, which the page arranges by its width, each as large as a phone's screen shows it. Arms and groups
+differ in color and in marker. matplotlib and scikit-learn are imported when something is drawn.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import itertools
 import json
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas
@@ -23,77 +24,83 @@ from llm_jepa.cli import UsageError
 from llm_jepa.files import read_jsonl
 from llm_jepa.reports.comparison import Table
 from llm_jepa.reports.results import Result
+from llm_jepa.reports.stats import format_interval, format_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# (color, marker): Okabe and Ito's palette without yellow, which is hard to see on white, then Paul Tol's.
+# (color, marker): Okabe and Ito's palette without yellow, which is hard to see, and Paul Tol's; contrast first.
 PALETTE = (
-    ("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#E69F00", "D"), ("#CC79A7", "v"),
-    ("#56B4E9", "P"), ("#000000", "X"), ("#332288", "*"), ("#882255", "<"), ("#999933", ">"),
+    ("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#CC79A7", "D"), ("#000000", "v"),
+    ("#882255", "P"), ("#56B4E9", "X"), ("#E69F00", "*"), ("#332288", "<"), ("#999933", ">"),
 )  # fmt: skip
-DASHES = ("-", "--", "-.", ":")
 CURVES = {
     "lm_loss": "lm_loss, nats per token",
     "jepa_loss": "jepa_loss per pair",
     "cosine": "cosine of a pair",
     "cosine_shuffled": "cosine of a shuffled pair",
-    "retrieval": "retrieval in the micro-batch",
-    "effective_rank": "effective rank of the views",
+    "retrieval": "retrieval, fraction found",
+    "effective_rank": "effective rank, dimensions",
 }
 CURVE_POINTS = 150  # each is the mean of a block of steps
 EMBEDDINGS = "embeddings.safetensors"  # in RUN/eval/<dataset>/
 T_SNE_MIN_POINTS = 10  # with fewer there are no neighborhoods to preserve
 T_SNE_PAIRS = 250  # at most, in a report
-SVG = {"svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+SVG = {"svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+       "figure.facecolor": "none", "axes.facecolor": "none"}  # fmt: skip
 
 
 @dataclass
 class Drawn:
     """The figures of a table and what could not be drawn."""
 
-    figures: list[dict[str, str]] = field(default_factory=list)  # name, caption and svg, which is in base64
+    figures: list[dict[str, Any]] = field(default_factory=list)  # name, caption and panels: text alternative → SVG
     missing: list[str] = field(default_factory=list)  # one line each, with the command that creates the data
     damaged: list[str] = field(default_factory=list)  # files that exist and cannot be used
 
-    def add(self, fig: Figure, name: str, caption: str) -> None:
-        """Stores a figure as SVG; the same data gives the same bytes."""
-        file = io.BytesIO()
-        fig.savefig(file, format="svg", metadata={"Date": None})
-        svg = base64.b64encode(file.getvalue()).decode()
-        self.figures.append({"name": name, "caption": caption, "svg": svg})
+    def add(self, name: str, caption: str, panels: dict[str, Axes]) -> None:
+        """Stores the panels by their text alternatives as SVG in base64; the same data gives the same bytes."""
+        stored = {}
+        for text, axes in panels.items():
+            file = io.BytesIO()
+            axes.figure.savefig(file, format="svg", metadata={"Date": None})
+            stored[text] = base64.b64encode(file.getvalue()).decode()
+        self.figures.append({"name": name, "caption": caption, "panels": stored})
 
 
 def draw(table: Table) -> Drawn:
-    """All figures of a dataset."""
+    """All figures of a dataset, the one with the result first."""
     import matplotlib
 
     drawn = Drawn()
     with matplotlib.rc_context(SVG):
-        for plot in (plot_scores, plot_training, plot_costs, plot_grid, plot_embeddings):
+        for plot in (plot_differences, plot_training, plot_costs, plot_grid, plot_embeddings):
             plot(table, drawn)
     return drawn
 
 
-def subplots(
-    rows: int, columns: int, width: float = 8.0, height: float = 3.0, sharey: bool = False
-) -> tuple[Figure, list[Axes]]:
-    """A figure with a grid of axes, each `height` inches high."""
+def new_axes(width: float = 3.4, height: float = 2.6) -> Axes:
+    """The axes of a figure of its own, in inches."""
     from matplotlib.figure import Figure  # without pyplot, which needs a display
 
-    fig = Figure(figsize=(width, rows * height + 0.5), layout="constrained")
-    return fig, list(fig.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
+    return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
-def arm_styles(table: Table, key: str) -> dict[str, dict[str, str]]:
-    """Color of each arm with its `key`, marker or linestyle: the same in every figure, and no two arms share both."""
+def arm_styles(table: Table) -> dict[str, dict[str, str]]:
+    """Label, color and marker of each arm: the same in every figure, and no two arms share both."""
     styles = {}
     for i, arm in enumerate(table.arms):
-        cycle, color = divmod(i, len(PALETTE))  # arms beyond the palette repeat its colors with another marker and dash
-        style = {"marker": PALETTE[(color + cycle) % len(PALETTE)][1], "linestyle": DASHES[cycle % len(DASHES)]}
-        styles[arm] = {"label": escape(arm), "color": PALETTE[color][0], key: style[key]}
+        cycle, color = divmod(i, len(PALETTE))  # arms beyond the palette repeat its colors with another marker
+        marker = PALETTE[(color + cycle) % len(PALETTE)][1]
+        styles[arm] = {"label": escape(arm), "color": PALETTE[color][0], "marker": marker}
     return styles
+
+
+def plot_line(axes: Axes, x: np.ndarray, y: np.ndarray, style: dict[str, str], arm: int) -> None:
+    """A thin line with some markers, for each arm at other points: those of lines on top of each other are seen."""
+    every = max(1, len(x) // 4)
+    marks = (arm * every // 5 % every, every)
+    axes.plot(x, y, linewidth=0.8, alpha=0.8, markersize=4, markevery=marks, **style)
 
 
 def escape(text: str) -> str:
@@ -101,33 +108,44 @@ def escape(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def add_legend(fig: Figure) -> None:
-    """A legend of all labels below all axes."""
-    entries = {name: handle for a in fig.axes for handle, name in zip(*a.get_legend_handles_labels(), strict=True)}
-    columns = max(1, min(4, 110 // (8 + max(map(len, entries)))))
-    fig.legend(entries.values(), entries, loc="outside lower center", ncols=columns, frameon=False)
+def legend(panels: Iterable[Axes]) -> dict[str, Axes]:
+    """A panel with all labels of the panels."""
+    entries = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= {textwrap.fill(label, 45): handle for handle, label in zip(handles, labels, strict=True)}
+    axes = new_axes(height=0.5 + 0.2 * "\n".join(entries).count("\n"))
+    axes.axis("off")
+    axes.legend(entries.values(), entries, loc="center", frameon=False)
+    return {f"Legend: {'; '.join(entries)}".replace(r"\$", "$"): axes}
 
 
 # --------------------------------------------------------------------------------------------------------- scores
 
 
-def plot_scores(table: Table, drawn: Drawn) -> None:
-    """Each score: one dot per run, dots of a seed connected, a short bar at each arm's mean."""
-    names, arms, styles = table.first.scores, table.arms.values(), arm_styles(table, "marker").values()
-    fig, panels = subplots(1, len(names), width=2 + 2 * len(names), height=0.5 + 0.4 * len(arms), sharey=True)
-    for name, axes in zip(names, panels, strict=True):
-        by_arm = [{r.seed: r.columns.get(f"{name} %", math.nan) for r in arm} for arm in arms]
-        axes.plot(pandas.DataFrame(by_arm).sort_index(axis=1), range(len(arms)), color="0.7", linewidth=1, zorder=1)
-        for y, (by_seed, style) in enumerate(zip(by_arm, styles, strict=True)):
-            values = list(by_seed.values())
-            axes.scatter(values, [y] * len(values), s=28, zorder=2, **style)
-            axes.vlines(np.mean(values), y - 0.2, y + 0.2, color="black", linewidth=1.5, zorder=3)
-        axes.set_xlabel(f"{name}, %")
-        axes.ticklabel_format(axis="x", useOffset=False)
-        axes.locator_params(axis="x", nbins=4)
-    axes.set_yticks(range(len(arms)), [escape(textwrap.fill(arm, 40)) for arm in table.arms])
-    axes.set_ylim(len(arms) - 0.5, -0.5)  # the reference is at the top
-    drawn.add(fig, "scores", "Scores: one dot per run, dots of the same seed connected, a bar at each arm's mean")
+def plot_differences(table: Table, drawn: Drawn) -> None:
+    """The result: each arm's difference from the reference in the primary score, with its interval and its seeds."""
+    score, styles = table.first.scores[0], arm_styles(table)
+    shown = [c for c in table.comparisons if c.score == score]
+    if not shown:
+        return
+    labels = [escape(textwrap.fill(c.arm, 20)) for c in shown]
+    axes = new_axes(4.2, 0.8 + max(0.45, *(0.2 * (label.count("\n") + 1) for label in labels)) * len(shown))
+    axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
+    for y, c in enumerate(shown):
+        color, marker = styles[c.arm]["color"], styles[c.arm]["marker"]
+        axes.scatter(c.differences, [y + 0.25] * c.n, s=14, color="0.6", marker="|")
+        axes.hlines(y, *(c.interval or (c.mean, c.mean)), color=color, linewidth=2)
+        axes.scatter(c.mean, y, s=60, marker=marker, edgecolor=color, color=color if c.differs else "white", zorder=3)
+    axes.set_xlabel(escape(textwrap.fill(f"{score}: difference from {table.reference}, percentage points", 50)))
+    axes.set_yticks(range(len(shown)), labels)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    text = "; ".join(f"{c.arm} {format_points(c.mean)} {format_interval(c)}" for c in shown)
+    caption = (
+        f"{score}, difference from {table.reference} (dashed): mean over the seeds, filled if it is significant, with "
+        "its 95 % interval; below it a tick for each seed"
+    )
+    drawn.add("differences", caption, {f"{score}, difference from {table.reference} in points: {text}": axes})
 
 
 def plot_grid(table: Table, drawn: Drawn) -> None:
@@ -145,7 +163,7 @@ def plot_grid(table: Table, drawn: Drawn) -> None:
         run = means.notna().to_numpy().astype(int)
         if np.triu(run @ run.T, 1).max() < 2:  # no two values of λ were run with the same two values of k
             continue
-        fig, (axes,) = subplots(1, 1, width=3 + 0.9 * run.shape[1], height=1 + 0.6 * run.shape[0])
+        axes = new_axes(2 + 0.7 * run.shape[1], 1.2 + 0.6 * run.shape[0])
         image = axes.imshow(means, cmap="cividis", aspect="auto", origin="lower")
         for i, j in np.argwhere(run):
             text = f"{means.iat[i, j]:.1f}\nn = {len(cells[means.index[i], means.columns[j]])}"
@@ -155,11 +173,11 @@ def plot_grid(table: Table, drawn: Drawn) -> None:
         axes.set_xticks(range(run.shape[1]), [f"{k:g}" for k in means.columns])
         axes.set_yticks(range(run.shape[0]), [f"{lbd:g}" for lbd in means.index])
         axes.spines[:].set_visible(False)
-        fig.colorbar(image, label=f"{score}, %")
+        axes.figure.colorbar(image, label=f"{score}, %")
         caption = f"{score} over k and λ, mean over the seeds; gray: not run"
         if table.reference and table.first.settings["regular"]:
             caption += f"; {table.reference}: {mean_score(table.arms[table.reference], score):.1f} %"
-        drawn.add(fig, "grid", caption)
+        drawn.add("grid", caption, {caption: axes})
     if len(drawn.figures) == found:
         drawn.missing.append(
             "no map over k and λ, which needs two values of each: bash run.sh run_jepa MODEL LEARNING_RATE EPOCHS - "
@@ -195,28 +213,33 @@ def training_steps(table: Table, damaged: list[str]) -> Iterator[tuple[str, Resu
 
 def plot_training(table: Table, drawn: Drawn) -> None:
     """Losses and what shows whether pairs are told apart over the steps, smoothed, one thin line per seed."""
-    styles, (fig, panels) = arm_styles(table, "linestyle"), subplots(3, 2)
+    styles, panels = arm_styles(table), {name: new_axes() for name in CURVES}
+    last: dict[str, dict[str, list[float]]] = {name: {} for name in CURVES}
     for arm, _, steps in training_steps(table, drawn.damaged):
-        for name, axes in zip(CURVES, panels, strict=True):
+        for name, axes in panels.items():
             curve = steps[["step", name]].dropna()
             if len(curve):
                 block = np.arange(len(curve)) // math.ceil(len(curve) / CURVE_POINTS)  # the last one may be shorter
-                axes.plot(*curve.groupby(block).mean().T.to_numpy(), linewidth=0.8, alpha=0.8, **styles[arm])
-    for label, axes in zip(CURVES.values(), panels, strict=True):
+                x, y = curve.groupby(block).mean().T.to_numpy()
+                plot_line(axes, x, y, styles[arm], list(styles).index(arm))
+                last[name].setdefault(arm, []).append(y[-1])
+    drawn_panels = {}
+    for name, axes in panels.items():
         if not axes.lines:
-            axes.remove()
             continue
-        axes.set(xlabel="optimizer steps", ylabel=label)
+        axes.set(xlabel="optimizer steps", ylabel=CURVES[name])
         values = np.concatenate([line.get_ydata() for line in axes.lines])
         if 0 < 30 * values.min() < values.max():
             axes.set_yscale("log")
-    if not fig.axes:
+        ends = "; ".join(f"{arm} {np.mean(y):.3g}" for arm, y in last[name].items())
+        drawn_panels[f"{CURVES[name]}, over the steps. At the end: {ends}"] = axes
+    if not drawn_panels:
         drawn.missing.append(
             "no training curves: the runs have no metrics.jsonl, which python finetune.py --output_dir RUN writes"
         )
         return
-    add_legend(fig)
-    drawn.add(fig, "training", f"Training: one line per seed, the means of at most {CURVE_POINTS} blocks of steps")
+    caption = f"Training: one line per seed, the means of at most {CURVE_POINTS} blocks of steps"
+    drawn.add("training", caption, legend(drawn_panels.values()) | drawn_panels)
 
 
 def plot_costs(table: Table, drawn: Drawn) -> None:
@@ -224,22 +247,23 @@ def plot_costs(table: Table, drawn: Drawn) -> None:
     costs = {"training time, seconds": {r.run: r.columns["train s"] for _, r in table.runs}}
     counted = ((r.run, steps["flops"].max()) for _, r, steps in training_steps(table, damaged=[]))  # reported before
     flops = {run: value for run, value in counted if value > 0}
-    what, styles, score = "wall time", arm_styles(table, "marker"), table.first.scores[0]
+    what, styles, score = "wall time", arm_styles(table), table.first.scores[0]
     if flops:
-        costs = {"training FLOPs": flops} | costs
-        what = f"FLOPs (counted in {len(flops)} of {len(table.runs)} runs) and wall time"
+        costs |= {"training FLOPs": flops}
+        what += f" and FLOPs (counted in {len(flops)} of {len(table.runs)} runs)"
     else:
         drawn.missing.append("no figure of scores against training FLOPs, which python finetune.py --track_flop counts")
-    fig, panels = subplots(1, len(costs), width=8 if flops else 5)
-    for axes, (label, cost) in zip(panels, costs.items(), strict=True):
+    panels = {}
+    for label, cost in costs.items():
+        panels[f"{score} against {label}"] = axes = new_axes()
         for arm, style in styles.items():
             runs = [r for r in table.arms[arm] if r.run in cost and f"{score} %" in r.columns]
             axes.scatter([cost[r.run] for r in runs], [r.columns[f"{score} %"] for r in runs], s=28, **style)
         axes.set(xlabel=label, ylabel=f"{score}, %")
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.locator_params(axis="x", nbins=6)
-    add_legend(fig)
-    drawn.add(fig, "costs", f"{score} against {what} of training, one point per run")
+    caption = f"{score} against {what} of training, one point per run"
+    drawn.add("costs", caption, legend(panels.values()) | panels)
 
 
 # ----------------------------------------------------------------------------------------------------- embeddings
@@ -264,13 +288,13 @@ def scatter_groups(axes: Axes, groups: dict[str, np.ndarray], size: float) -> No
 
 def t_sne_png(groups: dict[str, np.ndarray], title: str) -> bytes:
     """A PNG of each group's points (·, 2) in a t-SNE plane, with a legend."""
-    fig, (axes,) = subplots(1, 1, width=7, height=5.5)
+    axes = new_axes(7, 6)
     size = float(np.clip(20000 / sum(map(len, groups.values())), 6, 40))
     scatter_groups(axes, {f"{name} ({len(xy)})": xy for name, xy in groups.items()}, size)
     axes.set_title(title, parse_math=False)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, markerscale=(60 / size) ** 0.5)
     file = io.BytesIO()
-    fig.savefig(file, format="png", dpi=150)
+    axes.figure.savefig(file, format="png", dpi=150)
     return file.getvalue()
 
 
@@ -295,8 +319,8 @@ def read_embeddings(result: Result) -> tuple[np.ndarray, np.ndarray, str]:
 
 def plot_embeddings(table: Table, drawn: Drawn) -> None:
     """Singular values of Enc(Text) − Enc(Code), one line per run, and t-SNE of one seed of each arm."""
-    styles, views, first = arm_styles(table, "linestyle"), {}, ""
-    fig, (axes,) = subplots(1, 1, width=6)
+    styles, views, first = arm_styles(table), {}, ""
+    axes = new_axes()
     for arm, result in sorted(table.runs, key=lambda run: run[1].seed):
         try:
             text, code, source = read_embeddings(result)
@@ -310,7 +334,7 @@ def plot_embeddings(table: Table, drawn: Drawn) -> None:
         top = np.linalg.svd(text - code, compute_uv=False)[:100]
         # A logarithmic axis cannot show 0; values below float32's precision mean nothing.
         shown = np.where(top > 1e-7 * top[0], top, np.nan)
-        axes.plot(np.arange(1, len(top) + 1), shown, linewidth=0.8, **styles[arm])
+        plot_line(axes, np.arange(1, len(top) + 1), shown, styles[arm], list(styles).index(arm))
         views.setdefault(arm, (result.seed, text, code))  # of the smallest seed
     if not views:
         drawn.missing.append(
@@ -318,9 +342,9 @@ def plot_embeddings(table: Table, drawn: Drawn) -> None:
             f"datasets/{table.dataset}_test.jsonl --export_embeddings RUN/eval/{table.dataset}/{EMBEDDINGS}"
         )
         return
-    axes.set(xlabel="rank", ylabel="singular value", yscale="log")
-    add_legend(fig)
-    drawn.add(fig, "singular_values", f"Largest 100 singular values of Enc(Text) − Enc(Code), a line per run; {first}")
+    axes.set(xlabel="rank of the singular value", ylabel="singular value, units of the views", yscale="log")
+    caption = f"Largest 100 singular values of Enc(Text) − Enc(Code), a line per run; {first}"
+    drawn.add("singular_values", caption, legend([axes]) | {caption: axes})
     points = sum(map(len, next(iter(views.values()))[1:]))
     if points < T_SNE_MIN_POINTS:
         drawn.missing.append(f"no t-SNE of the views: {points} points are too few")
@@ -330,13 +354,12 @@ def plot_embeddings(table: Table, drawn: Drawn) -> None:
 
 def plot_t_sne(views: dict[str, tuple[int, np.ndarray, np.ndarray]], drawn: Drawn) -> None:
     """A t-SNE plane for each arm, of both views of its first pairs; `views`: arm → seed, Text, Code."""
-    fig, panels = subplots(math.ceil(len(views) / 3), min(3, len(views)), width=1 + 2.8 * min(3, len(views)))
-    for unused in panels[len(views) :]:
-        unused.remove()
-    for axes, (arm, (seed, *pair)) in zip(panels, views.items(), strict=False):
+    panels = {}
+    for arm, (seed, *pair) in views.items():
+        panels[f"t-SNE of {arm}, seed {seed}"] = axes = new_axes()
         plane, _ = t_sne(np.concatenate([view[:T_SNE_PAIRS] for view in pair]).astype(np.float32), seed=0)
-        scatter_groups(axes, dict(zip(("Text", "Code"), np.split(plane, 2), strict=True)), size=8)
-        axes.set_title(escape(textwrap.fill(f"{arm}, seed {seed}", 34)), fontsize=9)
-    add_legend(fig)
+        scatter_groups(axes, dict(zip(("Text", "Code"), np.split(plane, 2), strict=True)), size=12)
+        axes.set_title(escape(textwrap.fill(f"{arm}, seed {seed}", 45)), fontsize=9)
     what = f"t-SNE of the views of at most {T_SNE_PAIRS} pairs, one seed per arm"
-    drawn.add(fig, "t_sne", f"{what}; distances are not comparable between planes")
+    caption = f"{what}; the axes have no unit, and distances are not comparable between planes"
+    drawn.add("t_sne", caption, legend(panels.values()) | panels)

@@ -1,7 +1,6 @@
 """The figures show the runs' values, and report which data is missing or damaged."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +13,17 @@ from llm_jepa.reports import plots
 from llm_jepa.reports.comparison import Table, compare_arms
 from llm_jepa.reports.results import read_runs
 
+NITP = REGULAR | {"nitp": True}
 BETTER = {23: 81.0, 82: 92.0, 4: 70.0}
 
 
 @pytest.fixture
 def figures(monkeypatch) -> dict:
-    """The matplotlib figure and the caption of each figure that is drawn."""
+    """The axes of the panels, except the legend, and the caption of each figure that is drawn."""
     drawn: dict = {}
 
-    def add(self, fig, name, caption):
-        drawn[name] = (fig, caption)
+    def add(self, name, caption, panels):
+        drawn[name] = ([axes for text, axes in panels.items() if "Legend" not in text], caption)
         self.figures.append(name)
 
     monkeypatch.setattr(plots.Drawn, "add", add)
@@ -42,15 +42,22 @@ def draw(plot, runs: list[str]) -> plots.Drawn:
     return drawn
 
 
-def test_scores_of_a_seed_are_connected(tmp_path, figures):
-    draw(plots.plot_scores, two_arms(tmp_path, FEW, BETTER))
-    axes = figures["scores"][0].axes
-    assert [a.get_xlabel() for a in axes] == ["exact, %", "startswith, %", "stop_rate, %"]
-    lines = [[None if math.isnan(x) else x for x in line.get_xdata()] for line in axes[0].lines]
-    assert lines == [[None, 70.0], [80.0, 81.0], [90.0, 92.0]]  # seeds 4, 23, 82
-    dots = [sorted(d.get_offsets()[:, 0]) for d in axes[0].collections if len(d.get_offsets()) > 1]
-    assert dots == [[80.0, 90.0], [70.0, 81.0, 92.0]]
-    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["regular", "JEPA λ=1, k=1"]
+def test_result_shows_differences_and_which_are_significant(tmp_path, figures):
+    exact = {23: 80.0, 82: 90.0, 4: 70.0}
+    better = {seed: value + 2 + seed / 1000 for seed, value in exact.items()}
+    runs = two_arms(tmp_path, exact, {23: 81.0, 82: 88.0, 4: 72.0}) + synthetic_arm(tmp_path, "nitp", NITP, better)
+    draw(plots.plot_differences, runs)
+    (axes,) = figures["differences"][0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["JEPA λ=1, k=1", "NITP"]
+    (seeds, interval, mean), (_, narrow, other) = axes.collections[:3], axes.collections[3:]
+    assert sorted(seeds.get_offsets()[:, 0]) == pytest.approx([-2.0, 1.0, 2.0])
+    assert mean.get_offsets()[0, 0] == pytest.approx(1 / 3) and other.get_offsets()[0, 0] == pytest.approx(
+        2.0363, abs=1e-3
+    )
+    low, high = interval.get_segments()[0][:, 0]
+    assert low < -4 and high > 5 and 1.8 < narrow.get_segments()[0][0, 0] < 2.0363
+    fills = [tuple(m.get_facecolor()[0]) == tuple(m.get_edgecolor()[0]) for m in (mean, other)]
+    assert fills == [False, True]  # filled only if significant
 
 
 def test_training_curves_are_block_means(tmp_path, figures):
@@ -58,13 +65,15 @@ def test_training_curves_are_block_means(tmp_path, figures):
     for run in runs:
         log_steps(run, 602)
     draw(plots.plot_training, runs)
-    axes = figures["training"][0].axes
+    axes = figures["training"][0]
     assert [len(a.lines) for a in axes] == [5, *[3] * 5]  # one line per run; regular runs have no views
     losses = [json.loads(line)["lm_loss"] for line in (Path(runs[0]) / "metrics.jsonl").read_text().splitlines()[:-1]]
     first = axes[0].lines[0]
     assert first.get_ydata() == pytest.approx([np.mean(losses[i : i + 5]) for i in range(0, 602, 5)])
     assert first.get_xdata()[[0, 1, -1]] == pytest.approx([3.0, 8.0, 601.5])
     assert axes[0].get_yscale() == "log" and axes[2].get_yscale() == "linear"
+    looks = {(line.get_label(), line.get_color(), line.get_marker()) for line in axes[0].lines}
+    assert [len({look[i] for look in looks}) for i in range(3)] == [2, 2, 2]  # arms differ also without color
 
 
 def test_repeated_step_counts_once_and_damaged_file_is_reported(tmp_path):
@@ -82,12 +91,12 @@ def test_repeated_step_counts_once_and_damaged_file_is_reported(tmp_path):
 def test_costs_show_wall_time_and_counted_flops(tmp_path, figures):
     runs = two_arms(tmp_path, FEW, BETTER)
     assert "--track_flop" in draw(plots.plot_costs, runs).missing[0]
-    assert len(figures["costs"][0].axes) == 1
+    assert len(figures["costs"][0]) == 1
     for run in runs[:3]:
         log_steps(run, 100)
     log_steps(runs[3], 100, flops=False)
     assert not draw(plots.plot_costs, runs).missing
-    flops, seconds = figures["costs"][0].axes
+    seconds, flops = figures["costs"][0]
     assert [d.get_offsets().tolist() for d in flops.collections] == [[[1e14, 90.0], [1e14, 80.0]], [[2e14, 81.0]]]
     assert seconds.collections[0].get_offsets().tolist() == [[125.0, 90.0], [122.0, 80.0]]
 
@@ -98,12 +107,12 @@ def test_grid_shows_means_at_their_k_and_lambda(tmp_path, figures):
         exact = {seed: value + k + 3 * lbd for seed, value in FEW.items()}
         runs += synthetic_arm(tmp_path, f"k{k}-lbd{lbd}", JEPA | {"predictors": k, "lbd": lbd}, exact)
     drawn = draw(plots.plot_grid, runs)
-    fig, caption = figures["grid"]
-    means = fig.axes[0].images[0].get_array().filled(np.nan)
+    (axes,), caption = figures["grid"]
+    means = axes.images[0].get_array().filled(np.nan)
     assert means == pytest.approx(np.array([[86.5, np.nan, 88.5], [88.0, 89.0, 90.0]]), nan_ok=True)
-    assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["0", "1", "2"]
-    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["0.5", "1"]
-    texts = {t.get_position(): t.get_text() for t in fig.axes[0].texts}
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "1", "2"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["0.5", "1"]
+    texts = {t.get_position(): t.get_text() for t in axes.texts}
     assert texts[(2, 0)] == "88.5\nn = 2" and (1, 0) not in texts
     assert "regular: 85.0 %" in caption and not drawn.missing
 
@@ -112,12 +121,12 @@ def test_singular_values_are_of_the_difference_of_the_views(tmp_path, figures):
     runs = two_arms(tmp_path, FEW, BETTER)
     paths = [export_views(run, seed=i) for i, run in enumerate(runs[1:4])]
     draw(plots.plot_embeddings, runs)
-    (axes,) = figures["singular_values"][0].axes
+    (axes,) = figures["singular_values"][0]
     assert len(axes.lines) == 3 and axes.get_yscale() == "log"
     views = load_file(paths[0])
     expected = np.linalg.svd(views["text"].astype(np.float64) - views["code"], compute_uv=False)
     assert axes.lines[0].get_ydata() == pytest.approx(expected) and axes.lines[0].get_xdata()[0] == 1
-    planes = figures["t_sne"][0].axes
+    planes = figures["t_sne"][0]
     assert [a.get_title() for a in planes] == ["regular, seed 23", "JEPA λ=1, k=1, seed 23"]
     assert [[len(c.get_offsets()) for c in a.collections] for a in planes] == [[40, 40], [40, 40]]
 
@@ -129,7 +138,7 @@ def test_unusable_views_are_reported(tmp_path, figures, how):
         path = export_views(run)
     export_views(runs[3], **how) if how else path.write_bytes(path.read_bytes()[:100])
     (problem,) = draw(plots.plot_embeddings, runs).damaged
-    assert runs[3] in problem and len(figures["singular_values"][0].axes[0].lines) == 3
+    assert runs[3] in problem and len(figures["singular_values"][0][0].lines) == 3
 
 
 def test_missing_and_damaged_data_is_in_the_report(tmp_path, capsys):
