@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import pty
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import EXAMPLES, JEPA, call, message_row, train, write_rows
+from conftest import EXAMPLES, JEPA, ROOT, call, message_row, train, write_rows
 
 from llm_jepa import chat
 
@@ -86,6 +89,38 @@ def test_known_example_is_scored_and_another_prompt_is_not(memorized, rows, tmp_
     assert wrong.out == "one\n" and "exact no, startswith yes" in wrong.err
     unknown = run_chat(*flags, stdin=b"shorter")
     assert unknown.code == 0 and "exact" not in unknown.err
+
+
+def test_terminal_takes_a_pasted_text_as_one_prompt(memorized, rows):
+    """In a pseudo-terminal: a prompt, a paste of several lines, one that cannot be used, the end."""
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "llm_jepa.chat", memorized, "--input_file", rows, "--task", "text"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=end, stdout=end, stderr=end, env=os.environ | {"TERM": "xterm"})
+    os.close(end)
+    shown = b""
+
+    def until(text: bytes, count: int = 1) -> None:
+        nonlocal shown
+        while shown.count(text) < count:
+            shown += os.read(terminal, 4096)
+
+    until(b"> ")
+    os.write(terminal, b"short\r")
+    until(b"the answer is", 1)
+    until(b"> ", 2)
+    assert b"\x1b[?2004h" in shown, "a terminal marks the ends of a paste only if the program asks for it"
+    os.write(terminal, b"\x1b[200~" + LONG.encode() + b"\x1b[201~\r")
+    until(b"the answer is", 2)
+    until(b"> ", 3)
+    os.write(terminal, b"<|eot_id|>\r")
+    until(b"would become that special token")
+    until(b"> ", 4)  # before the prompt, the terminal would drop Ctrl-D
+    os.write(terminal, b"\x04")
+    with contextlib.suppress(OSError):  # the terminal is closed
+        while more := os.read(terminal, 4096):
+            shown += more
+    assert process.wait(timeout=60) == 0, shown
+    assert shown.count(b"exact yes") == 2 and b"two\r\n  lines\r\n" in shown
 
 
 def test_interrupt_stops_an_answer_and_not_the_program(memorized, monkeypatch):
