@@ -148,7 +148,7 @@ def results_match(gold: Rows, predicted: Rows, ordered: bool) -> bool:
 def _permuted_match(gold: Rows, predicted: Rows) -> bool:
     """Whether some permutation of the columns makes the rows the same multiset.
 
-    Assigns a predicted column to each gold column in turn, and goes on only if the rows so far are the same multiset.
+    Assigns a predicted column to each gold column in turn, and continues only if the rows so far are the same multiset.
     """
     if Counter(map(_values, gold)) != Counter(map(_values, predicted)):
         return False
