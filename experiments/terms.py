@@ -9,6 +9,8 @@ command resumes, in any clone. `python experiments/tables.py` prints the tables 
     nitp      plans/nitp.md: NITP from random weights, with its controls
     combine   plans/combine.md: clip + NITP and Semantic Tube Prediction; compared with runs of nitp
     terms     plans/terms.md: which losses learn the pairs, and at what price
+
+`pick_jobs` and `pick_smollm` pick the settings of plans/jobs.md and plans/smollm.md on held-out training examples.
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ import evaluate  # noqa: E402
 import finetune  # noqa: E402
 from llm_jepa.cli import UsageError, run_command  # noqa: E402
 from llm_jepa.files import read_json  # noqa: E402
+from llm_jepa.scoring.tasks import TASKS  # noqa: E402
 
-TRAIN = ROOT / "datasets/synth_train.jsonl"
 NITP = "--nitp --nitp_lbd 1.6 --nitp_layer 0"  # as picked, see plans/nitp.md
-TINY = ("--model_name models/tiny --pretrain --learning_rate 1e-3 --batch_size 8 --grad_accum 1 --warmup_steps 0.05 "
-        "--adam_beta2 0.98")  # fmt: skip
+COMMON = "--batch_size 8 --grad_accum 1 --warmup_steps 0.05 --save_strategy no --overwrite"
+TINY = "--model_name models/tiny --pretrain --adam_beta2 0.98"
+SMOLLM = "--model_name runs/smollm2 --dtype float32"  # the folder of SmolLM2-135M-Instruct
 ARMS = {
     "regular": "--regular",
     "longer": "--regular",
@@ -65,6 +68,10 @@ def flags(arm: str) -> list[str]:
     name, *values = arm.split(":")
     if name == "nitp" and values:  # nitp:λ:layer
         return f"--regular --nitp --nitp_lbd {values[0]} --nitp_layer {values[1]}".split()
+    if len(values) > 1:  # both:λ:queue:τ, or contrast:λ:queue:τ without the LM loss
+        lbd, queue, temperature = values
+        contrast = f"--predictors 1 --jepa_loss clip --lbd {lbd} --negatives_queue {queue} --temperature {temperature}"
+        return [*contrast.split(), "--gamma", str(int(name == "both"))]
     if values:
         return f"--predictors 1 --lbd {values[0]} {PAIRS.get(name, f'--jepa_loss {name}')}".split()
     return ARMS[name].split()
@@ -79,12 +86,22 @@ class Run:
     examples: int  # the first ones of the training examples
     seed: int
     epochs: int
-    test: str = "fresh"
+    test: str = "fresh"  # or held_out, or the test part of the dataset
+    data: str = "synth"
+    tested: int = 2000  # the first ones of the test part
+    learning_rate: float = 1e-3
 
     @property
     def name(self) -> str:
         """What identifies the run in its experiment."""
-        return f"{self.arm.replace(':', '-')}-{self.examples}-s{self.seed}"
+        name = f"{self.arm.replace(':', '-')}-{self.examples}-s{self.seed}"
+        tuned = f"-{self.data}-{self.learning_rate:g}" if self.experiment in ("pick_smollm", "smollm") else ""
+        return name + tuned
+
+    @property
+    def model(self) -> list[str]:
+        """The model's flags."""
+        return (SMOLLM if "smollm" in self.experiment else TINY).split()
 
 
 def pick() -> Iterator[Run]:
@@ -121,7 +138,45 @@ def terms() -> Iterator[Run]:
             yield Run("terms", arm, 1000, seed, 8)
 
 
-EXPERIMENTS: dict[str, Callable[[], Iterator[Run]]] = {e.__name__: e for e in (pick, nitp, combine, terms)}
+def pick_jobs() -> Iterator[Run]:
+    """Settings of the contrastive loss."""
+    arms = ("regular both:0.1:0:0.1 both:0.1:256:0.1 both:0.1:1024:0.1 both:0.1:256:0.05 both:0.3:256:0.1 "
+            "both:0.3:1024:0.05 contrast:1:256:0.1 contrast:1:1024:0.05")  # fmt: skip
+    for arm in arms.split():
+        yield Run("pick_jobs", arm, 6000, 42, 1, test="held_out")
+
+
+def pick_smollm() -> Iterator[Run]:
+    """The learning rate of each arm with a pretrained model."""
+    for data in ("synth", "turk", "spider"):
+        for rate in (1e-4, 2e-4, 4e-4):
+            for arm in ("regular", "cosine:1", "clip:0.1", "nitp:0.8:0"):
+                yield Run("pick_smollm", arm, 500, 42, 1, "held_out", data, 300, rate)
+
+
+EXPERIMENTS: dict[str, Callable[[], Iterator[Run]]] = {
+    e.__name__: e for e in (pick, nitp, combine, terms, pick_jobs, pick_smollm)
+}
+
+
+def write_part(target: Path, data: str, part: str, selection: list[str]) -> str:
+    """Writes a part of a dataset unless it exists. Returns its path."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subset.work([str(ROOT / f"datasets/{data}_{part}.jsonl"), str(target), *selection])
+    return str(target)
+
+
+def write_test(run: Run, parts: Path) -> str:
+    """Writes the examples that a run is tested on. Returns their path."""
+    target = parts / run.data / f"{run.test}{run.tested}.jsonl"
+    if run.test == "fresh":
+        fresh.work([str(target), "--count", str(run.tested)])
+    elif run.test == "held_out":
+        write_part(target, run.data, "train", ["--skip", "6000", "--first", str(run.tested)])
+    else:
+        write_part(target, run.data, "test", ["--first", str(run.tested)])
+    return str(target)
 
 
 def in_child(log: Path, main: Callable[[list[str]], int], argv: list[str]) -> None:
@@ -142,18 +197,22 @@ def in_child(log: Path, main: Callable[[list[str]], int], argv: list[str]) -> No
 
 def perform(run: Run, out: Path) -> dict:
     """Trains and evaluates unless that is finished. Returns the run's line in the results."""
-    folder = out / run.experiment / run.name
-    test, log = out / "parts" / f"{run.test}.jsonl", folder.with_name(f"{run.name}.log")
+    folder, parts = out / run.experiment / run.name, out / "parts"
+    log, score = folder.with_name(f"{run.name}.log"), TASKS[run.data].primary
     log.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "run.json").exists() or read_json(folder / "run.json")["status"] != "finished":
-        train = ["--train_file", str(out / "parts" / f"{run.examples}.jsonl"), "--num_epochs", str(run.epochs)]
-        common = ["--finetune_seed", str(run.seed), "--save_strategy", "no", "--output_dir", str(folder), "--overwrite"]
-        in_child(log, finetune.main, [*train, *TINY.split(), *flags(run.arm), *common])
-    evaluation = ["--model_name", str(folder), "--input_file", str(test), "--overwrite", "--output_file"]
-    in_child(log, evaluate.main, [*evaluation, str(folder / "predictions.jsonl"), "--task", "synth"])
+        train = write_part(
+            parts / run.data / f"{run.examples}.jsonl", run.data, "train", ["--first", str(run.examples)]
+        )
+        method = [*flags(run.arm), "--learning_rate", str(run.learning_rate), "--num_epochs", str(run.epochs)]
+        common = [*COMMON.split(), "--finetune_seed", str(run.seed), "--output_dir", str(folder)]
+        in_child(log, finetune.main, ["--train_file", train, *run.model, *method, *common])
+    test = write_test(run, parts)
+    evaluation = ["--model_name", str(folder), "--input_file", test, "--overwrite", "--output_file"]
+    in_child(log, evaluate.main, [*evaluation, str(folder / "predictions.jsonl"), "--task", run.data])
     record, metrics = read_json(folder / "run.json"), read_json(folder / "metrics.json")
-    scores = ("dfa_equal", "exact", "startswith", "stop_rate", "retrieval")
-    line = {"run": run.name} | asdict(run) | {score: metrics[score] for score in scores}
+    line = {"run": run.name} | asdict(run)
+    line |= {name: metrics[name] for name in (score, "exact", "startswith", "stop_rate", "retrieval")}
     if run.experiment == "terms" and run.arm in MEASURED:
         in_child(log, evaluate.main, [*evaluation, str(folder / "similarity.json"), "--similarity"])
         geometry = read_json(folder / "similarity.json")
@@ -170,13 +229,6 @@ def work(argv: list[str] | None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs (default runs)")
     options = parser.parse_args(argv)
     os.chdir(ROOT)
-    parts = options.out / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    for examples in (500, 1000, 2000, 8000):
-        subset.work([str(TRAIN), str(parts / f"{examples}.jsonl"), "--first", str(examples)])
-    subset.work([str(TRAIN), str(parts / "held_out.jsonl"), "--skip", "6000"])
-    if not (parts / "fresh.jsonl").exists():
-        fresh.work([str(parts / "fresh.jsonl")])
     for experiment in options.experiments:
         results = ROOT / "experiments/results" / f"{experiment}.jsonl"
         results.parent.mkdir(exist_ok=True)
