@@ -10,7 +10,8 @@ command resumes, in any clone. `python experiments/tables.py` prints the tables 
     combine   plans/combine.md: clip + NITP and Semantic Tube Prediction; compared with runs of nitp
     terms     plans/terms.md: which losses learn the pairs, and at what price
 
-`pick_jobs` and `pick_smollm` pick the settings of plans/jobs.md and plans/smollm.md on held-out training examples.
+`pick_jobs`, `pick_smollm` and `pick_datasets` pick the settings of plans/jobs.md, plans/smollm.md and
+plans/datasets.md on held-out training examples.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ class Run:
     @property
     def name(self) -> str:
         """What identifies the run in its experiment."""
-        name = f"{self.arm.replace(':', '-')}-{self.examples}-s{self.seed}"
-        tuned = f"-{self.data}-{self.learning_rate:g}" if self.experiment in ("pick_smollm", "smollm") else ""
-        return name + tuned
+        data = "" if self.data == "synth" else f"{self.data}-"
+        rate = f"-lr{self.learning_rate:g}" if "smollm" in self.experiment else ""
+        return f"{data}{self.arm.replace(':', '-')}-{self.examples}-s{self.seed}{rate}"
 
     @property
     def model(self) -> list[str]:
@@ -154,8 +155,14 @@ def pick_smollm() -> Iterator[Run]:
                 yield Run("pick_smollm", arm, 500, 42, 1, "held_out", data, 300, rate)
 
 
+def pick_datasets() -> Iterator[Run]:
+    """Whether models/tiny learns a dataset at all."""
+    for data in ("turk", "spider", "gsm8k"):
+        yield Run("pick_datasets", "regular", 6000, 42, 2, "held_out", data, 500)
+
+
 EXPERIMENTS: dict[str, Callable[[], Iterator[Run]]] = {
-    e.__name__: e for e in (pick, nitp, combine, terms, pick_jobs, pick_smollm)
+    e.__name__: e for e in (pick, nitp, combine, terms, pick_jobs, pick_smollm, pick_datasets)
 }
 
 
