@@ -150,8 +150,13 @@ def test_resume_with_half_the_processes(ranks, tmp_path, data):
 
 @pytest.mark.parametrize(
     ("model", "sharding", "more"),
-    [("tied", "ddp", ()), ("llama3", "fsdp2", ("--plain", "--nitp")), ("mixtral", "fsdp2", ())],
-    ids=["ddp", "output-rows", "experts"],
+    [
+        ("tied", "ddp", ("--use_rslora", "--lora_alpha", 4)),
+        ("llama3", "fsdp2", ("--plain", "--nitp")),
+        ("llama3", "fsdp2", ("--use_dora", "--init_lora_weights", "gaussian", "--modules_to_save", "lm_head")),
+        ("mixtral", "fsdp2", ()),
+    ],
+    ids=["ddp", "output-rows", "dora", "experts"],
 )
 def test_adapters_of_several_processes_train_as_one(ranks, tmp_path, data, tied, model, sharding, more):
     if model == "mixtral":

@@ -135,6 +135,7 @@ WRONG = [
     ("run_placebo -- --jepa_loss=l2", {}, "--jepa_loss"),
     ("sweep", {"GRID_K": "1 x"}, "GRID_K"),
     ("run_jepa -- --output_dir x", {}, "--output_dir"),
+    ("run_jepa -- --config runs/mine", {}, "--config"),
     ("run_jepa -- --finetune_seed=5", {}, "--finetune_seed"),
     ("run_jepa -- --lora -- --lora", {}, "second --"),
     ("run_jepa", {"EPOCH": "1"}, "EPOCHS"),
