@@ -78,7 +78,7 @@ def add_learning(run: Path | str, cosine: float, r1: float, term: str = "jepa", 
     change(run, METRICS, retrieval=at | {"n": 2000, "code_to_text": {"r1": r1 / 2, "r10": r1, "mrr": r1}})
 
 
-def log_steps(run: Path | str, steps: int = 400, seed: int = 0) -> None:
+def log_steps(run: Path | str, steps: int = 400, flops: bool = True, seed: int = 0) -> None:
     """Writes metrics.jsonl: decreasing losses, collapsing views."""
     rng = np.random.default_rng(seed)
     jepa = not json.loads((Path(run) / "args.json").read_text())["regular"]
@@ -89,7 +89,7 @@ def log_steps(run: Path | str, steps: int = 400, seed: int = 0) -> None:
             loss = 1e-3 + np.exp(-step / 40) * rng.uniform(0.8, 1.2)
             row |= {"jepa_loss": loss, "cosine": 1 - loss, "cosine_shuffled": 1 - 4 * loss / 3}
             row |= {"retrieval": 0.125 + loss / 2, "effective_rank": 1 + 6 * loss}
-        rows.append(row)
+        rows.append(row | ({"flops": step * 1e12 * (1 + jepa)} if flops else {}))
     rows.append({"step": steps, "train_runtime": 123.0, "epoch": 1.0})
     (Path(run) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

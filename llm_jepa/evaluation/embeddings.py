@@ -33,7 +33,6 @@ POOLINGS = {
     "cls": lambda hidden, mask, view_at: hidden[:, 0],
 }
 PARAPHRASE_SETS = 10  # as many as there are colors
-T_SNE_MIN_POINTS = 10  # with fewer there are no neighborhoods to preserve
 
 
 # ---------------------------------------------------------------------------------------------------------- embed
@@ -247,18 +246,14 @@ def t_sne(path: Path, groups: dict[str, torch.Tensor], seed: int, title: str) ->
     Returns the coordinates (·, 2) of each group, the same for the same seed. Raises UsageError for fewer than
     T_SNE_MIN_POINTS points.
     """
-    from sklearn.manifold import TSNE
-
     points = torch.cat(list(groups.values())).numpy()  # (N, D)
-    if len(points) < T_SNE_MIN_POINTS:
-        raise UsageError(f"--t_sne needs at least {T_SNE_MIN_POINTS} points, not {len(points)}")
-    # scikit-learn divides by the variance along the first principal component, which is 0 for collapsed embeddings.
-    init, perplexity = "pca" if np.ptp(points, axis=0).any() else "random", min(30.0, (len(points) - 1) / 3)
-    plane = TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(points)  # (N, 2)
+    if len(points) < plots.T_SNE_MIN_POINTS:
+        raise UsageError(f"--t_sne needs at least {plots.T_SNE_MIN_POINTS} points, not {len(points)}")
+    plane, perplexity = plots.t_sne(points, seed)  # (N, 2)
     ends = np.cumsum([len(vectors) for vectors in groups.values()])
     coordinates = dict(zip(groups, np.split(plane, ends[:-1]), strict=True))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, plots.plane_png(coordinates, title))
+    write_bytes(path, plots.t_sne_png(coordinates, title))
     record = {"title": title, "seed": seed, "perplexity": perplexity}
     write_json(path.with_suffix(".json"), record | {"groups": {name: xy.tolist() for name, xy in coordinates.items()}})
     return coordinates

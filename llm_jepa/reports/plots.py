@@ -1,8 +1,8 @@
-"""Figures: those of a report, drawn as SVG without a display, and the plane of evaluate.py --t_sne.
+"""Figures: those of a report, drawn as SVG without a display, and the t-SNE plots of evaluate.py.
 
 `draw` returns a dataset's figures and one line for each figure without data, with the command that creates the data. A
 figure has panels, which the page arranges by its width, each as large as a phone's screen shows it. Arms and groups
-differ in color and in marker. matplotlib is imported when something is drawn.
+differ in color and in marker. matplotlib and scikit-learn are imported when something is drawn.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import json
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas
 
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_jsonl
@@ -43,6 +44,8 @@ CURVES = {
 }
 CURVE_POINTS = 150  # each is the mean of a block of steps
 EMBEDDINGS = "embeddings.safetensors"  # in RUN/eval/<dataset>/
+T_SNE_MIN_POINTS = 10  # with fewer there are no neighborhoods to preserve
+T_SNE_PAIRS = 250  # at most, in a report
 SVG = {"svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
        "figure.facecolor": "none", "axes.facecolor": "none"}  # fmt: skip
 
@@ -71,7 +74,7 @@ def draw(table: Table) -> Drawn:
 
     drawn = Drawn()
     with matplotlib.rc_context(SVG):
-        for plot in (plot_differences, plot_training, plot_embeddings):
+        for plot in (plot_differences, plot_training, plot_costs, plot_grid, plot_embeddings):
             plot(table, drawn)
     return drawn
 
@@ -145,76 +148,149 @@ def plot_differences(table: Table, drawn: Drawn) -> None:
     drawn.add("differences", caption, {f"{score}, difference from {table.reference} in points: {text}": axes})
 
 
+def plot_grid(table: Table, drawn: Drawn) -> None:
+    """The primary score over k and λ: a heat map for each set of JEPA arms that differ in nothing else."""
+    grids: dict[str, dict[tuple[float, float], list[Result]]] = {}
+    for arm in table.arms.values():
+        settings = {name: value for name, value in arm[0].settings.items() if name not in ("predictors", "lbd")}
+        if not settings["regular"]:
+            cell = arm[0].settings["lbd"], arm[0].settings["predictors"]
+            grids.setdefault(json.dumps([arm[0].model, settings], sort_keys=True), {})[cell] = arm
+    found = len(drawn.figures)
+    for cells in grids.values():
+        score = next(iter(cells.values()))[0].scores[0]
+        means = pandas.Series({cell: mean_score(arm, score) for cell, arm in cells.items()}).unstack()  # (λ, k)
+        run = means.notna().to_numpy().astype(int)
+        if np.triu(run @ run.T, 1).max() < 2:  # no two values of λ were run with the same two values of k
+            continue
+        axes = new_axes(2 + 0.7 * run.shape[1], 1.2 + 0.6 * run.shape[0])
+        image = axes.imshow(means, cmap="cividis", aspect="auto", origin="lower")
+        for i, j in np.argwhere(run):
+            text = f"{means.iat[i, j]:.1f}\nn = {len(cells[means.index[i], means.columns[j]])}"
+            color = "black" if image.norm(means.iat[i, j]) > 0.5 else "white"
+            axes.text(j, i, text, ha="center", va="center", color=color)
+        axes.set(xlabel="predictor tokens k", ylabel="weight λ of the JEPA loss", facecolor="0.9")
+        axes.set_xticks(range(run.shape[1]), [f"{k:g}" for k in means.columns])
+        axes.set_yticks(range(run.shape[0]), [f"{lbd:g}" for lbd in means.index])
+        axes.spines[:].set_visible(False)
+        axes.figure.colorbar(image, label=f"{score}, %")
+        caption = f"{score} over k and λ, mean over the seeds; gray: not run"
+        if table.reference and table.first.settings["regular"]:
+            caption += f"; {table.reference}: {mean_score(table.arms[table.reference], score):.1f} %"
+        drawn.add("grid", caption, {caption: axes})
+    if len(drawn.figures) == found:
+        drawn.missing.append(
+            "no map over k and λ, which needs two values of each: bash run.sh run_jepa MODEL LEARNING_RATE EPOCHS - "
+            "PREDICTORS all LBD DATASET"
+        )
+
+
+def mean_score(arm: list[Result], score: str) -> float:
+    """The mean of a score over an arm's runs, in percent."""
+    return float(np.mean([r.columns[f"{score} %"] for r in arm]))
+
+
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def training_steps(table: Table, damaged: list[str]) -> dict[Path, dict[str, np.ndarray]]:
-    """run → column → values (N,) at the training steps of runs with metrics.jsonl; adds damaged files to the list.
+def training_steps(table: Table, damaged: list[str]) -> Iterator[tuple[str, Result, pandas.DataFrame]]:
+    """(arm, result, training steps) of every run that has metrics.jsonl; damaged files are added to the list.
 
-    The columns are `step` and those of CURVES, NaN if a value was not logged. If a step was repeated after a resume,
-    its last row is used.
+    The steps have the columns of CURVES and flops. If a step was repeated after a resume, only its last row is kept.
     """
-    found, names = {}, ["step", *CURVES]
-    for _, result in table.runs:
+    for arm, result in table.runs:
         path = result.run / "metrics.jsonl"
         if not path.exists():
             continue
         try:  # evaluations and the summary at the end have no lm_loss
-            rows = {row["step"]: row for _, row in read_jsonl(path) if "lm_loss" in row}
-            columns = np.array([[rows[step].get(name) for name in names] for step in sorted(rows)], dtype=float)
-        except (UsageError, KeyError, TypeError, ValueError) as error:
+            rows = [row for _, row in read_jsonl(path) if "lm_loss" in row]
+            steps = pandas.DataFrame(rows, columns=["step", *CURVES, "flops"]).astype(float)
+        except (UsageError, TypeError, ValueError) as error:
             damaged.append(str(error) if isinstance(error, UsageError) else f"{path}: damaged ({error})")
             continue
-        found[result.run] = dict(zip(names, columns.reshape(-1, len(names)).T, strict=True))
-    return found
-
-
-def block_means(values: np.ndarray) -> np.ndarray:
-    """Means (·, ≤ CURVE_POINTS) of blocks of equal length along the last axis, of which the last may be shorter."""
-    starts = np.arange(0, values.shape[-1], math.ceil(values.shape[-1] / CURVE_POINTS))
-    return np.add.reduceat(values, starts, axis=-1) / np.diff([*starts, values.shape[-1]])
+        yield arm, result, steps.drop_duplicates("step", keep="last").sort_values("step")
 
 
 def plot_training(table: Table, drawn: Drawn) -> None:
     """Losses and what shows whether pairs are told apart over the steps, smoothed, one thin line per seed."""
-    styles, panels, steps = arm_styles(table), {}, training_steps(table, drawn.damaged)
-    for name, title in CURVES.items():
-        axes, ends, values = new_axes(), {}, []
-        for arm, result in table.runs:
-            x, y = (steps[result.run][key] for key in ("step", name)) if result.run in steps else np.empty((2, 0))
-            logged = np.isfinite(y)
-            if logged.any():
-                x, y = block_means(np.stack([x, y])[:, logged])
+    styles, panels = arm_styles(table), {name: new_axes() for name in CURVES}
+    last: dict[str, dict[str, list[float]]] = {name: {} for name in CURVES}
+    for arm, _, steps in training_steps(table, drawn.damaged):
+        for name, axes in panels.items():
+            curve = steps[["step", name]].dropna()
+            if len(curve):
+                block = np.arange(len(curve)) // math.ceil(len(curve) / CURVE_POINTS)  # the last one may be shorter
+                x, y = curve.groupby(block).mean().T.to_numpy()
                 plot_line(axes, x, y, styles[arm], list(styles).index(arm))
-                ends.setdefault(arm, []).append(y[-1])
-                values += y.tolist()
-        if not values:
+                last[name].setdefault(arm, []).append(y[-1])
+    drawn_panels = {}
+    for name, axes in panels.items():
+        if not axes.lines:
             continue
-        axes.set(xlabel="optimizer steps", ylabel=title)
-        if 0 < 30 * min(values) < max(values):
+        axes.set(xlabel="optimizer steps", ylabel=CURVES[name])
+        values = np.concatenate([line.get_ydata() for line in axes.lines])
+        if 0 < 30 * values.min() < values.max():
             axes.set_yscale("log")
-        last = "; ".join(f"{arm} {np.mean(y):.3g}" for arm, y in ends.items())
-        panels[f"{title}, over the steps. At the end: {last}"] = axes
-    if not panels:
+        ends = "; ".join(f"{arm} {np.mean(y):.3g}" for arm, y in last[name].items())
+        drawn_panels[f"{CURVES[name]}, over the steps. At the end: {ends}"] = axes
+    if not drawn_panels:
         drawn.missing.append(
             "no training curves: the runs have no metrics.jsonl, which python finetune.py --output_dir RUN writes"
         )
         return
     caption = f"Training: one line per seed, the means of at most {CURVE_POINTS} blocks of steps"
-    drawn.add("training", caption, legend(panels.values()) | panels)
+    drawn.add("training", caption, legend(drawn_panels.values()) | drawn_panels)
+
+
+def plot_costs(table: Table, drawn: Drawn) -> None:
+    """The primary score against the cost of training: wall time, and FLOPs if they were counted."""
+    costs = {"training time, seconds": {r.run: r.columns["train s"] for _, r in table.runs}}
+    counted = ((r.run, steps["flops"].max()) for _, r, steps in training_steps(table, damaged=[]))  # reported before
+    flops = {run: value for run, value in counted if value > 0}
+    what, styles, score = "wall time", arm_styles(table), table.first.scores[0]
+    if flops:
+        costs |= {"training FLOPs": flops}
+        what += f" and FLOPs (counted in {len(flops)} of {len(table.runs)} runs)"
+    else:
+        drawn.missing.append("no figure of scores against training FLOPs, which python finetune.py --track_flop counts")
+    panels = {}
+    for label, cost in costs.items():
+        panels[f"{score} against {label}"] = axes = new_axes()
+        for arm, style in styles.items():
+            runs = [r for r in table.arms[arm] if r.run in cost and f"{score} %" in r.columns]
+            axes.scatter([cost[r.run] for r in runs], [r.columns[f"{score} %"] for r in runs], s=28, **style)
+        axes.set(xlabel=label, ylabel=f"{score}, %")
+        axes.ticklabel_format(axis="y", useOffset=False)
+        axes.locator_params(axis="x", nbins=6)
+    caption = f"{score} against {what} of training, one point per run"
+    drawn.add("costs", caption, legend(panels.values()) | panels)
 
 
 # ----------------------------------------------------------------------------------------------------- embeddings
 
 
-def plane_png(groups: dict[str, np.ndarray], title: str) -> bytes:
-    """A PNG of each group's points (·, 2), with a legend."""
-    axes = new_axes(7, 6)
-    size = float(np.clip(20000 / sum(map(len, groups.values())), 6, 40))  # square points
+def t_sne(points: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
+    """t-SNE of points (N, D) in two dimensions: ((N, 2), perplexity), the same for the same seed."""
+    from sklearn.manifold import TSNE
+
+    # scikit-learn divides by the variance along the first principal component, which is 0 for collapsed embeddings.
+    init = "pca" if np.ptp(points, axis=0).any() else "random"
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    return TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(points), perplexity
+
+
+def scatter_groups(axes: Axes, groups: dict[str, np.ndarray], size: float) -> None:
+    """Draws each group's points (·, 2) in its own color and marker; `size` in square points."""
     for (name, xy), (color, marker) in zip(groups.items(), itertools.cycle(PALETTE), strict=False):
-        style = {"color": color, "marker": marker, "alpha": 0.6, "linewidths": 0}
-        axes.scatter(*xy.T, s=size, label=f"{name} ({len(xy)})", **style)
+        axes.scatter(*xy.T, s=size, color=color, marker=marker, alpha=0.6, linewidths=0, label=name)
     axes.set(xticks=[], yticks=[])
+
+
+def t_sne_png(groups: dict[str, np.ndarray], title: str) -> bytes:
+    """A PNG of each group's points (·, 2) in a t-SNE plane, with a legend."""
+    axes = new_axes(7, 6)
+    size = float(np.clip(20000 / sum(map(len, groups.values())), 6, 40))
+    scatter_groups(axes, {f"{name} ({len(xy)})": xy for name, xy in groups.items()}, size)
     axes.set_title(title, parse_math=False)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, markerscale=(60 / size) ** 0.5)
     file = io.BytesIO()
@@ -242,9 +318,10 @@ def read_embeddings(result: Result) -> tuple[np.ndarray, np.ndarray, str]:
 
 
 def plot_embeddings(table: Table, drawn: Drawn) -> None:
-    """Singular values of Enc(Text) − Enc(Code), one line per run."""
-    styles, axes, first = arm_styles(table), new_axes(), ""
-    for arm, result in table.runs:
+    """Singular values of Enc(Text) − Enc(Code), one line per run, and t-SNE of one seed of each arm."""
+    styles, views, first = arm_styles(table), {}, ""
+    axes = new_axes()
+    for arm, result in sorted(table.runs, key=lambda run: run[1].seed):
         try:
             text, code, source = read_embeddings(result)
             if source != (first := first or source):
@@ -258,12 +335,31 @@ def plot_embeddings(table: Table, drawn: Drawn) -> None:
         # A logarithmic axis cannot show 0; values below float32's precision mean nothing.
         shown = np.where(top > 1e-7 * top[0], top, np.nan)
         plot_line(axes, np.arange(1, len(top) + 1), shown, styles[arm], list(styles).index(arm))
-    if not axes.lines:
+        views.setdefault(arm, (result.seed, text, code))  # of the smallest seed
+    if not views:
         drawn.missing.append(
-            "no singular values of the views: python evaluate.py --model_name RUN --input_file "
+            "no singular values and no t-SNE of the views: python evaluate.py --model_name RUN --input_file "
             f"datasets/{table.dataset}_test.jsonl --export_embeddings RUN/eval/{table.dataset}/{EMBEDDINGS}"
         )
         return
     axes.set(xlabel="rank of the singular value", ylabel="singular value, units of the views", yscale="log")
     caption = f"Largest 100 singular values of Enc(Text) − Enc(Code), a line per run; {first}"
     drawn.add("singular_values", caption, legend([axes]) | {caption: axes})
+    points = sum(map(len, next(iter(views.values()))[1:]))
+    if points < T_SNE_MIN_POINTS:
+        drawn.missing.append(f"no t-SNE of the views: {points} points are too few")
+        return
+    plot_t_sne(views, drawn)
+
+
+def plot_t_sne(views: dict[str, tuple[int, np.ndarray, np.ndarray]], drawn: Drawn) -> None:
+    """A t-SNE plane for each arm, of both views of its first pairs; `views`: arm → seed, Text, Code."""
+    panels = {}
+    for arm, (seed, *pair) in views.items():
+        panels[f"t-SNE of {arm}, seed {seed}"] = axes = new_axes()
+        plane, _ = t_sne(np.concatenate([view[:T_SNE_PAIRS] for view in pair]).astype(np.float32), seed=0)
+        scatter_groups(axes, dict(zip(("Text", "Code"), np.split(plane, 2), strict=True)), size=12)
+        axes.set_title(escape(textwrap.fill(f"{arm}, seed {seed}", 45)), fontsize=9)
+    what = f"t-SNE of the views of at most {T_SNE_PAIRS} pairs, one seed per arm"
+    caption = f"{what}; the axes have no unit, and distances are not comparable between planes"
+    drawn.add("t_sne", caption, legend(panels.values()) | panels)

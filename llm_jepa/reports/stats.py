@@ -1,4 +1,4 @@
-"""Paired comparison of two arms on the same seeds: differences, t test, Holm's correction and a verdict in words.
+"""Paired comparison of two arms on the same seeds: differences, tests, Holm's correction and a verdict in words.
 
 Scores are in percent, differences in percentage points. `compare` makes one comparison. `conclude` corrects those
 of the primary score together, leaves the other scores descriptive, and writes the verdicts.
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special  # scipy.stats takes longer to import than a report to compute
+import scipy  # loads scipy.stats and scipy.special on first use
 
 LEVEL, POWER = 0.05, 0.8
+RESAMPLES = 2**16  # sign flips: all of them up to n = 16, above that a random sample
 FEW = 3  # with up to this many seeds a verdict says what they cannot show; a t test needs at least as many
 WIDEST = 100.0  # points; a wider interval says nothing about a score between 0 and 100 %
 DECIMALS = 9  # differences are rounded, so that float64 errors of equal differences do not count as variance
@@ -36,7 +37,10 @@ class Comparison:
     same: float | None = None  # the score of all runs of both arms if it is equal: 0 is its floor, 100 its ceiling
     sd: float | None = None
     interval: tuple[float, float] | None = None  # 95 %, not corrected; None if it is wider than WIDEST
-    p_two_sided: float | None = None  # of the paired t test; like p_holm, only of the primary score
+    p_two_sided: float | None = None  # like all p, only of the primary score
+    p_one_sided: float | None = None  # null hypothesis: the arm scores no higher
+    p_sign_flip: float | None = None
+    p_sign_flip_least: float | None = None  # the smallest p possible with this number of seeds
     p_holm: float | None = None
     family: int = 0  # number of comparisons that p_holm is corrected for; 0: a descriptive score
     detectable: float | None = None
@@ -58,8 +62,8 @@ def compare(
 ) -> Comparison:
     """Compares two arms whose scores are given by seed.
 
-    The interval and the t test are Student's on the paired differences, of at least FEW pairs. Equal differences have
-    neither, because the statistic divides by their sd.
+    The interval and both t tests are Student's on the paired differences, of at least FEW pairs. One pair has no test;
+    equal differences have no interval and no t test, because its statistic divides by their sd.
     """
     seeds = [seed for seed in arm_scores if seed in reference_scores]
     a, b = np.array([arm_scores[s] for s in seeds]), np.array([reference_scores[s] for s in seeds])
@@ -71,12 +75,31 @@ def compare(
     if n == 1:
         return comparison
     comparison.sd = float(differences.std(ddof=1)) if np.ptp(differences) else 0.0
+    comparison.p_sign_flip, comparison.p_sign_flip_least = sign_flip(differences)
     if comparison.sd and n >= FEW:
-        error = comparison.sd / math.sqrt(n)
-        half = float(special.stdtrit(n - 1, 1 - LEVEL / 2)) * error
+        half = float(scipy.stats.t.ppf(1 - LEVEL / 2, n - 1)) * comparison.sd / math.sqrt(n)
         comparison.interval = (mean - half, mean + half) if 2 * half <= WIDEST else None
-        comparison.p_two_sided = float(2 * special.stdtr(n - 1, -abs(mean) / error))
+        comparison.p_two_sided = float(scipy.stats.ttest_1samp(differences, 0).pvalue)
+        comparison.p_one_sided = float(scipy.stats.ttest_1samp(differences, 0, alternative="greater").pvalue)
     return comparison
+
+
+def sign_flip(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Two-sided permutation test that gives each difference either sign: (p, smallest p possible with this n).
+
+    The test is exact up to 16 pairs, where the smallest p is 2 / 2ⁿ: 0.0625 for five seeds, which is never below 0.05.
+    It assumes no normal distribution, only that both signs are equally likely.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    test = scipy.stats.permutation_test(
+        (values, np.zeros_like(values)),
+        lambda x, y, axis: (x - y).mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        rng=np.random.default_rng(0),
+    )
+    return float(test.pvalue), max(2 / 2 ** len(values), 2 / (RESAMPLES + 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -96,8 +119,8 @@ def detectable(sd: float, n: int, level: float = LEVEL) -> float:
 
     `sd`: of the n differences. The statistic of a true difference d is noncentral t with noncentrality d √n / sd.
     """
-    critical = special.stdtrit(n - 1, 1 - level / 2)
-    return float(special.nctdtrinc(n - 1, 1 - POWER, critical)) * sd / math.sqrt(n)
+    critical = scipy.stats.t.ppf(1 - level / 2, n - 1)
+    return float(scipy.special.nctdtrinc(n - 1, 1 - POWER, critical)) * sd / math.sqrt(n)
 
 
 def conclude(comparisons: list[Comparison], primary: str) -> None:
@@ -116,7 +139,7 @@ def conclude(comparisons: list[Comparison], primary: str) -> None:
     shown = sum(c.differs for c in tested)
     for c in comparisons:
         if not c.family:
-            c.p_two_sided = None
+            c.p_two_sided = c.p_one_sided = c.p_sign_flip = None
         elif c.p_two_sided is not None and not c.differs:
             c.detectable = detectable(c.sd, c.n, LEVEL / (c.family - shown))
         c.verdict = describe(c) + stopping_note(c, comparisons)
@@ -145,7 +168,7 @@ def describe(c: Comparison) -> str:
         return f"nothing can show here: every run of both arms scores {c.same:g} %{end}"
     if c.n == 1:
         return f"nothing shown: {points} on one shared seed, so there is no interval and no test"
-    least = f"the smallest p that a test of their signs can give is {format_p(2 / 2**c.n)}"
+    least = f"the smallest p that the sign-flip test can give for them is {format_p(c.p_sign_flip_least)}"
     few = f"; {c.n} seeds cannot show more: {least}" if c.n <= FEW else ""
     if c.sd == 0 and c.mean:
         return f"{points} on each of the {c.n} seeds: without variance there is no interval and no t test{few}"

@@ -16,6 +16,7 @@ from llm_jepa.reports.plots import Drawn, draw
 from llm_jepa.reports.results import describe_method
 from llm_jepa.reports.stats import (
     LEVEL,
+    RESAMPLES,
     Comparison,
     format_interval,
     format_p,
@@ -36,8 +37,11 @@ METHODS = (
     "mean ± sd is over an arm's runs, sd with n − 1. The 95 % interval is Student's on the paired differences of at "
     "least three seeds, not corrected; it is left out if it is wider than 100 points.",
     "The first score is the primary one. Only it is tested; the other scores are descriptive.",
-    "p: two-sided paired t test. p, Holm: corrected over all arms' comparisons of the primary score; a comparison "
-    f"without a test counts as one of p = 1. The verdict uses p, Holm at {LEVEL}.",
+    "p: two-sided paired t test. p, higher: one-sided, against the null hypothesis that the arm scores no higher. "
+    "p, Holm: the two-sided test corrected over all arms' comparisons of the primary score; a comparison without a "
+    f"test counts as one of p = 1. The verdict uses p, Holm at {LEVEL}.",
+    "p, sign flip: two-sided permutation test that gives each difference either sign, exact up to 16 pairs "
+    f"({RESAMPLES} random samples above). In brackets: the smallest p that is possible with this number of pairs.",
     "Smallest difference that is detected with 80 % power: of the t test (noncentral t), given the sd of these few "
     "differences and the level that Holm's correction leaves.",
     "Did the term learn: cosine and shuffled are mean cosines of pairs and of shuffled pairs (NITP: of predictions and "
@@ -119,9 +123,10 @@ def dataset_blocks(table: Table, drawn: Drawn) -> Iterator[Block]:
         yield "table", rows
     for c in table.placebos:
         yield "p", f"{c.arm} minus its placebo, {c.reference}: {c.score}: {c.verdict}."
-    yield from figures("training", "singular_values")
+    yield from figures("training", "singular_values", "t_sne")
     yield "h3", "Scores and cost"
     yield "table", arm_rows(table)
+    yield from figures("costs", "grid")
     if table.comparisons:
         yield "details", [("h3", "All comparisons and tests"), *comparison_blocks(table)]
     methods = [f"{arm}: {describe_method(read_settings(runs[0].settings))}" for arm, runs in table.arms.items()]
@@ -271,9 +276,10 @@ def arm_rows(table: Table) -> list[list[str]]:
 
 def comparison_rows(table: Table) -> list[list[str]]:
     """Difference, interval and tests of every comparison, header first."""
-    rows = [["arm", "score", "n", "difference", "95 % interval", "p", "p, Holm"]]
+    rows = [["arm", "score", "n", "difference", "95 % interval", "p", "p, higher", "p, sign flip", "p, Holm"]]
     for c in table.comparisons:
-        tests = [format_p(c.p_two_sided), format_p(c.p_holm)]
+        least = "" if c.p_sign_flip is None else f" (≥ {format_p(c.p_sign_flip_least)})"
+        tests = [format_p(c.p_two_sided), format_p(c.p_one_sided), format_p(c.p_sign_flip) + least, format_p(c.p_holm)]
         rows.append([c.arm, c.score, str(c.n), format_points(c.mean), format_interval(c), *tests])
     return rows
 

@@ -1,4 +1,4 @@
-"""python -m llm_jepa.search: the nearest entries, questions from stdin, errors."""
+"""python -m llm_jepa.search: the nearest entries, the stored index, questions from stdin, errors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import EXAMPLES, JEPA, call, write_rows
+from conftest import EXAMPLES, GOLDEN, JEPA, call, weights, write_rows
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from synthetic_runs import change
 
 USERS, CODES = ([row["messages"][i]["content"] for row in EXAMPLES] for i in (1, 2))
@@ -90,6 +91,67 @@ def test_questions_from_stdin_are_those_of_single_searches(run, data):
     found = run_search(run, "--corpus", data, "--top", 2, stdin=stdin)
     single = [run_search(run, "--corpus", data, "--top", 2, q).lines for q in (USERS[2], "naïve 你好")]
     assert found.lines == [[USERS[2]], *single[0], ["naïve 你好"], *single[1]]
+
+
+# ------------------------------------------------------------------------------------------------------------ index
+
+
+def vectors(run: Path) -> np.ndarray:
+    """The vectors of the only index of a run."""
+    (path,) = (run / "index").iterdir()
+    with safe_open(path, "np") as file:
+        return file.get_tensor("vectors")
+
+
+def poison(path: Path) -> None:
+    """Makes all vectors of an index equal, so that matches tell whether it was used."""
+    with safe_open(path, "np") as file:
+        metadata, equal = file.metadata(), np.ones_like(file.get_tensor("vectors"))
+    save_file({"vectors": equal}, path, metadata)
+
+
+@pytest.mark.parametrize("what", ["nothing", "corpus", "weights", "settings"])
+def test_index_is_used_until_corpus_or_model_change(what, run, tmp_path):
+    corpus = write_rows(tmp_path / "rows.jsonl", EXAMPLES)
+    first = run_search(run, "--corpus", corpus, USERS[0])
+    (index,) = (run / "index").iterdir()
+    assert str(index) in first.err
+    before = vectors(run)
+    poison(index)
+    if what == "corpus":
+        write_rows(corpus, [*EXAMPLES[1:], EXAMPLES[0]])
+    elif what == "weights":
+        save_file({k: (v * 1.5).numpy() for k, v in weights(run).items()}, run / "model.safetensors", {"format": "pt"})
+    elif what == "settings":
+        change(run, "args.json", last_token=-1)
+    found = run_search(run, "--corpus", corpus, USERS[0])
+    after = vectors(run)
+    assert found.code == 0 and str(index) in found.err
+    if what == "nothing":
+        assert (after == 1).all() and len({cosine for cosine, _, _ in found.lines}) == 1
+    else:
+        assert f"the {'weights' if what == 'weights' else 'views'} changed" in found.err and not (after == 1).any()
+        assert (what == "corpus") == np.allclose(np.roll(after, 1, axis=0), before, atol=1e-6)
+        assert found.lines != first.lines
+
+
+def test_index_has_the_place_that_was_given_and_sides_have_their_own(run, data, tmp_path):
+    path = tmp_path / "new" / "a.index"
+    assert run_search(run, "--corpus", data, "--index", path, "q").code == 0
+    assert path.is_file() and not (run / "index").exists()
+    for side in ("code", "text"):
+        assert run_search(run, "--corpus", data, "--side", side, "q").code == 0
+    assert len(list((run / "index").iterdir())) == 2
+    path.write_bytes(b"mine")
+    found = run_search(run, "--corpus", data, "--index", path, "q")
+    assert found.code == 2 and str(path) in found.err and path.read_bytes() == b"mine"
+
+
+def test_model_that_is_no_run_gets_no_index_by_itself(data, tmp_path):
+    model = shutil.copytree(GOLDEN / "models" / "llama3", tmp_path / "model")
+    before = sorted(model.rglob("*"))
+    assert len(run_search(model, "--corpus", data, "--top", 2, "q").lines) == 2
+    assert sorted(model.rglob("*")) == before
 
 
 # ----------------------------------------------------------------------------------------------- warnings and errors

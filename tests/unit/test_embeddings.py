@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example, ExampleError
@@ -88,12 +89,29 @@ def test_least_squares_error_equals_the_closed_form(n, dims):
     assert found["least_squares_relative_shuffled"] == pytest.approx(shuffled, rel=1e-6)
 
 
+def test_least_squares_of_dependent_dimensions():
+    draw = torch.Generator().manual_seed(0)
+    some, mixed = torch.randint(-50, 50, (400, 20), generator=draw), torch.randint(-5, 5, (20, 20), generator=draw)
+    text, (_, code) = torch.cat([some, some @ mixed], dim=1).float(), random_pairs(400, 40)  # rank 20 of 40
+    want = np.linalg.lstsq(some.double().numpy(), code.double().numpy())[1].sum()
+    assert similarity(text, code, seed=0)["least_squares_error"] == pytest.approx(want)
+
+
 @pytest.mark.parametrize("n, reported", [(5, False), (6, False), (7, True)])
 def test_least_squares_error_needs_more_pairs_than_dimensions(n, reported):
     found = similarity(*random_pairs(n, 6), seed=0)
     for name in ("least_squares_error", "least_squares_relative", "least_squares_relative_shuffled"):
         assert (found[name] is not None) == reported
     assert json.loads(json.dumps(found)) == found
+
+
+def test_singular_values_of_the_difference():
+    text, code = random_pairs(130, 120)
+    difference = (text - code).double()
+    want = torch.linalg.eigvalsh(difference.T @ difference).flip(0)[:100].sqrt()
+    found = similarity(text, code, seed=0)
+    assert found["singular_values"] == pytest.approx(want.tolist(), rel=1e-6)
+    assert found["singular_value_mean"] == pytest.approx(want.mean().item(), rel=1e-6)
 
 
 def test_relative_singular_values_do_not_depend_on_the_scale():
@@ -103,12 +121,34 @@ def test_relative_singular_values_do_not_depend_on_the_scale():
     for name, other in (("", y), ("_shuffled", y[embeddings.derangement(130, 0)])):
         values = np.linalg.svd(x - other, compute_uv=False)
         want = values.mean() / np.sqrt((np.linalg.norm(x) ** 2 + np.linalg.norm(y) ** 2) / 2)
-        assert name or found["singular_values"] == pytest.approx(values.tolist())
         assert found[f"singular_value_relative{name}"] == pytest.approx(want)
         assert scaled[f"singular_value_relative{name}"] == pytest.approx(want)
 
 
 # ----------------------------------------------------------------------------------------------- export and t-SNE
+
+
+def test_export_contains_vectors_ids_and_metadata(tmp_path):
+    text, code = random_pairs(4, 3)
+    path = tmp_path / "new" / "views.safetensors"
+    embeddings.export(path, text, code.T.contiguous().T, [3, 1, 8, 9], {"layer": -1, "revision": None})
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("text").equal(text) and file.get_tensor("code").equal(code)
+        assert file.get_tensor("ids").tolist() == [3, 1, 8, 9]
+        assert file.metadata() == {"layer": "-1", "revision": "None"}
+
+
+def test_t_sne_repeats_and_writes_the_coordinates(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    groups = {f"g{i}": torch.randn(n, 6, generator=draw) + 20 * i for i, n in enumerate((12, 9, 7))}
+    first = embeddings.t_sne(tmp_path / "new" / "a.png", groups, seed=1, title="$ of \\frac$")
+    again = embeddings.t_sne(tmp_path / "b.png", groups, seed=1, title="$ of \\frac$")
+    assert [xy.shape for xy in first.values()] == [(12, 2), (9, 2), (7, 2)]
+    assert all((first[name] == again[name]).all() for name in groups)
+    assert (tmp_path / "new" / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    record = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert record["groups"] == {name: xy.tolist() for name, xy in first.items()}
+    assert record["seed"] == 1 and record["title"] == "$ of \\frac$" and record["perplexity"] == 9
 
 
 def test_t_sne_draws_collapsed_embeddings_but_not_few_points(tmp_path):

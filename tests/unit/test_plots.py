@@ -83,10 +83,38 @@ def test_repeated_step_counts_once_and_damaged_file_is_reported(tmp_path):
     (Path(runs[0]) / "metrics.jsonl").write_text(text)
     (Path(runs[1]) / "metrics.jsonl").write_text(text + '{"step": 4, "lm')
     damaged: list[str] = []
-    ((run, steps),) = plots.training_steps(table(runs), damaged).items()
-    assert str(run) == runs[0]
-    assert (steps["step"].tolist(), steps["lm_loss"].tolist()) == ([1, 2, 3], [3.0, 2.5, 1.0])
+    ((_, _, steps),) = plots.training_steps(table(runs), damaged)
+    assert steps[["step", "lm_loss"]].to_numpy().tolist() == [[1, 3.0], [2, 2.5], [3, 1.0]]
     assert len(damaged) == 1 and runs[1] in damaged[0]
+
+
+def test_costs_show_wall_time_and_counted_flops(tmp_path, figures):
+    runs = two_arms(tmp_path, FEW, BETTER)
+    assert "--track_flop" in draw(plots.plot_costs, runs).missing[0]
+    assert len(figures["costs"][0]) == 1
+    for run in runs[:3]:
+        log_steps(run, 100)
+    log_steps(runs[3], 100, flops=False)
+    assert not draw(plots.plot_costs, runs).missing
+    seconds, flops = figures["costs"][0]
+    assert [d.get_offsets().tolist() for d in flops.collections] == [[[1e14, 90.0], [1e14, 80.0]], [[2e14, 81.0]]]
+    assert seconds.collections[0].get_offsets().tolist() == [[125.0, 90.0], [122.0, 80.0]]
+
+
+def test_grid_shows_means_at_their_k_and_lambda(tmp_path, figures):
+    runs = synthetic_arm(tmp_path, "regular", REGULAR, FEW)
+    for k, lbd in [(2, 1.0), (0, 0.5), (2, 0.5), (0, 1.0), (1, 1.0)]:
+        exact = {seed: value + k + 3 * lbd for seed, value in FEW.items()}
+        runs += synthetic_arm(tmp_path, f"k{k}-lbd{lbd}", JEPA | {"predictors": k, "lbd": lbd}, exact)
+    drawn = draw(plots.plot_grid, runs)
+    (axes,), caption = figures["grid"]
+    means = axes.images[0].get_array().filled(np.nan)
+    assert means == pytest.approx(np.array([[86.5, np.nan, 88.5], [88.0, 89.0, 90.0]]), nan_ok=True)
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "1", "2"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["0.5", "1"]
+    texts = {t.get_position(): t.get_text() for t in axes.texts}
+    assert texts[(2, 0)] == "88.5\nn = 2" and (1, 0) not in texts
+    assert "regular: 85.0 %" in caption and not drawn.missing
 
 
 def test_singular_values_are_of_the_difference_of_the_views(tmp_path, figures):
@@ -98,6 +126,9 @@ def test_singular_values_are_of_the_difference_of_the_views(tmp_path, figures):
     views = load_file(paths[0])
     expected = np.linalg.svd(views["text"].astype(np.float64) - views["code"], compute_uv=False)
     assert axes.lines[0].get_ydata() == pytest.approx(expected) and axes.lines[0].get_xdata()[0] == 1
+    planes = figures["t_sne"][0]
+    assert [a.get_title() for a in planes] == ["regular, seed 23", "JEPA λ=1, k=1, seed 23"]
+    assert [[len(c.get_offsets()) for c in a.collections] for a in planes] == [[40, 40], [40, 40]]
 
 
 @pytest.mark.parametrize("how", [None, {"data_sha256": "c1d2"}, {"layer": "0"}, {"pairs": 20}], ids=str)
@@ -117,7 +148,7 @@ def test_missing_and_damaged_data_is_in_the_report(tmp_path, capsys):
     err = capsys.readouterr().err
     assert f"{runs[0]}/metrics.jsonl" in err and err.count("\n") == 1
     made = json.loads((tmp_path / "out" / "report.json").read_text())["datasets"][0]
-    commands = ("finetune.py --output_dir", "evaluate.py --model_name")
+    commands = ("finetune.py --output_dir", "finetune.py --track_flop", "run.sh run_jepa", "evaluate.py --model_name")
     assert made["comparisons"][0]["n"] == 2
     assert all(command in line for command, line in zip(commands, made["missing_figures"], strict=True))
-    assert "RUN/eval/synth/embeddings.safetensors" in made["missing_figures"][1]
+    assert "RUN/eval/synth/embeddings.safetensors" in made["missing_figures"][3]

@@ -53,13 +53,23 @@ def test_tables_and_headline_have_the_figures(tmp_path, out):
         "| regular | reference | – | – | – | 87.68 ± 7.84 | 5 |",
         "| JEPA λ=1, k=1 | not significant | +0.75 | [−1.26, 2.76] | 0.36 | 88.43 ± 8.40 | 5 |",
         "| regular | 5 | 87.68 ± 7.84 | 90.00 ± 0.00 | 100.00 ± 0.00 | 122.60 ± 1.95 |",
-        "| JEPA λ=1, k=1 | exact | 5 | +0.75 | [−1.26, 2.76] | 0.36 | 0.36 |",
-        "| JEPA λ=1, k=1 | stop_rate | 5 | 0.00 | – | – | – |",
+        "| JEPA λ=1, k=1 | exact | 5 | +0.75 | [−1.26, 2.76] | 0.36 | 0.18 | 0.5 (≥ 0.062) | 0.36 |",
+        "| JEPA λ=1, k=1 | stop_rate | 5 | 0.00 | – | – | – | – | – |",
         f"| JEPA λ=1, k=1 | 82 | 95.50 | 90.00 | 100.00 | 145.00 | 4d5f | {runs[5]} | without a result: 3 timeout |",
     ):
         assert line in lines, line
     page = html.unescape((out / "report.html").read_text())
     assert verdict in page and "[−1.26, 2.76]" in page
+
+
+def test_markdown_fits_a_terminal(tmp_path, out):
+    runs = two_arms(tmp_path, EXACT, BETTER)
+    assert main([*runs, "--output_dir", str(out)]) == 0
+    *shown, _ = (out / "report.md").read_text().split("### Every run")  # its lines have paths
+    tables = [block.splitlines() for block in shown[0].split("\n\n") if block.startswith("|")]
+    assert max(map(len, shown[0].splitlines())) <= 120 and len(tables) == 4
+    for rows in tables:
+        assert len({tuple(i for i, c in enumerate(row) if c == "|") for row in rows}) == 1  # columns are aligned
 
 
 GAIN = {seed: value + x for (seed, value), x in zip(EXACT.items(), (2.0, 2.2, 1.9, 2.1, 2.3), strict=True)}
@@ -101,6 +111,15 @@ def test_headline_and_table_say_what_the_terms_have_learned(tmp_path, out):
     ):
         assert line in lines, line
     assert "<td>1 of 2</td>" in (out / "report.html").read_text()
+
+
+def test_an_arm_and_its_placebo_are_in_the_report(tmp_path, out):
+    runs = two_arms(tmp_path, EXACT, BETTER) + synthetic_arm(tmp_path, "p", JEPA | {"shuffle_pairs": True}, EXACT)
+    assert main([*runs, "--output_dir", str(out)]) == 0
+    placebo = json.loads((out / "report.json").read_text())["datasets"][0]["placebos"][0]["verdict"]
+    (line,) = [text for text in paragraphs(out) if "minus its placebo" in text]
+    assert line.startswith("JEPA λ=1, k=1 ") and placebo in line and "+0.75 points" in placebo
+    assert placebo in html.unescape((out / "report.html").read_text())
 
 
 def test_only_the_three_files_are_written_and_repeat_byte_for_byte(tmp_path, out):
@@ -146,7 +165,10 @@ def test_nothing_is_written_without_runs_and_no_comparison_with_one_arm(tmp_path
 
 
 def test_page_is_self_contained_and_has_every_figure(tmp_path, out):
-    runs = two_arms(tmp_path)
+    runs = synthetic_arm(tmp_path, "regular", REGULAR, FEW)
+    for k in (1, 2):
+        for lbd in (1.0, 2.0):
+            runs += synthetic_arm(tmp_path, f"{k}-{lbd}", JEPA | {"predictors": k, "lbd": lbd}, FEW)
     for i, run in enumerate(runs):
         log_steps(run, 60, seed=i)
     export_views(runs[0], 20), export_views(runs[2], 20)
@@ -154,7 +176,7 @@ def test_page_is_self_contained_and_has_every_figure(tmp_path, out):
     assert json.loads((out / "report.json").read_text())["datasets"][0]["missing_figures"] == []
     page = (out / "report.html").read_text()
     images = re.findall(r'<img alt="[^"]+" src="([^"]*)">', page)
-    figures = ["differences", "training", "singular_values"]
+    figures = ["differences", "training", "singular_values", "t_sne", "costs", "grid"]
     assert re.findall(r'<figure class="(\w+)"', page) == figures and len(images) == page.count("<img")
     assert not re.search(r"<script|<link|<iframe|href=|@import|url\(", page)
     for source in images:

@@ -1,5 +1,6 @@
 """The statistics of paired arms against scipy, against values computed by hand, and by simulation."""
 
+import itertools
 import re
 
 import numpy as np
@@ -30,15 +31,24 @@ def test_three_differences_by_hand():
     # 1, 2, 3: mean 2, sd 1, t = 2√3 with 2 degrees of freedom, so two-sided p = 1 − t/√(2 + t²) = 1 − √(12/14)
     c = comparison([1.0, 2.0, 3.0])
     assert (c.mean, c.sd) == (2.0, 1.0)
-    assert c.p_two_sided == pytest.approx(1 - np.sqrt(12 / 14))
+    assert c.p_two_sided == pytest.approx(1 - np.sqrt(12 / 14)) and c.p_one_sided == pytest.approx(c.p_two_sided / 2)
     half = 4.302653 / np.sqrt(3)
     assert c.interval == pytest.approx((2 - half, 2 + half))
+    assert c.p_sign_flip == pytest.approx(0.25)  # 2 of 8 sign patterns are as extreme
 
 
 def test_pairs_are_formed_by_seed():
     c = compare("JEPA", "regular", "exact", {4: 1.0, 82: 5.0, 23: 7.0}, {23: 6.0, 37: 9.0, 4: 3.0, 84: 9.0})
     assert dict(zip(c.seeds, c.differences, strict=True)) == {4: -2.0, 23: 1.0}
     assert (c.arm_only_seeds, c.reference_only_seeds) == ([82], [37, 84])
+
+
+def test_sign_flip_counts_all_signs_and_is_sampled_above_sixteen_pairs():
+    values = np.array([3.35, 0.45, -1.0, 0.95, 0.0])
+    means = [abs((values * signs).mean()) for signs in itertools.product((1, -1), repeat=5)]
+    by_hand = np.mean([mean >= abs(values.mean()) - 1e-12 for mean in means])
+    assert stats.sign_flip(values) == (pytest.approx(by_hand), 2 / 2**5)
+    assert stats.sign_flip(np.ones(30)) == pytest.approx((2 / (2**16 + 1),) * 2)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +66,7 @@ def test_holm_by_hand(ps, corrected):
 
 def test_one_pair_has_no_interval_and_no_test():
     (c,) = concluded(comparison([2.0]))
-    assert (c.sd, c.interval, c.p_two_sided, c.p_holm) == (None,) * 4
+    assert (c.sd, c.interval, c.p_two_sided, c.p_one_sided, c.p_sign_flip, c.p_holm) == (None,) * 6
     assert c.verdict.startswith("nothing shown: +2.00 points")
 
 
@@ -73,7 +83,7 @@ def test_only_the_primary_score_is_tested():
     first, second, other = concluded(comparison(GAIN), comparison(NOISE, arm="k=2"), comparison(STOPS, "stop_rate"))
     assert (first.family, second.family, other.family) == (2, 2, 0)
     assert first.p_holm == 2 * first.p_two_sided and second.p_holm == second.p_two_sided
-    assert (other.p_two_sided, other.p_holm) == (None, None) and not other.differs
+    assert (other.p_two_sided, other.p_one_sided, other.p_sign_flip, other.p_holm) == (None,) * 4 and not other.differs
     assert other.interval[0] > 0 and stats.format_interval(other) in other.verdict
 
 
@@ -82,6 +92,7 @@ def test_equal_differences_have_no_t_test():
     for c in (same, shifted):
         assert (c.sd, c.interval, c.p_two_sided, c.p_holm) == (0.0, None, None, None) and not c.differs
     assert shifted.verdict.startswith("+0.50 points")
+    assert shifted.p_sign_flip == pytest.approx(0.0625)
     ours, theirs = {0: 95.5, 1: 80.3, 2: 0.3}, {0: 95.3, 1: 80.1, 2: 0.1}
     assert len({ours[s] - theirs[s] for s in ours}) > 1  # float64 errors, which do not count as variance
     assert compare("JEPA", "regular", "exact", ours, theirs).p_two_sided is None
