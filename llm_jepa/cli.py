@@ -77,6 +77,17 @@ def build_parser(settings: type, doc: str) -> FlagParser:
     return parser
 
 
+def strict_parser(settings: type) -> FlagParser:
+    """The same parser, raising ValueError for wrong flags."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    parser = build_parser(settings, "")
+    parser.error = refuse
+    return parser
+
+
 def read_config(path: Path, settings: type) -> dict[str, Any]:
     """The flags that a YAML file gives, one `name: value` per line. Raises UsageError naming file, line and key.
 
@@ -84,11 +95,7 @@ def read_config(path: Path, settings: type) -> dict[str, Any]:
     """
     import yaml
 
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(message)
-
-    parser = build_parser(settings, "")
-    parser.error = refuse
+    parser = strict_parser(settings)
     known = {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
     known = {name: a for name, a in known.items() if a.dest not in ("help", "config", "resume") and name[:3] != "no-"}
     try:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import math
 import os
 import re
 import shlex
@@ -22,15 +23,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple, Self
 
 from tqdm import tqdm
 
 from llm_jepa import sweep
-from llm_jepa.cli import UsageError, build_parser, parse_flags, run_command
+from llm_jepa.cli import UsageError, build_parser, parse_flags, run_command, strict_parser
 from llm_jepa.evaluation.settings import EvaluationSettings
 from llm_jepa.files import read_json, sha256
-from llm_jepa.reports.results import EVALUATION_IGNORES
+from llm_jepa.reports.results import EVALUATION_IGNORES, read_run
 from llm_jepa.settings import Settings as TrainingSettings
 from llm_jepa.settings import check_settings
 from llm_jepa.variables import misspelled
@@ -71,14 +72,8 @@ def items(text: str) -> list[str]:
 
 def evaluation_flags(text: str) -> dict[str, Any]:
     """The flags of evaluate.py in EVAL_FLAGS by name. Raises UsageError if they cannot be parsed."""
-
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(message)
-
-    parser = build_parser(EvaluationSettings, "")
-    parser.error = refuse
     try:
-        return vars(parser.parse_args(shlex.split(text)))
+        return vars(strict_parser(EvaluationSettings).parse_args(shlex.split(text)))
     except ValueError as error:  # also of a quote that is not closed
         raise UsageError(f"EVAL_FLAGS cannot be '{text}' ({error})") from None
 
@@ -296,7 +291,7 @@ class Driver:
     """The runs of one call of the script. Raises UsageError if an argument, a variable or a flag is wrong."""
 
     def __init__(self, script: str, templates: Mapping[str, str], arguments: list[str]):
-        self.templates = templates
+        self.script, self.templates = script, templates
         self.command, *words = arguments or [""]
         named = [(name[4:].partition(":"), flags) for name, flags in templates.items() if name.startswith("arm_")]
         self.table = {name: Arm(name, lbd, flags) for (name, _, lbd), flags in named}
@@ -320,7 +315,8 @@ class Driver:
             dataset, model = (*given, "", "")[:2]
             given = [model, *[""] * 6, dataset]
         self.settings = Settings.read(self.command, given, os.environ)
-        self.has_logs = self.compares or self.settings.jobs != "1"  # else the output of each run is shown
+        # Without logs the output of each run is shown.
+        self.has_logs = self.settings.jobs != "1" or (self.compares and not sys.stderr.isatty())
         self.arms = self.choose_arms()
         refused = {flag for arm in self.arms for flag in re.findall(r"--\w+", arm.flags)}.union(REFUSED_FLAGS)
         for flag in (word.partition("=")[0] for word in self.flags + self.later):
@@ -439,7 +435,26 @@ class Driver:
             words += ["--against", next(str(run.folder) for run in runs if run.arm.name == "regular")]
             allow = self.settings.allow.split() + ["reference_grad_scale"] * bool(self.settings.protocol)
             words += ["--allow", *allow] if allow else []
-        return self.call(words)[0]
+        code = self.call(words)[0]
+        if sys.stderr.isatty() and (command := self.next_command()):
+            print(f"next: {command}", file=sys.stderr)
+        return code
+
+    def next_command(self) -> str:
+        """What this comparison may be followed by: a sweep, or after one the same comparison on other seeds."""
+        s, flags = self.settings, ["--", *self.flags, "--", *self.later] if self.flags or self.later else []
+        names = [name for field in dataclasses.fields(Settings) for name in field.metadata["variables"]]
+        own = {name: os.environ[name] for name in names if os.environ.get(name) and name not in ("ARMS", "LBD")}
+        arms = [f"{arm.name}:{arm.lbd}" if arm.lbd else arm.name for arm in self.arms]
+        if self.command == "sweep":
+            command, own["SEEDS"] = "compare", " ".join(str(int(seed) + 100) for seed in items(s.seeds))
+            own |= {"LR": s.learning_rate, "PREDICTORS": s.predictors, "ARMS": " ".join(arms)}
+        elif self.compares and "train_cell" in self.templates:
+            command, own["SWEEP_ARM"] = "sweep", next(arm.name for arm in self.arms if arm.name != "regular")
+        else:
+            return ""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in own.items()]
+        return " ".join([*variables, shlex.join(["bash", self.script, command, s.datasets, s.model, *flags])])
 
     def preflight(self) -> None:
         """Checks the node, the model and the disk, unless all runs are finished."""
@@ -453,17 +468,26 @@ class Driver:
             raise CommandFailed("not ready (see above)", code)
 
     def run_all(self, chains: list[list[Run]]) -> list[Run]:
-        """Runs the chains, JOBS at a time; the first failure ends the others. Returns the runs that were evaluated."""
-        runs = [run for chain in chains for run in chain if run.kind != "pretrain"]
+        """Runs the chains, JOBS at a time; the first failure ends the others. Returns the runs that were evaluated.
+
+        A terminal shows how many runs are done and the time left: in a bar, or in a line above the output of each run.
+        """
+        everything = list(itertools.chain(*chains))
+        runs = [run for run in everything if run.kind != "pretrain"]
         if self.settings.node_rank == "0":
             for run in {r.test_file: r for r in runs if not is_finished(r.folder)}.values():
                 if code := self.call(self.words("check", run), stdout=subprocess.DEVNULL)[0]:
                     raise CommandFailed(f"{run.test_file} cannot be scored; TASK=text is for data of your own", code)
-        with ThreadPoolExecutor(int(self.settings.jobs)) as pool:
-            futures = [pool.submit(self.run_chain, chain) for chain in chains]
-            hidden = None if self.has_logs else True  # None: shown on a terminal
+        place = "{n_fmt} of {total_fmt} runs" if self.has_logs else "{desc}"
+        bar = tqdm(
+            total=len(everything), initial=sum(is_finished(run.folder) for run in everything), smoothing=0,
+            bar_format=f"{self.command}: {place}, {{percentage:.0f}} %, {{remaining}} left",
+            delay=0 if self.has_logs else math.inf, disable=None,
+        )  # fmt: skip
+        with ThreadPoolExecutor(int(self.settings.jobs)) as pool, bar:
+            futures = [pool.submit(self.run_chain, chain, bar) for chain in chains]
             try:
-                for future in tqdm(as_completed(futures), total=len(futures), unit="run", disable=hidden):
+                for future in as_completed(futures):
                     future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -471,25 +495,36 @@ class Driver:
                 raise
         return runs
 
-    def run_chain(self, chain: list[Run]) -> None:
+    def run_chain(self, chain: list[Run], bar: tqdm) -> None:
         """Does what is not done of each run and prints its line, until anything has failed."""
         try:
             for run in chain:
                 if self.stopping:
                     return
-                done = ["training"] if run.is_trained() else self.execute("train", run)
-                if run.kind == "pretrain" or self.settings.node_rank != "0":
-                    continue
-                done += ["evaluation"] if run.is_evaluated() else self.execute("evaluate", run)
-                code, line = self.call(["-m", "llm_jepa.report", "--line", str(run.folder)], stdout=subprocess.PIPE)
-                if code:
-                    raise CommandFailed(f"{run.folder} cannot be read", code)
-                tqdm.write(line.rstrip() + (f"  (done before: {', '.join(done)})" if done else ""))
-                sys.stdout.flush()
+                trained = run.is_trained()
+                if not (trained or self.has_logs or bar.disable):
+                    bar.set_description_str(self.place(run, bar), refresh=False)
+                    print(bar, file=sys.stderr)
+                done = ["training"] if trained else self.execute("train", run)
+                if run.kind != "pretrain" and self.settings.node_rank == "0":
+                    done += ["evaluation"] if run.is_evaluated() else self.execute("evaluate", run)
+                    (line,) = (result.line() for result in read_run(run.folder) if result.dataset == run.dataset)
+                    write = tqdm.write if self.has_logs else print  # tqdm.write also shows the bar
+                    write(line + (f"  (done before: {', '.join(done)})" if done else ""))
+                    sys.stdout.flush()
+                bar.update(not trained)
         except BaseException:
             if not self.stopping:  # else a consequence of another failure
                 self.stopping = True  # at once, so that no other chain starts
                 raise
+
+    def place(self, run: Run, bar: tqdm) -> str:
+        """Which one of the runs it is."""
+        if self.command != "compare":
+            return f"run {bar.n + 1} of {bar.total}"
+        seeds = items(self.settings.seeds)
+        arm, seed = self.arms.index(run.arm) + 1, seeds.index(run.seed) + 1
+        return f"arm {arm} of {len(self.arms)}, seed {seed} of {len(seeds)}"
 
     def words(self, step: str, run: Run) -> list[str]:
         """A command line of a run; cells of a sweep read the two parts of the train file."""

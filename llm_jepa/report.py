@@ -1,7 +1,6 @@
 """Report the scores of runs from their folders.
 
     python -m llm_jepa.report runs/synth-tiny-jepa-*          one table per arm: its runs, then mean ± sd
-    python -m llm_jepa.report --line runs/RUN                 one line for one run
     python -m llm_jepa.report runs/* --output_dir report      also report.md, report.json and report.html in report/
 
 Runs that differ in anything but their seed are different arms and are never averaged together. Runs that are missing,
@@ -16,15 +15,9 @@ import sys
 from pathlib import Path
 
 from llm_jepa.cli import FlagParser, UsageError, run_command
-from llm_jepa.reports.results import Result, method_name, read_runs
+from llm_jepa.reports.results import Result, read_runs
 
 # What needs numpy and scipy is imported where it is used: after the flags are accepted.
-
-
-def print_line(result: Result) -> None:
-    """Prints the scores of a run in one line."""
-    scores = (f"{h.split()[0]} {value:.2f} {h.split()[1]}" for h, value in result.columns.items())
-    print("  ".join([result.dataset, method_name(result.settings), f"seed {result.seed}", *scores, *result.remarks()]))
 
 
 def print_arm(dataset: str, label: str, arm: list[Result]) -> None:
@@ -43,12 +36,12 @@ def print_arm(dataset: str, label: str, arm: list[Result]) -> None:
 
 
 def write_report(options: argparse.Namespace, results: list[Result], problems: list[str]) -> None:
-    """Compares the arms and writes the three files; adds to `problems` what they leave out.
+    """Compares the arms, writes the three files and prints the result; adds to `problems` what they leave out.
 
     Raises UsageError if the arms cannot be compared, or if the folder is a run folder or a file.
     """
     from llm_jepa.reports.comparison import compare_arms
-    from llm_jepa.reports.writer import write_files
+    from llm_jepa.reports.writer import headline, write_files
 
     folder = options.output_dir
     if (folder / "args.json").exists() or folder.is_file():
@@ -59,6 +52,7 @@ def write_report(options: argparse.Namespace, results: list[Result], problems: l
     tables, left_out = compare_arms(results, options.against, set(options.allow))
     problems += left_out
     problems += write_files(folder, tables, problems)
+    print(headline(tables))
     print(f"written: {', '.join(str(folder / f'report.{end}') for end in ('md', 'json', 'html'))}")
 
 
@@ -66,7 +60,6 @@ def work(argv: list[str] | None) -> int:
     """Parses the flags, prints and writes. Returns 1 if some runs were skipped."""
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--line", action="store_true", help="print one line, for one run")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="folder for report.md, .json and .html")
     parser.add_argument("--against", metavar="ARM", help="reference arm: one of its run folders, or a part of its name")
     parser.add_argument(
@@ -74,20 +67,14 @@ def work(argv: list[str] | None) -> int:
         help="also compare arms that differ in this: a setting, git_commit, versions …, evaluation.NAME",
     )  # fmt: skip
     options = parser.parse_args(argv)
-    if options.line and (len(options.runs) > 1 or options.output_dir):
-        parser.error("--line: only with one run and without --output_dir")
     if (options.against or options.allow) and not options.output_dir:
         parser.error("--against and --allow: only with --output_dir")
     results, problems = read_runs(options.runs)
-    if options.line:
-        for result in results:
-            print_line(result)
-    else:
-        from llm_jepa.reports.comparison import arms_by_dataset
+    from llm_jepa.reports.comparison import arms_by_dataset
 
-        for dataset, arms in arms_by_dataset(results).items():
-            for label, arm in arms.items():
-                print_arm(dataset, label, arm)
+    for dataset, arms in arms_by_dataset(results).items():
+        for label, arm in arms.items():
+            print_arm(dataset, label, arm)
     try:
         if options.output_dir:
             write_report(options, results, problems)

@@ -67,8 +67,8 @@ class Project:
             monkeypatch.delenv(name, raising=False)
 
     def run(self, *arguments: str, real: bool = False, trouble=lambda script, flags: 0, score=lambda flags: 0.5,
-            **variables: str) -> SimpleNamespace:  # fmt: skip
-        """Exit code and output; `steps`: each script that ran with its flags, in order."""
+            terminal: bool = False, **variables: str) -> SimpleNamespace:  # fmt: skip
+        """Exit code and output; `steps`: each script that ran with its flags, in order. `terminal`: stderr is one."""
         steps, lock = [], threading.Lock()
 
         def recorded(_, words, stdout=None, log=None):
@@ -89,6 +89,7 @@ class Project:
         out, err = io.StringIO(), io.StringIO()
         with self.patch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.setattr(driver.Driver, "call", recorded)
+            patch.setattr(err, "isatty", lambda: terminal)
             patch.setattr(signal, "signal", lambda *_: None)  # the scripts run in threads
             if real:
                 patch.setitem(driver.TINY_DEFAULTS, "jobs", "1")  # the scripts run in this process
@@ -106,7 +107,7 @@ class Project:
             code=code, out=out.getvalue(), err=err.getvalue(), steps=steps, trained=trained, evaluated=evaluated,
             runs=[flag(argv, "--output_dir") for argv in trained],
             checked=[argv for script, argv in steps if script == "evaluate" and "--score_gold" in argv],
-            reports=[argv for script, argv in steps if script == "llm_jepa.report" and "--line" not in argv],
+            reports=[argv for script, argv in steps if script == "llm_jepa.report"],
         )  # fmt: skip
 
     def copy_scripts(self) -> None:
@@ -122,7 +123,7 @@ def flag(argv: list[str], name: str) -> str | None:
 
 
 def pretend(script: str, argv: list[str], score) -> str:
-    """Writes the files of a training or an evaluation that the driver reads; a report's line."""
+    """Writes the files of a training or an evaluation that the driver reads."""
     if script.startswith("finetune"):
         run, data = Path(flag(argv, "--output_dir")), flag(argv, "--train_file") or flag(argv, "--data_file")
         run.mkdir(parents=True, exist_ok=True)
@@ -131,14 +132,15 @@ def pretend(script: str, argv: list[str], score) -> str:
         args |= {name: read(flag(argv, f"--{name}") or 0) for name, read in numbers.items()}
         args |= {"data_file": flag(argv, "--data_file"), "eval_split": 0.2, "split_seed": 42}
         (run / "args.json").write_text(json.dumps(args))
-        (run / "run.json").write_text(json.dumps({"status": "finished", "data_sha256": {data: sha256(data)}}))
+        record = {"status": "finished", "data_sha256": {data: sha256(data)}, "wall_seconds": 1.0}
+        (run / "run.json").write_text(json.dumps(record))
     elif script == "evaluate" and "--score_gold" not in argv:
         run, data = Path(flag(argv, "--model_name")), flag(argv, "--input_file")
         folder = run / "eval" / Path(data).stem.rpartition("_")[0]
         folder.mkdir(parents=True, exist_ok=True)
         value = score(SimpleNamespace(**json.loads((run / "args.json").read_text())))
         metrics = {"task": flag(argv, "--task") or "synth", "n": 4, "score": "exact", "scores": [], "exact": value}
-        metrics |= {"startswith": 1.0, "stop_rate": 1.0, "data_sha256": sha256(data)}
+        metrics |= {"startswith": 1.0, "stop_rate": 1.0, "data_sha256": sha256(data), "failures": {}}
         metrics["settings"] = {"process_split": flag(argv, "--process_split")}
         (folder / "metrics.json").write_text(json.dumps(metrics))
-    return f"line of {argv[-1]}\n" if "--line" in argv else ""
+    return ""

@@ -19,7 +19,8 @@ from llm_jepa.settings import JEPA_FLAGS, STP_FLAGS
 JEPA_SETTINGS, STP_SETTINGS = {*JEPA_FLAGS}, {"stp", *STP_FLAGS}
 NITP_SETTINGS = set("nitp nitp_lbd nitp_layer nitp_targets".split())
 METHOD_SETTINGS = JEPA_SETTINGS | STP_SETTINGS | NITP_SETTINGS | {"regular", "layout", "additive_mask"}
-NAMED = {"regular", "lbd", "predictors", "jepa_loss", "shuffle_pairs", "stp", "nitp"}  # in every arm's label
+# In every arm's label: `method_name`.
+NAMED = set("regular lbd predictors jepa_loss shuffle_pairs stp stp_lbd nitp nitp_lbd additive_mask".split())
 UNKNOWN_CODE = {"git_commit": None, "git_dirty": True}  # without a checksum the code may have been another
 
 
@@ -55,20 +56,17 @@ def arms_by_dataset(results: list[Result]) -> dict[str, dict[str, list[Result]]]
 
 
 def label_arms(arms: list[list[Result]]) -> dict[str, list[Result]]:
-    """The arms of a dataset by a short label: method, λ, k, and each value that at most half of the arms have."""
+    """The arms of a dataset by a short label: `method_name`, and other values that at most half of the arms have."""
     described, labels = [arm[0].settings for arm in arms], []
     for own in described:
-        regular = own.get("regular")
-        signs = {} if regular else {"λ": "lbd", "k": "predictors"}
-        hidden = NAMED | {"additive_mask", "scores", *(JEPA_SETTINGS if regular else ())}
-        shown = [f"{sign}={own[name]:g}" for sign, name in signs.items() if own.get(name) is not None]
+        hidden, shown = NAMED | {"scores", *(JEPA_SETTINGS if own["regular"] else ())}, [method_name(own)]
         for name, value in sorted(own.items()):
             same = sum(other.get(name, value) == value for other in described)
             if name in hidden or same > len(described) / 2 or value is None or value is False:
                 continue
             text = " ".join(str(value).strip("[']").split())[: 8 if "data" in name else 40]
-            shown.append(name if value is True else f"{name} {text}")
-        labels.append(f"{method_name(own)} {', '.join(shown)}".strip())
+            shown.append(name if value is True else f"{name}={text}")
+        labels.append(", ".join(shown))
     return {
         label if labels.count(label) == 1 else f"{label} ({arm[0].run.name})": arm
         for label, arm in zip(labels, arms, strict=True)

@@ -46,6 +46,11 @@ class Result:
         """A key that is equal for results that may be averaged: same base model, settings, data and evaluation."""
         return json.dumps([self.model, self.dataset, self.settings], sort_keys=True)
 
+    def line(self) -> str:
+        """The scores in one line."""
+        scores = (f"{h.split()[0]} {value:.2f} {h.split()[1]}" for h, value in self.columns.items())
+        return "  ".join([self.dataset, method_name(self.settings), f"seed {self.seed}", *scores, *self.remarks()])
+
     def remarks(self) -> list[str]:
         """The number of generations that could not be scored, by reason, and the notes of evaluate.py."""
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.failures.items())
@@ -67,12 +72,17 @@ def score_names(metrics: dict[str, Any]) -> list[str]:
 
 
 def method_name(settings: dict[str, Any]) -> str:
-    """The auxiliary losses: JEPA with what its pairs have that is not the default, STP, NITP; or regular."""
-    loss = settings["jepa_loss"]
-    jepa = ["JEPA", *[loss] * (loss != "cosine"), *["(shuffled pairs)"] * settings["shuffle_pairs"]]
-    terms = [] if settings["regular"] else [" ".join(jepa)]
-    terms += [f"STP {settings['stp']}"] if settings["stp"] else []
-    return " + ".join([*terms, *(["NITP"] if settings["nitp"] else [])]) or "regular"
+    """The auxiliary losses with their weights λ, and the number k of predictor tokens; or regular."""
+    own, terms = settings, []
+    if not own["regular"]:
+        loss = own["jepa_loss"] if own["jepa_loss"] != "cosine" else ""
+        name = " ".join(filter(None, ("JEPA", loss, "(shuffled pairs)" if own["shuffle_pairs"] else "")))
+        terms.append(f"{name} λ={own['lbd']:g}, k={own['predictors']}")
+    if own["stp"]:
+        terms.append(f"STP {own['stp']} λ={own['stp_lbd']:g}")
+    if own["nitp"]:
+        terms.append(f"NITP λ={own['nitp_lbd']:g}")
+    return " + ".join(terms) or "regular"
 
 
 def describe_method(s: Settings) -> str:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, ROOT, call, message_row, read_lines, write_rows
+from conftest import GOLDEN, call, message_row, read_lines, write_rows
 from ranks import Ranks
 
 from llm_jepa.evaluation import generation
@@ -89,16 +86,6 @@ def test_two_processes_write_the_same_files_as_one(ranks, one, tmp_path):
     assert same_results(tmp_path / "two", tmp_path / "one")
     assert json.loads((tmp_path / "two" / "metrics.json").read_text())["processes"] == 2
     assert ("\n" + ranks.out).count("\nsynth, n = 9\n") == 1 and " 9/9 " in errors
-
-
-def test_torchrun_writes_the_same_files_as_one_process(one, tmp_path):
-    data, single = one
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "evaluate.py"]
-    command = [str(c) for c in (sys.executable, *torchrun, *flags_of(data, tmp_path / "out"))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert same_results(tmp_path / "out", single)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -165,22 +165,6 @@ def test_new_task_needs_only_an_entry_in_the_table(data, tmp_path, monkeypatch):
     assert 0 < metrics["same_length"] == sum(row["same_length"] for row in scored) / len(scored) < 1
 
 
-@pytest.mark.parametrize(
-    "name, task",
-    [("a/gsm8k/synth_train.jsonl", "synth"), ("a/synth/rows.jsonl", None), ("synthetic_test.jsonl", None)],
-)  # fmt: skip
-def test_base_name_decides_the_task(name, task, data, tmp_path):
-    rows = tmp_path / name
-    rows.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(data, rows)
-    given = gold_predictions(tmp_path / "p.jsonl", rows)
-    done = score_file(given, rows)
-    assert done.code == (0 if task else 2)
-    assert metrics_of(tmp_path)["task"] == task if task else "--task" in done.err
-    assert score_file(given, rows, "--task", "turk", "--overwrite").code == 0
-    assert metrics_of(tmp_path)["task"] == "turk"
-
-
 def test_score_gold_refuses_data_of_another_task(tmp_path):
     good = write_rows(tmp_path / "synth_test.jsonl", [message_row("a", "x&y"), message_row("b", ".*")])
     done = call("evaluate", "--score_gold", "--input_file", good)
@@ -417,6 +401,12 @@ WRONG_FLAGS = [  # the settings besides the input file, the number of processes,
     ({"score_only": "p", "spider_path": "x", "output_file": "a/metrics.json"}, 1,
      ["--spider_path", "--output_file a/metrics.json"]),
     ({"score_only": "p", "output_file": "./synth_test.jsonl"}, 1, ["--output_file"]),
+    ({"input_file": str(GOLDEN), "score_only": str(GOLDEN)}, 1, [f"--input_file {GOLDEN}", f"--score_only {GOLDEN}"]),
+    ({"input_file": "a/synth/rows.jsonl", "score_only": "p"}, 1, ["--task"]),  # the base name decides
+    ({"model_name": str(MODEL), "output_file": "p", "engine": "vllm", "load_in_8bit": True, "batch_size": 2,
+      "tensor_parallel_size": 0}, 2,
+     ["--load_in_8bit, --batch_size: not with --engine vllm", "torchrun", "--tensor_parallel_size 0"]),
+    ({"model_name": str(MODEL), "output_file": "p", "engine": "vllm", "task": "hellaswag"}, 1, ["hellaswag"]),
 ]  # fmt: skip
 
 
@@ -436,43 +426,6 @@ def trained(folder: Path, *flags: object) -> Path:
                 0.05, "--save_strategy", "no", "--output_dir", folder, *flags)  # fmt: skip
     assert done.code == 0, done.err
     return folder
-
-
-@pytest.fixture(scope="module")
-def plain_run(tmp_path_factory) -> Path:
-    return trained(tmp_path_factory.mktemp("runs") / "plain", "--train_file", GOLDEN / "regex_rows.jsonl", "--plain")
-
-
-def test_run_is_evaluated_in_its_own_format(plain_run, data, tmp_path):
-    flags = ("--input_file", data, "--max_examples", 2, "--max_new_tokens", 2)
-    done = call("evaluate", "--model_name", plain_run, *flags)
-    assert done.code == 2 and str(plain_run) in done.err and "--plain" in done.err
-    assert not (plain_run / "eval").exists()
-    done = call("evaluate", "--model_name", plain_run, *flags, "--plain")
-    assert done.code == 0, done.err
-    assert metrics_of(plain_run / "eval" / "synth")["n"] == 2
-    chat = changed_copy(plain_run, tmp_path / "chat", args={"plain": False})
-    done = call("evaluate", "--model_name", chat, *flags, "--plain")
-    assert done.code == 2 and "--plain" in done.err
-
-
-def test_unfinished_run_is_refused(plain_run, data, tmp_path):
-    folder = changed_copy(plain_run, tmp_path / "run", run={"status": "interrupted"})
-    (folder / "config.json").unlink()  # it is saved at the end
-    before = snapshot(folder)
-    done = call("evaluate", "--model_name", folder, "--input_file", data, "--plain")
-    assert done.code == 2 and f"{folder}: the run is interrupted" in done.err
-    assert snapshot(folder) == before
-
-
-def test_process_split_is_the_split_of_finetune(regex_rows, tmp_path):
-    held_out = split_examples(read_examples(str(regex_rows), Problems()), 0.5, 7)[1]
-    given = gold_predictions(tmp_path / "p.jsonl", regex_rows, [e.id for e in held_out])
-    flags = ("--task", "synth", "--process_split", "test", "--test_size", 0.5, "--split_seed", 7)
-    done = score_file(given, regex_rows, *flags)
-    assert done.code == 0, done.err
-    assert (metrics_of(tmp_path)["n"], metrics_of(tmp_path)["exact"]) == (60, 1)
-    assert score_file(given, regex_rows, *flags, "--process_split", "train", "--overwrite").code == 2
 
 
 def test_file_split_for_training_needs_a_part_or_consent(tmp_path):
@@ -560,16 +513,6 @@ def test_note_counts_the_examples_that_the_run_was_trained_on(tmp_path, monkeypa
 # ------------------------------------------------------------------------------------- what is refused first, lengths
 
 
-def test_untuned_model_is_checked_before_the_tuned_one_generates(model, data, finished, tmp_path):
-    base = changed_copy(MODEL, tmp_path / "base", config={"max_position_embeddings": 50})
-    out = shutil.copytree(finished[0], tmp_path / "out")
-    before = snapshot(out)
-    flags = ("--split_tune_untune", "--original_model_name", base, "--overwrite")
-    done = score(model, data, out / "p.jsonl", *flags)
-    assert done.code == 2 and "synth_test.jsonl:" in done.err and "Traceback" not in done.err
-    assert snapshot(out) == before
-
-
 @pytest.mark.parametrize("flag", ["--output_file", "--export_embeddings"])
 def test_places_that_no_file_can_be_written_to_are_refused_first(flag, model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load", lambda *a: 1 / 0)
@@ -581,14 +524,6 @@ def test_places_that_no_file_can_be_written_to_are_refused_first(flag, model, da
         done = call("evaluate", "--model_name", model, "--input_file", data, flag, place, "--overwrite")
         assert done.code == 2 and str(place.parent) in done.err and done.err.count("\n") == 1, place
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nowhere").exists()
-
-
-def test_input_that_is_no_file_is_refused(data, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for flag in ("--input_file", "--score_only"):
-        files = {"--input_file": data, "--score_only": data} | {flag: tmp_path / "pipe"}
-        done = call("evaluate", *(word for pair in files.items() for word in pair))
-        assert done.code == 2 and f"{flag} {tmp_path / 'pipe'}" in done.err
 
 
 def test_default_length_fits_the_longest_answer_and_cut_responses_are_counted(finished, data, tmp_path):

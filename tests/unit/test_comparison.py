@@ -161,7 +161,7 @@ def test_allow_accepts_groups_but_no_parts_of_names(tmp_path, report):
 def test_two_regular_arms_need_a_reference(tmp_path, report):
     runs = two_arms(tmp_path) + synthetic_arm(tmp_path, "other", REGULAR | {"learning_rate": 2e-3}, FEW)
     code, found, err = report(runs)
-    assert code == 2 and not found and "regular; regular learning_rate 0.002" in err and "--against" in err
+    assert code == 2 and not found and "regular; regular, learning_rate=0.002" in err and "--against" in err
     code, found, err = report(runs + synthetic_arm(tmp_path, "turk", REGULAR, FEW, dataset="turk"))
     assert code == 1 and list(found) == ["turk"] and "synth: " in err  # other datasets are reported
 
@@ -185,12 +185,13 @@ def test_against_must_match_one_arm(tmp_path, report, against, count):
 
 def test_labels_have_the_losses_and_the_placebo_and_one_arm_is_regular(tmp_path, report):
     clip, stp = JEPA | {"jepa_loss": "clip"}, {"stp": "geodesic", "stp_lbd": 0.02}
-    arms = [REGULAR, REGULAR | {"nitp": True}, JEPA, clip, clip | {"shuffle_pairs": True}, clip | {"nitp": True},
+    nitp = {"nitp": True, "nitp_lbd": 1.0}
+    arms = [REGULAR, REGULAR | nitp, JEPA, clip, clip | {"shuffle_pairs": True}, clip | nitp,
             REGULAR | stp, JEPA | stp]  # fmt: skip
     runs = [run for i, arm in enumerate(arms) for run in synthetic_arm(tmp_path, f"a{i}", arm, {82: 90.0})]
     assert list(report(runs)[1]["synth"]["arms"]) == [
-        "regular", "NITP", "JEPA λ=1, k=1", "JEPA clip λ=1, k=1", "JEPA clip (shuffled pairs) λ=1, k=1",
-        "JEPA clip + NITP λ=1, k=1", "STP geodesic", "JEPA + STP geodesic λ=1, k=1",
+        "regular", "NITP λ=1", "JEPA λ=1, k=1", "JEPA clip λ=1, k=1", "JEPA clip (shuffled pairs) λ=1, k=1",
+        "JEPA clip λ=1, k=1 + NITP λ=1", "STP geodesic λ=0.02", "JEPA λ=1, k=1 + STP geodesic λ=0.02",
     ]  # fmt: skip
 
 
@@ -228,6 +229,6 @@ def test_pretrained_arms_are_compared_by_their_pretraining(tmp_path, report):
     jepa = JEPA | {"lbd": 0.5}
     runs += [pretrained_run(tmp_path, "jepa", jepa, seed, exact + 2) for seed, exact in FEW.items()]
     first = report(runs)[1]["synth"]["comparisons"][0]
-    assert first["mean"] == 2.0 and "pretraining.lbd 0.5" in first["arm"]
+    assert first["mean"] == 2.0 and "pretraining.lbd=0.5" in first["arm"]
     code, _, err = report([*runs[:2], *synthetic_arm(tmp_path, "jepa", JEPA, FEW)])
     assert code == 1 and "pretrained True in" in err and "pretraining." not in err

@@ -48,7 +48,7 @@ def test_result_shows_differences_and_which_are_significant(tmp_path, figures):
     runs = two_arms(tmp_path, exact, {23: 81.0, 82: 88.0, 4: 72.0}) + synthetic_arm(tmp_path, "nitp", NITP, better)
     draw(plots.plot_differences, runs)
     (axes,) = figures["differences"][0]
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["JEPA λ=1, k=1", "NITP"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["JEPA λ=1, k=1", "NITP λ=0.8"]
     (seeds, interval, mean), (_, narrow, other) = axes.collections[:3], axes.collections[3:]
     assert sorted(seeds.get_offsets()[:, 0]) == pytest.approx([-2.0, 1.0, 2.0])
     assert mean.get_offsets()[0, 0] == pytest.approx(1 / 3) and other.get_offsets()[0, 0] == pytest.approx(

@@ -11,6 +11,7 @@ from synthetic_runs import FEW, JEPA, METRICS, change, pretrained_run, synthetic
 
 from llm_jepa import run_folder
 from llm_jepa.report import main
+from llm_jepa.reports.results import read_run
 
 
 @pytest.fixture
@@ -60,14 +61,6 @@ def test_runs_with_other_inputs_are_not_averaged(tmp_path, tables, file, changes
     runs = synthetic_arm(tmp_path, "jepa", JEPA, FEW)
     change(runs[1], file, **changes)
     assert [table[-1][0] for table in tables(runs)] == ["mean (n = 1)"] * 2
-
-
-def test_run_with_two_evaluations_is_in_two_tables(tmp_path, tables):
-    run = synthetic_run(tmp_path / "a", JEPA, 82, {"exact": 80.0})
-    (run / "eval" / "turk").mkdir()
-    (run / "eval/turk/metrics.json").write_text(json.dumps(json.loads((run / METRICS).read_text()) | {"exact": 0.3}))
-    found = [(table[0][0].split()[0], table[-1][1]) for table in tables([run])]
-    assert found == [("synth", "80.00"), ("turk", "30.00")]
 
 
 def test_runs_from_models_pretrained_with_different_seeds_are_one_arm(tmp_path, tables):
@@ -149,23 +142,18 @@ def test_each_seed_counts_once(tmp_path, capsys):
     assert runs[2] in err and runs[0] in err and "mean ± sd (n = 2)  85.00 ± 7.07" in out
 
 
-def test_line_prints_one_run(tmp_path, capsys):
-    (run,) = synthetic_arm(tmp_path, "jepa", JEPA, {82: 57.294})
-    assert main(["--line", run]) == 0
-    expected = "synth  JEPA  seed 82  exact 57.29 %  startswith 90.00 %  stop_rate 100.00 %  train 145.00 s\n"
-    assert capsys.readouterr().out == expected
-    change(run, "args.json", shuffle_pairs=True)  # a placebo has another line
-    assert main(["--line", run]) == 0 and capsys.readouterr().out.startswith("synth  JEPA (shuffled pairs)  seed 82")
+def test_line_and_table_have_scores_failures_and_notes(tmp_path, capsys):
+    (run,) = synthetic_arm(tmp_path, "jepa", JEPA | {"shuffle_pairs": True}, {82: 57.294})
     change(run, METRICS, failures={"timeout": 3, "states": 1}, notes=["a note of evaluate.py"])
-    for flags in (["--line"], []):
-        assert main([*flags, run]) == 0
-        out = capsys.readouterr().out
-        assert "3 timeout, 1 states" in out and "a note of evaluate.py" in out
+    (result,) = read_run(Path(run))
+    scores = "exact 57.29 %  startswith 90.00 %  stop_rate 100.00 %  train 145.00 s"
+    assert result.line().startswith(f"synth  JEPA (shuffled pairs) λ=1, k=1  seed 82  {scores}  ")
+    assert main([run]) == 0
+    for text in (result.line(), capsys.readouterr().out):
+        assert "3 timeout, 1 states" in text and "a note of evaluate.py" in text
 
 
-@pytest.mark.parametrize(
-    "flags", [["--against", "x"], ["--allow", "n"], ["--line", "--output_dir", "x"], ["--line", "second"]], ids=str
-)
+@pytest.mark.parametrize("flags", [["--against", "x"], ["--allow", "n"]], ids=str)
 def test_flags_without_effect_are_refused(tmp_path, flags):
     with pytest.raises(SystemExit) as stopped:
         main([*synthetic_arm(tmp_path, "a", JEPA, {82: 50.0}), *flags])

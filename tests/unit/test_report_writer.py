@@ -99,15 +99,15 @@ def test_headline_and_table_say_what_the_terms_have_learned(tmp_path, out):
     assert main([*runs, "--output_dir", str(out)]) == 0
     lines = paragraphs(out)
     assert lines[2].endswith(
-        ": learned in no run: JEPA λ=1, k=1; learned in 1 of 2 runs: JEPA of JEPA clip + NITP λ=1, k=1; "
-        "not measured: NITP of JEPA clip + NITP λ=1, k=1; learned in all runs: NITP."
+        ": learned in no run: JEPA λ=1, k=1; learned in 1 of 2 runs: JEPA of JEPA clip λ=1, k=1 + NITP λ=0.8; "
+        "not measured: NITP of JEPA clip λ=1, k=1 + NITP λ=0.8; learned in all runs: NITP λ=0.8."
     )
-    both = "| JEPA clip + NITP λ=1, k=1"
+    both = "| JEPA clip λ=1, k=1 + NITP λ=0.8"
     for line in (
         "| JEPA λ=1, k=1 | JEPA | 0 of 2 | 0.1 | 0.1 | 0.1 | 5 | 0.25 | 0.05 | 0.025 | 0.0005 |",
         f"{both} | JEPA | 1 of 2 | 0.45 | 0.1 | 0.45 | 5 | 0.25 | 0.225 | 0.1125 | 0.0005 |",
         f"{both} | NITP | not measured | – | – | – | – | – | 0.225 | 0.1125 | 0.0005 |",
-        "| NITP | NITP | 1 of 1 | 0.8 | 0.1 | – | – | 0.25 | 0 | 0 | 0.0005 |",
+        "| NITP λ=0.8 | NITP | 1 of 1 | 0.8 | 0.1 | – | – | 0.25 | 0 | 0 | 0.0005 |",
     ):
         assert line in lines, line
     assert "<td>1 of 2</td>" in (out / "report.html").read_text()
@@ -190,7 +190,7 @@ def test_text_of_the_runs_is_neither_markup_nor_formula(tmp_path, out):
     change(runs[0], "args.json", system=None)
     export_views(runs[0], 20), export_views(runs[1], 20)
     assert main([*runs, "--output_dir", str(out), "--allow", "system"]) == 0
-    label = "JEPA λ=1, k=1, system It costs $5_{ or $6 <b>|x and more and m"
+    label = "JEPA λ=1, k=1, system=It costs $5_{ or $6 <b>|x and more and m"
     page = (out / "report.html").read_text()
     assert html.escape(label) in page and html.escape(runs[0]) in page and not re.search("<[bi]>", page)
     assert any(line.startswith(f"| {label} | not tested |".replace("|x", "\\|x")) for line in paragraphs(out))

@@ -1,0 +1,92 @@
+"""python -m llm_jepa.export: sentence-transformers gives the run's embeddings, and lm_eval's format has its scores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLES, GOLDEN, JEPA, call, read_lines
+from safetensors import safe_open
+
+from llm_jepa.files import read_json
+
+FLAGS = {
+    "reverse": (*JEPA, "--reverse_pred"),
+    "front": (*JEPA, "--front_pred"),
+    "in_chat": (*JEPA, "--text_view", "in_chat"),
+    "plain": ("--predictors", 0, "--lbd", 1, "--plain"),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_retriever_gives_the_embeddings_of_the_run(name, trained, data, tmp_path):
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    run, plain = trained(*FLAGS[name]), ["--plain"] if name == "plain" else []
+    done = call("llm_jepa.export", "retriever", run, tmp_path / "out")
+    assert done.code == 0 and done.out.split() == [str(tmp_path / "out" / side) for side in ("text", "code")], done.err
+    flags = ("--input_file", data, "--export_embeddings", tmp_path / "v.safetensors", *plain)
+    assert call("evaluate", "--model_name", run, *flags).code == 0
+    with safe_open(tmp_path / "v.safetensors", "pt") as file:
+        for side, turn in (("text", 1), ("code", 2)):
+            model = st.SentenceTransformer(str(tmp_path / "out" / side), device="cpu")
+            got = model.encode([row["messages"][turn]["content"] for row in EXAMPLES], convert_to_tensor=True)
+            torch.testing.assert_close(got, file.get_tensor(side), rtol=1e-4, atol=1e-4)
+    again = call("llm_jepa.export", "retriever", run, tmp_path / "out")
+    assert again.code == 2 and str(tmp_path / "out" / "text") in again.err
+
+
+def test_adapter_and_folder_without_evaluation_are_refused(trained, tmp_path):
+    run = trained(*JEPA, "--lora")
+    for what, mentioned in (("retriever", "--merge"), ("lm_eval", "metrics.json")):
+        done = call("llm_jepa.export", what, run, tmp_path / "out")
+        assert done.code == 2 and mentioned in done.err and not (tmp_path / "out").exists()
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_results_have_the_scores_and_samples_in_the_format_of_lm_eval(data, tmp_path):
+    flags = ("--input_file", data, "--task", "synth", "--max_new_tokens", 3, "--max_examples", 20)
+    folder, model = tmp_path / "words", GOLDEN / "models" / "llama3"
+    assert call("evaluate", "--model_name", model, "--output_file", folder / "p.jsonl", *flags).code == 0
+    metrics, rows = read_json(folder / "metrics.json"), read_lines(folder / "p.jsonl")
+    done = call("llm_jepa.export", "lm_eval", folder, tmp_path / "out")
+    assert done.code == 0, done.err
+    file, sample_file = map(Path, done.out.split())
+    date = file.name.removeprefix("results_").removesuffix(".json")
+    assert sample_file.name == f"samples_words_{date}.jsonl" and file.parent.name == str(model).replace("/", "__")
+    found, samples = read_json(file), read_lines(sample_file)
+    scores = ("dfa_equal", "exact", "startswith", "stop_rate")
+    assert {name: found["results"]["words"][f"{name},none"] for name in scores} == {n: metrics[n] for n in scores}
+    p = metrics["stop_rate"]
+    assert found["results"]["words"]["stop_rate_stderr,none"] == pytest.approx((p * (1 - p) / 19) ** 0.5)
+    assert (found["n-samples"], found["versions"], found["n-shot"]) == (
+        {"words": {"original": 24, "effective": 20}}, {"words": 1}, {"words": 0},
+    )  # fmt: skip
+    assert found["higher_is_better"]["words"] == dict.fromkeys(scores, True)
+    assert found["configs"]["words"]["output_type"] == "generate_until"
+    assert found["config"]["model_args"]["pretrained"] == found["model_name"] == str(model)
+    assert found["git_hash"] == metrics["git_commit"] and found["date"] == (folder / "metrics.json").stat().st_mtime
+    for sample, row, example in zip(samples, rows, EXAMPLES, strict=False):
+        system, user, answer = (turn["content"] for turn in example["messages"])
+        assert sample["doc"] == {"system": system, "user": user, "assistant": answer}
+        assert (sample["doc_id"], sample["target"], sample["filter"]) == (row["id"] - 1, answer, "none")
+        assert sample["resps"] == [[row["prediction"]]] and sample["filtered_resps"] == [row["prediction"]]
+        prompt = sample["arguments"]["gen_args_0"]["arg_0"]
+        assert system in prompt and user in prompt and answer not in prompt.rpartition(user)[2]
+        assert sample["arguments"]["gen_args_0"]["arg_1"]["max_gen_toks"] == 3
+        assert {name: sample[name] for name in sample["metrics"]} == {n: row[n] for n in scores[:3]}
+        doc = json.dumps(sample["doc"], indent=2, ensure_ascii=False)
+        assert [sample[f"{n}_hash"] for n in ("doc", "prompt", "target")] == [sha256(x) for x in (doc, prompt, answer)]
+    together = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
+    assert len(samples) == 20 and found["task_hashes"] == {"words": sha256(together)}
+    changed = shutil.copy(data, tmp_path / "words_test.jsonl")
+    record = metrics["settings"] | {"input_file": str(changed)}
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"settings": record, "data_sha256": "other"}))
+    done = call("llm_jepa.export", "lm_eval", folder, tmp_path / "out")
+    assert done.code == 2 and str(changed) in done.err
