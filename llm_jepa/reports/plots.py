@@ -45,7 +45,7 @@ CURVES = {
 CURVE_POINTS = 150  # each is the mean of a block of steps
 EMBEDDINGS = "embeddings.safetensors"  # in RUN/eval/<dataset>/
 T_SNE_MIN_POINTS = 10  # with fewer there are no neighborhoods to preserve
-T_SNE_PAIRS = 250  # at most, in a report
+T_SNE_PAIRS = 150  # at most, in a report
 SVG = {"svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
        "figure.facecolor": "none", "axes.facecolor": "none"}  # fmt: skip
 

@@ -138,6 +138,14 @@ def test_interrupt_stops_an_answer_and_not_the_program(memorized, monkeypatch):
     assert (done.code, done.out, len(asked)) == (0, "one\n", 2)
 
 
+def test_run_trained_on_csv_knows_the_examples_of_a_csv(tmp_path):
+    data = tmp_path / "pairs.csv"
+    data.write_text("ask,sql\na question,an answer\nanother,a second\n")
+    run = train(data, tmp_path / "run", "--regular", "--text_field", "ask", "--code_field", "sql", "--max_steps", 1)
+    done = run_chat(run, "--input_file", data, "--task", "text", "--max_new_tokens", 2, stdin=b"another")
+    assert done.code == 0 and "'a second'" in done.err
+
+
 @pytest.mark.parametrize(
     ("flags", "stdin", "said"),
     [

@@ -95,6 +95,15 @@ def test_last_layer_at_the_view_token_is_what_training_reads(name, place):
     assert not torch.allclose(views[0], views[1], atol=1e-2)
 
 
+def test_reverse_pred_keeps_text_and_code_apart():
+    model, encoder = loaded(TINY)[0], encoder_of(TINY, predictors=2, reverse_pred=True)
+    text, code = embed(model, encoder, EXAMPLES, batch_size=4)
+    close((code, text), training_reads(model, encoder))
+    plain = embed(model, encoder_of(TINY), EXAMPLES, batch_size=4)
+    close((text,), plain[:1])  # the user turn has no predictors here
+    assert not torch.allclose(code, plain[1], atol=1e-2)
+
+
 @pytest.mark.parametrize("pooling", embeddings.POOLINGS)
 @pytest.mark.parametrize("layer", [0, 1, -1, -2])
 def test_layers_and_poolings_equal_those_of_a_view_without_batch(layer, pooling):
@@ -193,3 +202,10 @@ def test_t_sne_draws_the_exported_views_with_seed_42(rows, tmp_path):
     points = torch.cat([text[i::3] for i in range(3)]).numpy()
     plane = TSNE(perplexity=(len(points) - 1) / 3, init="pca", random_state=42).fit_transform(points)
     assert plane.tolist() == [xy for group in record["groups"].values() for xy in group]
+
+
+def test_examples_without_a_set_of_paraphrases_are_refused_by_line(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [*ROWS, message_row("a film", "Good") | {"group": 3}])
+    flags = ["--input_file", rows, "--output_file", tmp_path / "s.json", "--t_sne", "--t_sne_type", "paraphrase"]
+    done = call("evaluate", "--model_name", GOLDEN / "models" / "chatml", *flags)
+    assert done.code == 2 and "rows.jsonl:15:" in done.err and not (tmp_path / "t_sne_paraphrase.png").exists()

@@ -428,6 +428,43 @@ def trained(folder: Path, *flags: object) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("runs") / "plain", "--train_file", GOLDEN / "regex_rows.jsonl", "--plain")
+
+
+def test_run_is_evaluated_in_its_own_format(plain_run, data, tmp_path):
+    flags = ("--input_file", data, "--max_examples", 2, "--max_new_tokens", 2)
+    done = call("evaluate", "--model_name", plain_run, *flags)
+    assert done.code == 2 and str(plain_run) in done.err and "--plain" in done.err
+    assert not (plain_run / "eval").exists()
+    done = call("evaluate", "--model_name", plain_run, *flags, "--plain")
+    assert done.code == 0, done.err
+    assert metrics_of(plain_run / "eval" / "synth")["n"] == 2
+    chat = changed_copy(plain_run, tmp_path / "chat", args={"plain": False})
+    done = call("evaluate", "--model_name", chat, *flags, "--plain")
+    assert done.code == 2 and "--plain" in done.err
+
+
+def test_unfinished_run_is_refused(plain_run, data, tmp_path):
+    folder = changed_copy(plain_run, tmp_path / "run", run={"status": "interrupted"})
+    (folder / "config.json").unlink()  # it is saved at the end
+    before = snapshot(folder)
+    done = call("evaluate", "--model_name", folder, "--input_file", data, "--plain")
+    assert done.code == 2 and f"{folder}: the run is interrupted" in done.err
+    assert snapshot(folder) == before
+
+
+def test_process_split_is_the_split_of_finetune(regex_rows, tmp_path):
+    held_out = split_examples(read_examples(str(regex_rows), Problems()), 0.5, 7)[1]
+    given = gold_predictions(tmp_path / "p.jsonl", regex_rows, [e.id for e in held_out])
+    flags = ("--task", "synth", "--process_split", "test", "--test_size", 0.5, "--split_seed", 7)
+    done = score_file(given, regex_rows, *flags)
+    assert done.code == 0, done.err
+    assert (metrics_of(tmp_path)["n"], metrics_of(tmp_path)["exact"]) == (60, 1)
+    assert score_file(given, regex_rows, *flags, "--process_split", "train", "--overwrite").code == 2
+
+
 def test_file_split_for_training_needs_a_part_or_consent(tmp_path):
     data = write_rows(tmp_path / "synth_all.jsonl", [message_row(f"q{i}", f"a{i}") for i in range(10)])
     run = trained(tmp_path / "run", "--data_file", data)
@@ -511,6 +548,16 @@ def test_note_counts_the_examples_that_the_run_was_trained_on(tmp_path, monkeypa
 
 
 # ------------------------------------------------------------------------------------- what is refused first, lengths
+
+
+def test_untuned_model_is_checked_before_the_tuned_one_generates(model, data, finished, tmp_path):
+    base = changed_copy(MODEL, tmp_path / "base", config={"max_position_embeddings": 50})
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    before = snapshot(out)
+    flags = ("--split_tune_untune", "--original_model_name", base, "--overwrite")
+    done = score(model, data, out / "p.jsonl", *flags)
+    assert done.code == 2 and "synth_test.jsonl:" in done.err and "Traceback" not in done.err
+    assert snapshot(out) == before
 
 
 @pytest.mark.parametrize("flag", ["--output_file", "--export_embeddings"])

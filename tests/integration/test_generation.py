@@ -17,6 +17,7 @@ from llm_jepa.data.examples import Example, Problems
 from llm_jepa.data.segments import end_of_turn
 from llm_jepa.evaluation import generation
 from llm_jepa.evaluation.settings import EvaluationSettings
+from llm_jepa.training.generations import Generations
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -142,6 +143,14 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     assert sizes[0] == 6 and sizes[-1] < 6
 
 
+def test_prompt_near_the_context_length_does_not_shorten_the_others():
+    model = build("llama")
+    short = [[*PREFIX, *range(20, 20 + n)] for n in (2, 60, 68)]
+    longest = [*PREFIX, *([30] * 118)]  # 124 of 128 tokens
+    got = generation.generate_tokens(model, PAD, [7], [*short, longest], 20, generation.Plan())
+    assert got == [one_by_one(model, p, 20, [7]) for p in short] + [one_by_one(model, longest, 4, [7])]
+
+
 LENGTHS = [5, 40, 7, 7, 100, 1, 12, 30, 7]
 
 
@@ -233,6 +242,15 @@ def test_responses_equal_those_of_one_prompt_without_cache(name, batch_size, sto
     assert {g.stop_reason for g in want} == {"stop", "length"} and len({g.text for g in want}) > len(want) / 2
 
 
+def test_stop_token_counts_within_max_new_tokens(stopping):
+    folder, stops = stopping["llama3"]
+    model, _ = load(folder)
+    rows = [one_by_one(model, prompt, STEPS, stops) for prompt in prompts_of(folder, EXAMPLES)]
+    i = next(i for i, row in enumerate(rows) if row[-1] in stops and len(row) > 1)
+    for steps, reason in ((len(rows[i]), "stop"), (len(rows[i]) - 1, "length")):
+        assert generated(folder, 1, steps, [EXAMPLES[i]])[0].stop_reason == reason
+
+
 @pytest.mark.parametrize("max_new_tokens", [-1, 12])
 def test_response_ends_at_the_context_length(max_new_tokens, stopping, tmp_path):
     folder, stops = stopping["llama3"]
@@ -257,3 +275,28 @@ def test_generation_config_of_a_model_does_not_change_greedy_responses(config, s
     folder, _ = stopping["llama3"]
     odd = changed_copy(folder, tmp_path / "odd", generation_config=config)
     assert generated(odd, 4) == generated(folder, 4)
+
+
+def test_tokenizer_that_adds_bos_adds_no_second_one(tmp_path):
+    bos = "<|begin_of_text|>"
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    processor = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}},
+    }
+    folder = changed_copy(GOLDEN / "models" / "llama3", tmp_path / "bos", tokenizer={"post_processor": processor})
+    assert load(folder)[1].tokenizer("a").input_ids[0] == 0
+    assert [(ids[0], ids.count(0)) for ids in prompts_of(folder, EXAMPLES)] == [(0, 1)] * len(EXAMPLES)
+
+
+def test_held_out_generations_are_as_long_as_the_longest_answer(monkeypatch):
+    model, renderer = load(GOLDEN / "models" / "llama3")
+    limits, answer = [], "a word " * 200
+    examples = [Example(None, "x", text, "data:1", i) for i, text in enumerate(("a", answer))]
+    found = [[(example, generation.Generation("", "stop")) for example in examples]]
+    monkeypatch.setattr(generation, "generate", lambda *a, max_new_tokens: limits.append(max_new_tokens) or found)
+    for some in (examples[:1], examples):
+        Generations(renderer, some, "text", "", scored=2, shown=0)(model)
+    assert limits[0] == 128 and len(renderer.tokenizer(answer).input_ids) < limits[1]

@@ -138,6 +138,23 @@ def test_predictions_and_scores_equal_those_of_the_transformers_engine(model, da
     assert all_ended(stub)
 
 
+def test_vllm_gets_the_limits_and_stop_tokens_of_the_transformers_engine(model, data, stub, replies, tmp_path):
+    longest = max(len(json.loads(prompt)) for prompt in replies)
+    folder = changed_copy(model, tmp_path / "short", config={"max_position_embeddings": longest + 2})
+    assert score(folder, data, tmp_path / "t" / "p.jsonl", "--max_new_tokens", 5).code == 0
+    flags = ("--max_new_tokens", 5, "--tensor_parallel_size", 2)
+    assert vllm(folder, data, tmp_path / "v" / "p.jsonl", *flags).code == 0
+    assert (tmp_path / "v" / "p.jsonl").read_bytes() == (tmp_path / "t" / "p.jsonl").read_bytes()
+    arguments, request = read_lines(stub / "received.jsonl")
+    assert arguments["max_model_len"] == longest + 2
+    assert (arguments["model"], arguments["dtype"], arguments["tensor_parallel_size"]) == (str(folder), "float32", 2)
+    rooms = [min(5, longest + 2 - len(json.loads(prompt))) for prompt in replies]
+    want = [[i, json.loads(prompt), room] for i, (prompt, room) in enumerate(zip(replies, rooms, strict=True), 1)]
+    assert request["prompts"] == want
+    loaded, encoder = evaluate.load(str(folder), EvaluationSettings(dtype="float32"))
+    assert request["stop_token_ids"] == generation.stop_ids(loaded.generation_config, encoder.renderer)
+
+
 @pytest.mark.parametrize("trouble, kept", [("dies:4", 4), ("prints:2", 2)])
 def test_failure_keeps_the_responses_and_the_same_command_resumes(
     trouble, kept, model, data, stub, tmp_path, monkeypatch

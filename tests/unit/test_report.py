@@ -63,6 +63,14 @@ def test_runs_with_other_inputs_are_not_averaged(tmp_path, tables, file, changes
     assert [table[-1][0] for table in tables(runs)] == ["mean (n = 1)"] * 2
 
 
+def test_run_with_two_evaluations_is_in_two_tables(tmp_path, tables):
+    run = synthetic_run(tmp_path / "a", JEPA, 82, {"exact": 80.0})
+    (run / "eval" / "turk").mkdir()
+    (run / "eval/turk/metrics.json").write_text(json.dumps(json.loads((run / METRICS).read_text()) | {"exact": 0.3}))
+    found = [(table[0][0].split()[0], table[-1][1]) for table in tables([run])]
+    assert found == [("synth", "80.00"), ("turk", "30.00")]
+
+
 def test_runs_from_models_pretrained_with_different_seeds_are_one_arm(tmp_path, tables):
     runs = []
     for lbd, seed, exact in ((0.5, 82, 50.0), (0.5, 23, 60.0), (2.0, 82, 70.0), (2.0, 23, 80.0)):

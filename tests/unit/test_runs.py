@@ -6,14 +6,19 @@ import dataclasses
 import errno
 import fcntl
 import os
+import resource
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json, write_json
-from llm_jepa.run_folder import CHECKPOINT_MARK, RunFolder, complete_checkpoints, mark_checkpoint
+from llm_jepa.run_folder import CHECKPOINT_MARK, RunFolder, complete_checkpoints, launch_id, mark_checkpoint
 from llm_jepa.settings import Settings
+from llm_jepa.training.process import write_errors
 
 
 def checkpoint(run: Path, step: int, mark: bool = True) -> None:
@@ -52,6 +57,43 @@ def test_json_is_written_atomically_and_damage_is_reported(tmp_path):
         read_json(path)
 
 
+def save_sharded(path):
+    raise CheckpointException("save", {0: (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), None)})
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: torch.save({"a": torch.ones(9999)}, path),
+        lambda path: save_file({"a": torch.ones(9999)}, path),
+        save_sharded,
+    ],
+    ids=["torch", "safetensors", "sharded"],
+)
+def test_every_error_of_a_refused_write_names_the_folder_in_one_line(tmp_path, save):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError) as error, write_errors(str(tmp_path)):
+            save(tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match="^no write$"), write_errors(str(tmp_path)):
+        raise RuntimeError("no write")
+
+
+def test_job_is_identified_without_a_name_of_the_machine(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "alices-laptop")
+    found = {}
+    for name in ("none", "none", "alices-laptop:29500", "other"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        assert found.setdefault(name, launch_id()) == launch_id()
+    assert len({*found.values()}) == 3 and "alice" not in "".join(found.values())
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert launch_id() is None
+
+
 def test_run_folder_is_locked_until_closed(tmp_path):
     """A second process that resumes the run would load checkpoints that the first one deletes."""
     run, record = tmp_path / "run", {"argv": [], "data_sha256": {}}
@@ -77,6 +119,19 @@ def unfinished_run(folder: Path, **settings: object) -> dict:
     write_json(folder / "args.json", settings)
     write_json(folder / "run.json", {"status": "interrupted", "processes": 2})
     return settings
+
+
+@pytest.mark.parametrize(
+    ("flag", "loss"), [("jepa_l2", "l2"), ("jepa_mse", "mse"), ("infonce", "infonce"), (None, "cosine")]
+)
+def test_run_with_the_old_name_of_its_loss_is_resumed(tmp_path, monkeypatch, flag, loss):
+    monkeypatch.setattr("llm_jepa.run_folder.processes", lambda: 2)
+    settings = unfinished_run(tmp_path / "run", **({flag: True} if flag else {}))
+    write_json(tmp_path / "run/args.json", {k: v for k, v in settings.items() if k not in ("jepa_loss", "temperature")})
+    now = settings | {"jepa_loss": loss, "jepa_l2": False, "jepa_mse": False, "infonce": False}
+    RunFolder(str(tmp_path / "run"), now).check(resume=True, overwrite=False)
+    with pytest.raises(UsageError, match="--jepa_loss"):
+        RunFolder(str(tmp_path / "run"), now | {"jepa_loss": "vicreg"}).check(resume=True, overwrite=False)
 
 
 @pytest.mark.parametrize(("loss", "processes", "batch_size", "grad_accum", "mentioned"), [
