@@ -1,6 +1,7 @@
 """Encoded examples, and the micro-batches that they are grouped into."""
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,26 +14,27 @@ from accelerate.utils import patch_environment
 from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.segments import Encoder, Item, Segment
 
-TEXTS = ("system", "user", "assistant", "text", "code")  # the fields of an example that are encoded
 KINDS = ("chat", "text_view", "code_view")
 EXAMPLES_PER_PROCESS = 10_000  # fewer are not worth a process of their own
 # For code that forks: a tokenizer's threads do not survive a fork, and the child would wait for them.
 NO_THREADS = {"tokenizers_parallelism": "false"}
 
 
+def shape_of(segment: Segment) -> tuple[int, ...]:
+    """What a segment is besides its tokens, as ten numbers."""
+    view = -1 if segment.view is None else segment.view
+    places = (view, segment.stem, segment.branch, *segment.user, *segment.answer)
+    return (KINDS.index(segment.kind), len(segment.ids), *places, segment.paired)
+
+
 def encode_columns(columns: dict[str, list], encoder: Encoder) -> dict[str, list]:
-    """Encodes a batch of `Dataset.map`: columns of texts to columns of token ids, labels, shapes and errors."""
-    texts = [dict(zip(TEXTS, values, strict=True)) for values in zip(*(columns[n] for n in TEXTS), strict=True)]
+    """Encodes a batch of `Dataset.map`: a column of examples to columns of token ids, labels, shapes and errors."""
     rows: dict[str, list] = {"ids": [], "labels": [], "shapes": [], "error": []}
-    for item in encoder([Example(**t, source="", id=0) for t in texts]):
+    for item in encoder([Example(**json.loads(example)) for example in columns["example"]]):
         error, item = (str(item), ()) if isinstance(item, ValueError) else (None, item)
         rows["ids"].append(np.concatenate([x.ids for x in item] or [np.empty(0)]).astype(np.int32))
         rows["labels"].append(np.concatenate([x.labels for x in item] or [np.empty(0)]).astype(np.uint8))
-        shapes = [
-            (KINDS.index(x.kind), len(x.ids), -1 if x.view is None else x.view, x.stem, x.branch, *x.user, *x.answer)
-            for x in item
-        ]
-        rows["shapes"].append(np.asarray(shapes, dtype=np.int32).reshape(-1))
+        rows["shapes"].append(np.asarray([shape_of(x) for x in item], dtype=np.int32).reshape(-1))
         rows["error"].append(error)
     return rows
 
@@ -45,10 +47,7 @@ def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) ->
     import datasets
 
     text, numbers = datasets.Value("string"), {"ids": "int32", "labels": "uint8", "shapes": "int32"}
-    data = datasets.Dataset.from_dict(
-        {name: [getattr(e, name) for e in examples] for name in TEXTS},
-        features=datasets.Features(dict.fromkeys(TEXTS, text)),
-    )
+    data = datasets.Dataset.from_dict({"example": [json.dumps(vars(example)) for example in examples]})
     encoded = {name: datasets.LargeList(datasets.Value(kind)) for name, kind in numbers.items()} | {"error": text}
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun that share this node's cores
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -61,7 +60,7 @@ def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) ->
         if processes > 1:
             stack.enter_context(patch_environment(**NO_THREADS))
         return data.map(
-            encode_columns, batched=True, remove_columns=list(TEXTS), features=datasets.Features(encoded),
+            encode_columns, batched=True, remove_columns="example", features=datasets.Features(encoded),
             fn_kwargs={"encoder": encoder}, num_proc=processes if processes > 1 else None, desc="tokenize",
             keep_in_memory=True, load_from_cache_file=False, new_fingerprint="tokens",
         )  # fmt: skip
@@ -75,7 +74,7 @@ class Items(Sequence):
         self._rows = np.asarray(rows, dtype=np.int64)
         self._columns = [encoded.data.column(name).combine_chunks() for name in ("ids", "labels", "shapes")]
         self.lengths = np.diff(self._columns[0].offsets.to_numpy())[self._rows]  # tokens of each example
-        self.longest = int(self._columns[2].values.to_numpy().reshape(-1, 9)[:, 1].max())  # tokens of a segment
+        self.longest = int(self._columns[2].values.to_numpy().reshape(-1, 10)[:, 1].max(initial=0))  # of a segment
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -85,11 +84,11 @@ class Items(Sequence):
             return [self[i] for i in range(*index.indices(len(self)))]
         ids, labels, shapes = (column[self._rows[index]].values.to_numpy() for column in self._columns)
         segments, begin = [], 0
-        for kind, length, view, stem, branch, *turns in shapes.reshape(-1, 9).tolist():
+        for kind, length, view, stem, branch, *turns, paired in shapes.reshape(-1, 10).tolist():
             part = slice(begin, begin + length)
             view = None if view < 0 else view
-            user, answer = tuple(turns[:2]), tuple(turns[2:])
-            segments.append(Segment(KINDS[kind], ids[part], labels[part].view(bool), view, stem, branch, user, answer))
+            places = {"user": tuple(turns[:2]), "answer": tuple(turns[2:]), "paired": bool(paired)}
+            segments.append(Segment(KINDS[kind], ids[part], labels[part].view(bool), view, stem, branch, **places))
             begin += length
         return tuple(segments)
 
@@ -112,9 +111,9 @@ class SegmentDataset(torch.utils.data.Dataset):
                 good.append(row)
             else:
                 problems.add(examples[row].source, error)
-        if not good:
-            raise ExampleError(f"no usable example is left: {problems.report()}")
         self.items, self.examples, self.draws = Items(encoded, good), [examples[row] for row in good], draws
+        if not self.items.longest:
+            raise ExampleError(f"no usable example is left: {problems.report()}")
 
     def __len__(self) -> int:
         return len(self.items)
