@@ -38,7 +38,7 @@ from llm_jepa.evaluation.predictions import Predictions
 from llm_jepa.evaluation.scores import databases_of, retrieval_table, score_table, scored_row, scorer, summarize
 from llm_jepa.files import folder_sha256, sha256, write_json
 from llm_jepa.run_folder import provenance
-from llm_jepa.scoring.tasks import TASKS
+from llm_jepa.scoring.tasks import find_task, is_task_file
 from llm_jepa.training.process import run_script, write_errors
 
 MIN_GOLD_SCORE = 0.9  # of the data's own answers; published datasets contain a few wrong answers
@@ -51,7 +51,7 @@ def encode(
     model: Any, encoder: Encoder, examples: list[Example], s: EvaluationSettings, problems: Problems
 ) -> tuple[list[Example], list[Any]]:
     """(examples, their prompts or their chats with each choice), without those that cannot be encoded."""
-    if choices := TASKS[s.task].choices:
+    if choices := find_task(s.task).choices:
         return generation.encode_choices(model.config, encoder, examples, choices, problems)
     return generation.encode_prompts(model.config, encoder.renderer, examples, problems)
 
@@ -80,7 +80,7 @@ def predict(
         with agreed():  # nothing is replaced before all input is checked
             score = stack.enter_context(scorer(s.task, s.spider_path, examples, s.allow_code_execution))
             model, encoder = load(name, s)
-            choices, renderer, plan = TASKS[s.task].choices, encoder.renderer, generation.Plan()
+            choices, renderer, plan = find_task(s.task).choices, encoder.renderer, generation.Plan()
             limit = s.max_new_tokens or generation.answer_limit(renderer, examples)
             record["settings"] = identity["settings"] | {"max_new_tokens": limit}
             examples, encoded = encode(model, encoder, examples, s, problems)
@@ -124,7 +124,7 @@ def add_retrieval(
     sizes = {"tokens_per_batch": s.tokens_per_batch or TOKENS_PER_BATCH}
     try:
         with agreed():
-            if s.engine == "vllm" or TASKS[s.task].choices:
+            if s.engine == "vllm" or find_task(s.task).choices:
                 raise UsageError(f"--task {s.task} with --engine {s.engine} gives no hidden states of the views")
             views = embeddings.encode_views(model, encoder, examples, Problems(s.skip_bad_examples))[1]
             share = (state.process_index, state.num_processes)
@@ -202,7 +202,7 @@ def evaluate_predictions(
     if "retrieval" in record:
         print(f"\n{retrieval_table(record['retrieval'])}")
     if untuned:
-        right = {row["id"] for row in untuned if row[metrics["score"]]}
+        right = {row["id"] for row in untuned if row[metrics["score"]] == 1}
         parts = {"right": [r for r in rows if r["id"] in right], "wrong": [r for r in rows if r["id"] not in right]}
         found = {name: summarize(part, s.task, s.startswith) for name, part in parts.items() if part}
         metrics["untuned"] = summarize(untuned, s.task, s.startswith) | {"retrieval": own.get("retrieval")}
@@ -264,11 +264,15 @@ def evaluate(s: EvaluationSettings) -> None:
         s = dataclasses.replace(s, test_size=share, split_seed=seed)
         if s.process_split:
             examples = split_examples(examples, share, seed)[s.process_split == "test"]
-        examples = examples[: s.max_examples or None]
+        examples = [e for e in examples if (e.pair if s.embeds else e.has_chat)][: s.max_examples or None]
+        if not examples:
+            raise UsageError(f"{s.input_file}: no example has {'a pair of views' if s.embeds else 'a chat'}")
         settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("overwrite", "config")}
         identity = {"settings": settings, "data_sha256": checksum}
         if s.task and (databases := databases_of(s.task, s.spider_path)):
             identity["databases_sha256"] = folder_sha256(databases)
+        if is_task_file(s.task):
+            identity["task_sha256"] = sha256(s.task)
         if s.output_file and not s.embeds:
             predictions.check_free(Path(s.output_file), s.overwrite)
         record, notes = provenance({}) | identity | {"notes": []}, notes_on(s, examples, file, checksum)

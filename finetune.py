@@ -193,7 +193,8 @@ class Parts:
 
     def inspect(self, half: bool) -> None:
         """Checks the layout on the first three examples. `half`: the parameters are in half precision."""
-        items, sets = self.train_set.items[:3], [x for x in (self.train_set, self.held_out) if x is not None]
+        items = list(itertools.islice(filter(None, self.train_set.items), 3))
+        sets = [x for x in (self.train_set, self.held_out) if x is not None]
         longest = self.encoder.max_length if self.stream else max(x.items.longest for x in sets)
         inspect_model(self.model, self.selector, self.collator, items, half=half, longest=longest)
 
@@ -248,7 +249,7 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
         print(f"--max_length {max_length}, the model's context, instead of {s.max_length}", file=sys.stderr)
     renderer = Renderer(tokenizer, s.plain, s.train_all, s.predictors, s.front_pred, s.reverse_pred)
     locate_user = s.stp_variant is not None and s.stp_part in ("content", "user")
-    encoder = Encoder(renderer, s.lm_labels, max_length, s.last_token, s.jepa, s.text_view, locate_user)
+    encoder = Encoder(renderer, s.lm_labels, max_length, s.last_token, s.jepa, s.text_view, locate_user, s.lm_turns)
     data = load_data(s, encoder, state)
     set_seed(s.finetune_seed)
     model = load(s, tokenizer, device)
@@ -335,8 +336,9 @@ def build_trainer(
         steps = max(1, round(steps_per_epoch * s.num_epochs * share_of_flop(s, parts, micro_batches, bf16)))
     generate = None
     if s.generates:
+        chats = [example for example in parts.held_out.examples if example.has_chat]
         generate = Generations(
-            parts.encoder.renderer, parts.held_out.examples, s.scored_task, s.spider_path, scored=s.eval_generate,
+            parts.encoder.renderer, chats, s.scored_task, s.spider_path, scored=s.eval_generate,
             shown=s.sample_generations, process=state.process_index, processes=state.num_processes,
         )  # fmt: skip
     try:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import synth_grammar
-from sources import Row, Source, file_entry, json_rows, spider_folder, stated_license
+from sources import Row, hub, json_rows, lines, spider_folder
 
 from llm_jepa.data.examples import Example, ExampleError, Problems, parse_messages, split_examples
 
 ROOT = Path(__file__).resolve().parents[1]
-SEED = 42  # of `draw`, and of the published splits of deep-regex and Spider
-DRAWN_TRAIN, DRAWN_TEST = 8000, 2000  # examples drawn from larger datasets
+SEED = 42  # of `draw`, and of random splits, as published
+DRAWN = {"": (8000, 2000)}  # examples of train and test, if they are drawn from more; also the sizes of deep-regex
 
 
 def chat(system: str | None, user: Any, assistant: Any) -> dict[str, Any]:
@@ -32,15 +32,16 @@ def chat(system: str | None, user: Any, assistant: Any) -> dict[str, Any]:
 
 def to_json(example: Example) -> dict[str, Any]:
     """The JSON object that an example is read from."""
-    chat_turns = chat(example.system, example.user, example.assistant)
     optional = {
+        "messages": example.messages or None,
+        "pair": None if example.pair else False,
         "text": example.text and [{"role": "user", "content": example.text}],
         "code": example.code and [{"role": "assistant", "content": example.code}],
         "answers": example.answers,
         "group": example.group,
         "tests": example.tests,
     }
-    return chat_turns | {name: value for name, value in optional.items() if value is not None}
+    return {name: value for name, value in optional.items() if value is not None}
 
 
 def to_examples(rows: Iterable[Row], convert: Callable[[Any], dict[str, Any]], problems: Problems) -> list[Example]:
@@ -57,35 +58,25 @@ def to_examples(rows: Iterable[Row], convert: Callable[[Any], dict[str, Any]], p
 
 
 def draw(rows: Iterable[Row], count: int) -> list[Row]:
-    """`count` rows in random order, the same for every Python version; all rows in their order if `count` is 0.
+    """`count` rows in random order, the same for every Python version.
 
     One pass, in the memory of `count` rows: a random number is drawn per row, and the rows with the smallest are kept.
     """
-    if count == 0:
-        return list(rows)
     rng = random.Random(SEED)
     return [row for _, _, row in heapq.nsmallest(count, ((rng.random(), i, row) for i, row in enumerate(rows)))]
 
 
-def describe_draw(counts: Iterable[int], of: str) -> str:
-    """The manifest's text on how many examples were drawn of each part; a count of 0 is all."""
-    sizes = " and ".join(str(count or "all") for count in counts)
-    return f"{sizes} of {of}, " + (f"drawn with seed {SEED}" if any(counts) else "in order")
+Parts = tuple[list[Example], list[Example] | None]  # train and test; None: the dataset has no test part
 
 
-@dataclass
-class Parts:
-    """The examples of a dataset and the manifest's text on how they were split.
-
-    `published_split` replaces `split` if the counts are the published ones and no row was skipped. `license` is given
-    for examples other than the published ones: it replaces the table's, and the published counts do not apply.
-    """
-
-    train: list[Example]
-    test: list[Example] | None  # None: the dataset has no test part
-    split: str
-    published_split: str | None = None
-    license: str | None = None
+def hub_parts(
+    address: str, convert: Callable, problems: Problems, parts: tuple[str, str] = ("train", "test"), drawn: bool = False
+) -> Parts:
+    """The two parts of a hub dataset, or DRAWN examples of each; `address` has {} for the part."""
+    rows = [hub(address.format(part)) for part in parts]
+    rows = [draw(part, count) for part, count in zip(rows, DRAWN[""], strict=True)] if drawn else rows
+    train, test = (to_examples(part, convert, problems) for part in rows)
+    return train, test
 
 
 REGEX_SYSTEM = "Convert natural language to regular expression."
@@ -95,29 +86,27 @@ DEEP_REGEX_FILES = f"folder with src.txt and targ.txt, from https://github.com/{
 DEEP_REGEX_RAW = f"https://raw.githubusercontent.com/{DEEP_REGEX}/a48ac3b994e9b9f769abf100db84ba85ca8d4956"
 
 
-def deep_regex(folder: str, source: Source, problems: Problems) -> Parts:
+def deep_regex(folder: str, source: Path | None, problems: Problems) -> Parts:
     """NL-RX-Synth or NL-RX-Turk: line i of targ.txt is the regular expression of line i of src.txt."""
-    folder = f"{DEEP_REGEX_RAW}/datasets/{folder}"
-    descriptions, regexes = source.lines(f"{folder}/src.txt"), source.lines(f"{folder}/targ.txt")
+    names = (f"{DEEP_REGEX_RAW}/datasets/{folder}/{file}.txt" for file in ("src", "targ"))
+    descriptions, regexes = (lines(name, source) for name in names)
     if len(descriptions) != len(regexes):
         raise ExampleError(f"{descriptions[-1][0]} and {regexes[-1][0]} are the last lines; the numbers must be equal")
     pairs = [(place, i, (d, r)) for (place, i, d), (_, _, r) in zip(descriptions, regexes, strict=True)]
     examples = to_examples(pairs, lambda pair: chat(REGEX_SYSTEM, *pair), problems)
-    split = f"one in five at random, seed {SEED}"
-    return Parts(*split_examples(examples, 0.2, SEED), split, f"{split}: the published split")
+    return split_examples(examples, 0.2, SEED)
 
 
-def synth(source: Source, problems: Problems) -> Parts:
+def synth(source: Path | None, problems: Problems) -> Parts:
     """The project's own SYNTH examples; with --source NL-RX-Synth of arXiv 1608.03000."""
-    if source.path is not None:
+    if source is not None:
         return deep_regex("NL-RX-Synth", source, problems)
-    source.entries.append({"generator": "synth_grammar.py"})
     rows = ([("synth_grammar.py", i, pair) for i, pair in enumerate(p, start=1)] for p in synth_grammar.draw_pairs())
     train, test = (to_examples(part, lambda pair: chat(REGEX_SYSTEM, *pair), problems) for part in rows)
-    return Parts(train, test, "every fifth pair is a test pair", license="Apache-2.0")
+    return train, test
 
 
-def turk(source: Source, problems: Problems) -> Parts:
+def turk(source: Path | None, problems: Problems) -> Parts:
     """NL-RX-Turk of arXiv 1608.03000: SYNTH's regular expressions, described by people."""
     return deep_regex("NL-RX-Turk", source, problems)
 
@@ -125,7 +114,7 @@ def turk(source: Source, problems: Problems) -> Parts:
 GSM8K = "openai/gsm8k:main:{}@740312add88f781978c0658806c59bc2815b9866"
 
 
-def gsm8k(source: Source, problems: Problems) -> Parts:
+def gsm8k(source: Path | None, problems: Problems) -> Parts:
     """GSM8K of arXiv 2110.14168: questions and answers in steps that end with `#### N`."""
 
     def convert(row: Any) -> dict[str, Any]:
@@ -133,8 +122,7 @@ def gsm8k(source: Source, problems: Problems) -> Parts:
             raise ValueError("the answer does not end with '#### N'")
         return chat("Answer the math question, show steps.", row["question"], row["answer"])
 
-    train, test = (to_examples(source.hub(GSM8K.format(part)), convert, problems) for part in ("train", "test"))
-    return Parts(train, test, "the authors' own")
+    return hub_parts(GSM8K, convert, problems)
 
 
 SPIDER = "xlangai/spider:spider:{}@0c350918f3f29ec754f1181c65cdce76cd6c133c"
@@ -143,7 +131,7 @@ SPIDER_FILES = "spider_data.zip or the unpacked folder, from https://yale-lily.g
 SPIDER_COUNTS = {"by_database": (7000, 1034), "random": (6587, 1447)}
 
 
-def spider(source: Source, problems: Problems, split: str = "by_database") -> Parts:
+def spider(source: Path | None, problems: Problems, split: str = "by_database") -> Parts:
     """Spider of arXiv 1809.08887, from spider_data.zip in the repository's root unless --source is given.
 
     `by_database` is the official split into train_spider.json and dev.json, which must not share a database (else
@@ -156,48 +144,40 @@ def spider(source: Source, problems: Problems, split: str = "by_database") -> Pa
             raise ValueError("db_id, question and query must be non-empty strings")
         return chat("Convert natural language to SQL.", f"For db_id:[{db_id}]\n\n{question}", query)
 
-    path, license = source.path or (SPIDER_ZIP if SPIDER_ZIP.exists() else None), None
+    path = source or (SPIDER_ZIP if SPIDER_ZIP.exists() else None)
     if path is None:
-        rows = [source.hub(SPIDER.format(part)) for part in ("train", "validation")]
+        train, dev = hub_parts(SPIDER, convert, problems, ("train", "validation"))
     else:
-        folder = spider_folder(path)
-        files = [folder / name for name in ("train_spider.json", "dev.json")]
-        rows, license = [json_rows(file) for file in files], stated_license(folder / "README.txt")
-        source.entries += map(file_entry, files if path.is_dir() else [path])
-    train, dev = (to_examples(part, convert, problems) for part in rows)
+        files = (spider_folder(path) / name for name in ("train_spider.json", "dev.json"))
+        train, dev = (to_examples(json_rows(file), convert, problems) for file in files)
     if split == "random":
-        train, dev = split_examples(train + dev, 0.18, SEED)
-        text = f"18 % of train_spider.json and dev.json at random, seed {SEED}"
-        return Parts(train, dev, text, f"{text}: the published split", license)
+        return split_examples(train + dev, 0.18, SEED)
     first, second = ({example.user.partition("\n")[0] for example in part} for part in (train, dev))
     if both := [line.removeprefix("For db_id:") for line in sorted(first & second)]:
         raise ExampleError(
             f"{path or SPIDER}: train_spider.json and dev.json share {len(both)} databases ({', '.join(both[:3])}), so "
             "the test databases would not be unseen; use --split random"
         )
-    text = "by database: {} train_spider.json and dev.json"
-    return Parts(train, dev, text.format("the source's"), text.format("the authors'"), license)
+    return train, dev
 
 
-PARAPHRASE = "cestwc/paraphrase:coco@main"  # no stable commit is published; the manifest records the one that was read
+PARAPHRASE = "cestwc/paraphrase:coco@main"  # no stable commit is published
 
 
-def paraphrase(source: Source, problems: Problems, train_rows: int = 0) -> Parts:
+def paraphrase(source: Path | None, problems: Problems) -> Parts:
     """cestwc/paraphrase, sets of five captions: sentences i and i + 1 of a set are a pair, as in arXiv 2509.14252.
 
     An example keeps the id of its set as "group", which evaluate.py --t_sne_type paraphrase uses.
     """
     sets: dict[Any, list[Row]] = {}
-    for row in source.hub(PARAPHRASE):
+    for row in hub(PARAPHRASE):
         sets.setdefault(row[2]["paraphrase_set_id"], []).append(row)
     pairs = [
         (place, number, (first["text"], second["text"], group))
         for group, rows in sets.items()
         for (place, number, first), (_, _, second) in zip(rows, rows[1:], strict=False)
     ]
-    drawn = draw(pairs, train_rows)
-    train = to_examples(drawn, lambda pair: chat(None, *pair[:2]) | {"group": str(pair[2])}, problems)
-    return Parts(train, None, f"{describe_draw([train_rows], 'the pairs')}; all for training")
+    return to_examples(pairs, lambda pair: chat(None, *pair[:2]) | {"group": str(pair[2])}, problems), None
 
 
 SENTIMENT_SYSTEM = "Determine whether the comment is positive or negative"
@@ -210,10 +190,9 @@ def sentiment(answers: dict[str, str]) -> Callable[[Any], dict[str, Any]]:
     return lambda row: chat(SENTIMENT_SYSTEM, row["text"], answers[row["label"]])
 
 
-def rotten_tomatoes(source: Source, problems: Problems) -> Parts:
+def rotten_tomatoes(source: Path | None, problems: Problems) -> Parts:
     """Sentences of Pang and Lee's polarity dataset, with the hub's train and test parts."""
-    rows = (source.hub(ROTTEN_TOMATOES.format(part)) for part in ("train", "test"))
-    return Parts(*(to_examples(part, sentiment(POLARITY), problems) for part in rows), "the hub's own")
+    return hub_parts(ROTTEN_TOMATOES, sentiment(POLARITY), problems)
 
 
 YELP = "Yelp/yelp_review_full:yelp_review_full:{}@c1f9ee939b7d05667af864ee1cb066393154bf85"
@@ -221,11 +200,9 @@ YELP = "Yelp/yelp_review_full:yelp_review_full:{}@c1f9ee939b7d05667af864ee1cb066
 STARS = {"1 star": "Very Bad", "2 star": "Bad", "3 stars": "Mediocre", "4 stars": "Good", "5 stars": "Very Good"}
 
 
-def yelp(source: Source, problems: Problems, train_rows: int = DRAWN_TRAIN, test_rows: int = DRAWN_TEST) -> Parts:
+def yelp(source: Path | None, problems: Problems) -> Parts:
     """Yelp Review Full of arXiv 1509.01626: reviews with their stars in words."""
-    counts = {"train": train_rows, "test": test_rows}
-    parts = (to_examples(draw(source.hub(YELP.format(p)), n), sentiment(STARS), problems) for p, n in counts.items())
-    return Parts(*parts, describe_draw(counts.values(), "the authors' parts"))
+    return hub_parts(YELP, sentiment(STARS), problems, drawn=True)
 
 
 NQ_OPEN = "google-research-datasets/nq_open:nq_open:train@5dd9790a83002ad084ddeb7c420dc716852c6f28"
@@ -236,24 +213,22 @@ NQ_OPEN_TEST = (
 )
 
 
-def nq_open(source: Source, problems: Problems, train_rows: int = DRAWN_TRAIN) -> Parts:
+def nq_open(source: Path | None, problems: Problems) -> Parts:
     """NQ-Open of arXiv 1906.00300: train from its own training part, test from EfficientQA's, as published."""
 
     def convert(row: Any) -> dict[str, Any]:
         answers = row["answer"]
         return chat("Answer the question below.", row["question"], "; ".join(answers)) | {"answers": answers}
 
-    train = to_examples(draw(source.hub(NQ_OPEN), train_rows), convert, problems)
-    test = to_examples(source.lines(NQ_OPEN_TEST), lambda line: convert(json.loads(line)), problems)
-    split = describe_draw([train_rows, 0], "NQ-Open's training part and EfficientQA's test part")
-    return Parts(train, test, split)
+    train = to_examples(draw(hub(NQ_OPEN), DRAWN[""][0]), convert, problems)
+    return train, to_examples(lines(NQ_OPEN_TEST), lambda line: convert(json.loads(line)), problems)
 
 
 HELLASWAG = "Rowan/hellaswag:{}@218ec52e09a7e7462a5400043bb9a69a41d06b76"
 HELLASWAG_SYSTEM = "Which one of A), B), C), or D) is the best ending for the context? Answer A, B, C, or D."
 
 
-def hellaswag(source: Source, problems: Problems, train_rows: int = DRAWN_TRAIN, test_rows: int = DRAWN_TEST) -> Parts:
+def hellaswag(source: Path | None, problems: Problems) -> Parts:
     """HellaSwag of arXiv 1905.07830: a context and four endings → the letter; the views are the context and the ending.
 
     Test examples are drawn from the validation part, because the test part has no labels.
@@ -267,9 +242,7 @@ def hellaswag(source: Source, problems: Problems, train_rows: int = DRAWN_TRAIN,
             "code": [{"role": "assistant", "content": endings[answer]}],
         }
 
-    counts = {"train": train_rows, "validation": test_rows}
-    parts = (to_examples(draw(source.hub(HELLASWAG.format(p)), n), convert, problems) for p, n in counts.items())
-    return Parts(*parts, describe_draw(counts.values(), "the training and the validation part"))
+    return hub_parts(HELLASWAG, convert, problems, ("train", "validation"), drawn=True)
 
 
 MBPP = "google-research-datasets/mbpp:full:{}@4bb6404fdc6cacfda99d4ac4205087b89d32030c"
@@ -277,7 +250,7 @@ MBPP = "google-research-datasets/mbpp:full:{}@4bb6404fdc6cacfda99d4ac4205087b89d
 MBPP_PROMPT = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}"
 
 
-def mbpp(source: Source, problems: Problems) -> Parts:
+def mbpp(source: Path | None, problems: Problems) -> Parts:
     """MBPP of arXiv 2108.07732: task and tests → Python program; the Text view is the task without the tests."""
 
     def convert(row: Any) -> dict[str, Any]:
@@ -289,8 +262,7 @@ def mbpp(source: Source, problems: Problems) -> Parts:
             "tests": tests,
         }
 
-    train, test = (to_examples(source.hub(MBPP.format(part)), convert, problems) for part in ("train", "test"))
-    return Parts(train, test, "the authors' own")
+    return hub_parts(MBPP, convert, problems)
 
 
 @dataclass(frozen=True)
@@ -305,19 +277,17 @@ class Dataset:
     license: str
     source: str | None = None
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
-    flags: tuple[str, ...] = ()
 
 
-DRAWN = {"": (DRAWN_TRAIN, DRAWN_TEST)}
 DATASETS = {
     "synth": Dataset(synth, "MIT", DEEP_REGEX_FILES, DRAWN),
     "turk": Dataset(turk, "MIT", DEEP_REGEX_FILES, DRAWN),
     "gsm8k": Dataset(gsm8k, "MIT", None, {"": (7473, 1319)}),
-    "spider": Dataset(spider, "CC BY-SA 4.0", SPIDER_FILES, SPIDER_COUNTS, ("split",)),
-    "paraphrase": Dataset(paraphrase, "unknown", flags=("train_rows",)),
+    "spider": Dataset(spider, "CC BY-SA 4.0", SPIDER_FILES, SPIDER_COUNTS),
+    "paraphrase": Dataset(paraphrase, "unknown"),
     "rotten_tomatoes": Dataset(rotten_tomatoes, "unknown", None, {"": (8530, 1066)}),
-    "yelp": Dataset(yelp, "other (the Yelp dataset's agreement)", None, DRAWN, ("train_rows", "test_rows")),
-    "nq_open": Dataset(nq_open, "CC BY-SA 3.0", None, {"": (DRAWN_TRAIN, 1769)}, ("train_rows",)),
+    "yelp": Dataset(yelp, "other (the Yelp dataset's agreement)", None, DRAWN),
+    "nq_open": Dataset(nq_open, "CC BY-SA 3.0", None, {"": (8000, 1769)}),
     "mbpp": Dataset(mbpp, "CC BY 4.0", None, {"": (374, 500)}),
-    "hellaswag": Dataset(hellaswag, "MIT", None, DRAWN, ("train_rows", "test_rows")),
+    "hellaswag": Dataset(hellaswag, "MIT", None, DRAWN),
 }

@@ -86,7 +86,7 @@ def chat(run: str, system: str | None, **flags: Any) -> None:
     if refusals:
         raise UsageError("\n".join(refusals))
     examples = read_examples(s.input_file, Problems(), s.fields) if s.input_file else []
-    known = {example.user.strip(): example for example in reversed(examples)}  # the first one of each
+    known = {e.user.strip(): e for e in reversed(examples) if e.has_chat}  # the first one of each
     system = record.get("system_turn") if system is None else system
     from transformers.utils import logging as transformers_logging  # here, so that wrong flags are reported at once
 

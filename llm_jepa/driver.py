@@ -251,7 +251,7 @@ class Run:
         wanted = vars(EvaluationSettings(**given))
         names = recorded.keys() - SET_FLAGS - EVALUATION_IGNORES - ({"max_new_tokens"} - given.keys())
         complete = metrics["data_sha256"] == sha256(self.test_file) and all(recorded[n] == wanted.get(n) for n in names)
-        if not complete or task not in ("", metrics["task"]):
+        if not complete or Path(task).stem not in ("", metrics["task"]):
             what = f"TASK '{task}' and EVAL_FLAGS '{self.settings.eval_flags}'"
             raise UsageError(f"{path} is not of {what} on {self.test_file}; remove {path.parent}")
         return True

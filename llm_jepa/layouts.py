@@ -39,11 +39,16 @@ def packed_rows(items: list[Item], tokens_per_row: int) -> list[Row]:
     return rows if segments else []
 
 
-# (items, tokens_per_row) → rows. separate: each segment has its own row; additive: the chat (an item's first segment)
-# has a row, and its views share a second one.
+def additive_rows(items: list[Item], tokens_per_row: int) -> list[Row]:
+    """A row for each chat, and one that its views share."""
+    parts = ([s for s in item if (s.kind == "chat") is chat] for item in items for chat in (True, False))
+    return [part for part in parts if part]
+
+
+# (items, tokens_per_row) → rows. separate: each segment has its own row.
 LAYOUTS = {
     "separate": lambda items, _: [[segment] for item in items for segment in item],
-    "additive": lambda items, _: [list(row) for item in items for row in (item[:1], item[1:]) if row],
+    "additive": additive_rows,
     "packed": packed_rows,
 }
 
@@ -129,6 +134,7 @@ class Collator:
             second = second.roll(-1, dims=0)
             kept = second[:, 2] != true  # the others are still true pairs
             first, second, true = first[kept], second[kept], true[kept]
+        pairs = sum(item[0].paired for item in items if item)
         padding = ids.size - sum(tokens.values())
         dense = self.layout == "additive" or any(s.branch for row in rows for s in row)
         boundaries = np.append(np.flatnonzero(positions == 0), positions.size)
@@ -147,7 +153,7 @@ class Collator:
             "view_ids": torch.stack([first[:, 2], second[:, 2], true]),  # (3, P)
             "path_at": path_at,
             "next_at": torch.tensor(next_at, dtype=torch.long).reshape(-1, 2).T,  # (M, 2) → (2, M)
-            "counts": torch.tensor([len(label_ids), sum(map(bool, items)), path_at.shape[2], len(next_at)]),
+            "counts": torch.tensor([len(label_ids), pairs, path_at.shape[2], len(next_at)]),
             "tokens": torch.tensor([*tokens.values(), padding]),
         }
 

@@ -15,7 +15,7 @@ from llm_jepa.data.examples import Fields, dataset_name
 from llm_jepa.distributed import processes
 from llm_jepa.files import read_json
 from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
-from llm_jepa.scoring.tasks import TASKS
+from llm_jepa.scoring.tasks import TASK_NAMES, TASKS, find_task
 
 DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimization", "Run"
 # Settings that change no number: a resumed run may change them, and they do not distinguish arms. The last two set
@@ -39,7 +39,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 class Settings:
     """Every flag of finetune.py; the help texts make `--help` and docs/flags.md."""
 
-    train_file: str | None = flag(None, "training file or hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]", DATA)
+    train_file: str | None = flag(None, "training file, glob or hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]", DATA)
     data_file: str | None = flag(None, "one file that is split into training and held-out examples", DATA)
     eval_split: float = flag(0.2, "fraction of --data_file held out", DATA)
     split_seed: int = flag(42, "seed of the --data_file or --val_fraction split", DATA)
@@ -47,6 +47,8 @@ class Settings:
     val_fraction: float = flag(0.0, "fraction of --train_file held out, instead of --eval_file", DATA)
     text_field: str | None = flag(None, "field of the Text view in other JSONL, CSV, Parquet or hub data", DATA)
     code_field: str | None = flag(None, "field of the Code view in such data", DATA)
+    view_text_field: str | None = flag(None, "field of the Text view if --text_field is only the user turn", DATA)
+    view_code_field: str | None = flag(None, "field of the Code view if --code_field is only the answer", DATA)
     system: str | None = flag(None, "system turn of such data; default: none", DATA)
     max_length: int = flag(512, "maximum length of a chat or view in tokens; a longer one is an error", DATA)
     skip_bad_examples: bool = flag(False, "skip bad examples, count and report them", DATA)
@@ -145,6 +147,7 @@ class Settings:
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
+    lm_turns: Literal["last", "all"] = flag("last", "answers of a multi-turn chat that --lm_labels labels", METHOD)
     use_default_data_collator: bool = flag(False, "published code: --lm_labels answer_text", METHOD)
     unmask_assistant_special_tokens: bool = flag(False, "published code: --lm_labels reference; both: answer", METHOD)
     plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
@@ -194,7 +197,7 @@ class Settings:
         0, "print the generations for the first N held-out examples; write them to generations.jsonl and trackers", RUN
     )
     task: str | None = flag(
-        None, f"scores of generations ({', '.join(TASKS)}); default: by the base name of the file, else text", RUN
+        None, f"scores of generations ({TASK_NAMES}); default: by the base name of the file, else text", RUN
     )
     spider_path: str = flag("spider_data.zip", "task spider: folder or zip file of Spider with its databases", RUN)
     save_best: bool = flag(
@@ -216,8 +219,9 @@ class Settings:
 
     @property
     def fields(self) -> Fields | None:
-        """The fields of the views, None for data in the project's own format."""
-        return Fields(self.text_field, self.code_field, self.system) if self.text_field else None
+        """The fields of the examples, None for data in the project's own format."""
+        views = (self.view_text_field, self.view_code_field)
+        return Fields(self.text_field, self.code_field, self.system, *views) if self.text_field else None
 
     @property
     def generates(self) -> bool:
@@ -226,7 +230,7 @@ class Settings:
 
     @property
     def scored_task(self) -> str:
-        """The task whose scores the generations get, a key of TASKS."""
+        """The task whose scores the generations get: a key of TASKS, or a file."""
         name = dataset_name(self.eval_file or self.data_file or self.train_file)
         return self.task or (name if name in TASKS else "text")
 
@@ -235,7 +239,7 @@ class Settings:
         """What decides which evaluation is the best, a key of metrics.jsonl; None without --save_best and stopping."""
         if not (self.save_best or self.early_stopping_patience):
             return None
-        return f"eval_{TASKS[self.scored_task].primary}" if self.eval_generate else "eval_lm_loss"
+        return f"eval_{find_task(self.scored_task).primary}" if self.eval_generate else "eval_lm_loss"
 
     @property
     def label_scope(self) -> str | None:
@@ -351,7 +355,7 @@ def check_data(s: Settings, r: Refusals) -> None:
     r.refuse(bool(s.train_file) == bool(s.data_file), "give one of --train_file and --data_file")
     r.refuse(sum(map(bool, sources)) > 1, "give at most one of --data_file, --eval_file and --val_fraction")
     r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
-    r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
+    r.only_if(bool(s.text_field), "system view_text_field view_code_field", "only with --text_field and --code_field")
     r.only_if(bool(s.data_file), "eval_split", "only with --data_file")
     r.only_if(bool(s.data_file or s.val_fraction), "split_seed", "only with --data_file or --val_fraction")
     evaluating = "eval_on_start eval_generate sample_generations save_best early_stopping_patience"
@@ -364,7 +368,10 @@ def check_data(s: Settings, r: Refusals) -> None:
     more = 0 < s.eval_generate < s.sample_generations
     r.refuse(more, f"--sample_generations {s.sample_generations} is above --eval_generate {s.eval_generate}")
     r.only_if(s.generates, "task spider_path", "only with --eval_generate or --sample_generations")
-    r.refuse(s.task not in (None, *TASKS), f"--task {s.task} is not known; give one of {', '.join(TASKS)}")
+    try:
+        find_task(s.task or "text")
+    except UsageError as error:
+        r.append(str(error))
     r.refuse(not 0 < s.eval_split < 1, f"--eval_split {s.eval_split} is not between 0 and 1")
     r.refuse(not 0 <= s.val_fraction < 1, f"--val_fraction {s.val_fraction} is not in 0 to 1")
     if s.streaming:
@@ -413,6 +420,7 @@ def check_method(s: Settings, r: Refusals) -> None:
     r.refuse(s.lm_labels not in (None, s.label_scope), f"--lm_labels {s.lm_labels}: not with {same}")
     partial = s.label_scope in ("answer", "answer_text")
     r.refuse(s.train_all and partial, f"--lm_labels {s.label_scope}: not with --train_all")
+    r.only_if(partial or not (s.label_scope or s.train_all), "lm_turns", "only with --lm_labels answer or answer_text")
     if s.text_view == "in_chat":
         r.only_if(False, "front_pred reverse_pred last_token", "not with --text_view in_chat")
         r.refuse(s.plain and s.train_all, "--text_view in_chat: not with --plain --train_all, whose chat has no answer")

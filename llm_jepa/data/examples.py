@@ -6,10 +6,12 @@ An example is a pair of views with an optional system turn, stored as one JSON o
                   {"role": "user", "content": "…"},
                   {"role": "assistant", "content": "…"}]}
 
-or as two fields of any JSON, CSV or Parquet file or hub dataset (`Fields`).
+docs/data.md describes the other formats: multi-turn chats, prompt and completion, ShareGPT, examples that only have
+views, and two fields of any JSON, CSV or Parquet file or hub dataset (`Fields`).
 """
 
 import csv
+import glob
 import hashlib
 import io
 import itertools
@@ -24,8 +26,10 @@ from typing import Any
 from llm_jepa.cli import UsageError, first_line
 from llm_jepa.files import READ_ERRORS, jsonl_lines, open_data, parse_json, read_error, sha256
 
-ROLES = (["system", "user", "assistant"], ["user", "assistant"])
-OPTIONAL = ("text", "code", "answers", "group", "tests")  # keys of an example besides "messages"
+# Keys of the project's own format: one of these sets, and the others.
+FORMS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"text", "code"})
+OWN = ("messages", "conversations", "prompt", "completion", "text", "code", "pair", "answers", "group", "tests")
+SHAREGPT = {"human": "user", "gpt": "assistant"}
 HUB = re.compile(  # a revision can have slashes, as refs/pr/1
     r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:@[/]+))?:(?P<split>[^:@[/]+(\[[^]]*\][^:@[/]*)*)(@(?P<revision>[^:\s]+))?"
 )
@@ -38,11 +42,14 @@ class ExampleError(UsageError, ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One example. The Text view's content is `text` or else `user`, the Code view's is `code` or else `assistant`."""
+    """One example. The Text view's content is `text` or else `user`, the Code view's is `code` or else `assistant`.
+
+    The chat is `system`, `history`, `user`, `assistant`. An example of views only has neither of the last two.
+    """
 
     system: str | None
-    user: str
-    assistant: str
+    user: str | None
+    assistant: str | None
     source: str  # "path:line", for messages
     id: int  # line number in the file (of a CSV or Parquet file or a hub dataset the row), counted from 1
     text: str | None = None
@@ -50,15 +57,34 @@ class Example:
     answers: tuple[str, ...] | None = None  # if more than one is right; `assistant` contains them all
     group: str | None = None  # its set of paraphrases
     tests: tuple[str, ...] | None = None  # Python statements that raise if a program is wrong
+    history: Sequence[str] = ()  # earlier turns of the user and the assistant, in turn
+    pair: bool = True  # whether it has views; if not, it only counts for the language-model loss
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether there is more than views."""
+        return self.user is not None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The turns of the chat, [] without one."""
+        turns = [*self.history, self.user, self.assistant] if self.has_chat else []
+        chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        return [{"role": "system", "content": self.system}] * (self.system is not None) + chat
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of the views in data of another format; `system` is the system turn of every example."""
+    """The fields of data of another format: of the user and the assistant turn, and of views that differ from these.
+
+    `system` is the system turn of every example.
+    """
 
     text: str
     code: str
     system: str | None = None
+    view_text: str | None = None
+    view_code: str | None = None
 
 
 @dataclass
@@ -89,26 +115,51 @@ def check_text(value: Any, what: str, blank: bool = False) -> str:
         raise ValueError(f"{what} is {type(value).__name__}, not a string")
     if not (blank or value.strip()):
         raise ValueError(f"{what} is empty")
-    if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
-        raise ValueError(f"{what} contains half a surrogate pair")
+    if any(0xD800 <= ord(c) <= 0xDFFF for c in value):  # in a CSV file a byte that cannot be decoded
+        raise ValueError(f"{what} is not UTF-8: it contains half a surrogate pair")
     return value
 
 
 def parse_messages(row: Any, source: str, number: int) -> Example:
     """A row in the project's own format → Example. Raises ValueError with the reason."""
-    if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
-        raise ValueError('no "messages" list (for another format: --text_field, --code_field)')
-    messages = row["messages"]
-    roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
-    if roles not in ROLES:
-        raise ValueError(f"roles are {roles}, not system (optional), user, assistant")
-    *system, user, assistant = (
-        check_text(m.get("content"), f"content of the {m['role']} turn", blank=m["role"] == "system") for m in messages
-    )
-    text, code = _view(row, "text", "user"), _view(row, "code", "assistant")
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    turns = _turns(row)
+    views = {name: _view(row, name, role, turns) for name, role in (("text", "user"), ("code", "assistant"))}
     group = row["group"] if isinstance(row.get("group"), str) else None
-    answers, tests = (_texts(row, name) for name in ("answers", "tests"))
-    return Example(system[0] if system else None, user, assistant, source, number, text, code, answers, group, tests)
+    if not turns:
+        if None in views.values():
+            chats = '"messages", "conversations", or "prompt" and "completion"'
+            raise ValueError(f'no {chats}, nor "text" and "code" (for other fields: --text_field, --code_field)')
+        return Example(None, None, None, source, number, **views, group=group)
+    roles = [role for role, _ in turns]
+    has_system = roles[0] == "system"
+    if len(roles) < 2 or roles[has_system:] != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"roles are {roles}, not system (optional), then user and assistant in turn")
+    contents = [check_text(text, f"content of the {role} turn", blank=role == "system") for role, text in turns]
+    system = contents.pop(0) if has_system else None
+    *history, user, assistant = contents
+    if not isinstance(row.get("pair"), bool | None):
+        raise ValueError('"pair" is neither true nor false')
+    return Example(
+        system, user, assistant, source, number, **views, answers=_texts(row, "answers"), group=group,
+        tests=_texts(row, "tests"), history=tuple(history), pair=row.get("pair") is not False,
+    )  # fmt: skip
+
+
+def _turns(row: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """(role, content) of each turn of a row's chat, [] if it has none."""
+    found, role, content = row.get("messages"), "role", "content"
+    if found is None and row.get("conversations") is not None:
+        found, role, content = row["conversations"], "from", "value"
+    elif found is None and None not in (row.get("prompt"), row.get("completion")):
+        parts = (("user", row["prompt"]), ("assistant", row["completion"]))
+        turns = (text if isinstance(text, list) else [{role: name, content: text}] for name, text in parts)
+        found = list(itertools.chain.from_iterable(turns))
+    if not isinstance(found, list | None):
+        raise ValueError("the chat is not a list of turns")
+    pairs = ((turn.get(role), turn.get(content)) if isinstance(turn, dict) else (None, None) for turn in found or ())
+    return [(SHAREGPT.get(str(name), name), text) for name, text in pairs]
 
 
 def _texts(row: dict[str, Any], name: str) -> tuple[str, ...] | None:
@@ -119,13 +170,16 @@ def _texts(row: dict[str, Any], name: str) -> tuple[str, ...] | None:
     return tuple(check_text(text, f'"{name}"') for text in texts)
 
 
-def _view(row: dict[str, Any], name: str, role: str) -> str | None:
-    """The content of a view that differs from its turn of the chat; other values than a list are ignored."""
-    if not isinstance(row.get(name), list):
+def _view(row: dict[str, Any], name: str, role: str, turns: list) -> str | None:
+    """The content of a view: a list of one message, or without a chat also text. In a chat other values are ignored."""
+    value = row.get(name)
+    if isinstance(value, str) and not turns:
+        return check_text(value, f'the view "{name}"')
+    if not isinstance(value, list):
         return None
-    if [m.get("role") if isinstance(m, dict) else None for m in row[name]] != [role]:
+    if [m.get("role") if isinstance(m, dict) else None for m in value] != [role]:
         raise ValueError(f'"{name}" is not a list of one {role} message')
-    return check_text(row[name][0].get("content"), f'content of the view "{name}"')
+    return check_text(value[0].get("content"), f'content of the view "{name}"')
 
 
 def parse_example(source: str, number: int, read: Callable[[], Any], fields: Fields | None) -> Example:
@@ -135,28 +189,30 @@ def parse_example(source: str, number: int, read: Callable[[], Any], fields: Fie
         return parse_messages(row, source, number)
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    for name in (fields.text, fields.code):
+    for name in columns_of(fields):
         if name not in row:
             raise ValueError(f"no field {name!r} (there are {', '.join(map(repr, row)) or 'none'})")
         check_text(row[name], f"field {name!r}")
-    return Example(fields.system, row[fields.text], row[fields.code], source, number)
+    views = (row.get(fields.view_text), row.get(fields.view_code))
+    return Example(fields.system, row[fields.text], row[fields.code], source, number, *views)
 
 
 Rows = Iterator[tuple[str, int, Callable[[], Any]]]  # place, number, and a function that returns the row or raises
 
 
-def columns_of(fields: Fields | None) -> tuple[str, ...]:
+def columns_of(fields: Fields | None) -> Sequence[str]:
     """The columns that `parse_example` reads."""
-    return (fields.text, fields.code) if fields else ("messages", *OPTIONAL)
+    return [n for n in (fields.text, fields.code, fields.view_text, fields.view_code) if n] if fields else OWN
 
 
 def _used(path: str, names: list[str], columns: Sequence[str] | None) -> list[str]:
-    """Which of the columns there are; all without `columns`. Raises ExampleError if one is missing."""
-    missing = [c for c in columns or () if c not in names]
-    if set(missing) - set(OPTIONAL) or missing == list(columns or [None]):
-        there = ", ".join(map(repr, names)) or "none"
-        raise ExampleError(f"{path}: no field {missing[0]!r} (there are {there}; see --text_field, --code_field)")
-    return [name for name in names if name in (columns or names)]
+    """Which of the columns there are; all without `columns`. Raises ExampleError if one (of OWN: a form) is missing."""
+    if columns is None:
+        return names
+    if not any(form <= set(names) for form in (FORMS if columns is OWN else [set(columns)])):
+        missing, there = next(c for c in columns if c not in names), ", ".join(map(repr, names)) or "none"
+        raise ExampleError(f"{path}: no field {missing!r} (there are {there}; see --text_field, --code_field)")
+    return [name for name in names if name in columns]
 
 
 def _json_rows(path: str, columns: Sequence[str] | None) -> Rows:
@@ -170,18 +226,12 @@ def _json_rows(path: str, columns: Sequence[str] | None) -> Rows:
 
 
 def _csv_rows(path: str, columns: Sequence[str] | None, delimiter: str = ",") -> Rows:
-    def lines(file: Iterator[str]) -> Iterator[str]:
-        for number, line in enumerate(file, start=1):
-            if re.search("[\udc80-\udcff]", line) or "\0" in line:  # bytes that cannot be decoded
-                hint = ", perhaps UTF-16" if "\0" in line else ""
-                raise ExampleError(f"{path}:{number}: not UTF-8{hint}; save the file as UTF-8")
-            yield line
-
     with io.TextIOWrapper(open_data(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         csv.field_size_limit(2**31 - 1)  # characters in a cell
-        reader = csv.DictReader(lines(file), strict=True, delimiter=delimiter)
+        reader = csv.DictReader(file, strict=True, delimiter=delimiter)
         try:
             names = reader.fieldnames or []
+            check_text("".join(names), "the first line", blank=True)
             if twice := [name for name in columns or names if names.count(name) > 1]:
                 raise ExampleError(f"{path}:1: the field {twice[0]!r} occurs twice in {', '.join(names)}")
             for number, row in enumerate(reader, start=1):
@@ -233,23 +283,33 @@ def is_hub(path: str) -> bool:
     return HUB.fullmatch(path) is not None and not Path(path).exists()
 
 
+def files_of(path: str) -> list[str]:
+    """The files that a glob pattern matches, in the order of their names; any other path itself."""
+    return [path] if is_hub(path) or Path(path).exists() else sorted(glob.glob(path, recursive=True)) or [path]
+
+
 def read_rows(path: str, columns: Sequence[str] | None = None, streaming: bool = False) -> Rows:
-    """The rows of a JSON, CSV, TSV or Parquet file (by its ending) or a hub dataset, in order.
+    """The rows of JSON, CSV, TSV or Parquet files (by their ending) or a hub dataset, in order.
 
     Columns that are not in `columns` are read only where the format needs it. Files are read row by row, but a JSON
-    array is read at once. A hub dataset is downloaded first, or with `streaming` read row by row. Raises ExampleError.
+    array is read at once. A hub dataset is downloaded first, or with `streaming` read row by row. Numbers continue in
+    the next file of a glob. Raises ExampleError.
     """
     import pyarrow
 
     readers = {".csv": _csv_rows, ".tsv": partial(_csv_rows, delimiter="\t"), ".parquet": _parquet_rows}
-    ending = Path(path.lower().removesuffix(".gz")).suffix
-    read = partial(_hub_rows, streaming=streaming) if is_hub(path) else readers.get(ending, _json_rows)
-    try:
-        yield from read(path, columns)
-    except ExampleError:
-        raise
-    except (*READ_ERRORS, pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise ExampleError(f"{path}: cannot be read ({read_error(error)})") from None
+    before = number = 0
+    for file in files_of(path):
+        ending = Path(file.lower().removesuffix(".gz")).suffix
+        read = partial(_hub_rows, streaming=streaming) if is_hub(file) else readers.get(ending, _json_rows)
+        try:
+            for place, number, row in read(file, columns):
+                yield place, before + number, row
+        except ExampleError:
+            raise
+        except (*READ_ERRORS, pyarrow.ArrowException, ValueError, OverflowError) as error:
+            raise ExampleError(f"{file}: cannot be read ({read_error(error)})") from None
+        before += number
 
 
 def read_examples(path: str, problems: Problems, fields: Fields | None = None) -> list[Example]:
@@ -270,12 +330,13 @@ def read_examples(path: str, problems: Problems, fields: Fields | None = None) -
 
 
 def data_sha256(path: str, fields: Fields | None = None, streaming: bool = False) -> str:
-    """Hexadecimal SHA-256 of a data file or of a hub dataset's rows; with `streaming` of its name and commit instead.
+    """Hexadecimal SHA-256 of data files or of a hub dataset's rows; with `streaming` of its name and commit instead.
 
     Raises ExampleError if the hub does not report the commit.
     """
     if not is_hub(path):
-        return sha256(path)
+        first, *others = map(sha256, files_of(path))
+        return hashlib.sha256("".join([first, *others]).encode()).hexdigest() if others else first
     if streaming:  # reading all rows would download them all
         from huggingface_hub import HfApi, errors
 
@@ -307,6 +368,12 @@ def split_examples(examples: list[Example], share: float, seed: int) -> tuple[li
 
 
 def dataset_name(path: str) -> str:
-    """A data file's base name without its part, datasets/synth_test.jsonl → synth, or a hub dataset's NAME."""
+    """A data file's base name without its part, datasets/synth_test.jsonl → synth, or a hub dataset's NAME.
+
+    Of a glob it is the last part of the path that has a name, data/*.jsonl → data.
+    """
     stem = HUB.fullmatch(path)["name"].split("/")[1] if is_hub(path) else Path(path.removesuffix(".gz")).stem
+    if files_of(path) != [path]:
+        names = (re.sub(r"[*?]|\[.*?\]", "", part).strip("._-") for part in (stem, *Path(path).parts[-2::-1]))
+        stem = next(filter(None, names), "data")
     return next((stem.removesuffix(p) for p in ("_train", "_test", "_dev", "_val") if stem.endswith(p)), stem)

@@ -49,13 +49,14 @@ def predictor_token(i: int) -> str:
 class Rendered:
     """A text as the model sees it; `start` and `end` are the character offsets of its content.
 
-    `user` holds the offsets of a chat's user turn if they were requested.
+    `user` and `earlier` hold the offsets of a chat's last user turn and of its earlier answers, if requested.
     """
 
     text: str
     start: int
     end: int
     user: tuple[int, int] | None = None
+    earlier: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -162,18 +163,18 @@ class Renderer:
 
     def _messages(self, example: Example) -> list[dict]:
         """The turns of an example. Raises ValueError if a text contains a special token."""
-        turns = {"system": example.system, "user": example.user, "assistant": example.assistant}
-        for text in (*turns.values(), example.text, example.code):
+        messages = example.messages
+        for text in (*(m["content"] for m in messages), example.text, example.code):
             if text is not None and (found := self.special.search(text)):
                 raise ValueError(f"the text {found[0]!r} in it would become that special token")
-        return [{"role": role, "content": text} for role, text in turns.items() if text is not None]
+        return messages
 
     def _plain(self, content: str, after: str = "") -> Rendered:
         start = len(self.prefix)
         return Rendered(self.prefix + content + after, start, start + len(content))
 
-    def chat(self, example: Example, locate_user: bool = False) -> Rendered:
-        """The complete chat. Its content is the answer, or with `plain` and `train_all` the user text.
+    def chat(self, example: Example, locate_user: bool = False, locate_earlier: bool = False) -> Rendered:
+        """The complete chat. Its content is the last answer, or with `plain` and `train_all` the user text.
 
         What follows the prompt counts as part of the answer. That may be a space of the template's.
         """
@@ -183,8 +184,12 @@ class Renderer:
         chat = self._locate(messages, before=self.prompt(example))
         if locate_user:
             question = self._locate(messages, turn=-2)
-            start = self._locate(messages, turn=0).start if self.folds else question.start
+            folded = self.folds and not example.history  # else the system text is in the first user turn
+            start = self._locate(messages, turn=0).start if folded else question.start
             chat = dataclasses.replace(chat, user=(start, question.end))
+        if locate_earlier:
+            earlier = [self._locate(messages, turn=-1 - i) for i in range(len(example.history), 0, -2)]
+            chat = dataclasses.replace(chat, earlier=tuple((answer.start, answer.end) for answer in earlier))
         return chat
 
     def views(self, example: Example) -> tuple[Rendered, Rendered]:
@@ -209,5 +214,5 @@ class Renderer:
         return self._locate([{"role": role if self.assistant_first else "user", "content": content}])
 
     def prompt(self, example: Example) -> str:
-        """The text that generation continues: the turns before the answer, as transformers renders them."""
+        """The text that generation continues: the turns before the last answer, as transformers renders them."""
         return self._render(self._messages(example)[:-1], add_generation_prompt=True)

@@ -14,7 +14,7 @@ from llm_jepa.data.examples import Example
 from llm_jepa.data.rendering import Rendered, Renderer, predictor_token
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A chat or a view as tokens. `ids` and `labels` are (T,); `view` is the token at which the view is read.
 
@@ -22,8 +22,9 @@ class Segment:
     the predictor tokens. They branch off after the first `stem` tokens: their positions continue the stem's, they
     attend to the stem and to each other only, and no other token attends to them.
 
-    `user` and `answer` are the [first, stop) tokens of a chat's user turn (if located) and answer. `path` (S, K) holds
-    the tokens at which --stp reads each of S spans, once they are drawn.
+    `user` and `answer` are the [first, stop) tokens of a chat's last user turn (if located) and last answer. `path`
+    (S, K) holds the tokens at which --stp reads each of S spans, once they are drawn. `paired`: whether the example has
+    a pair of views, also if loss dropout has removed it.
     """
 
     kind: Literal["chat", "text_view", "code_view"]
@@ -35,6 +36,7 @@ class Segment:
     user: tuple[int, int] = (0, 0)
     answer: tuple[int, int] = (0, 0)
     path: np.ndarray | None = None
+    paired: bool = True
 
     @property
     def positions(self) -> np.ndarray:
@@ -63,7 +65,14 @@ class Segment:
         return int.from_bytes(hashlib.blake2b(view.ids.tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
-Item = tuple[Segment, ...]  # an example: (chat,), (chat, text view, code view) or (chat with a view, code view)
+# An example: (chat,), (chat, text view, code view), (chat with a view, code view) or (text view, code view); in regular
+# fine-tuning also () if it has no chat.
+Item = tuple[Segment, ...]
+
+
+def without_pair(item: Item) -> Item:
+    """The item as in regular fine-tuning."""
+    return tuple(segment.without_view for segment in item if segment.kind == "chat")
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -72,7 +81,7 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[tuple[np.ndarray, np.nda
         return []
     out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
     return [
-        (np.asarray(i, dtype=np.int64), np.asarray(o, dtype=np.int64).reshape(-1, 2))
+        (np.asarray(i, dtype=np.int32), np.asarray(o, dtype=np.int64).reshape(-1, 2))
         for i, o in zip(out["input_ids"], out["offset_mapping"], strict=True)
     ]
 
@@ -117,20 +126,28 @@ def content_tokens(offsets: np.ndarray, r: Rendered) -> tuple[int, int]:
     return first, stop
 
 
-def label_tokens(tokenizer: Any, scope: str, ids: np.ndarray, first: int, stop: int) -> np.ndarray:
-    """Which tokens (T,) are labels, by --lm_labels. Raises ValueError if no special token ends the answer."""
+def label_tokens(tokenizer: Any, scope: str, ids: np.ndarray, answers: list[tuple[int, int]]) -> np.ndarray:
+    """Which tokens (T,) are labels, by --lm_labels; `answers` are the [first, stop) tokens of the answers to learn.
+
+    Raises ValueError if no special token ends an answer, or not the same one ends all of them.
+    """
     labels = np.zeros(len(ids), dtype=bool)
     if scope == "all":
         return ~labels
     if scope == "reference":
         return ids != tokenizer.pad_token_id
-    if scope == "answer":
-        special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-        ends = [t for t in range(stop, len(ids)) if int(ids[t]) in special]
-        if not ends:
-            raise ValueError("no special token ends the answer in the chat template; give --lm_labels answer_text")
-        stop = ends[0] + 1
-    labels[first:stop] = True
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    ends = []
+    for first, stop in answers:
+        if scope == "answer":
+            end = next((t for t in range(stop, len(ids)) if int(ids[t]) in special), None)
+            if end is None:
+                raise ValueError("no special token ends the answer in the chat template; give --lm_labels answer_text")
+            ends.append(int(ids[end]))
+            stop = end + 1
+        labels[first:stop] = True
+    if len(set(ends)) > 1:
+        raise ValueError("the chat template ends earlier answers in another way; give --lm_turns last")
     return labels
 
 
@@ -155,24 +172,30 @@ class Encoder:
     jepa: bool = True
     text_view: str = "alone"
     locate_user: bool = False
+    lm_turns: str = "last"
 
     def __call__(self, examples: list[Example]) -> list[Item | ValueError]:
         """Each example's segments (see `Item`), or the reason why there are none."""
         items = []
         in_chat = self.text_view == "in_chat"
-        views = self.views(examples) if self.jepa else [()] * len(examples)
-        for example, chat, pair in zip(examples, self.chats(examples), views, strict=True):
-            pair = pair[1:] if in_chat else pair
-            error = next((x for x in (chat, *pair) if isinstance(x, ValueError)), None)
-            if error is None and in_chat and example.text is not None:
+        chats = iter(self.chats([example for example in examples if example.has_chat]))
+        views = iter(self.views([example for example in examples if example.pair]) if self.jepa else ())
+        for example in examples:
+            chat = (next(chats),) if example.has_chat else ()
+            pair = next(views) if self.jepa and example.pair else ()
+            item = (*chat, *(pair[1:] if in_chat else pair))
+            error = next((x for x in item if isinstance(x, ValueError)), None)
+            if error is None and in_chat and pair and example.text is not None:
                 error = ValueError("its Text view is not part of the chat, as --text_view in_chat requires")
-            items.append(error or ((chat, *pair) if pair else (chat.without_view,)))
+            if error is None and not pair:
+                item = tuple(dataclasses.replace(x, paired=example.pair) for x in without_pair(item))
+            items.append(error or item)
         return items
 
     def chats(self, examples: list[Example]) -> list[Segment | ValueError]:
         """The chat segment of each example, or the reason why there is none."""
-        locate = self.locate_user or self.text_view == "in_chat"
-        return self._encode("chat", [or_error(self.renderer.chat, example, locate) for example in examples])
+        locate = (self.locate_user or self.text_view == "in_chat", self.lm_turns == "all")
+        return self._encode("chat", [or_error(self.renderer.chat, example, *locate) for example in examples])
 
     def views(self, examples: list[Example]) -> list[tuple[Segment | ValueError, ...]]:
         """The two view segments of each example, or the reason why there are none."""
@@ -198,7 +221,8 @@ class Encoder:
             if view < 0:
                 raise ValueError(f"the {name} has {len(ids)} tokens: --last_token {self.last_token} is outside")
             return Segment(kind, ids, np.zeros(len(ids), dtype=bool), view)
-        labels = label_tokens(tokenizer, self.lm_labels, ids, prompt, stop)
+        earlier = [content_tokens(offsets, Rendered(rendered.text, *answer)) for answer in rendered.earlier]
+        labels = label_tokens(tokenizer, self.lm_labels, ids, [*earlier, (prompt, stop)])
         turns = {"answer": (prompt, stop)}
         if rendered.user is not None:
             turns["user"] = content_tokens(offsets, Rendered(rendered.text, *rendered.user))
@@ -207,7 +231,7 @@ class Encoder:
         stem = turns["user"][1]
         predictors = [predictor_token(i) for i in range(self.renderer.predictors, 0, -1)]
         branch = tokenizer.convert_tokens_to_ids(predictors)
-        ids = np.concatenate([ids, np.asarray(branch, dtype=np.int64)])
+        ids = np.concatenate([ids, np.asarray(branch, dtype=np.int32)])
         labels = np.concatenate([labels, np.zeros(len(branch), dtype=bool)])
         return Segment("chat", ids, labels, len(ids) - 1 if branch else stem - 1, stem, len(branch), **turns)
 

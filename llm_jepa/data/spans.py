@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_jepa.data.segments import Item
+from llm_jepa.data.segments import Item, without_pair
 from llm_jepa.losses import STP_LOSSES
 
 
@@ -31,8 +31,9 @@ class Draws:
     def __call__(self, item: Item, epoch: int, number: int) -> Item:
         """The item of example `number` in an epoch."""
         keep = self.jepa_ratio >= 1 or np.random.default_rng([self.seed, epoch, number]).random() < self.jepa_ratio
-        item = item if keep else (item[0].without_view,)
-        if self.stp_variant is None:
+        if not keep:  # a pair without a chat keeps its tokens, so that it still counts
+            item = without_pair(item) or tuple(dataclasses.replace(segment, view=None) for segment in item)
+        if self.stp_variant is None or not item or item[0].kind != "chat":
             return item
         chat = item[0]
         full = (0, len(chat.ids) - chat.branch)

@@ -43,8 +43,12 @@ def encode_views(
 ) -> tuple[list[Example], list[tuple[Segment, Segment]]]:
     """(examples, their Text and Code views), without those that cannot be rendered or are longer than the context.
 
-    The Text view comes first even if --reverse_pred trained on the Code view first.
+    The Text view comes first even if --reverse_pred trained on the Code view first. Examples without a pair are left
+    out; raises ExampleError if there are no others.
     """
+    pairs = [example for example in examples if example.pair]
+    if examples and not pairs:
+        raise ExampleError(f"{examples[0].source}: no example has a pair of views")
     limit = context_length(model.config) or sys.maxsize
 
     def encode(example: Example) -> tuple[Segment, Segment]:
@@ -59,7 +63,7 @@ def encode_views(
                 raise ValueError(f"a view has {len(view.ids)} tokens, the model's context {limit}")
         return views[::-1] if encoder.renderer.reverse_pred else views
 
-    return encode_usable(examples, encode, problems)
+    return encode_usable(pairs, encode, problems)
 
 
 @torch.inference_mode()
@@ -229,7 +233,7 @@ def t_sne_groups(kind: str, text: torch.Tensor, code: torch.Tensor, examples: li
         return {"Text": text, "Code": code}
     members: dict[str, list[int]] = {} if kind == "paraphrase" else {name: [] for name in STARS}
     for i, example in enumerate(examples):
-        name = f"set {example.group}" if kind == "paraphrase" else example.assistant.strip()
+        name = f"set {example.group}" if kind == "paraphrase" else (example.assistant or "").strip()
         if kind == "paraphrase" and example.group is None:
             raise ExampleError(f'{example.source}: --t_sne_type paraphrase needs the example\'s set, "group": text')
         if kind == "rotten_tomatoes" and name not in members:

@@ -20,7 +20,7 @@ from llm_jepa.files import read_json
 from llm_jepa.forward import LMHeadSelector
 from llm_jepa.layouts import Collator
 from llm_jepa.model import LOADING_ERRORS, load_adapter, load_config, load_pretrained, load_tokenizer, tokenizer_options
-from llm_jepa.scoring.tasks import TASKS
+from llm_jepa.scoring.tasks import find_task
 
 
 def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
@@ -34,7 +34,7 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
     has_tokenizer = (folder / "tokenizer_config.json").is_file() or not folder.is_dir()
     source = name if has_tokenizer else s.original_model_name or base
     tokenizer = load_tokenizer(source, s.revision, predictors=False, **tokenizer_options(s))
-    labels = "answer_text" if s.task and TASKS[s.task].choices else "answer"
+    labels = "answer_text" if s.task and find_task(s.task).choices else "answer"
     flags = trained if labels == "answer" else {}  # views are embedded as in training; choices have no views
     views = {k: flags[k] for k in ("predictors", "front_pred", "reverse_pred") if k in flags}
     places = {k: flags[k] for k in ("last_token", "text_view") if k in flags}

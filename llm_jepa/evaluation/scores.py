@@ -11,12 +11,12 @@ from llm_jepa.evaluation.predictions import Predictions
 from llm_jepa.run_folder import ROOT
 from llm_jepa.scoring.programs import example_tests
 from llm_jepa.scoring.sql import example_database, spider_databases
-from llm_jepa.scoring.tasks import TASKS, Scorer, score_text, wilson
+from llm_jepa.scoring.tasks import Scorer, find_task, interval, score_text
 
 
 def databases_of(task: str, spider_path: str) -> Path | None:
     """The folder of Spider's databases, None for a task without. Raises UsageError if there are none."""
-    if not TASKS[task].needs_databases:
+    if not find_task(task).needs_databases:
         return None
     path = Path(spider_path)
     return spider_databases(path if path.exists() else ROOT / path, ROOT / "datasets" / "spider_databases")
@@ -26,7 +26,7 @@ def scorer(
     name: str, spider_path: str, examples: list[Example], allow_code_execution: bool = False
 ) -> AbstractContextManager[Scorer]:
     """The task's scorer. Raises ExampleError if an example names a database that does not exist, or has no tests."""
-    task, databases = TASKS[name], databases_of(name, spider_path)
+    task, databases = find_task(name), databases_of(name, spider_path)
     for example in examples:
         if task.needs_databases:
             example_database(databases, example)
@@ -45,30 +45,31 @@ def scored_row(example: Example, generation: Generation, score: Scorer) -> dict[
 
 def verdicts(row: dict[str, Any], task: str) -> str:
     """The scores of one line of predictions.jsonl in words, the primary one first."""
-    said = [f"{name} {'yes' if row[name] else 'no'}" for name in (*TASKS[task].scores, "exact", "startswith")]
+    names = (*find_task(task).scores, "exact", "startswith")
+    said = [f"{name} {row[name] if isinstance(row[name], float) else ('no', 'yes')[row[name]]}" for name in names]
     if row["stop_reason"] == "length":
         said.append("cut at the maximum length")
     return ", ".join(said + ([f"no result: {row['failure']}"] if "failure" in row else []))
 
 
 def summarize(rows: Predictions, task: str, startswith: bool = False) -> dict[str, Any]:
-    """Each score as a fraction of n, with its 95 % Wilson interval under `ci95`; `failures` counted by reason.
+    """The mean of each score, with its 95 % interval under `ci95`; `failures` counted by reason.
 
     `cut_at_limit`: the number of responses that ended at the maximum length, None if it is not known of each.
     """
-    own, n = TASKS[task].scores, len(rows)
+    own, n = find_task(task).scores, len(rows)
     names = [*own, "exact", "startswith"]
-    hits = {name: sum(row[name] for row in rows) for name in names}
+    values = {name: [row[name] for row in rows] for name in names}
     if all(row["stop_reason"] is not None for row in rows):
-        hits["stop_rate"] = sum(row["stop_reason"] == "stop" for row in rows)
+        values["stop_rate"] = [row["stop_reason"] == "stop" for row in rows]
     return {
-        "task": task,
+        "task": Path(task).stem,
         "n": n,
         "score": "startswith" if startswith else names[0],
-        **{name: hits[name] / n if name in hits else None for name in (*names, "stop_rate")},
-        "cut_at_limit": n - hits["stop_rate"] if "stop_rate" in hits else None,
+        **{name: sum(values[name]) / n if name in values else None for name in (*names, "stop_rate")},
+        "cut_at_limit": n - sum(values["stop_rate"]) if "stop_rate" in values else None,
         "scores": list(own),
-        "ci95": {name: wilson(count, n) for name, count in hits.items()},
+        "ci95": {name: interval(found) for name, found in values.items()},
         "failures": dict(Counter(row["failure"] for row in rows if "failure" in row).most_common()),
     }
 

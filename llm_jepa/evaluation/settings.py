@@ -10,7 +10,7 @@ from llm_jepa.cli import Refusals, UsageError, flag
 from llm_jepa.data.examples import Example, Fields, data_sha256, dataset_name, split_examples
 from llm_jepa.files import read_json
 from llm_jepa.run_folder import CHECKPOINT_MARK, run_settings
-from llm_jepa.scoring.tasks import TASKS
+from llm_jepa.scoring.tasks import TASK_NAMES, find_task
 
 MODEL, DATA, GENERATION, EMBEDDING, OUTPUT = "Model", "Data", "Generation", "Embeddings", "Output"
 
@@ -42,8 +42,10 @@ class EvaluationSettings:
     )
     text_field: str | None = flag(None, "field of the Text view in JSON, CSV, Parquet or hub data of other form", DATA)
     code_field: str | None = flag(None, "field of the Code view in such data", DATA)
+    view_text_field: str | None = flag(None, "field of the Text view if --text_field is only the user turn", DATA)
+    view_code_field: str | None = flag(None, "field of the Code view if --code_field is only the answer", DATA)
     system: str | None = flag(None, "system turn of such data; default: none", DATA)
-    task: str | None = flag(None, f"how to score ({', '.join(TASKS)}); default: by the file's base name", DATA)
+    task: str | None = flag(None, f"how to score ({TASK_NAMES}); default: by the file's base name", DATA)
     spider_path: str = flag("spider_data.zip", "task spider: folder or zip file of Spider with its databases", DATA)
     allow_code_execution: bool = flag(
         False, "task mbpp: run programs without isolation, with all your rights, if bubblewrap does not work", DATA
@@ -100,14 +102,16 @@ class EvaluationSettings:
     @classmethod
     def configured(cls, run: Path) -> dict[str, Any]:
         """The run as the model, with how it reads examples. Raises UsageError if it is no run folder."""
-        names = ("text_field", "code_field", "system", "plain", "trust_remote_code", "skip_bad_examples")
+        names = ("text_field", "code_field", "view_text_field", "view_code_field", "system", "plain",
+                 "trust_remote_code", "skip_bad_examples")  # fmt: skip
         stored = read_json(run / "args.json")
         return {name: stored[name] for name in names if name in stored} | {"model_name": str(run)}
 
     @property
     def fields(self) -> Fields | None:
-        """Where the examples have their views, None for the project's own format."""
-        return Fields(self.text_field, self.code_field, self.system) if self.text_field else None
+        """The fields of the examples, None for the project's own format."""
+        views = (self.view_text_field, self.view_code_field)
+        return Fields(self.text_field, self.code_field, self.system, *views) if self.text_field else None
 
     @property
     def embeds(self) -> bool:
@@ -143,7 +147,7 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
     r.refuse(s.nosplit_data and bool(s.process_split), "--nosplit_data: not with --process_split")
     r.only_if(bool(s.process_split), "test_size split_seed", "only with --process_split")
     r.refuse(bool(s.text_field) != bool(s.code_field), "give --text_field and --code_field together")
-    r.only_if(bool(s.text_field), "system", "only with --text_field and --code_field")
+    r.only_if(bool(s.text_field), "system view_text_field view_code_field", "only with --text_field and --code_field")
     r.refuse(s.split_tune_untune and not s.original_model_name, "--split_tune_untune: only with --original_model_name")
     generating = "task spider_path allow_code_execution max_new_tokens startswith split_tune_untune"
     r.only_if(not s.embeds, generating, "not with --similarity, --t_sne, --export_embeddings")
@@ -175,14 +179,16 @@ def check_task(s: EvaluationSettings, r: Refusals) -> str | None:
     if s.embeds or not s.input_file:
         return None
     by_name = dataset_name(s.input_file)
-    task = s.task or (by_name if by_name != "text" else None)  # a usual name for data of any task
-    if task not in TASKS:
-        unknown = f"{s.task} is not known" if s.task else f"cannot be inferred from the name {s.input_file}"
-        r.append(f"--task {unknown}; give one of {', '.join(TASKS)} (text: compare the texts)")
+    task = s.task or (by_name if by_name != "text" else "")  # a usual name for data of any task
+    try:
+        found = find_task(task)
+    except UsageError as error:
+        unknown = f"--task cannot be inferred from the name {s.input_file}; give one of {TASK_NAMES}"
+        r.append(str(error) if s.task else unknown)
         return task
-    r.only_if(TASKS[task].needs_databases, "spider_path", f"not with task {task}")
-    r.only_if(TASKS[task].runs_programs, "allow_code_execution", f"not with task {task}")
-    if TASKS[task].choices:
+    r.only_if(found.needs_databases, "spider_path", f"not with task {task}")
+    r.only_if(found.runs_programs, "allow_code_execution", f"not with task {task}")
+    if found.choices:
         r.only_if(False, "max_new_tokens", f"task {task} generates nothing")
         r.refuse(s.engine == "vllm", f"--engine vllm: not with task {task}, which compares likelihoods")
     return task

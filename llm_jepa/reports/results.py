@@ -147,6 +147,7 @@ def read_run(run: Path) -> list[Result]:
         evaluated = {
             "test_data": metrics["data_sha256"],
             "databases": metrics.get("databases_sha256"),
+            "scorer": metrics.get("task_sha256"),
             "evaluation": {name: value for name, value in evaluation.items() if name not in EVALUATION_IGNORES},
             "task": metrics["task"],
             "n": metrics["n"],

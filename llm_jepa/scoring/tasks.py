@@ -1,12 +1,15 @@
 """The tasks and their scores: functions of a prediction and the example that it answers.
 
-To add a task, add an entry to TASKS; `--task`, the scores of evaluate.py and the report follow from it.
+To add a task, add an entry to TASKS; `--task`, the scores of evaluate.py and the report follow from it. A user's task
+is a file with a function `score` (docs/extending.md).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
+import statistics
 import string
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,12 +18,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from llm_jepa.cli import UsageError, first_line
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring.programs import passes_tests
 from llm_jepa.scoring.sandbox import Failure, Sandbox
 from llm_jepa.scoring.sql import execution_match
 
-Scores = dict[str, bool | str]  # score → right or wrong; "failure" → one word, if the task could not compare the two
+# score → right or wrong, or a number from 0 to 1; "failure" → one word, if the task could not compare the two
+Scores = dict[str, bool | float | str]
 Scorer = Callable[[str, Example], Scores]
 
 # Automata of the datasets' own answers have up to 2,409 states and take 0.1 s.
@@ -35,6 +40,15 @@ def wilson(hits: int, n: int) -> list[float]:
     from scipy.stats import binomtest
 
     return list(binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson"))
+
+
+def interval(values: list[bool | float]) -> list[float]:
+    """A 95 % interval of the mean of scores in 0 to 1: mean ± 1.96 standard errors, or `wilson` if all are 0 or 1."""
+    n = len(values)
+    if n < 2 or set(values) <= {0, 1}:
+        return wilson(round(sum(values)), n)
+    mean, margin = statistics.fmean(values), 1.959964 * statistics.stdev(values) / n**0.5
+    return [max(0.0, mean - margin), min(1.0, mean + margin)]
 
 
 # ------------------------------------------------------------------------------------------------------------- text
@@ -199,3 +213,55 @@ TASKS: dict[str, Task] = {
     "yelp": Task(("class_match",), pure(functools.partial(score_class, classes=STARS))),
     "text": Task((), pure(lambda prediction, example: {})),
 }
+TASK_NAMES = ", ".join(TASKS) + " (compares the texts), or a Python file with a function `score`"
+
+# -------------------------------------------------------------------------------------------------- a user's own task
+
+# Keys of predictions.jsonl and metrics.json, which a score would replace.
+RESERVED = set("id prediction failure exact startswith stop_rate stop_reason score scores task n notes".split())
+
+
+def is_task_file(name: str | None) -> bool:
+    """Whether --task names a file."""
+    return (name or "").endswith(".py")
+
+
+def find_task(name: str) -> Task:
+    """The task of --task: a key of TASKS, or the task of a file. Raises UsageError if there is none."""
+    if is_task_file(name):
+        return file_task(name)
+    if name not in TASKS:
+        raise UsageError(f"--task {name} is not known; give one of {TASK_NAMES}")
+    return TASKS[name]
+
+
+@functools.cache
+def file_task(file: str) -> Task:
+    """The task of a file with a function score(generation: str, example: Example) → bool, or a number from 0 to 1.
+
+    The score has the name of the file. Raises UsageError if the file cannot be used, and when scoring for an exception
+    or another value, with the example.
+    """
+    path = Path(file)
+    if path.stem in RESERVED | TASKS.keys():
+        raise UsageError(f"--task {file}: the file gives its name to the score, and {path.stem} is taken; rename it")
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        score = module.score
+    except Exception as error:  # of any kind, from the user's code
+        raise UsageError(f"--task {file}: {type(error).__name__}: {first_line(error)}") from None
+
+    def checked(prediction: str, example: Example) -> Scores:
+        try:
+            value = score(prediction, example)
+            value = value if isinstance(value, bool) else float(value)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UsageError(f"--task {file}: {example.source}: score fails with {reason}") from None
+        if not 0 <= value <= 1:
+            raise UsageError(f"--task {file}: {example.source}: score returns {value}, which is not in 0 to 1")
+        return {path.stem: value}
+
+    return Task((path.stem,), pure(checked))

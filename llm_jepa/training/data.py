@@ -30,7 +30,7 @@ def load_data(s: Settings, encoder: Encoder, state: PartialState) -> Data:
         train = stream.first(s.dry_run or 4 * s.batch_size)
     else:
         train = read_examples(s.train_file or s.data_file, problems, s.fields)
-        encoder.renderer.fix_template(thinking=any("</think>" in example.assistant for example in train))
+        encoder.renderer.fix_template(thinking=any("</think>" in (e.assistant or "") for e in train))
     if share := s.eval_split if s.data_file else s.val_fraction:
         train, held_out = split_examples(train, share, s.split_seed)
     else:

@@ -14,24 +14,28 @@ from llm_jepa.distributed import processes
 from llm_jepa.model import not_adapted
 from llm_jepa.reports.results import describe_method
 from llm_jepa.run_folder import complete_checkpoints, origin_of_model, provenance
-from llm_jepa.scoring.tasks import TASKS
+from llm_jepa.scoring.tasks import find_task
 from llm_jepa.settings import Settings
 from llm_jepa.training.diagnostics import judge
 
 
 def first_example(renderer: Renderer, dataset: SegmentDataset) -> dict[str, str | None]:
-    """The first example as the model sees it: texts, label text, and the tokens at which the views are read."""
-    example, (chat, *views) = dataset.examples[0], dataset.items[0]
+    """The first chat (or pair) as the model sees it: texts, label text, and the tokens at which the views are read."""
+    number = max(range(len(dataset)), key=lambda i: (dataset.examples[i].has_chat, dataset.examples[i].pair))
+    example, item = dataset.examples[number], dataset.items[number]
+    chat, views = (item[0], item[1:]) if example.has_chat else (None, item)
 
     def decode(ids: Any) -> str:
         return renderer.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     row = dict.fromkeys(("chat", "label_text", "text_view", "code_view", "text_view_token", "code_view_token"))
-    row |= {"chat": renderer.chat(example).text, "label_text": decode(chat.ids[chat.labels])}
+    if chat:
+        row |= {"chat": renderer.chat(example).text, "label_text": decode(chat.ids[chat.labels])}
     if views:
-        views = views if chat.view is None else [chat.text_view, *views]
+        in_chat = chat and chat.view is not None
+        views = [chat.text_view, *views] if in_chat else views
         texts = [view.text for view in renderer.views(example)]
-        if chat.view is not None:
+        if in_chat:
             texts[0] = decode(views[0].ids)
         row |= {"text_view": texts[0], "code_view": texts[1]}
         row |= {f"{v.kind}_token": decode([v.ids[v.view]]) for v in views}
@@ -65,7 +69,7 @@ def start_record(s: Settings, train_set: SegmentDataset, problems: Problems) -> 
     """What run.json records at the start."""
     record = {"seed": s.finetune_seed, "skipped_examples": len(problems.found)}
     record["template_date"] = PINNED_DATE.date().isoformat()
-    turns = {s.fields.system} if s.fields else {example.system for example in train_set.examples}
+    turns = {s.fields.system} if s.fields else {e.system for e in train_set.examples if e.has_chat}
     if len(turns) == 1 and (s.fields or not s.streaming):  # otherwise there may be several
         record["system_turn"] = turns.pop()
     files = {f for f in (s.train_file, s.data_file, s.eval_file) if f}
@@ -89,7 +93,7 @@ def final_record(trainer: Any) -> dict[str, Any]:
     """What run.json records at the end: steps, tokens, the last value of each loss, and what the terms learned."""
     losses = ("lm_loss", *(f"{term.name}_loss" for term in trainer.terms), "eval_exact")
     if trainer.generate is not None:
-        losses += (f"eval_{TASKS[trainer.generate.task].primary}",)
+        losses += (f"eval_{find_task(trainer.generate.task).primary}",)
     final = {k: v for line in trainer.state.log_history for k, v in line.items() if k.endswith(losses)}
     facts = {"steps": trainer.state.global_step, "tokens": int(trainer.seen_tokens), "final": final}
     if trainer.args.load_best_model_at_end:

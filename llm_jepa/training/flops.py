@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
-from llm_jepa.data.segments import Item
+from llm_jepa.data.segments import Item, without_pair
 
 PRODUCT = re.compile(r"(mm|mv|dot|attention|linear|lstm|gru|rnn)(_|$)|conv")  # names of torch's matrix products
 NO_PRODUCT = ("prim", "prims", "profiler", "c10d", "_c10d_functional", "fsdp")  # namespaces
@@ -91,7 +91,7 @@ def flop_share(
         sampler.epoch = epoch
         for key in itertools.islice(sampler, count):
             items = dataset[key]
-            for i, micro_batch in enumerate(([(item[0].without_view,) for item in items], items)):
+            for i, micro_batch in enumerate(([*map(without_pair, items)], items)):
                 with FlopCounter() as counter:
                     losses[i](micro_batch).backward()
                 spent[i] += counter.get_total_flops()

@@ -18,7 +18,7 @@ from llm_jepa.data.segments import Encoder
 from llm_jepa.evaluation import generation
 from llm_jepa.evaluation.model import label_logits
 from llm_jepa.evaluation.scores import scored_row, scorer, summarize, verdicts
-from llm_jepa.scoring.tasks import TASKS
+from llm_jepa.scoring.tasks import find_task
 from llm_jepa.training.callbacks import reopen
 from llm_jepa.training.trackers import log_table
 
@@ -45,7 +45,7 @@ class Generations:
         scorer(task, spider_path, self.examples)
 
     def _responses(self, model: Any) -> generation.Responses:
-        if not (choices := TASKS[self.task].choices):
+        if not (choices := find_task(self.task).choices):
             yield from generation.generate(model, self.renderer, self.mine, BATCH_SIZE, max_new_tokens=self.limit)
             return
         encoder = Encoder(self.renderer, "answer_text", sys.maxsize)
@@ -90,7 +90,7 @@ class GenerationsCallback(TrainerCallback):
             return
         task, step, lines = self.generate.task, state.global_step, []
         if self.generate.scored:
-            name = TASKS[task].primary
+            name = find_task(task).primary
             value, low, high = (100 * metrics[f"eval_{name}{end}"] for end in ("", "_low", "_high"))
             n = len(self.generate.examples)
             lines.append(f"step {step}: {name} {value:.2f} % [{low:.2f}, {high:.2f}], n = {n}")

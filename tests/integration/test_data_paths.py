@@ -1,10 +1,10 @@
-"""Different ways to the same micro-batches: stored tokens, several processes, token budgets, streams."""
+"""Different ways to the same micro-batches: several processes, token budgets, streams."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from conftest import EXAMPLES, GOLDEN, JEPA, column, interrupted, same_weights, 
 
 from llm_jepa.data import streaming
 from llm_jepa.data.batching import SegmentDataset
-from llm_jepa.data.examples import ExampleError, Fields, Problems, read_examples
+from llm_jepa.data.examples import Example, ExampleError, Problems, read_examples
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder
 from llm_jepa.data.spans import Draws
@@ -38,7 +38,7 @@ def stream_of(path: Path, **options: object) -> SegmentStream:
 
 def tokens(items: list) -> list[str]:
     """All that an encoded example consists of, comparable."""
-    fields = ("kind", "ids", "labels", "view", "stem", "branch", "user", "answer")
+    fields = ("kind", "ids", "labels", "view", "stem", "branch", "user", "answer", "paired")
     return [str([[np.asarray(getattr(x, name)).tolist() for name in fields] for x in item]) for item in items]
 
 
@@ -50,8 +50,10 @@ def batches(stream: SegmentStream, count: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("flags", [{}, {"jepa": False}, {"text_view": "in_chat"}, {"locate_user": True}], ids=str)
-def test_stored_segments_equal_encoded_segments_in_any_number_of_processes(data, flags):
+def test_segments_are_the_same_in_any_number_of_processes(data, flags):
     examples = read_examples(str(data), Problems())
+    examples += [dataclasses.replace(examples[0], history=("u", "a")), dataclasses.replace(examples[0], pair=False)]
+    examples += [] if "text_view" in flags else [Example(None, None, None, "views", 1, text="a view", code="its code")]
     encoded = encoder(**flags)(examples)
     for processes in (1, 2) if not flags else (1,):
         items = SegmentDataset(examples, encoder(**flags), Problems(), KEEP, processes).items
@@ -116,19 +118,6 @@ def test_processes_share_each_epoch_of_a_stream_in_another_order(data, monkeypat
     first, second = ([item for share in shares for (item,) in share[part]] for part in (slice(8), slice(8, 16)))
     every = sorted(tokens(encoder()(read_examples(str(data), Problems()))))
     assert sorted(first) == sorted(second) == every and first != second
-
-
-@pytest.mark.parametrize("ending", ["parquet", "json", "tsv.gz"])
-def test_stream_reads_other_formats(tmp_path, ending):
-    import pandas
-
-    rows = pandas.DataFrame({"q": [f"number {i}" for i in range(9)], "a": [f"{i}.*" for i in range(9)]})
-    path, fields = tmp_path / f"own.{ending}", Fields("q", "a", None)
-    write = {"tsv.gz": partial(rows.to_csv, index=False, sep="\t"), "json": partial(rows.to_json, orient="records"),
-             "parquet": rows.to_parquet}  # fmt: skip
-    write[ending](path)
-    (batch,) = batches(stream_of(path, fields=fields, batch_size=9), 1)
-    assert sorted(batch) == sorted(tokens(encoder()(read_examples(str(path), Problems(), fields))))
 
 
 def test_bad_example_of_a_stream_is_reported_by_line(tmp_path):

@@ -5,11 +5,9 @@ r"""Hostile queries as predictions: each fails for an allowed reason, no file ch
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import sqlite3
 import subprocess
 import sys
 import time
@@ -17,22 +15,14 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from databases import listing, make_database, sql_example
 
-from llm_jepa.data.examples import Example
-from llm_jepa.files import sha256
 from llm_jepa.scoring.sql import MAX_QUERY, MAX_RESULT, execution_match
 
 SECONDS = 0.4  # limit for one query
 MARGIN = 3.0  # for starting the child process on a loaded computer
 RIGHT = {"execution": True, "execution_ordered": True}
 GOLD = "SELECT name FROM singer"
-SCRIPT = """
-CREATE TABLE singer (id INTEGER PRIMARY KEY, name TEXT, age INTEGER);
-CREATE TABLE concert (id INTEGER PRIMARY KEY AUTOINCREMENT, singer INTEGER REFERENCES singer (id));
-CREATE INDEX by_age ON singer (age);
-INSERT INTO singer VALUES (1, 'Ann', 30), (2, 'Bo', 20), (3, 'Cy', 30);
-"""
-
 N = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "  # never ends
 UP_TO = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT {}) "
 CROSS = "FROM " + ", ".join(f"{{t}} t{i}" for i in range(40))  # at least 3^40 rows
@@ -124,16 +114,6 @@ QUERIES: dict[str, tuple[set[str | None], list[str]]] = {  # group: (allowed rea
 }  # fmt: skip
 
 
-def example(gold: str = GOLD) -> Example:
-    return Example(None, "For db_id:[music]\n\nWhich?", gold, "data.jsonl:1", 1)
-
-
-def listing(folder: Path) -> dict[str, tuple[int, str]]:
-    """Every file and folder in a folder, with its modification time and checksum."""
-    paths = sorted(folder.rglob("*"))
-    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, sha256(p) if p.is_file() else "") for p in paths}
-
-
 def queries(folder: Path, *groups: str) -> list[tuple[str, set[str | None]]]:
     """(query, allowed reasons) of all groups or of some."""
     words = {"{t}": "singer", "{c}": "name", "{dir}": str(folder / "outside")}
@@ -146,10 +126,9 @@ def queries(folder: Path, *groups: str) -> list[tuple[str, set[str | None]]]:
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A watched folder with the database, the working folder, the temporary folder and a file."""
-    for name in ("database/music", "outside", "working", "temporary"):
-        (tmp_path / name).mkdir(parents=True)
-    with contextlib.closing(sqlite3.connect(tmp_path / "database" / "music" / "music.sqlite")) as connection:
-        connection.executescript(SCRIPT)
+    make_database(tmp_path / "database" / "music" / "music.sqlite")
+    for name in ("outside", "working", "temporary"):
+        (tmp_path / name).mkdir()
     (tmp_path / "outside" / "bait.csv").write_text("1,bait,1\n")
     monkeypatch.chdir(tmp_path / "working")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
@@ -161,10 +140,10 @@ def test_hostile_queries_fail_and_change_nothing(folder):
     with execution_match(folder / "database", SECONDS) as match:
         for i, (query, reasons) in enumerate(queries(folder)):
             started = time.monotonic()
-            scores = match(query, example())
+            scores = match(query, sql_example(GOLD))
             elapsed = time.monotonic() - started
             failed = not scores["execution"] and not scores["execution_ordered"]
-            next_scores = match(f"{GOLD} -- {i}", example())  # a new text each time, since results are cached
+            next_scores = match(f"{GOLD} -- {i}", sql_example(GOLD))  # a new text each time, since results are cached
             if not failed or scores.get("failure") not in reasons or elapsed > SECONDS + MARGIN or next_scores != RIGHT:
                 wrong[query[:70]] = (scores, f"{elapsed:.2f} s", next_scores)
     assert not wrong

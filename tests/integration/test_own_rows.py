@@ -5,14 +5,28 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import resource
 from pathlib import Path
 
 import datasets
 import pytest
-from conftest import GOLDEN, call, dry_run, message_row, predictions, same_weights, start, train, write_rows
+from conftest import (
+    GOLDEN,
+    JEPA,
+    ROOT,
+    call,
+    column,
+    dry_run,
+    message_row,
+    metrics,
+    predictions,
+    read_lines,
+    same_weights,
+    train,
+    write_rows,
+)
 
 from llm_jepa.files import read_json, sha256
+from llm_jepa.scoring import tasks
 
 PAIRS = [(f"the number {i}, and its square", f"({i})|[{i * i}]") for i in range(12)]
 SYSTEM = "Write the regular expression."
@@ -81,18 +95,44 @@ def test_system_turn_other_than_in_training_is_refused_or_noted(files, runs, tmp
         assert [expected in note for note in notes] == ([True] if expected else []), name
 
 
-def test_missing_field_is_reported_with_file_and_line(files, tmp_path):
-    done = start(files["csv"], tmp_path / "run", "--text_field", "question", "--code_field", "answer")
-    assert done.code == 2 and f"{files['csv']}:2: " in done.err and "'answer'" in done.err
-    assert not (tmp_path / "run").exists()
+def test_file_of_chats_pairs_and_answers_trains_and_is_evaluated(tmp_path):
+    pairs = [{"text": "t 1", "code": "c 1"}, {"text": "t 2", "code": "c 2"}]
+    replay = {"prompt": "p", "completion": "a", "pair": False}
+    rows = [*(message_row(f"q {i}", f"a {i}") for i in range(6)), *pairs, replay]
+    data = write_rows(tmp_path / "mixed_train.jsonl", rows)
+    sizes = ("--batch_size", 9, "--grad_accum", 1, "--num_epochs", 1, "--eval_file", data, "--eval_generate", 9)
+    run = train(data, tmp_path / "run", *JEPA, *sizes, "--jepa_ratio", 0.5, "--task", "text")
+    (step,) = metrics(run)
+    assert 0 < step["pairs"] < 8 and metrics(run, "eval_exact")
+    regular = train(data, tmp_path / "regular", "--regular", *sizes)
+    assert column(regular, "label_tokens") == column(run, "label_tokens")
+    predictions(run, data, tmp_path / "out")
+    found = read_json(tmp_path / "out" / "metrics.json")
+    assert (found["n"], found["retrieval"]["n"]) == (7, 6)
+    flags = ("--model_name", run, "--input_file", data, "--similarity", "--output_file", tmp_path / "similarity.json")
+    assert call("evaluate", *flags).code == 0 and read_json(tmp_path / "similarity.json")["n"] == 8
 
 
-def test_evaluation_names_the_file_that_cannot_be_written(files, runs, tmp_path):
-    flags = ("--task", "text", "--max_new_tokens", 4, "--output_file", tmp_path / "out" / "p.jsonl")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        done = call("evaluate", "--model_name", runs["chats"], "--input_file", files["chats"], *flags)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert done.code == 1 and "Traceback" not in done.err and str(tmp_path) in done.err.splitlines()[-1], done.err
+def test_task_file_scores_in_training_and_in_evaluation(files, runs, tmp_path):
+    task = ROOT / "examples" / "edit_similarity.py"
+    flags = ("--eval_file", files["chats"], "--eval_generate", 12, "--task", task)
+    run = train(files["chats"], tmp_path / "run", *FLAGS, *flags)
+    done = call("evaluate", "--model_name", run, "--input_file", files["chats"], "--task", task)
+    assert done.code == 0, done.err
+    found, name = read_json(run / "eval" / "chats" / "metrics.json"), "edit_similarity"
+    values = [row[name] for row in read_lines(run / "eval" / "chats" / "predictions.jsonl")]
+    assert found["task"] == found["score"] == name and found["scores"] == [name] and len(set(values)) > 2
+    assert found[name] == pytest.approx(sum(values) / 12) and found["ci95"][name] == tasks.interval(values)
+    assert column(run, f"eval_{name}")[-1] == pytest.approx(found[name])
+    assert f"{name} {100 * found[name]:.2f} %" in call("llm_jepa.report", "--line", run).out
+    task = tmp_path / "wrong.py"
+    for text, message in (
+        ("def score(generation, example):\n    return {}['x']", f"{files['chats']}:1: "), ("", "no attribute"),
+        ("def score(generation, example):\n    return 2", f"{files['chats']}:1: "), ("import nowhere", "nowhere"),
+    ):  # fmt: skip
+        task.write_text(text)
+        tasks.file_task.cache_clear()
+        done = call("evaluate", "--score_gold", "--input_file", files["chats"], "--task", task)
+        assert done.code == 2 and str(task) in done.err and message in done.err, done.err
+    done = call("evaluate", "--score_gold", "--input_file", files["chats"], "--task", "score.py")
+    assert done.code == 2 and "rename" in done.err

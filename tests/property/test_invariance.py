@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from templates import FOLDERS, dataset, encoder, model, tokenizer
 
 from llm_jepa.data.examples import Example
+from llm_jepa.data.spans import Draws
 from llm_jepa.layouts import LAYOUTS, Collator
 from llm_jepa.losses import JEPA_LOSSES, jepa_loss, lm_loss
 
@@ -67,6 +68,37 @@ def test_layouts_agree(name, k, examples, tokens_per_row):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_layouts_agree_in_chat(name, k):
     assert_layouts_agree(name, items_of(name, PAIRS, k, text_view="in_chat"), 60)
+
+
+MIXED = [
+    *PAIRS,
+    Example("s", "(d)", "e f", "rows:3", 3, history=("u", "a")),
+    Example("s", "replay", "only", "rows:4", 4, pair=False),
+    Example(None, None, None, "rows:5", 5, text="a view", code="[of] it"),
+]
+
+
+@pytest.mark.parametrize("distance", ["cosine", "clip"])
+def test_examples_without_a_pair_or_a_chat_count_for_one_loss_only(distance):
+    flags = {"lm_turns": "all"}
+    items = items_of("llama3", MIXED, **flags)
+    chats, pairs = (
+        items_of("llama3", x, **flags, jepa=j) for x, j in ((MIXED[:4], False), (MIXED[:3] + MIXED[4:], True))
+    )
+    mixed = score("llama3", items, "packed", 90, distance)
+    assert mixed["counts"][1] == len(pairs)
+    torch.testing.assert_close(mixed["lm"], score("llama3", chats, "packed", 90)["lm"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        mixed["jepa"], score("llama3", pairs, "packed", 90, distance)["jepa"], rtol=1e-5, atol=1e-6
+    )
+    for layout in ("separate", "additive"):
+        assert_same(score("llama3", items, layout, 90, distance), mixed)
+    dropped = score(
+        "llama3", dataset(MIXED, encoder("llama3", predictors=1, **flags), Draws(0, 0.0))[0, range(5)], "packed"
+    )
+    assert dropped["counts"] == mixed["counts"] and dropped["views"].shape[1] == 0
+    torch.testing.assert_close(dropped["lm"], mixed["lm"], rtol=1e-5, atol=1e-6)
+    assert items_of("llama3", MIXED, jepa=False)[4] == ()
 
 
 @pytest.mark.parametrize("distance", sorted(JEPA_LOSSES))

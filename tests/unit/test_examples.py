@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -27,6 +28,10 @@ BAD = {
     "nested too deeply": (b"[" * 100_000, "JSON"),
     "truncated UTF-8": (GOOD.replace(b"one", b"on\xc3"), "UTF-8"),
     "no messages": (b'{"text": "a"}', "messages"),
+    "prompt without completion": (b'{"prompt": "a"}', "completion"),
+    "two answers in succession": (turns(("user", "a"), ("assistant", "b"), ("assistant", "c")), "roles"),
+    "ShareGPT without an answer": (b'{"conversations": [{"from": "human", "value": "a"}]}', "roles"),
+    "pair a number": (with_extra(pair=1), '"pair"'),
     "turn not an object": (b'{"messages": ["user", "assistant"]}', "roles"),
     "no assistant": (turns(("system", "s"), ("user", "a")), "roles"),
     "system second": (turns(("user", "a"), ("system", "s"), ("assistant", "b")), "roles"),
@@ -80,6 +85,32 @@ def test_contents_source_and_line_number_are_kept_exactly(tmp_path):
         Example(system, "a", "b", f"{path}:3", 3),
         Example("Choose.", "Which? A) x B) y", "A", f"{path}:4", 4, "the context", "the ending", ("A", "the first")),
     ]
+
+
+def test_chats_of_other_formats_and_examples_of_views_only(tmp_path):
+    roles = ("system", "user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, "sabcd", strict=True)]
+    names = ("system", "human", "gpt", "human", "gpt")
+    sharegpt = [{"from": name, "value": text} for name, text in zip(names, "sabcd", strict=True)]
+    views = {"text": [{"role": "user", "content": "t"}], "code": [{"role": "assistant", "content": "c"}]}
+    rows = [
+        {"messages": messages}, {"conversations": sharegpt, "messages": None},
+        {"prompt": messages[:-1], "completion": messages[-1:]}, {"prompt": messages[:-1], "completion": "d"},
+        {"prompt": "q", "completion": " a"}, {"messages": messages, "pair": False},
+        views, {"text": "t", "code": "c", "group": "1"}, {"messages": messages} | views,
+    ]  # fmt: skip
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    got = read_examples(str(path), Problems())
+    chat = Example("s", "c", "d", f"{path}:1", 1, history=("a", "b"))
+    assert got[0] == chat and got[0].messages == messages
+    for i, changes in enumerate(
+        [{}, {}, {}, {"system": None, "user": "q", "assistant": " a", "history": ()}, {"pair": False},
+         {"system": None, "user": None, "assistant": None, "history": (), "text": "t", "code": "c"},
+         {"system": None, "user": None, "assistant": None, "history": (), "text": "t", "code": "c", "group": "1"},
+         {"text": "t", "code": "c"}], start=2,
+    ):  # fmt: skip
+        assert got[i - 1] == dataclasses.replace(chat, source=f"{path}:{i}", id=i, **changes)
+    assert [e.has_chat for e in got] == [True] * 6 + [False] * 2 + [True]
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import gzip
 import json
 import zlib
 
 import datasets
+import pandas
 import pyarrow as pa
 import pytest
 from conftest import message_row, write_rows
@@ -32,20 +33,14 @@ FIELDS = Fields("question", "code")
 
 def write(path, pairs):
     """Writes the fields question and code, and another one, in the format of the file's ending."""
-    columns = {"other": ["1"] * len(pairs), "question": [q for q, _ in pairs], "code": [c for _, c in pairs]}
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(write(path.with_suffix(""), pairs).read_bytes()))
-    elif path.suffix == ".json":
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        path.write_text("\ufeff\n" + json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
-    elif path.suffix == ".parquet":
-        datasets.Dataset.from_dict(columns).to_parquet(path)
-    elif path.suffix in (".csv", ".tsv"):
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            delimiter = "," if path.suffix == ".csv" else "\t"
-            csv.writer(file, delimiter=delimiter).writerows([columns, *zip(*columns.values(), strict=True)])
+    frame = pandas.DataFrame(pairs, columns=["question", "code"]).assign(other="1")
+    kind = "".join(path.suffixes[:1])
+    if kind == ".parquet":
+        frame.to_parquet(path)
+    elif kind in (".csv", ".tsv"):
+        frame.to_csv(path, index=False, sep="," if kind == ".csv" else "\t")
     else:
-        write_rows(path, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+        frame.to_json(path, orient="records", lines=kind != ".json", force_ascii=False)
     return path
 
 
@@ -55,29 +50,14 @@ def read(path, fields: Fields | None = FIELDS, problems: Problems | None = None)
 
 @pytest.mark.parametrize("name", ["mine.jsonl", "mine.txt", "mine.csv", "mine.parquet", "mine.json", "mine.tsv",
                                   "mine_test.jsonl.gz", "mine.json.gz", "mine.csv.gz"])  # fmt: skip
-@pytest.mark.parametrize("system", [None, "Be brief."])
-def test_fields_become_views(name, system, tmp_path):
+def test_fields_become_views(name, tmp_path):
     path = write(tmp_path / name, PAIRS)
-    examples = read(path, Fields("question", "code", system))
-    assert [(e.system, e.user, e.assistant, e.id) for e in examples] == [
-        (system, q, c, i) for i, (q, c) in enumerate(PAIRS, start=1)
-    ]
+    examples = read(path, Fields("question", "code", "Be brief."))
+    expected = [("Be brief.", q, c, i) for i, (q, c) in enumerate(PAIRS, start=1)]
+    assert [(e.system, e.user, e.assistant, e.id) for e in examples] == expected
     assert dataset_name(str(path)) == "mine"
     with pytest.raises(ExampleError, match=f"{name}.*'answer'.*'code'"):
         read(path, Fields("question", "answer"))
-
-
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [("mine.jsonl", ":2"), ("mine.csv", ":3"), ("mine.parquet", ": row 2"), ("mine.json", ": entry 2")],
-)
-def test_empty_value_is_reported_by_place_or_skipped(name, place, tmp_path):
-    path = write(tmp_path / name, [PAIRS[0], ("q", " "), PAIRS[2]])
-    with pytest.raises(ExampleError, match=f"{name}{place}: .*'code'"):
-        read(path)
-    problems = Problems(skip=True)
-    assert [e.id for e in read(path, problems=problems)] == [1, 3]
-    assert len(problems.found) == 1
 
 
 @pytest.mark.parametrize(
@@ -85,16 +65,16 @@ def test_empty_value_is_reported_by_place_or_skipped(name, place, tmp_path):
     [
         ("mine.csv", b"question,code\na\n", ":2"),
         ("mine.csv", b'question,code\n"a,b\n', ""),
-        ("mine.csv", b"", ""),
         ("mine.parquet", b"PAR1 not really", ""),
         ("mine.jsonl", json.dumps({"question": "q", "code": 7}).encode(), ":1: .*'code'"),
+        ("mine.csv", b'question,code\n"a\nb"," "\n', ":3: .*'code'"),
+        ("mine.json", b'[{"question": "q", "code": "c"}, {"question": "q", "code": ""}]', ": entry 2: .*'code'"),
         ("mine.csv", 'question,code\na,b\n"c\nd",é\n'.encode("latin-1"), ":4: .*UTF-8"),
-        ("mine.csv", "question,code\na,b\n".encode("utf-16"), ":1: .*UTF-16"),
+        ("mine.csv", "question,code\na,b\n".encode("utf-16"), ": .*UTF-8"),
         ("mine.json", '[\n{"question": "é"}]'.encode("latin-1"), ": .*UTF-8.*line 2"),
         ("mine.json", b'[\n{"question": "a"},\n{"code": }]', ": .*line 3"),
         ("mine.json", b'{\n"rows": []}', ":1: .*array"),
         ("mine.xlsx", b"PK\3\4\xff\xff", ":1: .*csv"),
-        ("mine.csv.gz", b"question,code\na,b\n", ""),
         ("mine.json.gz", gzip.compress(b"[1, 2]" * 99, mtime=0)[:20], ""),
         ("mine.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + zlib.compress(b"x") + b"12345678", ""),
         ("mine.csv", b"question,code,note\nq1,SELECT a\nFROM b,n3\n", ":2"),
@@ -180,6 +160,28 @@ def test_missing_hub_dataset_is_an_error_and_checksum_depends_on_content(hub, mo
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     with pytest.raises(ExampleError, match="owner/films:test.*refused"):
         data_sha256("owner/films:test", fields, streaming=True)
+
+
+def test_glob_reads_the_files_in_order_with_one_numbering(tmp_path):
+    for name, pairs in (("a.jsonl", PAIRS[:1]), ("b.csv", PAIRS[1:3]), ("c.jsonl.gz", PAIRS[3:])):
+        write(tmp_path / name, pairs)
+    path = str(tmp_path / "[a-c].*")
+    assert [(e.user, e.id) for e in read(path)] == [(q, i) for i, (q, _) in enumerate(PAIRS, start=1)]
+    assert read(path)[2].source.startswith(str(tmp_path / "b.csv"))
+    assert dataset_name(str(tmp_path / "mine_*.c*")) == "mine_*" and dataset_name(path) == tmp_path.name
+    first = data_sha256(path, FIELDS)
+    write(tmp_path / "b.csv", PAIRS[:2])
+    assert data_sha256(path, FIELDS) != first
+    with pytest.raises(ExampleError, match="none"):
+        read(tmp_path / "none*.jsonl")
+
+
+def test_views_come_from_fields_of_their_own(tmp_path):
+    fields = dataclasses.replace(FIELDS, view_text="other", view_code="question")
+    for name in ("mine.csv", "mine.parquet"):
+        (example,) = read(write(tmp_path / name, PAIRS[1:2]), fields)
+        views = (example.user, example.assistant, example.text, example.code)
+        assert views == (*PAIRS[1], "1", PAIRS[1][0])
 
 
 def test_file_takes_precedence_over_hub_dataset(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from llm_jepa.cli import UsageError
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.rendering import PINNED_DATE, Renderer
-from llm_jepa.data.segments import Encoder, end_of_turn
+from llm_jepa.data.segments import Encoder, Segment, end_of_turn
 from llm_jepa.data.spans import Draws
 
 ALL = tuple(FOLDERS)
@@ -30,6 +30,7 @@ EXAMPLES = [
     Example("System.", "assistant\n\nuser", "x", "rows:5", 5),
 ]
 FIRST = EXAMPLES[0]
+CHAT = Example("Be brief.", "and (a|b)?", "c d", "rows:6", 6, history=("one?", "Good", "two?", "x y"))
 
 
 def decode(e: Encoder, ids: np.ndarray) -> str:
@@ -62,6 +63,30 @@ def test_labels_are_answer_and_end_of_turn_token_and_no_prompt_token(name):
         assert np.flatnonzero(chat.labels).tolist() == list(range(first, first + len(label_ids)))
         assert decode(e, chat.ids[:first]).rstrip() == rendered.text[: rendered.start].rstrip()
         assert end_of_turn(e.renderer) == label_ids[-1]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["chat", "plain"])
+@pytest.mark.parametrize("name", ALL)
+def test_last_or_all_answers_of_a_chat_are_labels(name, plain):
+    answers = [answer + ("<|eot_id|>" if plain else END_OF_TURN[name]) for answer in ("Good", "x y", "c d")]
+    for scope, turns in (("answer", "last"), ("answer", "all"), ("answer_text", "all")):
+        e = encoder(name, plain=plain, lm_labels=scope, lm_turns=turns, locate_user=True)
+        (chat,) = e.chats([CHAT])
+        spans = np.split(np.flatnonzero(chat.labels), np.flatnonzero(np.diff(np.flatnonzero(chat.labels)) > 1) + 1)
+        want = answers[-1:] if turns == "last" else answers
+        want = [answer.partition("<")[0] for answer in want] if scope == "answer_text" else want
+        assert [decode(e, chat.ids[span]).strip() for span in spans] == want
+        assert decode(e, chat.ids[slice(*chat.user)]).strip() == CHAT.user
+        assert decode(e, chat.ids[slice(*chat.answer)]).strip() == CHAT.assistant
+    text, code = e.renderer.views(CHAT)
+    assert CHAT.user in text.text and "two?" not in text.text and "c d" in code.text and "x y" not in code.text
+
+
+def test_chat_whose_answers_end_differently_labels_only_the_last():
+    turn = "<|im_start|>{{ m.role + '\\n' + m.content }}{{ '<|im_end|>' if m.role == 'user' or loop.last }}\n"
+    template = "{% for m in messages %}" + turn + "{% endfor %}"
+    assert isinstance(with_template(template, lm_turns="all").chats([CHAT])[0], ValueError)
+    assert isinstance(with_template(template).chats([CHAT])[0], Segment)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -103,8 +128,7 @@ def assert_one_prompt(e: Encoder, examples: list[Example], folder, monkeypatch) 
         saved, prompts = AutoTokenizer.from_pretrained(folder), []
         for example, chat in zip(examples, e.chats(examples), strict=True):
             trained = chat.ids[: prompt_length(chat)].tolist()
-            turns = [{"role": "system", "content": example.system}] if example.system is not None else []
-            turns.append({"role": "user", "content": example.user})
+            turns = example.messages[:-1]
             assert trained == saved.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
             assert trained == e.renderer.tokenizer(e.renderer.prompt(example), add_special_tokens=False).input_ids
             prompts.append(e.renderer.tokenizer.decode(trained))
@@ -116,7 +140,7 @@ def assert_one_prompt(e: Encoder, examples: list[Example], folder, monkeypatch) 
 @pytest.mark.parametrize("plain", [False, True], ids=["chat", "plain"])
 @pytest.mark.parametrize("name", ALL)
 def test_training_evaluation_and_saved_tokenizer_have_one_prompt(name, plain, tmp_path, monkeypatch):
-    examples = [*EXAMPLES, dataclasses.replace(FIRST, system="", assistant="\n\nGood\n")]
+    examples = [*EXAMPLES, dataclasses.replace(FIRST, system="", assistant="\n\nGood\n"), CHAT]
     e = encoder(name, plain=plain)
     for example, prompt in zip(examples, assert_one_prompt(e, examples, tmp_path, monkeypatch), strict=True):
         assert example.user.strip() in prompt and "2031" not in prompt

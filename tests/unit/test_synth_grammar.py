@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 
@@ -11,10 +10,6 @@ from conftest import ROOT
 from llm_jepa.files import read_jsonl
 
 DATASETS = ROOT / "datasets"
-sys.path.insert(0, str(DATASETS))
-
-import synth_grammar  # noqa: E402
-
 PAIRS = {}  # description: regular expression
 for part in ("train", "test"):
     chats = [e["messages"] for _, e in read_jsonl(DATASETS / f"synth_{part}.jsonl")]
@@ -36,13 +31,6 @@ MEANINGS = {  # examples of the data for the rules and the precedence in dataset
     "lines with not a number or a capital letter, a lower-case letter, and the string 'dog'": (
         "(~([0-9]))|(([A-Z])&([a-z])&(dog))"
     ),
-    "lines with words with the string 'dog', 3 or more times": r"\b((dog){3,})\b",
-    "lines with the string 'dog' before a vowel, anything but a character, and not a number": (
-        "(dog).*(([AEIOUaeiou])&(~(.))&(~([0-9]))).*"
-    ),
-    "lines containing only a character at most 7 times": "(.){1,7}",
-    "lines starting with a capital letter or containing a capital letter": "(([A-Z])(.*))|(.*[A-Z].*)",
-    "lines ending in a number and not having a number": "((.*)([0-9]))&(~(.*[0-9].*))",
     "lines not ending in the string 'dog' or a number": "~((.*)((dog)|([0-9])))",
 }
 
@@ -50,9 +38,3 @@ MEANINGS = {  # examples of the data for the rules and the precedence in dataset
 def test_descriptions_are_unique_and_have_the_stated_meaning():
     assert len(PAIRS) == len(set(PAIRS.values())) == 10_000
     assert MEANINGS.items() <= PAIRS.items()
-
-
-def test_strings_are_named_in_order_of_appearance():
-    for description, regex in PAIRS.items():
-        for text in (re.findall(r"'(\w+)'", description), re.findall("dog|truck|ring|lake", regex)):
-            assert list(dict.fromkeys(text)) == list(synth_grammar.STRINGS)[: len(set(text))], (description, regex)
