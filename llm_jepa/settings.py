@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,8 +373,6 @@ def check_data(s: Settings, r: Refusals) -> None:
         find_task(s.task or "text")
     except UsageError as error:
         r.append(str(error))
-    r.refuse(not 0 < s.eval_split < 1, f"--eval_split {s.eval_split} is not between 0 and 1")
-    r.refuse(not 0 <= s.val_fraction < 1, f"--val_fraction {s.val_fraction} is not in 0 to 1")
     if s.streaming:
         r.only_if(False, "data_file val_fraction num_epochs same_flop", "not with --streaming: the length is unknown")
         r.refuse(s.max_steps == -1 and not s.dry_run, "--streaming: give --max_steps")
@@ -405,17 +404,12 @@ def check_method(s: Settings, r: Refusals) -> None:
         r.refuse(given and no_other_pair, f"{what}: not with --batch_size 1, which leaves no other pair")
     tempered = JEPA_LOSSES[name].temperature is not None
     r.only_if(tempered, "temperature negatives_queue", "only with --jepa_loss infonce or clip")
-    r.refuse(s.temperature is not None and not s.temperature > 0, f"--temperature {s.temperature} is not positive")
-    r.refuse(not 0 <= s.sigreg < 1, f"--sigreg {s.sigreg} is not in 0 to 1")
     r.only_if(s.nitp, "nitp_lbd nitp_layer nitp_targets", "only with --nitp")
     r.only_if(not s.tokens_per_batch, "batch_size", "not together with --tokens_per_batch")
     r.only_if(layout == "packed", "tokens_per_batch tokens_per_row", "only with --layout packed")
     r.only_if(not is_flash(s), "tokens_per_row", "flash attention packs each micro-batch into one row")
     r.refuse(s.additive_mask and layout != "additive", f"--additive_mask: not with --layout {layout}")
     r.refuse(layout == "additive" and not dense, f"{kernel}: not with --layout additive")
-    r.refuse(not 0 <= s.predictors <= 10, f"--predictors {s.predictors} is not in 0 to 10")
-    r.refuse(s.last_token is not None and s.last_token >= 0, f"--last_token {s.last_token} is not negative")
-    r.refuse(not 0 <= s.jepa_ratio <= 1, f"--jepa_ratio {s.jepa_ratio} is not in 0 to 1")
     same = f"--use_default_data_collator or --unmask_assistant_special_tokens, here --lm_labels {s.label_scope}"
     r.refuse(s.lm_labels not in (None, s.label_scope), f"--lm_labels {s.lm_labels}: not with {same}")
     partial = s.label_scope in ("answer", "answer_text")
@@ -443,8 +437,6 @@ def check_training(s: Settings, r: Refusals) -> None:
         how = "continue it with --lora, or give its merged model (finetune.py --merge)"
         r.refuse(not s.lora, f"--model_name {s.model_name} is an adapter: {how}")
         r.only_if(False, " ".join(LORA_FLAGS), f"not with the adapter {s.model_name}, which has its own")
-    r.refuse(s.lora_alpha is not None and s.lora_alpha < 1, f"--lora_alpha {s.lora_alpha} is not positive")
-    r.refuse(not 0 <= s.lora_dropout < 1, f"--lora_dropout {s.lora_dropout} is not in 0 to 1")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
     measures = s.gradient_stats > 0 and (s.torch_compile or s.track_flop)
@@ -455,7 +447,6 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.refuse(missing, "--use_liger_kernel: install the package liger-kernel first")
     r.only_if(not r.given & {"num_epochs", "same_flop"}, "max_steps", "not together with --num_epochs or --same_flop")
     r.refuse(s.resume and s.overwrite, "give one of --resume and --overwrite")
-    r.refuse(s.dry_run == 0, "--dry_run 0 would score nothing; leave it out to train")
     r.only_if(not s.dry_run, "resume overwrite", "not with --dry_run, which writes nothing")
     for tracker in s.report_to.split(","):
         known = tracker in ("none", *TRACKERS)
@@ -486,12 +477,21 @@ def check_libraries(s: Settings, r: Refusals) -> None:
         r.refuse(s.optim not in list(OptimizerNames), f"--optim {s.optim} is not known")
 
 
-POSITIVE = ("batch_size grad_accum lora_rank max_length save_steps eval_steps logging_steps save_total_limit "
-            "stp_spans learning_rate num_epochs early_stopping_patience").split()  # fmt: skip
-NOT_NEGATIVE = ("lbd gamma nitp_lbd negatives_queue gradient_stats stp_lbd stp_max_length stp_warmup stp_min_lbd "
-                "finetune_seed split_seed eval_generate sample_generations dry_run tokens_per_row tokens_per_batch "
-                "max_grad_norm warmup_steps weight_decay dataloader_num_workers "
-                "preprocessing_num_workers").split()  # fmt: skip
+RANGES = {  # smallest and largest value of these flags
+    "positive": (math.ulp(0), sys.float_info.max, "batch_size grad_accum lora_rank lora_alpha max_length max_steps "
+                 "save_steps eval_steps logging_steps save_total_limit stp_spans early_stopping_patience dry_run "
+                 "learning_rate num_epochs temperature"),
+    "0 or more": (0, sys.float_info.max, "lbd gamma nitp_lbd negatives_queue stp_lbd stp_warmup stp_min_lbd "
+                  "stp_max_length max_grad_norm warmup_steps weight_decay gradient_stats eval_generate "
+                  "sample_generations tokens_per_row tokens_per_batch dataloader_num_workers "
+                  "preprocessing_num_workers"),
+    "0 to 1": (0, 1, "jepa_ratio"),
+    "0 or more and below 1": (0, math.nextafter(1, 0), "sigreg lora_dropout val_fraction adam_beta2"),
+    "between 0 and 1": (math.ulp(0), math.nextafter(1, 0), "eval_split"),
+    "0 to 10": (0, 10, "predictors"),
+    "negative": (-sys.float_info.max, -1, "last_token"),
+    "0 to 2**32 - 1": (0, 2**32 - 1, "finetune_seed split_seed"),
+}  # fmt: skip
 
 
 def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -> Settings:
@@ -504,16 +504,11 @@ def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -
     check_data(s, r)
     check_method(s, r)
     check_training(s, r)
-    r.refuse(s.max_steps != -1 and s.max_steps < 1, f"--max_steps {s.max_steps} is not positive")
-    r.refuse(not 0 <= s.adam_beta2 < 1, f"--adam_beta2 {s.adam_beta2} is not in 0 to 1")
-    for name in (*POSITIVE, *NOT_NEGATIVE):
-        value = getattr(s, name)
-        value = 1 if value is None else value
-        r.refuse(name in POSITIVE and not value > 0, f"--{name} {value} is not positive")
-        r.refuse(name in NOT_NEGATIVE and not value >= 0, f"--{name} {value} is negative")
-        r.refuse(math.isinf(value), f"--{name} is not finite")
-    for name in ("finetune_seed", "split_seed"):
-        r.refuse(getattr(s, name) >= 2**32, f"--{name} {getattr(s, name)} is not below 2**32")
+    for what, (smallest, largest, names) in RANGES.items():
+        for name in names.split():
+            value = getattr(s, name)
+            wrong = value not in (None, getattr(Settings, name)) and not smallest <= value <= largest
+            r.refuse(wrong, f"--{name} {value} is not {what}")
     if not r:  # after other mistakes the slow imports could only add to them
         check_libraries(s, r)
     if r:
