@@ -59,11 +59,14 @@ def perform(model: str, parts: Path, examples: int, rate: float, seed: int, test
         save_strategy="no",
         report_to="none",
     )
-    data = Dataset.from_dict(columns(parts / f"{examples}.jsonl"))
+    data = Dataset.from_dict(columns(parts / "synth" / f"{examples}.jsonl"))
     begin = time.perf_counter()
     SentenceTransformerTrainer(encoder, arguments, data, loss=MultipleNegativesRankingLoss(encoder)).train()
     seconds = round(time.perf_counter() - begin, 1)
-    views = [np.asarray(encoder.encode(texts), np.float64) for texts in columns(parts / f"{test}.jsonl").values()]
+    views = [
+        np.asarray(encoder.encode(texts), np.float64)
+        for texts in columns(parts / "synth" / f"{test}2000.jsonl").values()
+    ]
     line = {"arm": "mnrl", "examples": examples, "learning_rate": rate, "seed": seed, "test": test}
     return line | {"retrieval": retrieval(*views), "train_seconds": seconds}
 

@@ -31,7 +31,7 @@ from llm_jepa import sweep
 from llm_jepa.cli import UsageError, build_parser, parse_flags, run_command, strict_parser
 from llm_jepa.evaluation.settings import EvaluationSettings
 from llm_jepa.files import read_json, sha256
-from llm_jepa.reports.results import EVALUATION_IGNORES, read_run
+from llm_jepa.reports.results import EVALUATION_IGNORES, read_runs
 from llm_jepa.settings import Settings as TrainingSettings
 from llm_jepa.settings import check_settings
 from llm_jepa.variables import misspelled
@@ -241,6 +241,11 @@ class Run:
             raise UsageError(f"{self.folder} is a run of another model or {self.train_file}; choose another RUNS_DIR")
         return True
 
+    def is_done(self) -> bool:
+        """Whether the folder has a finished training and the evaluation, if there is one."""
+        evaluated = (self.folder / "eval" / self.dataset / "metrics.json").exists()
+        return is_finished(self.folder) and (evaluated or self.kind == "pretrain")
+
     def is_evaluated(self) -> bool:
         """Whether the folder has this evaluation. Raises UsageError if it has another one of the dataset."""
         path = self.folder / "eval" / self.dataset / "metrics.json"
@@ -292,6 +297,7 @@ class Driver:
 
     def __init__(self, script: str, templates: Mapping[str, str], arguments: list[str]):
         self.script, self.templates = script, templates
+        self.step = ""  # of a sweep, for the progress
         self.command, *words = arguments or [""]
         named = [(name[4:].partition(":"), flags) for name, flags in templates.items() if name.startswith("arm_")]
         self.table = {name: Arm(name, lbd, flags) for (name, _, lbd), flags in named}
@@ -404,7 +410,8 @@ class Driver:
         s, file = self.settings, self.report_folder() / "sweep.json"
         done: list[Run] = []
 
-        def best(grid: list[tuple[Arm, Settings]]) -> Run:
+        def best(grid: list[tuple[Arm, Settings]], step: str) -> Run:
+            self.step = step
             cells = [self.make_run(arm, seed, dataset, cell, "cell") for arm, cell in grid for seed in seeds]
             self.run_all([[cell] for cell in cells])
             done.extend(cells)
@@ -413,9 +420,11 @@ class Driver:
 
         seeds, (dataset,), (regular, arm) = items(s.sweep_seeds), items(s.datasets), self.arms
         s = replace(s, runs_dir=str(file.parent / "cells"))
-        s = best([(regular, replace(s, learning_rate=rate)) for rate in items(s.learning_rates)]).settings
+        rates = [(regular, replace(s, learning_rate=rate)) for rate in items(s.learning_rates)]
+        s = best(rates, ", step 1 of 3").settings
         ks, lbds = items(s.grid_k) if arm.has_views else [s.predictors], items(s.grid_lbd)
-        picked = best([(arm._replace(lbd=lbd), replace(s, predictors=k)) for k in ks for lbd in lbds])
+        grid = [(arm._replace(lbd=lbd), replace(s, predictors=k)) for k in ks for lbd in lbds]
+        picked, self.step = best(grid, ", step 2 of 3"), ", step 3 of 3"
         self.arms, self.settings = [regular, picked.arm], replace(picked.settings, runs_dir=self.settings.runs_dir)
 
     # ------------------------------------------------------------------------------------------ running commands
@@ -436,25 +445,25 @@ class Driver:
             allow = self.settings.allow.split() + ["reference_grad_scale"] * bool(self.settings.protocol)
             words += ["--allow", *allow] if allow else []
         code = self.call(words)[0]
-        if sys.stderr.isatty() and (command := self.next_command()):
-            print(f"next: {command}", file=sys.stderr)
+        if self.compares and not code and sys.stderr.isatty():
+            print(f"next, to confirm it: {self.next_command()}", file=sys.stderr)
         return code
 
     def next_command(self) -> str:
-        """What this comparison may be followed by: a sweep, or after one the same comparison on other seeds."""
-        s, flags = self.settings, ["--", *self.flags, "--", *self.later] if self.flags or self.later else []
+        """The same comparison on other seeds; after a sweep, that of its last step."""
+        s, picked = self.settings, self.command == "sweep"
         names = [name for field in dataclasses.fields(Settings) for name in field.metadata["variables"]]
-        own = {name: os.environ[name] for name in names if os.environ.get(name) and name not in ("ARMS", "LBD")}
-        arms = [f"{arm.name}:{arm.lbd}" if arm.lbd else arm.name for arm in self.arms]
-        if self.command == "sweep":
-            command, own["SEEDS"] = "compare", " ".join(str(int(seed) + 100) for seed in items(s.seeds))
-            own |= {"LR": s.learning_rate, "PREDICTORS": s.predictors, "ARMS": " ".join(arms)}
-        elif self.compares and "train_cell" in self.templates:
-            command, own["SWEEP_ARM"] = "sweep", next(arm.name for arm in self.arms if arm.name != "regular")
-        else:
-            return ""
-        variables = [f"{name}={shlex.quote(value)}" for name, value in own.items()]
-        return " ".join([*variables, shlex.join(["bash", self.script, command, s.datasets, s.model, *flags])])
+        own = {name: os.environ[name] for name in (*SHELL_VARIABLES, *names) if os.environ.get(name)}
+        own["SEEDS"] = " ".join(str(int(seed) + 100) for seed in items(s.seeds))
+        if picked:
+            own |= {"LR": s.learning_rate, "PREDICTORS": s.predictors}
+            own["ARMS"] = " ".join(f"{arm.name}:{arm.lbd}" if arm.lbd else arm.name for arm in self.arms)
+        variables = [f"{name}={shlex.quote(value)}" for name, value in own.items() if not (picked and name == "LBD")]
+        flags = [
+            *(["--", *self.flags] if self.flags or self.later else []),
+            *(["--", *self.later] if self.later else []),
+        ]
+        return " ".join([*variables, shlex.join(["bash", self.script, "compare", s.datasets, s.model, *flags])])
 
     def preflight(self) -> None:
         """Checks the node, the model and the disk, unless all runs are finished."""
@@ -480,8 +489,8 @@ class Driver:
                     raise CommandFailed(f"{run.test_file} cannot be scored; TASK=text is for data of your own", code)
         place = "{n_fmt} of {total_fmt} runs" if self.has_logs else "{desc}"
         bar = tqdm(
-            total=len(everything), initial=sum(is_finished(run.folder) for run in everything), smoothing=0,
-            bar_format=f"{self.command}: {place}, {{percentage:.0f}} %, {{remaining}} left",
+            total=len(everything), initial=sum(run.is_done() for run in everything), smoothing=0,
+            bar_format=f"{self.command}{self.step}: {place}, {{percentage:.0f}} %, {{remaining}} left",
             delay=0 if self.has_logs else math.inf, disable=None,
         )  # fmt: skip
         with ThreadPoolExecutor(int(self.settings.jobs)) as pool, bar:
@@ -501,18 +510,21 @@ class Driver:
             for run in chain:
                 if self.stopping:
                     return
-                trained = run.is_trained()
-                if not (trained or self.has_logs or bar.disable):
+                trained, is_done = run.is_trained(), run.is_done()
+                if not (is_done or self.has_logs or bar.disable):
                     bar.set_description_str(self.place(run, bar), refresh=False)
                     print(bar, file=sys.stderr)
                 done = ["training"] if trained else self.execute("train", run)
                 if run.kind != "pretrain" and self.settings.node_rank == "0":
                     done += ["evaluation"] if run.is_evaluated() else self.execute("evaluate", run)
-                    (line,) = (result.line() for result in read_run(run.folder) if result.dataset == run.dataset)
+                    results, problems = read_runs([run.folder])
+                    lines = [result.line() for result in results if result.dataset == run.dataset]
+                    if not lines:
+                        raise CommandFailed("; ".join(problems) or f"{run.folder} has no evaluation", 1)
                     write = tqdm.write if self.has_logs else print  # tqdm.write also shows the bar
-                    write(line + (f"  (done before: {', '.join(done)})" if done else ""))
+                    write(lines[0] + (f"  (done before: {', '.join(done)})" if done else ""))
                     sys.stdout.flush()
-                bar.update(not trained)
+                bar.update(not is_done)
         except BaseException:
             if not self.stopping:  # else a consequence of another failure
                 self.stopping = True  # at once, so that no other chain starts

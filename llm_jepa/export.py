@@ -15,22 +15,24 @@ import hashlib
 import json
 import math
 import re
+import statistics
 import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from llm_jepa.cli import FlagParser, UsageError, run_command
-from llm_jepa.data.examples import Example, Problems, data_sha256, read_examples
+from llm_jepa.data.examples import Example, Problems, data_sha256, read_examples, split_examples
 from llm_jepa.evaluation.settings import EvaluationSettings
-from llm_jepa.files import read_json, read_jsonl, write_json, write_text
+from llm_jepa.files import read_json, read_jsonl, sha256, write_json, write_text
 from llm_jepa.reports.results import score_names
 from llm_jepa.run_folder import run_settings
-from llm_jepa.scoring.tasks import TASKS
+from llm_jepa.scoring.tasks import find_task, is_task_file
 
 # ------------------------------------------------------------------------------------------------------- retriever
 
 SIDES = ("text", "code")
+PROMPTS = ("view", "query", "document")  # of encode, encode_query and encode_document
 MARK = "\ue010\ue011"  # in no chat template
 PROBES = ("a", "lines with 3 words, or more.", "SELECT name FROM t WHERE x > 1;", "(a|b).*[0-9]{2,}", "naïve 你好 🙂")
 
@@ -90,7 +92,7 @@ def write_encoder(folder: Path, tokenizer: Any, config: Any, before: str, after:
         "sentence_bert_config.json": {"max_seq_length": length} if length else {},
         "1_Pooling/config.json": {"word_embedding_dimension": config.get_text_config().hidden_size,
                                   "pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True},
-        "config_sentence_transformers.json": {"prompts": {"view": before}, "default_prompt_name": "view",
+        "config_sentence_transformers.json": {"prompts": dict.fromkeys(PROMPTS, before), "default_prompt_name": "view",
                                               "similarity_fn_name": "cosine"},
     }  # fmt: skip
     (folder / "1_Pooling").mkdir()
@@ -102,7 +104,7 @@ def export_retriever(run: Path, output: Path) -> list[Path]:
     """Writes OUT/text and OUT/code, models of sentence-transformers. Raises UsageError if they cannot be written."""
     folders = [output / side for side in SIDES]
     if found := [folder for folder in folders if folder.exists()]:
-        raise UsageError(f"{found[0]} exists")
+        raise UsageError(f"{found[0]} exists; remove it or choose another OUT")
     if (run / "adapter_config.json").is_file():
         raise UsageError(f"{run} is an adapter; give the folder merged that finetune.py --merge writes in it")
     from llm_jepa.evaluation.model import load  # imports torch
@@ -136,15 +138,21 @@ def read_samples(metrics: dict[str, Any], s: EvaluationSettings) -> tuple[list[d
     from llm_jepa.data.rendering import Renderer
     from llm_jepa.model import load_tokenizer, tokenizer_options
 
-    if data_sha256(s.input_file, s.fields) != metrics["data_sha256"]:
-        raise UsageError(f"{s.input_file} has changed since {s.model_name} was evaluated on it")
-    examples = {example.id: example for example in read_examples(s.input_file, Problems(skip=True), s.fields)}
+    changed = data_sha256(s.input_file, s.fields) != metrics["data_sha256"] and s.input_file
+    changed = changed or (is_task_file(s.task) and sha256(s.task) != metrics["task_sha256"] and s.task)
+    if changed:
+        raise UsageError(f"{changed} has changed since {s.model_name} was evaluated with it")
+    chats = [example for example in read_examples(s.input_file, Problems(skip=True), s.fields) if example.has_chat]
+    if s.process_split:
+        chats = split_examples(chats, s.test_size, s.split_seed)[s.process_split == "test"]
+    examples = {example.id: example for example in chats}
     tokenizer = load_tokenizer(s.model_name, s.revision, predictors=False, **tokenizer_options(s))
     renderer, limits = Renderer(tokenizer, plain=s.plain), {"do_sample": False, "max_gen_toks": s.max_new_tokens}
-    samples, scores = [], [*TASKS[metrics["task"]].scores, "exact", "startswith"]
+    samples, scores = [], [*find_task(s.task).scores, "exact", "startswith"]
     for _, row in read_jsonl(s.output_file):
         example = examples[row["id"]]
-        doc = {"system": example.system, "user": example.user, "assistant": example.assistant}
+        doc = {"system": example.system, "history": example.history, "user": example.user}
+        doc |= {"assistant": example.assistant}
         prompt, target, response = renderer.prompt(example), example.assistant, row["prediction"]
         if choices := row.get("log_likelihoods"):  # whether each choice is the greedy response is not known
             requests, found = [(prompt, choice) for choice in choices], [[str(x), "None"] for x in choices.values()]
@@ -158,6 +166,9 @@ def read_samples(metrics: dict[str, Any], s: EvaluationSettings) -> tuple[list[d
             | {"metrics": scores, **{f"{name}_hash": text_sha256(text) for name, text in hashes.items()}}
             | {name: float(row[name]) for name in scores}
         )
+        if "stop_rate" in metrics:
+            samples[-1]["metrics"] = [*scores, "stop_rate"]
+            samples[-1]["stop_rate"] = float(row["stop_reason"] == "stop")
     return samples, len(examples)
 
 
@@ -172,16 +183,23 @@ def export_results(run: Path, output: Path) -> list[Path]:
     date, results, samples = max(file.stat().st_mtime for file in files), collections.defaultdict(dict), {}
     for file in files:
         metrics, task = read_json(file), file.parent.name
-        s, n = EvaluationSettings(**metrics["settings"]), metrics["n"]
+        try:
+            s, n, names = EvaluationSettings(**metrics["settings"]), metrics["n"], score_names(metrics)
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"{file} was written by another version ({error})") from None
         if not s.model_name:
             raise UsageError(f"{file}: its predictions were made by another program (--score_only)")
         s.output_file = str(file.with_name(Path(s.output_file).name))
+        s.task = metrics["settings"]["task"] or metrics["task"]
+        if (run / "run.json").is_file():
+            s.model_name = str(run)  # it may have been moved
         samples[task], total = read_samples(metrics, s)
-        names, shown = score_names(metrics), {"name": task, "alias": task, "sample_len": n}
+        shown = {"name": task, "alias": task, "sample_len": n}
         for name in names:
-            error = math.sqrt(metrics[name] * (1 - metrics[name]) / (n - 1)) if n > 1 else "N/A"
+            values = [sample[name] for sample in samples[task]]
+            error = statistics.stdev(values) / math.sqrt(n) if n > 1 else "N/A"
             shown |= {f"{name},none": metrics[name], f"{name}_stderr,none": error}
-        kind = "multiple_choice" if TASKS[metrics["task"]].choices else "generate_until"
+        kind = "multiple_choice" if find_task(s.task).choices else "generate_until"
         measured = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names]
         config = {"task": task, "dataset_path": s.input_file, "output_type": kind, "metric_list": measured}
         hashes = "".join(x["doc_hash"] + x["prompt_hash"] + x["target_hash"] for x in samples[task])
@@ -201,9 +219,9 @@ def export_results(run: Path, output: Path) -> list[Path]:
     folder, day = output / model, datetime.fromtimestamp(date).isoformat().replace(":", "-")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"results_{day}.json", *(folder / f"samples_{task}_{day}.jsonl" for task in samples)]
-    write_json(paths[0], written)
     for path, rows in zip(paths[1:], samples.values(), strict=True):
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json(paths[0], written)
     return paths
 
 

@@ -360,7 +360,9 @@ def test_a_terminal_shows_what_is_done_and_the_next_command(project):
     assert [line.split(", ")[2] for line in lines[:4]] == ["0 %", "25 %", "50 %", "75 %"]
     assert all(line.endswith(" left") for line in lines[:4])
     (follows,) = lines[4:]
-    assert follows == "next: SEEDS='1 2' JOBS=1 SWEEP_ARM=clip bash run.sh sweep synth org/M"
+    follows = shlex.split(follows.partition(": ")[2])
+    assert {"SEEDS=101 102", "ARMS=regular clip:.3", "JOBS=1"} < {*follows}
+    assert follows[follows.index("bash") :] == "bash run.sh compare synth org/M".split()
     for jobs, terminal in (("1", False), ("2", False), ("2", True)):
         again = project.run("compare", "synth", "org/M", terminal=terminal, **arms | {"JOBS": jobs})
         assert ("4 of 4 runs, 100 %" in again.err) == terminal and (again.err == "") == (not terminal)
@@ -371,7 +373,8 @@ def test_a_sweep_is_followed_by_the_same_comparison_on_other_seeds(project):
     done = project.run("sweep", "--", "--weight_decay=0.1", terminal=True, **grid)
     words = shlex.split(done.err.splitlines()[-1])
     assert {"LR=1e-3", "PREDICTORS=1", "ARMS=regular jepa:2", "SEEDS=104"} < {*words}
-    assert words[words.index("bash") :] == "bash run.sh compare synth models/tiny -- --weight_decay=0.1 --".split()
+    assert words[words.index("bash") :] == "bash run.sh compare synth models/tiny -- --weight_decay=0.1".split()
+    assert all(f"sweep, step {step} of 3: " in done.err for step in (1, 2, 3))
 
 
 # ------------------------------------------------------------------------------------------------------- real runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,9 @@ def test_retriever_gives_the_embeddings_of_the_run(name, trained, data, tmp_path
     with safe_open(tmp_path / "v.safetensors", "pt") as file:
         for side, turn in (("text", 1), ("code", 2)):
             model = st.SentenceTransformer(str(tmp_path / "out" / side), device="cpu")
-            got = model.encode([row["messages"][turn]["content"] for row in EXAMPLES], convert_to_tensor=True)
-            torch.testing.assert_close(got, file.get_tensor(side), rtol=1e-4, atol=1e-4)
+            for encode in (model.encode, model.encode_query, model.encode_document):
+                got = encode([row["messages"][turn]["content"] for row in EXAMPLES], convert_to_tensor=True)
+                torch.testing.assert_close(got, file.get_tensor(side), rtol=1e-4, atol=1e-4)
     again = call("llm_jepa.export", "retriever", run, tmp_path / "out")
     assert again.code == 2 and str(tmp_path / "out" / "text") in again.err
 
@@ -74,13 +76,16 @@ def test_results_have_the_scores_and_samples_in_the_format_of_lm_eval(data, tmp_
     assert found["git_hash"] == metrics["git_commit"] and found["date"] == (folder / "metrics.json").stat().st_mtime
     for sample, row, example in zip(samples, rows, EXAMPLES, strict=False):
         system, user, answer = (turn["content"] for turn in example["messages"])
-        assert sample["doc"] == {"system": system, "user": user, "assistant": answer}
+        assert sample["doc"] == {"system": system, "history": [], "user": user, "assistant": answer}
         assert (sample["doc_id"], sample["target"], sample["filter"]) == (row["id"] - 1, answer, "none")
         assert sample["resps"] == [[row["prediction"]]] and sample["filtered_resps"] == [row["prediction"]]
         prompt = sample["arguments"]["gen_args_0"]["arg_0"]
         assert system in prompt and user in prompt and answer not in prompt.rpartition(user)[2]
         assert sample["arguments"]["gen_args_0"]["arg_1"]["max_gen_toks"] == 3
-        assert {name: sample[name] for name in sample["metrics"]} == {n: row[n] for n in scores[:3]}
+        assert [sample[name] for name in sample["metrics"]] == [
+            *(row[n] for n in scores[:3]),
+            row["stop_reason"] == "stop",
+        ]
         doc = json.dumps(sample["doc"], indent=2, ensure_ascii=False)
         assert [sample[f"{n}_hash"] for n in ("doc", "prompt", "target")] == [sha256(x) for x in (doc, prompt, answer)]
     together = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
@@ -90,3 +95,21 @@ def test_results_have_the_scores_and_samples_in_the_format_of_lm_eval(data, tmp_
     (folder / "metrics.json").write_text(json.dumps(metrics | {"settings": record, "data_sha256": "other"}))
     done = call("llm_jepa.export", "lm_eval", folder, tmp_path / "out")
     assert done.code == 2 and str(changed) in done.err
+
+
+def test_results_of_a_task_file_are_exported_from_a_moved_run(trained, data, tmp_path):
+    task = tmp_path / "half.py"
+    task.write_text("def score(generation, example):\n    return example.id % 3 / 2\n")
+    run = trained(*JEPA)
+    flags = ("--input_file", data, "--task", task, "--max_new_tokens", 2, "--process_split", "test", "--test_size", 0.5)
+    assert call("evaluate", "--model_name", run, *flags).code == 0
+    done = call("llm_jepa.export", "lm_eval", run.rename(tmp_path / "moved"), tmp_path / "out")
+    assert done.code == 0, done.err
+    file, samples = map(Path, done.out.split())
+    (found,), values = read_json(file)["results"].values(), [row["half"] for row in read_lines(samples)]
+    assert found["half,none"] == pytest.approx(statistics.fmean(values)) and len({*values}) == 3
+    assert found["half_stderr,none"] == pytest.approx(statistics.stdev(values) / len(values) ** 0.5)
+    assert read_json(file)["n-samples"] == {"words": {"original": len(values), "effective": len(values)}}
+    task.write_text("def score(generation, example):\n    return 1\n")
+    done = call("llm_jepa.export", "lm_eval", tmp_path / "moved", tmp_path / "out")
+    assert done.code == 2 and str(task) in done.err
