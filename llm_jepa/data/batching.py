@@ -1,6 +1,5 @@
 """Encoded examples, and the micro-batches that they are grouped into."""
 
-import contextlib
 import itertools
 import math
 import multiprocessing
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from accelerate.utils import patch_environment
-from tqdm import tqdm
 
 from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.segments import Encoder, Item
@@ -21,24 +19,25 @@ CHUNK = 1000  # examples that are tokenized together
 NO_THREADS = {"tokenizers_parallelism": "false"}
 
 
+def encode_share(encoder: Encoder, examples: list[Example]) -> list[Item | ValueError]:
+    """Each example's segments, or the reason why there are none; in the memory of a CHUNK's tokens and offsets."""
+    return [item for i in range(0, len(examples), CHUNK) for item in encoder(examples[i : i + CHUNK])]
+
+
 def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) -> list[Item | ValueError]:
-    """Each example's segments, or the reason why there are none.
+    """The same in several processes.
 
     `processes`: 0 means one for each EXAMPLES_PER_PROCESS examples, at most this process's share of the cores.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun that share this node's cores
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, max(1, cores // local))
-    chunks = [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
-    with contextlib.ExitStack() as stack:
-        encoded = map(encoder, chunks)
-        if processes > 1:
-            stack.enter_context(patch_environment(**NO_THREADS))
-            pool = stack.enter_context(multiprocessing.Pool(processes))
-            encoded = pool.imap(encoder, chunks, chunksize=math.ceil(len(chunks) / (8 * processes)))
-        hidden = len(examples) < EXAMPLES_PER_PROCESS or os.environ.get("LOCAL_RANK", "0") != "0"
-        bar = tqdm(encoded, "tokenize", len(chunks), unit="k examples", disable=hidden or None)
-        return list(itertools.chain.from_iterable(bar))
+    if processes < 2:
+        return encode_share(encoder, examples)
+    ends = [len(examples) * i // processes for i in range(processes + 1)]
+    shares = [(encoder, examples[first:stop]) for first, stop in itertools.pairwise(ends)]
+    with patch_environment(**NO_THREADS), multiprocessing.Pool(processes) as pool:
+        return list(itertools.chain.from_iterable(pool.starmap(encode_share, shares)))
 
 
 class Items(list):
