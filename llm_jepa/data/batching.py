@@ -1,57 +1,96 @@
 """Encoded examples, and the micro-batches that they are grouped into."""
 
-import itertools
+import contextlib
+import json
 import math
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import patch_environment
 
 from llm_jepa.data.examples import Example, ExampleError, Problems
-from llm_jepa.data.segments import Encoder, Item
+from llm_jepa.data.segments import Encoder, Item, Segment
 
+KINDS = ("chat", "text_view", "code_view")
 EXAMPLES_PER_PROCESS = 10_000  # fewer are not worth a process of their own
-CHUNK = 1000  # examples that are tokenized together
 # For code that forks: a tokenizer's threads do not survive a fork, and the child would wait for them.
 NO_THREADS = {"tokenizers_parallelism": "false"}
 
 
-def encode_share(encoder: Encoder, examples: list[Example]) -> list[Item | ValueError]:
-    """Each example's segments, or the reason why there are none; in the memory of a CHUNK's tokens and offsets."""
-    return [item for i in range(0, len(examples), CHUNK) for item in encoder(examples[i : i + CHUNK])]
+def shape_of(segment: Segment) -> tuple[int, ...]:
+    """What a segment is besides its tokens, as ten numbers."""
+    view = -1 if segment.view is None else segment.view
+    places = (view, segment.stem, segment.branch, *segment.user, *segment.answer)
+    return (KINDS.index(segment.kind), len(segment.ids), *places, segment.paired)
 
 
-def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) -> list[Item | ValueError]:
-    """The same in several processes.
+def encode_columns(columns: dict[str, list], encoder: Encoder) -> dict[str, list]:
+    """Encodes a batch of `Dataset.map`: a column of examples to columns of token ids, labels, shapes and errors."""
+    rows: dict[str, list] = {"ids": [], "labels": [], "shapes": [], "error": []}
+    for item in encoder([Example(**json.loads(example)) for example in columns["example"]]):
+        error, item = (str(item), ()) if isinstance(item, ValueError) else (None, item)
+        rows["ids"].append(np.concatenate([x.ids for x in item] or [np.empty(0)]).astype(np.int32))
+        rows["labels"].append(np.concatenate([x.labels for x in item] or [np.empty(0)]).astype(np.uint8))
+        rows["shapes"].append(np.asarray([shape_of(x) for x in item], dtype=np.int32).reshape(-1))
+        rows["error"].append(error)
+    return rows
+
+
+def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) -> Any:
+    """A `datasets.Dataset` with the columns of `encode_columns`, one row per example.
 
     `processes`: 0 means one for each EXAMPLES_PER_PROCESS examples, at most this process's share of the cores.
     """
+    import datasets
+
+    text, numbers = datasets.Value("string"), {"ids": "int32", "labels": "uint8", "shapes": "int32"}
+    data = datasets.Dataset.from_dict({"example": [json.dumps(vars(example)) for example in examples]})
+    encoded = {name: datasets.LargeList(datasets.Value(kind)) for name, kind in numbers.items()} | {"error": text}
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun that share this node's cores
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, max(1, cores // local))
-    if processes < 2:
-        return encode_share(encoder, examples)
-    ends = [len(examples) * i // processes for i in range(processes + 1)]
-    shares = [(encoder, examples[first:stop]) for first, stop in itertools.pairwise(ends)]
-    with patch_environment(**NO_THREADS), multiprocessing.Pool(processes) as pool:
-        return list(itertools.chain.from_iterable(pool.starmap(encode_share, shares)))
+    no_bar = len(examples) < EXAMPLES_PER_PROCESS or os.environ.get("LOCAL_RANK", "0") != "0"  # too short for one
+    with contextlib.ExitStack() as stack:
+        if no_bar and datasets.is_progress_bar_enabled():
+            datasets.disable_progress_bars()
+            stack.callback(datasets.enable_progress_bars)
+        if processes > 1:
+            stack.enter_context(patch_environment(**NO_THREADS))
+        return data.map(
+            encode_columns, batched=True, remove_columns="example", features=datasets.Features(encoded),
+            fn_kwargs={"encoder": encoder}, num_proc=processes if processes > 1 else None, desc="tokenize",
+            keep_in_memory=True, load_from_cache_file=False, new_fingerprint="tokens",
+        )  # fmt: skip
 
 
-class Items(list):
-    """Encoded examples."""
+class Items(Sequence):
+    """Encoded examples as items, cut out of Arrow columns when they are requested."""
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example."""
-        return np.array([sum(len(segment.ids) for segment in item) for item in self])
+    def __init__(self, encoded: Any, rows: list[int]):
+        """`encoded`: the return value of `encode_all`; `rows`: the usable rows."""
+        self._rows = np.asarray(rows, dtype=np.int64)
+        self._columns = [encoded.data.column(name).combine_chunks() for name in ("ids", "labels", "shapes")]
+        self.lengths = np.diff(self._columns[0].offsets.to_numpy())[self._rows]  # tokens of each example
+        self.longest = int(self._columns[2].values.to_numpy().reshape(-1, 10)[:, 1].max(initial=0))  # of a segment
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest segment."""
-        return max((len(segment.ids) for item in self for segment in item), default=0)
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        ids, labels, shapes = (column[self._rows[index]].values.to_numpy() for column in self._columns)
+        segments, begin = [], 0
+        for kind, length, view, stem, branch, *turns, paired in shapes.reshape(-1, 10).tolist():
+            part = slice(begin, begin + length)
+            view = None if view < 0 else view
+            places = {"user": tuple(turns[:2]), "answer": tuple(turns[2:]), "paired": bool(paired)}
+            segments.append(Segment(KINDS[kind], ids[part], labels[part].view(bool), view, stem, branch, **places))
+            begin += length
+        return tuple(segments)
 
 
 class SegmentDataset(torch.utils.data.Dataset):
@@ -65,13 +104,14 @@ class SegmentDataset(torch.utils.data.Dataset):
         processes: int = 0,
     ):  # fmt: skip
         """Raises ExampleError for an example that cannot be used, unless `problems` skips those."""
-        self.items, self.examples, self.draws = Items(), [], draws
-        for example, item in zip(examples, encode_all(encoder, examples, processes), strict=True):
-            if isinstance(item, ValueError):
-                problems.add(example.source, str(item))
+        encoded = encode_all(encoder, examples, processes)
+        good = []
+        for row, error in enumerate(encoded["error"]):
+            if error is None:
+                good.append(row)
             else:
-                self.items.append(item)
-                self.examples.append(example)
+                problems.add(examples[row].source, error)
+        self.items, self.examples, self.draws = Items(encoded, good), [examples[row] for row in good], draws
         if not self.items.longest:
             raise ExampleError(f"no usable example is left: {problems.report()}")
 

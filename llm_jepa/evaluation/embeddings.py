@@ -233,7 +233,7 @@ def t_sne_groups(kind: str, text: torch.Tensor, code: torch.Tensor, examples: li
         return {"Text": text, "Code": code}
     members: dict[str, list[int]] = {} if kind == "paraphrase" else {name: [] for name in STARS}
     for i, example in enumerate(examples):
-        name = f"set {example.group}" if kind == "paraphrase" else (example.assistant or "").strip()
+        name = f"set {example.group}" if kind == "paraphrase" else example.assistant.strip()
         if kind == "paraphrase" and example.group is None:
             raise ExampleError(f'{example.source}: --t_sne_type paraphrase needs the example\'s set, "group": text')
         if kind == "rotten_tomatoes" and name not in members:

@@ -1,4 +1,4 @@
-"""Different ways to the same micro-batches: several processes, token budgets, streams."""
+"""Different ways to the same micro-batches: stored tokens, several processes, token budgets, streams."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def batches(stream: SegmentStream, count: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("flags", [{}, {"jepa": False}, {"text_view": "in_chat"}, {"locate_user": True}], ids=str)
-def test_segments_are_the_same_in_any_number_of_processes(data, flags):
+def test_stored_segments_equal_encoded_segments_in_any_number_of_processes(data, flags):
     examples = read_examples(str(data), Problems())
     examples += [dataclasses.replace(examples[0], history=("u", "a")), dataclasses.replace(examples[0], pair=False)]
     examples += [] if "text_view" in flags else [Example(None, None, None, "views", 1, text="a view", code="its code")]
