@@ -192,8 +192,9 @@ class Parts:
         return loss, lm_sum, sums, states
 
     def inspect(self, half: bool) -> None:
-        """Checks the layout on the first three examples. `half`: the parameters are in half precision."""
-        items = list(itertools.islice(filter(None, self.train_set.items), 3))
+        """Checks the layout on three of the first examples. `half`: the parameters are in half precision."""
+        first = list(itertools.islice(self.train_set.items, 1000))
+        items = sorted(first, key=lambda item: (item[0].kind != "chat", -len(item)))[:3]  # complete ones, if any
         sets = [x for x in (self.train_set, self.held_out) if x is not None]
         longest = self.encoder.max_length if self.stream else max(x.items.longest for x in sets)
         inspect_model(self.model, self.selector, self.collator, items, half=half, longest=longest)

@@ -76,6 +76,7 @@ def search(run: str, corpus: str, question: str | None, side: str, top: int, ind
     record, trained = run_settings(run) or ({}, {})
     system, texts = record.get("system_turn"), Path(corpus.removesuffix(".gz")).suffix != ".jsonl"
     examples = list(entries(jsonl_lines(corpus), corpus, system)) if texts else read_examples(corpus, Problems())
+    examples = [example for example in examples if example.pair]
     if not examples or not Path(run).is_dir():
         raise UsageError(f"{run}: there is no such folder" if examples else f"{corpus}: no entries in the file")
     flags = {name: trained[name] for name in ("plain", "trust_remote_code") if name in trained}

@@ -105,15 +105,15 @@ class SegmentDataset(torch.utils.data.Dataset):
     ):  # fmt: skip
         """Raises ExampleError for an example that cannot be used, unless `problems` skips those."""
         encoded = encode_all(encoder, examples, processes)
-        good = []
-        for row, error in enumerate(encoded["error"]):
-            if error is None:
-                good.append(row)
-            else:
+        good, sizes = [], np.diff(encoded.data.column("ids").combine_chunks().offsets.to_numpy())
+        for row, (error, size) in enumerate(zip(encoded["error"], sizes, strict=True)):
+            if error is not None:
                 problems.add(examples[row].source, error)
+            elif size:  # not views only in regular fine-tuning
+                good.append(row)
         self.items, self.examples, self.draws = Items(encoded, good), [examples[row] for row in good], draws
         if not self.items.longest:
-            raise ExampleError(f"no usable example is left: {problems.report()}")
+            raise ExampleError(f"no usable example is left: {problems.report() or 'they have neither chats nor pairs'}")
 
     def __len__(self) -> int:
         return len(self.items)

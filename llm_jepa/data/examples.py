@@ -127,6 +127,10 @@ def parse_messages(row: Any, source: str, number: int) -> Example:
     turns = _turns(row)
     views = {name: _view(row, name, role, turns) for name, role in (("text", "user"), ("code", "assistant"))}
     group = row["group"] if isinstance(row.get("group"), str) else None
+    if not isinstance(row.get("pair"), bool | None):
+        raise ValueError('"pair" is neither true nor false')
+    if not turns and row.get("pair") is False:
+        raise ValueError('"pair" is false and there is no chat, so nothing is left')
     if not turns:
         if None in views.values():
             chats = '"messages", "conversations", or "prompt" and "completion"'
@@ -139,8 +143,6 @@ def parse_messages(row: Any, source: str, number: int) -> Example:
     contents = [check_text(text, f"content of the {role} turn", blank=role == "system") for role, text in turns]
     system = contents.pop(0) if has_system else None
     *history, user, assistant = contents
-    if not isinstance(row.get("pair"), bool | None):
-        raise ValueError('"pair" is neither true nor false')
     return Example(
         system, user, assistant, source, number, **views, answers=_texts(row, "answers"), group=group,
         tests=_texts(row, "tests"), history=tuple(history), pair=row.get("pair") is not False,
@@ -156,8 +158,8 @@ def _turns(row: dict[str, Any]) -> list[tuple[Any, Any]]:
         parts = (("user", row["prompt"]), ("assistant", row["completion"]))
         turns = (text if isinstance(text, list) else [{role: name, content: text}] for name, text in parts)
         found = list(itertools.chain.from_iterable(turns))
-    if not isinstance(found, list | None):
-        raise ValueError("the chat is not a list of turns")
+    if not isinstance(found, list | None) or found == []:
+        raise ValueError("the chat has no turns" if found == [] else "the chat is not a list of turns")
     pairs = ((turn.get(role), turn.get(content)) if isinstance(turn, dict) else (None, None) for turn in found or ())
     return [(SHAREGPT.get(str(name), name), text) for name, text in pairs]
 
@@ -298,8 +300,9 @@ def read_rows(path: str, columns: Sequence[str] | None = None, streaming: bool =
     import pyarrow
 
     readers = {".csv": _csv_rows, ".tsv": partial(_csv_rows, delimiter="\t"), ".parquet": _parquet_rows}
-    before = number = 0
+    before = 0
     for file in files_of(path):
+        number = 0
         ending = Path(file.lower().removesuffix(".gz")).suffix
         read = partial(_hub_rows, streaming=streaming) if is_hub(file) else readers.get(ending, _json_rows)
         try:

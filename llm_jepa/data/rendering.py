@@ -189,6 +189,11 @@ class Renderer:
             chat = dataclasses.replace(chat, user=(start, question.end))
         if locate_earlier:
             earlier = [self._locate(messages, turn=-1 - i) for i in range(len(example.history), 0, -2)]
+            for i, answer in zip(range(len(example.history), 0, -2), earlier, strict=True):
+                front = messages[: -1 - i]
+                prompt = self._render(front, add_generation_prompt=True)[len(self._render(front)) :]
+                if not chat.text[: answer.start].endswith(prompt):  # no thinking block, for example
+                    raise ValueError("the chat template begins earlier answers in another way; give --lm_turns last")
             chat = dataclasses.replace(chat, earlier=tuple((answer.start, answer.end) for answer in earlier))
         return chat
 

@@ -44,7 +44,7 @@ class SegmentStream(torch.utils.data.IterableDataset):
     def first(self, count: int) -> list[Example]:
         """The first usable examples in file order, at most `count`. Raises ExampleError."""
         encoded = (pair for block in self._blocks() for row in block for pair in self._encoded([row]))
-        examples = list(itertools.islice((example for example, item in encoded if item is not None), count))
+        examples = list(itertools.islice((example for example, item in encoded if item), count))
         if not examples:
             raise ExampleError(f"{self.path}: no usable example")
         self.problems.found = {}  # met again by the micro-batches
@@ -85,7 +85,7 @@ class SegmentStream(torch.utils.data.IterableDataset):
                 for start in range(used if (epoch, number) == begin else 0, len(order), CHUNK):
                     chunk = order[start : start + CHUNK]
                     for after, (example, item) in enumerate(self._encoded([block[i] for i in chunk]), start + 1):
-                        if item is not None:
+                        if item:
                             found = True
                             yield self.draws(item, epoch, example.id), (epoch, number, after)
             if not found:

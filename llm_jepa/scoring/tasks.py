@@ -11,6 +11,7 @@ import importlib.util
 import re
 import statistics
 import string
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -217,8 +218,12 @@ TASK_NAMES = ", ".join(TASKS) + " (compares the texts), or a Python file with a 
 
 # -------------------------------------------------------------------------------------------------- a user's own task
 
-# Keys of predictions.jsonl and metrics.json, which a score would replace.
-RESERVED = set("id prediction failure exact startswith stop_rate stop_reason score scores task n notes".split())
+# Keys of predictions.jsonl, generations.jsonl, metrics.json and metrics.jsonl, which a score would replace.
+RESERVED = set(
+    """id prediction prompt answer step failure failures exact startswith stop_rate stop_reason score scores
+    task n notes ci95 cut_at_limit log_likelihoods settings model data_sha256 retrieval cosine loss lm_loss jepa_loss
+    stp_loss nitp_loss sigreg_loss runtime""".split()
+)
 
 
 def is_task_file(name: str | None) -> bool:
@@ -246,11 +251,11 @@ def file_task(file: str) -> Task:
     if path.stem in RESERVED | TASKS.keys():
         raise UsageError(f"--task {file}: the file gives its name to the score, and {path.stem} is taken; rename it")
     try:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location(f"task_file_{path.stem}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
         spec.loader.exec_module(module)
         score = module.score
-    except Exception as error:  # of any kind, from the user's code
+    except (Exception, SystemExit) as error:  # of any kind, from the user's code
         raise UsageError(f"--task {file}: {type(error).__name__}: {first_line(error)}") from None
 
     def checked(prediction: str, example: Example) -> Scores:

@@ -4,6 +4,7 @@ import dataclasses
 
 from accelerate import PartialState
 
+from llm_jepa.cli import UsageError
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, read_examples, split_examples
 from llm_jepa.data.segments import Encoder
@@ -15,7 +16,7 @@ Data = tuple[SegmentDataset, SegmentStream | None, SegmentDataset | None, Proble
 
 
 def load_data(s: Settings, encoder: Encoder, state: PartialState) -> Data:
-    """(training set, stream, held-out set, problems) of the examples that the flags name. Raises ExampleError.
+    """(training set, stream, held-out set, problems) of the examples that the flags name. Raises UsageError.
 
     With --streaming the training set has only the first examples.
     """
@@ -38,6 +39,8 @@ def load_data(s: Settings, encoder: Encoder, state: PartialState) -> Data:
     train_set = SegmentDataset(train[: s.dry_run or None], encoder, problems, draws, s.preprocessing_num_workers)
     if s.dry_run or not held_out:
         return train_set, stream, None, problems
+    if not any(example.has_chat for example in held_out):
+        raise UsageError("no held-out example has a chat, so there is no eval_lm_loss")
     draws = dataclasses.replace(draws, jepa_ratio=1.0)  # held-out examples always have their views
     held_out_set = SegmentDataset(held_out, encoder, problems, draws, s.preprocessing_num_workers)
     return train_set, stream, held_out_set, problems

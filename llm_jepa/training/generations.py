@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from llm_jepa.data.examples import Example, Problems
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder
+from llm_jepa.distributed import agreed
 from llm_jepa.evaluation import generation
 from llm_jepa.evaluation.model import label_logits
 from llm_jepa.evaluation.scores import scored_row, scorer, summarize, verdicts
@@ -56,7 +57,7 @@ class Generations:
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Each score and, as `_low` and `_high`, the 95 % interval of the primary one; {} if none is wanted."""
-        with self.scorer() as score:
+        with agreed(), self.scorer() as score:
             rows = [(e, scored_row(e, found, score)) for batch in self._responses(model) for e, found in batch]
         rows = {example.id: (example, row) for example, row in gather_object(rows)}
         pairs = [rows[example.id] for example in self.examples]

@@ -187,7 +187,8 @@ class StepTrainer(Trainer):
     ) -> None:  # fmt: skip
         """Adds a micro-batch: its shares () of the step's loss, its unweighted sums (), its States and counts."""
         found = {"pairs": states.views.shape[1], "spans": states.path.shape[1]}
-        if self._measures and torch.is_grad_enabled() and all(found.get(t.divisor, 1) for t in self.terms):
+        something = len(batch["label_ids"]) and all(found.get(term.divisor, 1) for term in self.terms)
+        if self._measures and torch.is_grad_enabled() and something:
             own = [p for name, p in self.model.named_parameters() if p.requires_grad and "projectors" not in name]
             self._measured, self._measures = diagnostics.gradient_statistics(shares, own), False
         self._step_loss = self._step_loss + sum(shares.values()).detach()

@@ -57,8 +57,8 @@ def test_stored_segments_equal_encoded_segments_in_any_number_of_processes(data,
     encoded = encoder(**flags)(examples)
     for processes in (1, 2) if not flags else (1,):
         items = SegmentDataset(examples, encoder(**flags), Problems(), KEEP, processes).items
-        assert tokens(items) == tokens(encoded)
-        assert items.lengths.tolist() == [sum(len(x.ids) for x in item) for item in encoded]
+        assert tokens(items) == tokens(filter(None, encoded))  # views have no segment without the JEPA loss
+        assert items.lengths.tolist() == [sum(len(x.ids) for x in item) for item in encoded if item]
 
 
 # --------------------------------------------------------------------------------------------------------- budgets

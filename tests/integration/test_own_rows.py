@@ -111,6 +111,15 @@ def test_file_of_chats_pairs_and_answers_trains_and_is_evaluated(tmp_path):
     assert (found["n"], found["retrieval"]["n"]) == (7, 6)
     flags = ("--model_name", run, "--input_file", data, "--similarity", "--output_file", tmp_path / "similarity.json")
     assert call("evaluate", *flags).code == 0 and read_json(tmp_path / "similarity.json")["n"] == 8
+    views = write_rows(tmp_path / "views.jsonl", pairs)
+    found = call("llm_jepa.search", run, "--corpus", write_rows(tmp_path / "corpus.jsonl", [replay, *pairs]), "t 1")
+    assert sorted(line.split("\t")[1:] for line in found.out.splitlines()) == [["2", "c 1"], ["3", "c 2"]]
+    first = write_rows(tmp_path / "first.jsonl", [*pairs, *pairs, *rows])  # views only come first
+    assert dry_run("--train_file", first, "--model_name", run, "--regular", "--dry_run", 5)["label_tokens"]
+    done = call(
+        "finetune", "--train_file", data, "--eval_file", views, "--model_name", run, "--output_dir", tmp_path / "x"
+    )
+    assert done.code == 2 and "chat" in done.err and not (tmp_path / "x").exists()
 
 
 def test_task_file_scores_in_training_and_in_evaluation(files, runs, tmp_path):
@@ -124,11 +133,13 @@ def test_task_file_scores_in_training_and_in_evaluation(files, runs, tmp_path):
     assert found["task"] == found["score"] == name and found["scores"] == [name] and len(set(values)) > 2
     assert found[name] == pytest.approx(sum(values) / 12) and found["ci95"][name] == tasks.interval(values)
     assert column(run, f"eval_{name}")[-1] == pytest.approx(found[name])
-    assert f"{name} {100 * found[name]:.2f} %" in call("llm_jepa.report", "--line", run).out
+    shown = call("llm_jepa.report", run).out
+    assert name in shown and f"{100 * found[name]:.2f}" in shown
     task = tmp_path / "wrong.py"
     for text, message in (
         ("def score(generation, example):\n    return {}['x']", f"{files['chats']}:1: "), ("", "no attribute"),
         ("def score(generation, example):\n    return 2", f"{files['chats']}:1: "), ("import nowhere", "nowhere"),
+        ("raise SystemExit(0)", "SystemExit"),
     ):  # fmt: skip
         task.write_text(text)
         tasks.file_task.cache_clear()

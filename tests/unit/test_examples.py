@@ -32,6 +32,8 @@ BAD = {
     "two answers in succession": (turns(("user", "a"), ("assistant", "b"), ("assistant", "c")), "roles"),
     "ShareGPT without an answer": (b'{"conversations": [{"from": "human", "value": "a"}]}', "roles"),
     "pair a number": (with_extra(pair=1), '"pair"'),
+    "views that are no pair": (b'{"text": "t", "code": "c", "pair": false}', '"pair"'),
+    "chat without turns": (b'{"messages": [], "text": "t", "code": "c"}', "no turns"),
     "turn not an object": (b'{"messages": ["user", "assistant"]}', "roles"),
     "no assistant": (turns(("system", "s"), ("user", "a")), "roles"),
     "system second": (turns(("user", "a"), ("system", "s"), ("assistant", "b")), "roles"),
