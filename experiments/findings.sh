@@ -12,8 +12,7 @@
 #             about 1000 steps each
 # pretrained  the arms of `labels` with SmolLM2-135M-Instruct (MODEL: its folder), on 500 training and 300 test examples
 #
-# The environment variables JOBS, SEEDS and PYTHON_BIN are those of run.sh. Reports are written to reports/. After
-# `stopping`, experiments/plot_labels.py draws experiments/labels.png.
+# The environment variables JOBS, SEEDS and PYTHON_BIN are those of run.sh. Reports are written to reports/.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
