@@ -108,9 +108,8 @@ contain -paper.
 
 More variables (one that looks like a misspelled variable of this page is an error):
   NPROC             training processes, one per GPU (1); evaluation uses one process
-  JOBS              runs at a time (1; 2 for models/tiny), which share the cores. With several, and in compare and sweep
-                    without a terminal, each run writes its output to .logs/RUN.log in the folder of the runs. Otherwise
-                    it is shown. A run that fails ends the others
+  JOBS              runs at a time (1; 2 for models/tiny), which share the cores. A run that fails ends the others. With
+                    several, and in compare and sweep without a terminal, each run's output goes to RUNS_DIR/.logs/RUN.log
   TASK              task that scores a dataset without the name of a task (evaluate.py --task)
   EVAL_FLAGS        more flags of evaluate.py: EVAL_FLAGS='--max_new_tokens 512 --engine vllm' bash run.sh run_jepa
   PYTHON_BIN        interpreter to use; default: that of .venv, which setup.sh creates
