@@ -9,6 +9,7 @@ command resumes, in any clone. `python experiments/tables.py` prints the tables 
     nitp      plans/nitp.md: NITP from random weights, with its controls
     combine   plans/combine.md: clip + NITP and Semantic Tube Prediction; compared with runs of nitp
     terms     plans/terms.md: which losses learn the pairs, and at what price
+    jobs      plans/jobs.md: generation and retrieval with one model
 
 `pick_jobs`, `pick_smollm` and `pick_datasets` pick the settings of plans/jobs.md, plans/smollm.md and
 plans/datasets.md on held-out training examples.
@@ -148,6 +149,14 @@ def pick_jobs() -> Iterator[Run]:
         yield Run("pick_jobs", arm, 6000, 42, 1, test="held_out")
 
 
+def jobs() -> Iterator[Run]:
+    """The picked settings; `nitp` has the regular runs."""
+    for seed in range(11, 21):
+        yield Run("jobs", "both:0.05:0:0.1", 8000, seed, 1)
+        if seed < 16:
+            yield Run("jobs", "contrast:1:0:0.1", 8000, seed, 1)
+
+
 def pick_smollm() -> Iterator[Run]:
     """The learning rate of each arm with a pretrained model."""
     for data in ("synth", "turk", "spider"):
@@ -158,12 +167,12 @@ def pick_smollm() -> Iterator[Run]:
 
 def pick_datasets() -> Iterator[Run]:
     """Whether models/tiny learns a dataset at all."""
-    for data in ("turk", "spider", "gsm8k"):
-        yield Run("pick_datasets", "regular", 6000, 42, 2, "held_out", data, 500)
+    for data, tested in (("turk", 500), ("spider", 458), ("gsm8k", 500)):
+        yield Run("pick_datasets", "regular", 6000, 42, 2, "held_out", data, tested)
 
 
 EXPERIMENTS: dict[str, Callable[[], Iterator[Run]]] = {
-    e.__name__: e for e in (pick, nitp, combine, terms, pick_jobs, pick_smollm, pick_datasets)
+    e.__name__: e for e in (pick, nitp, combine, terms, pick_jobs, jobs, pick_smollm, pick_datasets)
 }
 
 
