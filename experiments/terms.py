@@ -143,8 +143,8 @@ def terms() -> Iterator[Run]:
 def pick_jobs() -> Iterator[Run]:
     """Settings of the contrastive loss."""
     arms = ("regular both:0.1:0:0.1 both:0.1:256:0.1 both:0.1:1024:0.1 both:0.1:256:0.05 both:0.3:256:0.1 "
-            "both:0.3:1024:0.05 contrast:1:256:0.1 contrast:1:1024:0.05 both:0.05:0:0.1 both:0.1:0:0.05 both:0.05:0:0.05 "
-            "contrast:1:0:0.1 contrast:1:0:0.05")  # fmt: skip
+            "both:0.3:1024:0.05 contrast:1:256:0.1 contrast:1:1024:0.05 both:0.05:0:0.1 both:0.1:0:0.05 "
+            "both:0.05:0:0.05 contrast:1:0:0.1 contrast:1:0:0.05")  # fmt: skip
     for arm in arms.split():
         yield Run("pick_jobs", arm, 6000, 42, 1, test="held_out")
 
