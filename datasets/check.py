@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from llm_jepa.data.examples import Example, Problems, read_examples
@@ -44,7 +45,10 @@ def check(paths: dict[str, Path]) -> tuple[list[str], bool]:
         report.append(f"  {mark:4} {len(found):>6} of {len(examples):<6} {part}: {what}{shown}")
 
     for part, path in paths.items():
-        examples = [e for e in read_examples(str(path), Problems()) if e.has_chat]
+        examples = [
+            e if e.has_chat else replace(e, user=e.text, assistant=e.code)  # views only: also a question and its answer
+            for e in read_examples(str(path), Problems())
+        ]
         report.append(f"{path}: {len(examples)} examples")
         rows, repeated, answers = [keys(example) for example in examples], [], defaultdict(set)
         for example, row in zip(examples, rows, strict=True):

@@ -88,7 +88,7 @@ class Run:
     examples: int  # the first ones of the training examples
     seed: int
     epochs: int
-    test: str = "fresh"  # or held_out, or the test part of the dataset
+    test: str = "fresh"  # or held_out, or test: the test part of the dataset
     data: str = "synth"
     tested: int = 2000  # the first ones of the test part
     learning_rate: float = 1e-3
@@ -184,16 +184,18 @@ def write_part(target: Path, data: str, part: str, selection: list[str]) -> str:
     return str(target)
 
 
-def write_test(run: Run, parts: Path) -> str:
-    """Writes the examples that a run is tested on. Returns their path."""
-    target = parts / run.data / f"{run.test}{run.tested}.jsonl"
-    if run.test == "fresh":
+def write_parts(run: Run, out: Path) -> tuple[str, str]:
+    """Writes the training and the test examples of a run. Returns their paths."""
+    parts = out / "parts" / run.data
+    target = parts / f"{run.test}{run.tested}.jsonl"
+    train = write_part(parts / f"{run.examples}.jsonl", run.data, "train", ["--first", str(run.examples)])
+    if run.test == "fresh" and not target.exists():
         fresh.work([str(target), "--count", str(run.tested)])
     elif run.test == "held_out":
         write_part(target, run.data, "train", ["--skip", "6000", "--first", str(run.tested)])
-    else:
+    elif run.test == "test":
         write_part(target, run.data, "test", ["--first", str(run.tested)])
-    return str(target)
+    return train, str(target)
 
 
 def in_child(log: Path, main: Callable[[list[str]], int], argv: list[str]) -> None:
@@ -214,17 +216,13 @@ def in_child(log: Path, main: Callable[[list[str]], int], argv: list[str]) -> No
 
 def perform(run: Run, out: Path) -> dict:
     """Trains and evaluates unless that is finished. Returns the run's line in the results."""
-    folder, parts = out / run.experiment / run.name, out / "parts"
+    folder, (train, test) = out / run.experiment / run.name, write_parts(run, out)
     log, score = folder.with_name(f"{run.name}.log"), TASKS[run.data].primary
     log.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "run.json").exists() or read_json(folder / "run.json")["status"] != "finished":
-        train = write_part(
-            parts / run.data / f"{run.examples}.jsonl", run.data, "train", ["--first", str(run.examples)]
-        )
         method = [*flags(run.arm), "--learning_rate", str(run.learning_rate), "--num_epochs", str(run.epochs)]
         common = [*COMMON.split(), "--finetune_seed", str(run.seed), "--output_dir", str(folder)]
         in_child(log, finetune.main, ["--train_file", train, *run.model, *method, *common])
-    test = write_test(run, parts)
     evaluation = ["--model_name", str(folder), "--input_file", test, "--overwrite", "--output_file"]
     in_child(log, evaluate.main, [*evaluation, str(folder / "predictions.jsonl"), "--task", run.data])
     record, metrics = read_json(folder / "run.json"), read_json(folder / "metrics.json")
@@ -252,6 +250,8 @@ def work(argv: list[str] | None) -> None:
         results.touch()
         done = {json.loads(line)["run"] for line in results.read_text().splitlines()}
         todo = [run for run in EXPERIMENTS[experiment]() if run.name not in done]
+        for run in todo:  # here, so that two runs do not write the same file
+            write_parts(run, options.out)
         with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
             futures = [pool.submit(perform, run, options.out) for run in todo]
             for count, future in enumerate(as_completed(futures), len(done) + 1):

@@ -202,8 +202,8 @@ def training_steps(table: Table, damaged: list[str]) -> Iterator[tuple[str, Resu
         path = result.run / "metrics.jsonl"
         if not path.exists():
             continue
-        try:  # evaluations and the summary at the end have no lm_loss
-            rows = [row for _, row in read_jsonl(path) if "lm_loss" in row]
+        try:  # evaluations and the summary at the end have no label_tokens
+            rows = [row for _, row in read_jsonl(path) if "label_tokens" in row]
             steps = pandas.DataFrame(rows, columns=["step", *CURVES, "flops"]).astype(float)
         except (UsageError, TypeError, ValueError) as error:
             damaged.append(str(error) if isinstance(error, UsageError) else f"{path}: damaged ({error})")

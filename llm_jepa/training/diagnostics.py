@@ -74,7 +74,7 @@ def judged_lines(history: list[dict[str, Any]], max_steps: int, key: str, count:
     They are the lines of the last tenth of the steps, and older ones until there are MIN_COUNT of `count` (a log key)
     in all. Lines of the first two fifths of the steps are not used; the result is empty if the others do not suffice.
     """
-    lines, found, n = [line for line in history if "lm_loss" in line], [], 0
+    lines, found, n = [line for line in history if "label_tokens" in line], [], 0
     starts = [0, *(line["step"] for line in lines)]  # a line is about the steps after `start`
     for start, line in reversed([*zip(starts, lines, strict=False)]):
         is_old = 10 * (lines[-1]["step"] - line["step"]) >= max_steps
@@ -149,7 +149,7 @@ def announcements(history: list[dict[str, Any]], line: dict[str, Any], max_steps
 
     Terms are judged at the first line after each tenth of the steps; `judged_lines` is empty before half of the steps.
     """
-    before = next((x["step"] for x in reversed(history) if "lm_loss" in x), 0)
+    before = next((x["step"] for x in reversed(history) if "label_tokens" in x), 0)
     if line["step"] * 10 // max_steps == before * 10 // max_steps:
         return {}
     judged = judge([*history, line], max_steps)

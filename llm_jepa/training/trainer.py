@@ -238,8 +238,9 @@ class StepTrainer(Trainer):
             self._views = []
             t, now = self._drain(self.statistics), time.time()
             tokens = t["chat"] + t["text_view"] + t["code_view"]
+            if t["labels"]:  # there are none if all examples of the steps have only views
+                logs["lm_loss"] = t["lm"] / t["labels"]
             logs |= {
-                "lm_loss": t["lm"] / max(1, t["labels"]),
                 "tokens": int(tokens),
                 "padding": int(t["padding"]),
                 "label_tokens": int(t["labels"]),

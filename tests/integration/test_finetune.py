@@ -117,13 +117,16 @@ def test_optimized_loss_counts_the_pairs_before_loss_dropout(data, trained, flag
 
 
 def test_mean_of_nothing_is_not_logged(tmp_path):
-    """Steps without pairs, and chats that are too short for a span, in training and held out."""
-    data = write_rows(tmp_path / "short.jsonl", [message_row("a", "b") for _ in range(12)])
+    """Steps without pairs or without chats, and chats that are too short for a span, in training and held out."""
+    rows = [message_row("a", "b") for _ in range(8)] + [{"text": "a", "code": "b"} for _ in range(4)]
+    data = write_rows(tmp_path / "short.jsonl", rows)
     flags = (*JEPA, "--jepa_ratio", 0.25, "--stp", "geodesic", "--batch_size", 1, "--grad_accum", 1)
     run = train(data, tmp_path / "run", *flags, "--num_epochs", 1, "--eval_file", data)
-    lines = metrics(run, "lm_loss")
+    lines = metrics(run, "label_tokens")
     with_pairs = [line for line in lines if line["pairs"]]
     assert 0 < len(with_pairs) < len(lines) == 12
+    with_labels = [line for line in lines if line["label_tokens"]]
+    assert metrics(run, "lm_loss") == with_labels and len(with_labels) == 8
     assert [line for line in lines if "jepa_loss" in line] == with_pairs
     final = read_json(run / "run.json")["final"]
     assert final["jepa_loss"] == with_pairs[-1]["jepa_loss"] and "stp_loss" not in final

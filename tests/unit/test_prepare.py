@@ -376,6 +376,13 @@ def test_prompts_pairs_and_databases_of_train_in_test_are_leaks(tmp_path):
     }  # fmt: skip
 
 
+def test_views_without_a_chat_are_a_prompt_and_an_answer(tmp_path):
+    train, test = {"text": "q", "code": "a"}, [message_row("q", "b", None), {"text": "x", "code": "a"}]
+    files = [write_rows(tmp_path / f"{part}.jsonl", rows) for part, rows in (("train", [train]), ("test", test))]
+    done = run("check", *files)
+    assert done.code == 1 and "LEAK      1 of 2      test: prompt in train: lines 1\n" in done.out
+
+
 @pytest.mark.parametrize(
     "argv, message", [(["none"], "none"), (["bad.jsonl"], "bad.jsonl:2: "), (["bad.jsonl"] * 3, "check")]
 )
