@@ -84,7 +84,8 @@ def log_steps(run: Path | str, steps: int = 400, flops: bool = True, seed: int =
     jepa = not json.loads((Path(run) / "args.json").read_text())["regular"]
     rows = []
     for step in range(1, steps + 1):
-        row = {"step": step, "lm_loss": 0.05 + 6 * np.exp(-step / 60) * rng.uniform(0.8, 1.2), "label_tokens": 99, "epoch": step / steps}
+        loss = 0.05 + 6 * np.exp(-step / 60) * rng.uniform(0.8, 1.2)
+        row = {"step": step, "lm_loss": loss, "label_tokens": 99, "epoch": step / steps}
         if jepa:
             loss = 1e-3 + np.exp(-step / 40) * rng.uniform(0.8, 1.2)
             row |= {"jepa_loss": loss, "cosine": 1 - loss, "cosine_shuffled": 1 - 4 * loss / 3}
