@@ -67,6 +67,8 @@ def answer(model: Any, renderer: Any, example: Example, limit: int) -> Any:
 def to_example(text: str, system: str | None) -> Example:
     """A prompt without an answer. Raises ExampleError for text that no tokenizer accepts."""
     try:
+        if system is not None:
+            check_text(system, "the system turn", blank=True)
         return Example(system, check_text(text, "it"), "", "the prompt", 0)
     except ValueError as error:
         raise ExampleError(f"the prompt: {error}") from None

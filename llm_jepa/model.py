@@ -298,7 +298,7 @@ def adapter_targets(model: Any) -> tuple[list[str], list[str]]:
 
 
 def ends_with(name: str, ends: Iterable[str]) -> bool:
-    """Whether a module's name, or its end after a dot, is one of these, as PEFT matches names."""
+    """Whether a module's name, or its end after a dot, is one of these."""
     return any(f".{name}".endswith(f".{end}") for end in ends)
 
 
@@ -354,6 +354,8 @@ def add_adapter(
         if target_modules:
             layers, parameters = ([n for n in found if ends_with(n, target_modules)] for found in (layers, parameters))
         layers = [name for name in layers if not ends_with(name, modules_to_save or ())]
+        # In full, because PEFT would also take input_layernorm for norm.
+        whole = [name for name in names.values() if ends_with(name, modules_to_save or ())]
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
@@ -362,7 +364,7 @@ def add_adapter(
             target_modules=layers,
             target_parameters=parameters or None,
             trainable_token_indices=rows or None,
-            modules_to_save=modules_to_save,
+            modules_to_save=whole or None,
             **peft_options,
         )
         try:
@@ -379,10 +381,12 @@ def add_adapter(
 def not_adapted(model: Any) -> list[str]:
     """The weight matrices of the text decoder that an adapter does not reach, with N for the numbers of layers."""
     from peft.tuners.lora import LoraLayer, ParamWrapper
+    from peft.utils import ModulesToSaveWrapper
 
     base = model.get_base_model()
-    ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    reached = {id(p) for layer in ends for p in layer.parameters()}
+    whole = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    ends = (base.get_input_embeddings(), base.get_output_embeddings(), *whole)
+    reached = {id(p) for module in ends for p in module.parameters()}
     for m in model.modules():
         if isinstance(m, LoraLayer):
             reached.add(id(m.get_param() if isinstance(m, ParamWrapper) else m.get_base_layer().weight))

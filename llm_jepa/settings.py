@@ -70,7 +70,11 @@ class Settings:
     )
     lora_rank: int = flag(16, "rank of the adapter", MODEL)
     lora_alpha: int | None = flag(None, "scale of the adapter; default: twice the rank", MODEL)
-    lora_dropout: float = flag(0.1, "dropout before the adapter (fused experts have none)", MODEL)
+    lora_dropout: float | None = flag(
+        None,
+        "dropout before the adapter (fused experts have none); default: 0.1, or that of a continued adapter",
+        MODEL,
+    )
     target_modules: str | None = flag(
         None, "ends of the names of the weights to adapt, with commas (q_proj,v_proj); default: all that PEFT can",
         MODEL, "--lora_target_modules",
@@ -527,12 +531,16 @@ def resolve(s: Settings) -> Settings:
     """Fills in the defaults that depend on other flags, but for --output_dir."""
     held_out, steps = s.data_file or s.eval_file or s.val_fraction, "steps" if s.streaming else "epoch"
     eval_strategy = s.eval_strategy or (steps if held_out else "no")
-    config, own = s.adapter, {}
+    config, own = s.adapter, {"lora_dropout": s.lora_dropout}
     if config:  # --model_name is an adapter, which keeps its configuration
         init, whole = config["init_lora_weights"], config["modules_to_save"]
-        own = {name: config[name] for name in ("lora_alpha", "use_rslora", "use_dora")} | {"lora_rank": config["r"]}
+        own |= {name: config[name] for name in ("lora_alpha", "use_rslora", "use_dora")} | {"lora_rank": config["r"]}
         own |= {"init_lora_weights": init if isinstance(init, str) else None}
         own |= {"modules_to_save": ",".join(whole) if whole else None}
+        if s.lora_dropout is None and not config["target_parameters"]:  # with these PEFT's own value is 0
+            own["lora_dropout"] = config["lora_dropout"]
+    if own["lora_dropout"] is None:
+        own["lora_dropout"] = 0.1
     return dataclasses.replace(
         s,
         **own,

@@ -204,6 +204,8 @@ class Renderer:
         """
         self._messages(example)  # checks the texts
         code = example.code or example.assistant.rpartition("</think>")[2]
+        if not code.strip():
+            raise ValueError("nothing follows the thinking block of the answer, so the Code view is empty")
         views = [("user", example.text or example.user), ("assistant", code)]
         (role, content), (other_role, other_content) = views[::-1] if self.reverse_pred else views
         k = self.predictors

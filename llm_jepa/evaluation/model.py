@@ -23,13 +23,19 @@ from llm_jepa.model import LOADING_ERRORS, load_adapter, load_config, load_pretr
 from llm_jepa.scoring.tasks import find_task
 
 
+def adapter_of(name: str) -> dict[str, Any] | None:
+    """The configuration of the adapter in a model folder, if it has one."""
+    path = Path(name) / "adapter_config.json"
+    return read_json(path) if path.is_file() else None
+
+
 def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
     """The model on its device in evaluation mode (only a description of it for vLLM, which loads it), and its encoder.
 
     Raises UsageError if it cannot be loaded, or is a run that is not finished or was trained in another format.
     """
     folder, trained = Path(name), check_run(name, s)
-    adapter = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
+    adapter = adapter_of(name)
     base = s.original_model_name or adapter["base_model_name_or_path"] if adapter else name
     has_tokenizer = (folder / "tokenizer_config.json").is_file() or not folder.is_dir()
     source = name if has_tokenizer else s.original_model_name or base
@@ -72,10 +78,11 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
 def weight_files(name: str) -> list[list[Any]]:
     """[name, size in bytes, time of the last change in ns] of the files of a model folder's weights; [] of a hub name.
 
-    They tell whether the model is still the same, without reading it.
+    They tell whether the model is still the same, without reading it. Those of an adapter's base folder follow.
     """
     files = [p for p in Path(name).glob("*model*") if p.suffix in (".safetensors", ".bin")]
-    return sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files)
+    found, adapter = sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files), adapter_of(name)
+    return found + (weight_files(adapter["base_model_name_or_path"]) if adapter else [])
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from llm_jepa.data.examples import HUB
 from llm_jepa.files import read_json, write_text
 from llm_jepa.reports.comparison import JEPA_SETTINGS, NITP_SETTINGS, STP_SETTINGS
 from llm_jepa.reports.results import describe_learning, describe_method, score_names
-from llm_jepa.settings import VOLATILE, Settings, read_settings
+from llm_jepa.settings import LORA_FLAGS, VOLATILE, Settings, read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -47,7 +47,11 @@ def examples_name(metrics: dict) -> str:
 def effective_settings(s: Settings) -> list[tuple[str, Any]]:
     """The settings that affected the numbers and that no other part of the card has."""
     file, fraction = s.data_file, s.val_fraction
-    applies = {"lora_rank": s.lora, "eval_split": file, "val_fraction": fraction, "split_seed": file or fraction}
+    applies = dict.fromkeys((*LORA_FLAGS, "lora_dropout"), s.lora) | {
+        "eval_split": file,
+        "val_fraction": fraction,
+        "split_seed": file or fraction,
+    }
     applies |= {"max_steps": s.max_steps > 0} | dict.fromkeys(JEPA_SETTINGS, s.jepa)
     applies |= dict.fromkeys(STP_SETTINGS, s.stp_variant) | dict.fromkeys(NITP_SETTINGS, s.has_nitp)
     applies |= dict.fromkeys(OMITTED)

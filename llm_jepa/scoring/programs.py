@@ -80,7 +80,7 @@ def child() -> None:
         os.dup2(null, descriptor)
     module = sys.modules["program"] = types.ModuleType("program")  # not __main__, so that no example usage runs
     namespace, original = vars(module), vars(builtins).copy()
-    run, write = exec, os.write  # the program may replace them
+    run, write, leave = exec, os.write, os._exit  # the program may replace them
     try:
         program, tests = (compile(source, "program", "exec") for source in sources)
         run(program, namespace)
@@ -91,6 +91,7 @@ def child() -> None:
         reasons = {AssertionError: "assert", MemoryError: "memory", SyntaxError: "syntax", BaseException: "error"}
         result = next(reason for kind, reason in reasons.items() if isinstance(error, kind))
     write(verdict, result.encode())
+    leave(0)  # without the finalizers of the program's objects
 
 
 def isolation() -> list[str]:
@@ -154,7 +155,7 @@ def passes_tests(allow_code_execution: bool | None) -> contextlib.AbstractContex
         isolated = isolation()
     except OSError as error:
         if not allow_code_execution:
-            hint = "give --allow_code_execution to run them with all your rights"
+            hint = "evaluate.py --allow_code_execution runs them with all your rights"
             raise UsageError(f"bubblewrap cannot isolate generated programs ({error}); {hint}") from None
         print(f"warning: generated programs run without isolation ({error})", file=sys.stderr)
         isolated = []

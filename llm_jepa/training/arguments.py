@@ -53,6 +53,7 @@ def training_arguments(
         fsdp_config=fsdp_config,
         load_best_model_at_end=s.save_best,
         metric_for_best_model=s.best_metric,
+        greater_is_better=s.best_metric and s.best_metric != "eval_lm_loss",  # a task file may be called my_loss.py
         restore_callback_states_from_checkpoint=s.early_stopping_patience is not None,
         logging_nan_inf_filter=False,
         disable_tqdm=False,

@@ -39,9 +39,9 @@ def announcement(term: str, found: dict[str, Any], settings: dict[str, Any]) -> 
 
 
 def reopen(path: Path, step: int) -> TextIO:
-    """Opens a file of JSON lines to append to, without the lines of the steps after `step`, which a run repeats."""
+    """Opens a file of JSON lines to append to, without those that a run repeats: after `step`, or all before step 1."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    write_text(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+    write_text(path, "".join(x for x in lines if step and x.endswith("\n") and json.loads(x)["step"] <= step))
     return open(path, "a", encoding="utf-8")
 
 

@@ -90,15 +90,21 @@ def last_checkpoint(run: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def final_record(trainer: Any) -> dict[str, Any]:
-    """What run.json records at the end: steps, tokens, the last value of each loss, and what the terms learned."""
+    """What run.json records at the end: steps, tokens, the last value of each loss, and what the terms learned.
+
+    With --save_best the values on held-out examples are those of the saved model.
+    """
     losses = ("lm_loss", *(f"{term.name}_loss" for term in trainer.terms), "eval_exact")
     if trainer.generate is not None:
         losses += (f"eval_{find_task(trainer.generate.task).primary}",)
-    final = {k: v for line in trainer.state.log_history for k, v in line.items() if k.endswith(losses)}
+    history, best = trainer.state.log_history, trainer.state.best_global_step
+    if trainer.args.load_best_model_at_end:
+        history = [*history, *(line for line in history if "eval_loss" in line and line["step"] == best)]
+    final = {k: v for line in history for k, v in line.items() if k.endswith(losses)}
     facts = {"steps": trainer.state.global_step, "tokens": int(trainer.seen_tokens), "final": final}
     if trainer.args.load_best_model_at_end:
         facts["best"] = {
-            "step": trainer.state.best_global_step,
+            "step": best,
             trainer.args.metric_for_best_model: trainer.state.best_metric,
         }
     facts["learned"] = judge(trainer.state.log_history, trainer.state.max_steps)

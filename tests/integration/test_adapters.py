@@ -114,12 +114,16 @@ def only(*ends: str):
 
 OPTIONS = [
     ("--lora_alpha 4 --target_modules q_proj,mlp.up_proj", {"lora_alpha": 4}, only("q_proj", "up_proj")),
-    ("--use_rslora --init_lora_weights gaussian", {"use_rslora": True, "init_lora_weights": "gaussian"}, bool),
+    ("--use_rslora --init_lora_weights gaussian --lora_dropout 0.3",
+     {"use_rslora": True, "init_lora_weights": "gaussian", "lora_dropout": 0.3}, bool),
     ("--use_dora", {"use_dora": True}, lambda names: any("lora_magnitude_vector" in n for n in names)),
     ("--init_lora_weights pissa", {"init_lora_weights": "pissa"}, bool),
     ("--init_lora_weights olora", {"init_lora_weights": "olora"}, bool),
     ("--modules_to_save lm_head,embed_tokens", {"trainable_token_indices": None},
      lambda names: sum("lm_head" in n or "embed_tokens" in n for n in names) == 2),
+    ("--modules_to_save norm,q_proj", {"modules_to_save": ["model.layers.0.self_attn.q_proj",
+                                                           "model.layers.1.self_attn.q_proj", "model.norm"]},
+     lambda names: {n.split(".")[-2] for n in names if "norm" in n or "q_proj" in n} == {"norm", "q_proj"}),
 ]  # fmt: skip
 
 
@@ -131,6 +135,9 @@ def test_options_of_peft_and_the_adapter_is_continued(flags, values, reached, wi
     config = read_json(run / "adapter_config.json")
     assert {name: config[name] for name in values} == values and config["r"] == 4
     assert reached([name for name, w in weights(run, "adapter_model.safetensors").items() if w.any()])
+    assert (
+        not any("q_proj" in n or "head" in n for n in read_json(run / "run.json")["not_adapted"]) or "target" in flags
+    )
     same_as_merged(run)
     after = train(data, tmp_path / "after", *usual, "1e-12", model=run)  # so slowly that it shows where it started
     for part in ("", "merged"):
@@ -140,7 +147,9 @@ def test_options_of_peft_and_the_adapter_is_continued(flags, values, reached, wi
         torch.testing.assert_close(logits(first), logits(second), rtol=1e-4, atol=1e-4)
     assert read_json(after / "adapter_config.json")["base_model_name_or_path"] == str(base)
     before, now = (read_json(x / "args.json") for x in (run, after))
-    assert all(now[n] == before[n] for n in ("lora_rank", "use_rslora", "use_dora", "init_lora_weights"))
+    assert all(
+        now[n] == before[n] for n in ("lora_rank", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
+    )
     assert now["lora_alpha"] == config["lora_alpha"] == (values.get("lora_alpha") or 8)
 
 

@@ -153,6 +153,7 @@ def test_run_trained_on_csv_knows_the_examples_of_a_csv(tmp_path):
         (("--input_file", "ROWS", "--task", "texts"), b"a", "--task texts"),
         (("--input_file", "missing.jsonl", "--task", "text"), b"a", "missing.jsonl"),
         (("--max_new_tokens", 0), b"a", "--max_new_tokens 0"),
+        (("--system", "\udcff"), b"a", "the system turn"),
         ((), b"\n", "the prompt"),
         ((), b"\xff", "UTF-8"),
         ((), b"a <|eot_id|>", "<|eot_id|>"),

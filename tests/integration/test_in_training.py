@@ -81,7 +81,7 @@ def scripted(monkeypatch):
 
     def evaluation_loop(self, *args, **kwargs):
         output = real(self, *args, **kwargs)
-        output.metrics["eval_exact"] = SCORES[self.state.global_step]
+        output.metrics[self.args.metric_for_best_model] = SCORES[self.state.global_step]
         return output
 
     monkeypatch.setattr(finetune.JepaTrainer, "evaluation_loop", evaluation_loop)
@@ -107,6 +107,17 @@ def test_best_model_is_saved_and_training_stops_early_also_if_resumed(flags, scr
         assert samples(run) == samples(resumed)
         assert untimed(run) == untimed(resumed)
         assert read_json(resumed / "run.json")["best"] == record["best"]
+
+
+def test_best_model_by_the_score_of_a_task_file(scripted, data, tmp_path):
+    """The Trainer would minimize a value whose name ends in "loss"."""
+    task = tmp_path / "my_loss.py"
+    task.write_text("def score(generation, example):\n    return 0.5\n")
+    run = train(data, tmp_path / "run", "--regular", *STOPS, "--task", task)
+    record = read_json(run / "run.json")
+    assert record["best"] == {"step": 4, "eval_my_loss": 0.5} and record["final"]["eval_my_loss"] == 0.5
+    again = train(data, interrupted(run, 0, tmp_path / "again"), "--regular", *STOPS, "--task", task, "--resume")
+    assert untimed(again) == untimed(run) and samples(again) == samples(run)
 
 
 def test_best_model_without_generations_is_that_of_the_lowest_loss(data, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ from conftest import EXAMPLES, GOLDEN, JEPA, call, weights, write_rows
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from synthetic_runs import change
+
+from llm_jepa.evaluation.model import weight_files
 
 USERS, CODES = ([row["messages"][i]["content"] for row in EXAMPLES] for i in (1, 2))
 FLAGS = {
@@ -133,6 +136,17 @@ def test_index_is_used_until_corpus_or_model_change(what, run, tmp_path):
         assert f"the {'weights' if what == 'weights' else 'views'} changed" in found.err and not (after == 1).any()
         assert (what == "corpus") == np.allclose(np.roll(after, 1, axis=0), before, atol=1e-6)
         assert found.lines != first.lines
+
+
+def test_weights_of_an_adapter_include_those_of_its_base(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder, name in ((base, "model"), (adapter, "adapter_model")):
+        folder.mkdir()
+        (folder / f"{name}.safetensors").write_bytes(b"1")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = weight_files(str(adapter))
+    (base / "model.safetensors").write_bytes(b"12")
+    assert weight_files(str(adapter)) != before
 
 
 def test_index_has_the_place_that_was_given_and_sides_have_their_own(run, data, tmp_path):

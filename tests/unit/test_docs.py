@@ -126,7 +126,7 @@ def test_table_of_scores_has_those_of_all_tasks():
 def test_workflow_runs_the_checks_of_ci():
     [workflow] = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")]
     [job] = workflow["jobs"].values()
-    assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
+    assert [step["run"] for step in job["steps"] if "run" in step][-1] == "bash .ci/run"
 
 
 def test_issue_forms_have_fields_with_distinct_ids():

@@ -38,7 +38,8 @@ def test_program_is_the_first_python_block_or_the_complete_response(response, co
 CASES = {
     "function": ("assert double(4) == 8\nassert double('a') == 'aa'",
                  [DOUBLE, "double = lambda x: x + x", "import decimal, re\n" + DOUBLE,
-                  DOUBLE + "\nif __name__ == '__main__':\n    double(input())"],
+                  DOUBLE + "\nif __name__ == '__main__':\n    double(input())",
+                  "import time\nclass Slow:\n  def __del__(self): time.sleep(99)\nslow = Slow()\n" + DOUBLE],
                  {"def double(x): return x": None, "def double(x)": "syntax", "if 1:\ndouble = 8": "syntax",
                   "": "error", "double = 8": "error", "def double(x): return x / 0": "error",
                   DOUBLE + "\ninput()": "error", "raise MemoryError": "memory"}),
