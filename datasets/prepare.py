@@ -90,7 +90,14 @@ def prepare_own(args: argparse.Namespace) -> None:
     if args.test_file:
         parts = parts[0], read_examples(args.test_file, problems, fields)
     elif args.test_size:
-        parts = split_examples(parts[0], args.test_size, SEED)
+        train, test = split_examples(parts[0], args.test_size, SEED)
+        known = {check.keys(check.as_chat(example))["prompt"] for example in train}
+        repeated = [example for example in test if check.keys(check.as_chat(example))["prompt"] in known]
+        if len(repeated) == len(test):
+            raise ExampleError(f"{args.train_file}: a test part would have only prompts that the train part has too")
+        if repeated:
+            print(f"{len(repeated)} test examples moved to train, because their prompts occur there too")
+        parts = train + repeated, [example for example in test if example not in repeated]
     write_dataset(args, args.name, parts)
     if problems.found:
         print(problems.report())
@@ -135,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
         if len(dataset.counts) > 1:
             known.add_argument("--split", choices=list(dataset.counts), default=next(iter(dataset.counts)))
 
-    own = command("own", prepare_own, "examples of any JSONL, CSV or Parquet file or hub dataset", writing)
+    own = command("own", prepare_own, "examples of any JSON, CSV, TSV or Parquet file or hub dataset", writing)
     own.add_argument("--name", required=True, help="of the files: NAME_train.jsonl, NAME_test.jsonl")
     own.add_argument("--train_file", required=True, help="file, or OWNER/NAME[:CONFIG]:SPLIT[@REVISION] of the hub")
     own.add_argument("--test_file", help="the same for the test examples")

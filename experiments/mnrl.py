@@ -42,7 +42,7 @@ RUNS = {  # (examples, learning rate, seed, test part)
 
 def columns(file: Path) -> dict[str, list[str]]:
     """The two views of a file's examples."""
-    examples = read_examples(str(file), Problems(skip=False))
+    examples = read_examples(str(file), Problems())
     return {"text": [e.user for e in examples], "code": [e.assistant for e in examples]}
 
 

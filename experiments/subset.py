@@ -34,7 +34,7 @@ def work(argv: list[str] | None) -> None:
     parser.add_argument("--first", type=int, help="number of examples (default: all)")
     parser.add_argument("--skip", type=int, default=0, help="number of examples to skip before them (default 0)")
     options = parser.parse_args(argv)
-    examples = read_examples(options.source, Problems(skip=False))
+    examples = read_examples(options.source, Problems())
     chosen = examples[options.skip :][: options.first]
     if len(chosen) < (options.first or 1):
         raise UsageError(f"{options.source} has {len(examples)} examples, too few for --skip and --first")

@@ -70,7 +70,10 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
-        raise UsageError(f"--{flag} {name}: its tokenizer cannot be loaded ({loading_reason(error)})") from None
+        missing = "" if Path(name).exists() else "there is no such folder, and "
+        raise UsageError(
+            f"--{flag} {name}: {missing}its tokenizer cannot be loaded ({loading_reason(error)})"
+        ) from None
     if not tokenizer.is_fast:
         raise UsageError(f"--{flag} {name}: its tokenizer gives no character offsets (it is not a fast tokenizer)")
     if chat_template:

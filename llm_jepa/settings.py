@@ -46,7 +46,7 @@ class Settings:
     split_seed: int = flag(42, "seed of the --data_file or --val_fraction split", DATA)
     eval_file: str | None = flag(None, "held-out examples", DATA)
     val_fraction: float = flag(0.0, "fraction of --train_file held out, instead of --eval_file", DATA)
-    text_field: str | None = flag(None, "field of the Text view in other JSONL, CSV, Parquet or hub data", DATA)
+    text_field: str | None = flag(None, "field of the Text view in other JSON, CSV, TSV, Parquet or hub data", DATA)
     code_field: str | None = flag(None, "field of the Code view in such data", DATA)
     view_text_field: str | None = flag(None, "field of the Text view if --text_field is only the user turn", DATA)
     view_code_field: str | None = flag(None, "field of the Code view if --code_field is only the answer", DATA)

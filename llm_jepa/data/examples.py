@@ -89,15 +89,19 @@ class Fields:
 
 @dataclass
 class Problems:
-    """Bad examples: the first one raises an error, or with `skip` all are collected and reported."""
+    """Bad examples: the first one raises an error, or with `skip` all are collected and reported.
 
-    skip: bool = False
+    `skip` is the flag --skip_bad_examples, None where there is no such flag.
+    """
+
+    skip: bool | None = None
     found: dict[str, str] = field(default_factory=dict)  # reasons by place, so that an example counts once
 
     def add(self, source: str, reason: str) -> None:
         """Raises ExampleError unless bad examples are skipped."""
         if not self.skip:
-            raise ExampleError(f"{source}: {reason}")
+            hint = "" if self.skip is None else " (--skip_bad_examples skips bad examples)"
+            raise ExampleError(f"{source}: {reason}{hint}")
         self.found[source] = reason
 
     def report(self) -> str | None:

@@ -314,6 +314,18 @@ def test_own_files_keep_order_turns_views_and_answers(tmp_path, out):
     assert read(out / "m_train.jsonl") == train and read(out / "m_test.jsonl") == test
 
 
+def test_split_of_own_examples_has_no_prompt_on_both_sides(tmp_path, out):
+    path = write_csv(tmp_path / "mine.csv", *(f"q{i // 2},a{i},n" for i in range(20)))
+    own = ("own", "--train_file", path, *FIELDS, "--out_dir", out, "--test_size", 0.3)
+    assert run(*own, "--name", "mine").code == 0
+    train, test = ([row["messages"][0]["content"] for row in read(out / f"mine_{p}.jsonl")] for p in ("train", "test"))
+    assert test and not set(train) & set(test) and sorted(train + test) == sorted(f"q{i // 2}" for i in range(20))
+    assert run("check", out / "mine").code == 0
+    write_csv(path, *("q,a,n" for _ in range(9)))
+    done = run(*own, "--name", "other")
+    assert done.code == 2 and "mine.csv" in done.err and not (out / "other_train.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     "flags, messages",
     [
