@@ -1,6 +1,6 @@
 """Print the tables of RESULTS.md that experiments/results/ contains, with the tests of experiments/plans/.
 
-    python experiments/tables.py nitp combine terms
+    python experiments/tables.py nitp combine terms jobs
 
 Scores are in percent, differences in points with a 95 % t interval; p is two-sided and paired by seed, with Holm's
 correction over the comparisons of a family. An experiment without all of its runs is refused.
@@ -13,6 +13,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import scipy.stats
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for the repository's own modules
 
@@ -23,13 +25,12 @@ from llm_jepa.reports import stats  # noqa: E402
 Lines = dict[tuple[str, int], dict[int, dict]]  # (arm, examples) → seed → the run's line
 
 
-def load(experiment: str) -> Lines:
-    """The lines of an experiment."""
+def load(experiment: str, same_seeds: bool = True) -> Lines:
+    """The lines of an experiment. Raises UsageError if `same_seeds` and an arm has others than the first."""
     lines: Lines = {}
     for _, line in read_jsonl(ROOT / f"experiments/results/{experiment}.jsonl"):
         lines.setdefault((line["arm"], line["examples"]), {})[line["seed"]] = line
-    seeds = {frozenset(by_seed) for by_seed in lines.values()}
-    if len(seeds) > 1:
+    if same_seeds and len({frozenset(by_seed) for by_seed in lines.values()}) > 1:
         raise UsageError(f"the arms of {experiment} have different seeds, so runs are missing")
     return lines
 
@@ -98,8 +99,12 @@ def combine() -> None:
 def row(by_seed: dict[int, dict]) -> str:
     """Cells: primary score, exact match, retrieval@1 from Text to Code."""
     shown = [stats.mean_sd(list(scores(by_seed, score).values())) for score in ("dfa_equal", "exact")]
-    retrieval = [100 * line["retrieval"]["text_to_code"]["r1"] for line in by_seed.values()]
-    return " | ".join([*shown, stats.mean_sd(retrieval)])
+    return " | ".join([*shown, stats.mean_sd(retrieval(by_seed))])
+
+
+def retrieval(by_seed: dict[int, dict]) -> list[float]:
+    """Retrieval@1 from Text to Code of each seed, in percent."""
+    return [100 * line["retrieval"]["text_to_code"]["r1"] for line in by_seed.values()]
 
 
 def terms() -> None:
@@ -127,6 +132,25 @@ def terms() -> None:
     table("arm | " + " | ".join(GEOMETRY), rows)
 
 
+def jobs() -> None:
+    """Generation equivalent to regular fine-tuning (two one-sided tests), and retrieval compared with MNRL."""
+    lines = load("jobs", same_seeds=False) | load("mnrl", same_seeds=False)
+    both, contrast, mnrl = (lines[arm, 8000] for arm in ("both:0.05:0:0.1", "contrast:1:0:0.1", "mnrl"))
+    regular = load("nitp")["regular", 8000]
+    rows = [
+        f"{name} | {row(by_seed)}" for name, by_seed in (("regular", regular), ("both", both), ("contrast", contrast))
+    ]
+    rows.append(f"all-MiniLM-L6-v2, MNRL | | | {stats.mean_sd(retrieval(mnrl))}")
+    table("arm | dfa_equal | exact | text to code R@1", rows)
+    c = stats.compare("both", "regular", "dfa_equal", scores(both), scores(regular))
+    half = scipy.stats.t.ppf(0.95, c.n - 1) * c.sd / c.n**0.5
+    print(f"\nboth − regular: {points(c)}, 90 % interval [{c.mean - half:.2f}, {c.mean + half:.2f}], n = {c.n}")
+    test = scipy.stats.ttest_ind(retrieval(both), retrieval(mnrl), equal_var=False)
+    mean = statistics.fmean(retrieval(both)) - statistics.fmean(retrieval(mnrl))
+    low, high = test.confidence_interval()
+    print(f"R@1, both − MNRL: {mean:.2f} [{low:.2f}, {high:.2f}], p = {test.pvalue:.2g}")
+
+
 COSINES = ("cosine", "cosine_shuffled")
 GEOMETRY = ("least_squares_error", "least_squares_relative", "least_squares_relative_shuffled", "singular_value_mean",
             "singular_value_relative", "singular_value_relative_shuffled")  # fmt: skip
@@ -137,7 +161,7 @@ def least_retrieval(by_seed: dict[int, dict]) -> float:
     return min(line["retrieval"]["text_to_code"]["r1"] for line in by_seed.values())
 
 
-EXPERIMENTS = {"nitp": nitp, "combine": combine, "terms": terms}
+EXPERIMENTS = {"nitp": nitp, "combine": combine, "terms": terms, "jobs": jobs}
 
 
 def work(argv: list[str] | None) -> None:
