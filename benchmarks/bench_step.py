@@ -179,9 +179,10 @@ def trl_arm(name: str, args: argparse.Namespace, parts: finetune.Parts, folder: 
     from trl import SFTConfig, SFTTrainer
 
     items, bf16, packing = parts.train_set.items, args.dtype == "bfloat16", name == "TRL packed"
+    free = name == "TRL padding-free"
     config = SFTConfig(
         output_dir=folder, per_device_train_batch_size=1 if packing else args.batch_size, packing=packing,
-        padding_free=name == "TRL padding-free", max_length=PADDED, report_to=[], bf16=bf16, use_cpu=DEVICE == "cpu",
+        padding_free=free, max_length=None if free else PADDED, report_to=[], bf16=bf16, use_cpu=DEVICE == "cpu",
         gradient_checkpointing=False, completion_only_loss=True, disable_tqdm=True, seed=1, dataloader_pin_memory=False,
     )  # fmt: skip
     model, tokenizer = copy.deepcopy(parts.model), parts.encoder.renderer.tokenizer
