@@ -32,7 +32,7 @@ TABLES = {  # name → command of the benchmark, its flags in a rehearsal
     "synth": ("bench_step.py --steps 2 --skip_memory", "--steps 1 --batch_size 2"),
     "compile": ("bench_step.py --steps 2 --skip_memory", "--steps 1 --batch_size 2"),
     "spider": ("bench_step.py --steps 1 --skip_memory --vocabulary 4096 --input_file {spider}", "--batch_size 2"),
-    "135m": ("bench_step.py --steps 1 --shape 135m", "--batch_size 2"),
+    "135m": ("bench_step.py --steps 2 --shape 135m", "--batch_size 2"),
     "eval": (
         "bench_eval.py --rows 1024 --batch_size 128 --input_file datasets/synth_test.jsonl --model_name {run}",
         "--rows 8",
