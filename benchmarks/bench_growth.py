@@ -183,7 +183,8 @@ def plot(results: list[dict[str, Any]], path: str) -> None:
         axes.loglog(sizes, [row["× work"] for row in own], color="grey", ls=":", label="work")
         axes.set(xlabel=ARMS[name][0], ylabel="× smallest")
         axes.set_xticks(sizes, map(str, sizes))
-        axes.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        most = max(max(row["× time"], row["× work"]) for row in own)
+        axes.set_yticks(ticks := [2**n for n in range(8) if 2**n <= most], map(str, ticks))
         axes.minorticks_off()
     for axes in list(figure.axes)[len(names) :]:
         axes.axis("off")
