@@ -1,5 +1,5 @@
-"""Times generation for the same prompts: one at a time, in padded batches, with transformers' continuous batching, and
-as evaluate.py does it.
+"""Times generation for the same prompts: one at a time, in padded batches, with transformers' continuous batching, as
+evaluate.py does it, and with vLLM, whose start does not count, if `setup.sh --vllm` has installed it.
 
     python benchmarks/bench_eval.py --model_name runs/RUN --input_file datasets/synth_test.jsonl --json eval.json
 
@@ -9,6 +9,7 @@ Use a trained model; one that never stops only measures --max_new_tokens. The ex
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -16,8 +17,9 @@ from timing import flag_parser, interleave, percentiles, report
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import evaluate
+from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Problems, read_examples
-from llm_jepa.evaluation import generation
+from llm_jepa.evaluation import generation, vllm_engine
 from llm_jepa.evaluation.settings import EvaluationSettings
 
 Texts = dict[int, str]  # responses by the id of their example
@@ -28,6 +30,8 @@ def main() -> int:
     parser = flag_parser(__doc__)
     parser.add_argument("--model_name", required=True, help="trained model or run folder")
     parser.add_argument("--input_file", required=True, help="examples with the prompts")
+    names = ("one at a time", "padded batches", "continuous batching", "evaluate.py", "vLLM")
+    parser.add_argument("--arms", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--rows", type=int, default=256, help="number of examples (default 256)")
     parser.add_argument("--batch_size", type=int, default=64, help="prompts per batch (default 64)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of the longest response (default 128)")
@@ -75,25 +79,40 @@ def main() -> int:
         batches = generation.generate(model, encoder.renderer, examples, **sizes)
         return {example.id: answer.text for batch in batches for example, answer in batch}
 
-    arms: dict[str, Callable[[], Texts]] = {
-        "one at a time": lambda: padded_batches(1),
-        "padded batches": lambda: padded_batches(args.batch_size),
-        "continuous batching": continuous_batching,
-        "evaluate.py": ours,
-    }
+    def vllm() -> Texts:
+        """evaluate.py --engine vllm, which starts a process each time."""
+        described = vllm_engine.describe(args.model_name, None, "float32" if model.device.type == "cpu" else "auto")
+        with vllm_engine.started(described, encoder.renderer, examples, prompts, args.max_new_tokens, 1) as respond:
+            begin = time.perf_counter()
+            answers = {example.id: answer.text for batch in respond(set(), (0, 1)) for example, answer in batch}
+            vllm_seconds.append(time.perf_counter() - begin)
+        return answers
+
+    vllm_seconds: list[float] = []
+    every = (lambda: padded_batches(1), lambda: padded_batches(args.batch_size), continuous_batching, ours, vllm)
+    arms: dict[str, Callable[[], Texts]] = {n: arm for n, arm in zip(names, every, strict=True) if n in args.arms}
+    skipped = []
+    if "vLLM" in arms:
+        try:
+            vllm_engine.versions()
+        except UsageError as error:
+            del arms["vLLM"]
+            skipped.append({"arm": "vLLM", "skipped": str(error)})
     with torch.inference_mode():
         answers = {name: arm() for name, arm in arms.items()}
-        seconds = {name: percentiles(times) for name, times in interleave(arms, args.repeats).items()}
-    expected, one = answers["one at a time"], seconds["one at a time"]["p50"]
+        times = interleave(arms, args.repeats) | ({"vLLM": vllm_seconds[2:]} if vllm_seconds else {})
+    seconds = {name: percentiles(own) for name, own in times.items()}
+    first = next(iter(arms))  # one at a time, if it is timed
+    expected, one = answers[first], seconds[first]["p50"]
     results = [
         {
-            "arm": name, "examples/s": len(examples) / times["p50"], "× one at a time": one / times["p50"], **times,
+            "arm": name, "examples/s": len(examples) / times["p50"], f"× {first}": one / times["p50"], **times,
             "characters": len("".join(answers[name].values())),
             "differ": sum(answers[name][i] != text for i, text in expected.items()),
         }
         for name, times in seconds.items()
     ]  # fmt: skip
-    report(args, args.input_file, results, parameters=model.num_parameters(), dtype=str(model.dtype))
+    report(args, args.input_file, [*results, *skipped], parameters=model.num_parameters(), dtype=str(model.dtype))
     return int(any(row["differ"] for row in results))
 
 

@@ -2,20 +2,17 @@
 
     pip install -e ".[bench]"        # for TRL's arms, which are skipped if trl is not installed
     python benchmarks/bench_step.py --input_file datasets/synth_train.jsonl --json step.json
-    python benchmarks/bench_step.py --growth growth.png --json growth.json
 
 Arms: the reference implementation's method (three rows per example, padded to 512 tokens, logits and all layers' hidden
 states at every token); the additive mask, with both views of an example in one row; packed, the default of finetune.py;
-packed with the Text view in the chat; regular fine-tuning, packed; the auxiliary losses, packed; TRL's SFTTrainer,
-padded to the longest row and packed. `statistics` is a step with what the Trainer computes for the log. In
-`gradient_stats 1` every step also compares gradients, so at the default --gradient_stats 100 the difference between
-these two arms is divided by 100 and by the micro-batches of a step. A step is collation, forward, backward, clipping
-and AdamW. `useful` tokens are those of chats and views without padding. `time` is relative to regular packed.
-`time/tokens` is that divided by the ratio of their useful tokens: 1 if the views cost as much per token as the chats.
-FLOPs are torch's count for the forward and backward pass; `of matmul` is their rate over that of a large matrix product
-timed in the same run.
-
-With --growth: the time of a packed step for 1, 2, 4 and 8 times the examples, and for 1, 2, 4 and 8 times their length.
+packed with the Text view in the chat; packed with --torch_compile; regular fine-tuning, packed; the auxiliary losses,
+packed; TRL's SFTTrainer, padded to the longest row, padding-free (a batch in one row) and packed. `statistics` is a
+step with what the Trainer computes for the log. In `gradient_stats 1` every step also compares gradients, so at the
+default --gradient_stats 100 the difference between these two arms is divided by 100 and by the micro-batches of a step.
+A step is collation, forward, backward, clipping and AdamW. `useful` tokens are those of chats and views without
+padding. `time` is relative to regular packed. `time/tokens` is that divided by the ratio of their useful tokens: 1 if
+the views cost as much per token as the chats; `memory/tokens` is the same for peak memory. FLOPs are torch's count for
+the forward and backward pass; `of matmul` is their rate over that of a large matrix product timed in the same run.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +38,17 @@ from timing import DEVICE, ROOT, flag_parser, interleave, matmul_rate, percentil
 from transformers import AutoTokenizer, LlamaConfig
 
 import finetune
+from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Problems, read_examples
-from llm_jepa.data.segments import Segment
 from llm_jepa.training.flops import FlopCounter
+from llm_jepa.training.trainer import compile_decoder
 
-# About 5M parameters for a CPU, and the shape of Llama-3.2-1B.
+# About 5M parameters for a CPU, and the shapes of SmolLM2-135M and Llama-3.2-1B.
 SHAPES = {
     "5m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,
            "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "tie_word_embeddings": True, "vocab_size": 49152},
     "llama-3.2-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
                      "tie_word_embeddings": True, "rope_theta": 500000.0},
@@ -58,6 +58,7 @@ ARMS: dict[str, dict[str, Any]] = {  # name → settings
     "additive": {"layout": "additive"},
     "packed": {},
     "packed, in_chat": {"text_view": "in_chat"},
+    "packed, compiled": {"torch_compile": True},
     "regular packed": {"regular": True},
     "clip": {"jepa_loss": "clip"},
     "clip, in_chat": {"jepa_loss": "clip", "text_view": "in_chat"},
@@ -69,10 +70,10 @@ ARMS: dict[str, dict[str, Any]] = {  # name → settings
     "clip + nitp, statistics": {"jepa_loss": "clip", "nitp": True, "gradient_stats": 0},
     "clip + nitp, gradient_stats 1": {"jepa_loss": "clip", "nitp": True, "gradient_stats": 1},
     "TRL padded": {"regular": True},
+    "TRL padding-free": {"regular": True},
     "TRL packed": {"regular": True},
 }
 PADDED = 512  # tokens of each of the reference's rows
-GROWTH = (1, 2, 4, 8)
 
 
 @dataclass
@@ -172,16 +173,17 @@ def reference_loss(pad_id: int, lbd: float) -> Callable:
     return loss
 
 
-def trl_arm(args: argparse.Namespace, parts: finetune.Parts, packing: bool, folder: str) -> Arm:
+def trl_arm(name: str, args: argparse.Namespace, parts: finetune.Parts, folder: str) -> Arm:
     """TRL's SFTTrainer on the same tokens and labels with its own collator, loss and metrics."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    items, bf16 = parts.train_set.items, args.dtype == "bfloat16"
+    items, bf16, packing = parts.train_set.items, args.dtype == "bfloat16", name == "TRL packed"
+    free = name == "TRL padding-free"
     config = SFTConfig(
         output_dir=folder, per_device_train_batch_size=1 if packing else args.batch_size, packing=packing,
-        max_length=PADDED, report_to=[], bf16=bf16, use_cpu=DEVICE == "cpu", gradient_checkpointing=False,
-        completion_only_loss=True, disable_tqdm=True, seed=1, dataloader_pin_memory=False,
+        padding_free=free, max_length=None if free else PADDED, report_to=[], bf16=bf16, use_cpu=DEVICE == "cpu",
+        gradient_checkpointing=False, completion_only_loss=True, disable_tqdm=True, seed=1, dataloader_pin_memory=False,
     )  # fmt: skip
     model, tokenizer = copy.deepcopy(parts.model), parts.encoder.renderer.tokenizer
     data = Dataset.from_list([{"input_ids": x.ids, "completion_mask": x.labels.astype(int)} for x, *_ in items])
@@ -193,15 +195,25 @@ def trl_arm(args: argparse.Namespace, parts: finetune.Parts, packing: bool, fold
     return Arm(model, batches, lambda m, b: trainer.compute_loss(m, dict(b)), len(items), useful, bf16)
 
 
-def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any]) -> Arm | None:
-    """The arm, or None if its package is not installed; arms with the same `shared` train one model."""
+def settings_of(name: str, args: argparse.Namespace, folder: str) -> finetune.Settings:
+    """The settings of an arm on the model in the folder."""
     settings = {"predictors": 0 if "regular" in ARMS[name] else 1, "layout": "packed", "jepa_loss": "cosine"}
-    s = finetune.Settings(
+    return finetune.Settings(
         train_file=args.input_file, model_name=folder, pretrain=True, lbd=1.0, lm_labels="answer",
         attn_implementation=args.attn_implementation, max_length=args.max_length, batch_size=args.batch_size,
         tokens_per_row=args.tokens_per_row, finetune_seed=1, skip_bad_examples=True, output_dir=f"{folder}/run",
         eval_strategy="no", save_strategy="no", **settings | ARMS[name],
     )  # fmt: skip
+
+
+def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any]) -> Arm:
+    """The arm; arms with the same `shared` train one model. Raises UsageError if it cannot run."""
+    if name.startswith("TRL") and importlib.util.find_spec("trl") is None:
+        raise UsageError("trl is not installed")
+    s = settings_of(name, args, folder)
+    if s.torch_compile:
+        finetune.check_settings(s, {"torch_compile"})
+        shared = {}  # compiling changes the model
 
     def load(*given: Any) -> torch.nn.Module:
         model = shared["model"] = shared.get("model") or finetune.load_on_device(*given)
@@ -213,8 +225,9 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
     if len(items) < args.steps * args.batch_size:
         raise SystemExit(f"{args.input_file} has only {len(items)} usable examples for {args.steps} steps")
     if name.startswith("TRL"):
-        installed = importlib.util.find_spec("trl") is not None
-        return trl_arm(args, parts, name == "TRL packed", folder) if installed else None
+        return trl_arm(name, args, parts, folder)
+    if s.torch_compile:
+        compile_decoder(parts.model)
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
     pad = parts.encoder.renderer.tokenizer.pad_token_id
     bf16 = args.dtype == "bfloat16"
@@ -228,14 +241,23 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
     return arm
 
 
-def write_shape(args: argparse.Namespace, folder: str) -> None:
-    """Writes a model folder with only the configuration and the tokenizer."""
+def write_shape(args: argparse.Namespace, folder: str, **changes: Any) -> None:
+    """Writes a model folder with only the configuration, that of the shape with these changes, and the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     if args.vocabulary:
         texts = (f"{e.system or ''}\n{e.user}\n{e.assistant}" for e in read_examples(args.input_file, Problems()))
         tokenizer = tokenizer.train_new_from_iterator(texts, args.vocabulary, show_progress=False)
     tokenizer.save_pretrained(folder)
-    LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, **SHAPES[args.shape]).save_pretrained(folder)
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096} | SHAPES[args.shape] | changes
+    LlamaConfig(**shape).save_pretrained(folder)
+
+
+def peak_memory(name: str, arm: Arm) -> float:
+    """The arm's peak MB; on a CPU in a new process, whose memory no other arm has used."""
+    if DEVICE == "cuda":
+        return arm.peak_memory()
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str, Any]]:
@@ -243,97 +265,62 @@ def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str
     seconds = {name: percentiles(times) for name, times in interleave(arms, args.repeats).items()}
     rate, medians = matmul_rate(getattr(torch, args.dtype)), {name: times["p50"] for name, times in seconds.items()}
     rates = {name: arm.examples / medians[name] for name, arm in arms.items()}
-    others = [name for name in ("reference layout", "TRL padded", "TRL packed") if name in arms]
+    others = [name for name in ("reference layout", "TRL padded", "TRL padding-free", "TRL packed") if name in arms]
     usual = arms.get("regular packed")
+    memory = {} if args.skip_memory else {name: peak_memory(name, arm) for name, arm in arms.items()}
     for name, arm in arms.items():
-        memory = arm.peak_memory() if DEVICE == "cuda" else None
-        if memory is None:  # in a new process, whose memory no other arm has used
-            command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
-            memory = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        tokens = usual and arm.useful / usual.useful
         yield {
             "arm": name,
             "examples/s": rates[name],
             **{f"× {other}": rates[name] / rates[other] for other in others},
             "time": usual and medians[name] / medians["regular packed"],
-            "time/tokens": usual and medians[name] / medians["regular packed"] / (arm.useful / usual.useful),
+            "time/tokens": usual and medians[name] / medians["regular packed"] / tokens,
             "useful tokens/s": arm.useful / medians[name],
             "of matmul": arm.flops() / medians[name] / rate,
-            "peak MB": memory,
+            **({"peak MB": memory[name]} if memory else {}),
+            **({"memory/tokens": memory[name] / memory["regular packed"] / tokens} if memory and usual else {}),
             **{k: v / args.steps for k, v in seconds[name].items()},
         }
 
 
-def longer(item: tuple[Segment, ...], times: int) -> tuple[Segment, ...]:
-    """The item with each of its segments repeated, in place of a longer text."""
-    return tuple(
-        replace(
-            x, ids=np.tile(x.ids, times), labels=np.tile(x.labels, times),
-            view=None if x.view is None else x.view + len(x.ids) * (times - 1),
-        )
-        for x in item
-    )  # fmt: skip
-
-
-def growth(args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
-    """Times a packed step with more and with longer examples; plots its time over its tokens on logarithmic axes."""
-    from matplotlib.figure import Figure
-
-    args.steps = max(GROWTH)
-    arm, arms = arm_of("packed", args, folder, {}), {}
-    for what in ("examples", "length"):
-        for times in GROWTH:
-            batch = [item for batch in arm.batches[:times] for item in batch]
-            batch = batch if what == "examples" else [longer(item, times) for item in arm.batches[0]]
-            useful = sum(len(x.ids) for item in batch for x in item)
-            arms[f"{what} × {times}"] = replace(arm, batches=[batch], examples=len(batch), useful=useful)
-    seconds = {name: percentiles(times) for name, times in interleave(arms, args.repeats).items()}
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for what, color, mark in (("examples", "#0072B2", "o"), ("length", "#D55E00", "^")):
-        tokens = [arms[f"{what} × {times}"].useful for times in GROWTH]
-        ms = [1e3 * seconds[f"{what} × {times}"]["p50"] for times in GROWTH]
-        axes.loglog(tokens, ms, color=color, marker=mark, label=f"more {what}" if what == "examples" else "longer")
-        axes.loglog(tokens, [ms[0] * t / tokens[0] for t in tokens], color=color, ls=":", lw=1)
-    axes.set(xlabel="tokens per step, views included", ylabel="time per step (ms, median)", title="A packed step")
-    axes.plot([], [], color="grey", ls=":", lw=1, label="proportional to tokens")
-    axes.legend(frameon=False)
-    figure.savefig(args.growth, dpi=150)
-    return [
-        {"step": name, "examples": arm.examples, "tokens": arm.useful,
-         "× time": seconds[name]["p50"] / seconds[name.split(" × ")[0] + " × 1"]["p50"],
-         "tokens/s": arm.useful / seconds[name]["p50"], **seconds[name]}
-        for name, arm in arms.items()
-    ]  # fmt: skip
-
-
-def main() -> None:
-    """Prints the table and writes the JSON."""
-    parser = flag_parser(__doc__)
+def step_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the flags of `arm_of` and `write_shape`."""
+    parser = flag_parser(doc)
     parser.add_argument("--input_file", default=str(ROOT / "datasets" / "synth_train.jsonl"), help="training examples")
     parser.add_argument("--tokenizer", default=str(ROOT / "models" / "tiny"), help="tokenizer with a chat template")
     parser.add_argument("--vocabulary", type=int, help="retrain the tokenizer on the examples with this size")
     parser.add_argument("--shape", choices=SHAPES, default="5m", help="of the randomly initialized model (default 5m)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     parser.add_argument("--batch_size", type=int, default=16, help="examples per step (default 16)")
-    parser.add_argument("--steps", type=int, default=4, help="steps that are timed together (default 4)")
     parser.add_argument("--max_length", type=int, default=PADDED, help="longer examples are skipped (default 512)")
     parser.add_argument("--tokens_per_row", type=int, default=0, help="of packed rows (default: finetune.py's)")
     parser.add_argument("--attn_implementation", help="attention kernel of this project's arms")
-    parser.add_argument("--growth", metavar="PNG", help="measure growth instead and plot it to this file")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=5, help="how often each arm is timed (default 5)")
+    return parser
+
+
+def main() -> None:
+    """Prints the table and writes the JSON."""
+    parser = step_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=4, help="steps that are timed together (default 4)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    parser.add_argument("--skip_memory", action="store_true", help="do not measure the peak memory")
+    parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_shape(args, folder)
         if args.memory_of:
             return print(arm_of(args.memory_of, args, folder, {}).peak_memory())
-        if args.growth:
-            return report(args, args.input_file, growth(args, folder))
         shared: dict[str, Any] = {}
-        arms = {name: arm for name in args.arms if (arm := arm_of(name, args, folder, shared))}
+        arms, skipped = {}, []
+        for name in args.arms:
+            try:
+                arms[name] = arm_of(name, args, folder, shared)
+            except UsageError as error:
+                skipped.append({"arm": name, "skipped": str(error)})
         parameters = next(iter(arms.values())).model.num_parameters()
-        report(args, args.input_file, list(compare(args, arms)), parameters=parameters)
+        report(args, args.input_file, [*compare(args, arms), *skipped], parameters=parameters)
 
 
 if __name__ == "__main__":

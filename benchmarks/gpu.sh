@@ -14,9 +14,9 @@ batch=${BATCH:-16} repeats=${REPEATS:-5} failed=0
 mkdir -p "$out"
 "$python" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu.sh: error: no GPU")'
 
-bench() { # name, arguments of bench_step.py; writes the table and the JSON
+bench() { # name, arguments of bench_step.py or of the benchmark in SCRIPT; writes the table and the JSON
   echo "== $1"
-  "$python" benchmarks/bench_step.py --tokenizer "$tokenizer" --shape llama-3.2-1b --dtype bfloat16 \
+  "$python" "benchmarks/${SCRIPT:-bench_step.py}" --tokenizer "$tokenizer" --shape llama-3.2-1b --dtype bfloat16 \
     --batch_size "$batch" --repeats "$repeats" --json "$out/$1.json" "${@:2}" 2>"$out/$1.err" | tee "$out/$1.txt" ||
     { echo "gpu.sh: $1 failed, see $out/$1.err" >&2 && failed=1; }
 }
@@ -33,7 +33,7 @@ for kernel in sdpa flex_attention flash_attention_2; do
     bench "$kernel-$row" --arms "${arms[@]}" --attn_implementation "$kernel" ${limit[@]+"${limit[@]}"}
   done
 done
-bench growth --growth "$out/growth.png"
+SCRIPT=bench_growth.py bench growth --arms tokens pairs --png "$out/growth.png"
 if [ -n "${MODEL:-}" ]; then
   "$python" benchmarks/bench_eval.py --model_name "$MODEL" --input_file datasets/synth_test.jsonl --rows 2000 \
     --batch_size 512 --repeats "$repeats" --json "$out/eval.json" | tee "$out/eval.txt" || failed=1

@@ -74,7 +74,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 def report(args: argparse.Namespace, data: str | Path, results: list[dict[str, Any]], **shape: Any) -> None:
     """Prints the results as a table. Writes them to `args.json`, if given, with their provenance; `data`: a file."""
-    print(pd.DataFrame(results).to_string(index=False, float_format="{:.4g}".format))
+    print(pd.DataFrame(results).to_string(index=False, na_rep="", float_format="{:.4g}".format))
     if args.json:
         record = provenance({str(data): sha256(data)}) | {"shape": vars(args) | shape, "results": results}
         write_json(Path(args.json), record)
