@@ -13,7 +13,8 @@ these two arms is divided by 100 and by the micro-batches of a step. A step is c
 and AdamW. `useful` tokens are those of chats and views without padding. `time` is relative to regular packed.
 `time/tokens` is that divided by the ratio of their useful tokens: 1 if the views cost as much per token as the chats.
 FLOPs are torch's count for the forward and backward pass; `of matmul` is their rate over that of a large matrix product
-timed in the same run.
+timed in the same run. `MFU` counts only 6 FLOPs per parameter of the decoder layers and useful token, and per parameter
+of the output layer and label, over the data sheet's dense bfloat16 rate of an H100 or H200.
 
 With --growth: the time of a packed step for 1, 2, 4 and 8 times the examples, and for 1, 2, 4 and 8 times their length.
 """
@@ -43,15 +44,20 @@ from transformers import AutoTokenizer, LlamaConfig
 import finetune
 from llm_jepa.data.examples import Problems, read_examples
 from llm_jepa.data.segments import Segment
+from llm_jepa.large.step_time import PEAK
 from llm_jepa.training.flops import FlopCounter
+from llm_jepa.training.trainer import compile_decoder
 
-# About 5M parameters for a CPU, and the shape of Llama-3.2-1B.
+# About 5M parameters for a CPU, and the shapes of Llama-3.2-1B and Llama-3.1-8B.
 SHAPES = {
     "5m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,
            "num_key_value_heads": 4, "tie_word_embeddings": True},
     "llama-3.2-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-                     "tie_word_embeddings": True, "rope_theta": 500000.0},
+                     "tie_word_embeddings": True, "rope_theta": 500000.0, "vocab_size": 128256},
+    "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+                     "tie_word_embeddings": False, "rope_theta": 500000.0, "vocab_size": 128256},
 }  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {  # name → settings
     "reference layout": {},
@@ -84,6 +90,7 @@ class Arm:
     loss: Callable[[torch.nn.Module, Any], torch.Tensor]
     examples: int  # in all batches
     useful: int  # tokens in all batches, without padding
+    labels: int  # in all batches
     bf16: bool
 
     def __post_init__(self) -> None:
@@ -111,6 +118,12 @@ class Arm:
                 self.backward(batch)
         self.optimizer.zero_grad()
         return float(counter.get_total_flops())
+
+    def model_flops(self) -> float:
+        """FLOPs of all batches that the model's matrices need without padding, attention and recomputation."""
+        head = self.model.get_output_embeddings().weight.numel()
+        layers = sum(p.numel() for p in self.model.get_decoder().layers.parameters())
+        return 6.0 * (layers * self.useful + head * self.labels)
 
     def peak_memory(self) -> float:
         """Peak MB of the steps in addition to the model: gradients and optimizer state count. On a CPU: Linux only."""
@@ -172,6 +185,11 @@ def reference_loss(pad_id: int, lbd: float) -> Callable:
     return loss
 
 
+def labels(items: list[Any]) -> int:
+    """The number of label tokens."""
+    return sum(int(chat.labels[1:].sum()) for chat, *_ in items)
+
+
 def trl_arm(args: argparse.Namespace, parts: finetune.Parts, packing: bool, folder: str) -> Arm:
     """TRL's SFTTrainer on the same tokens and labels with its own collator, loss and metrics."""
     from datasets import Dataset
@@ -190,7 +208,7 @@ def trl_arm(args: argparse.Namespace, parts: finetune.Parts, packing: bool, fold
     trainer.accelerator.backward = lambda loss, **_: None  # Arm.backward calls loss.backward()
     model.train()
     useful = sum(len(chat.ids) for chat, *_ in items)
-    return Arm(model, batches, lambda m, b: trainer.compute_loss(m, dict(b)), len(items), useful, bf16)
+    return Arm(model, batches, lambda m, b: trainer.compute_loss(m, dict(b)), len(items), useful, labels(items), bf16)
 
 
 def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any]) -> Arm | None:
@@ -206,6 +224,8 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
     def load(*given: Any) -> torch.nn.Module:
         model = shared["model"] = shared.get("model") or finetune.load_on_device(*given)
         model._modules.pop("projectors", None)  # those of another arm
+        if args.torch_compile and "forward" not in vars(model.get_decoder()):
+            compile_decoder(model)
         return model.train()
 
     parts = finetune.prepare(s, PartialState(), load)
@@ -223,7 +243,7 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
     else:
         loss = trainers(parts, s, bf16) if "stat" in name else ours(parts, s)
     useful = sum(len(segment.ids) for item in items for segment in item)
-    arm = Arm(parts.model, batches, loss, len(items), useful, bf16)
+    arm = Arm(parts.model, batches, loss, len(items), useful, labels(items), bf16)
     arm.optimizer.state = shared.setdefault("moments", arm.optimizer.state)  # one copy for all arms
     return arm
 
@@ -235,7 +255,9 @@ def write_shape(args: argparse.Namespace, folder: str) -> None:
         texts = (f"{e.system or ''}\n{e.user}\n{e.assistant}" for e in read_examples(args.input_file, Problems()))
         tokenizer = tokenizer.train_new_from_iterator(texts, args.vocabulary, show_progress=False)
     tokenizer.save_pretrained(folder)
-    LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, **SHAPES[args.shape]).save_pretrained(folder)
+    shape = {"vocab_size": 0, "max_position_embeddings": 4096} | SHAPES[args.shape]
+    shape["vocab_size"] = max(shape["vocab_size"], len(tokenizer))
+    LlamaConfig(architectures=["LlamaForCausalLM"], **shape).save_pretrained(folder)
 
 
 def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str, Any]]:
@@ -244,7 +266,8 @@ def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str
     rate, medians = matmul_rate(getattr(torch, args.dtype)), {name: times["p50"] for name, times in seconds.items()}
     rates = {name: arm.examples / medians[name] for name, arm in arms.items()}
     others = [name for name in ("reference layout", "TRL padded", "TRL packed") if name in arms]
-    usual = arms.get("regular packed")
+    usual, gpu = arms.get("regular packed"), torch.cuda.get_device_name() if DEVICE == "cuda" else ""
+    peak = PEAK if args.dtype == "bfloat16" and any(kind in gpu for kind in ("H100", "H200")) else None
     for name, arm in arms.items():
         memory = arm.peak_memory() if DEVICE == "cuda" else None
         if memory is None:  # in a new process, whose memory no other arm has used
@@ -258,6 +281,7 @@ def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str
             "time/tokens": usual and medians[name] / medians["regular packed"] / (arm.useful / usual.useful),
             "useful tokens/s": arm.useful / medians[name],
             "of matmul": arm.flops() / medians[name] / rate,
+            "MFU": peak and arm.model_flops() / medians[name] / peak,
             "peak MB": memory,
             **{k: v / args.steps for k, v in seconds[name].items()},
         }
@@ -322,8 +346,12 @@ def main() -> None:
     parser.add_argument("--growth", metavar="PNG", help="measure growth instead and plot it to this file")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--torch_compile", action="store_true", help="compile the decoder as --torch_compile does")
+    parser.add_argument("--write_shape", metavar="FOLDER", help="only write the shape's configuration and tokenizer")
     parser.add_argument("--repeats", type=int, default=5, help="how often each arm is timed (default 5)")
     args = parser.parse_args()
+    if args.write_shape:
+        return write_shape(args, args.write_shape)
     with tempfile.TemporaryDirectory() as folder:
         write_shape(args, folder)
         if args.memory_of:
