@@ -25,6 +25,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -269,7 +270,7 @@ def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str
     usual, gpu = arms.get("regular packed"), torch.cuda.get_device_name() if DEVICE == "cuda" else ""
     peak = PEAK if args.dtype == "bfloat16" and any(kind in gpu for kind in ("H100", "H200")) else None
     for name, arm in arms.items():
-        memory = arm.peak_memory() if DEVICE == "cuda" else None
+        memory = arm.peak_memory() if DEVICE == "cuda" or os.environ.get("REHEARSE") else None
         if memory is None:  # in a new process, whose memory no other arm has used
             command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
             memory = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

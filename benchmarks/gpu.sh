@@ -20,13 +20,15 @@ export HF_HUB_OFFLINE=1 REHEARSE=${REHEARSE:-}
 if [ -n "$REHEARSE" ]; then
   slower=20 shape=5m large=5m dtype=float32 batch=${BATCH:-2} repeats=1 steps=1 kernels=(sdpa)
   brief=(--max_steps 2 --batch_size 2 --grad_accum 1) rows=4 new_tokens=8 tokens=512 large_steps=3
+  train=$out/train.jsonl
 else
   slower=1 shape=llama-3.2-1b large=llama-3.1-8b dtype=bfloat16 batch=${BATCH:-16} repeats=${REPEATS:-5} steps=4
   brief=(--batch_size 32 --grad_accum 4) rows=512 new_tokens=128 tokens=4096 large_steps=8
-  kernels=(flash_attention_2 flex_attention)
+  kernels=(flash_attention_2 flex_attention) train=datasets/synth_train.jsonl
   "$python" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu.sh: error: no GPU")'
 fi
 mkdir -p "$out"
+[ -z "$REHEARSE" ] || head -n 64 datasets/synth_train.jsonl >"$train"
 trap 'rm -rf "$out/work"' EXIT # the 8B model: 16 GB
 
 stage() { # name, seconds, command: writes OUT/name.txt
@@ -47,7 +49,7 @@ stage() { # name, seconds, command: writes OUT/name.txt
 
 steps() { # name, seconds, flags of bench_step.py
   stage "$1" "$2" "$python" benchmarks/bench_step.py --tokenizer "$tokenizer" --shape "$shape" --dtype "$dtype" \
-    --batch_size "$batch" --steps "$steps" --repeats "$repeats" --json "$out/$1.json" "${@:3}"
+    --input_file "$train" --batch_size "$batch" --steps "$steps" --repeats "$repeats" --json "$out/$1.json" "${@:3}"
 }
 
 shape_folder() { # shape: prints a folder with its configuration and the tokenizer
@@ -78,13 +80,13 @@ stage tests 100 "$python" -m pytest -n 0 -q -m gpu "${files[@]}"
 steps step 110 --arms "regular packed" packed "packed, in_chat" clip "clip, in_chat" "regular + nitp"
 steps reference 100 --arms "regular packed" packed "reference layout" "TRL padded" "TRL packed"
 stage large 140 "$python" benchmarks/bench_large.py --model_name "$(shape_folder "$large")" --work "$out/work" \
-  --arms "lora jepa" --tokens_per_batch "$tokens" --steps "$large_steps" --json "$out/large.json"
+  --input_file "$train" --arms "lora jepa" --tokens_per_batch "$tokens" --steps "$large_steps" --json "$out/large.json"
 steps compile 60 --arms "regular packed" packed "packed, in_chat" --torch_compile
 for kernel in "${kernels[@]}"; do
   steps "$kernel" 40 --arms "regular packed" packed --attn_implementation "$kernel"
 done
 stage scratch 150 "$python" finetune.py --model_name "$(shape_folder "$shape")" --pretrain --predictors 1 --lbd 1 \
-  --train_file datasets/synth_train.jsonl --lm_labels reference --learning_rate 8e-5 --num_epochs "${EPOCHS:-2}" \
+  --train_file "$train" --lm_labels reference --learning_rate 8e-5 --num_epochs "${EPOCHS:-2}" \
   --finetune_seed 82 --save_strategy no "${brief[@]}" --output_dir "$out/scratch" --overwrite
 model=${MODEL:-$out/scratch}
 stage eval 40 "$python" benchmarks/bench_eval.py --model_name "$model" --input_file datasets/synth_test.jsonl \

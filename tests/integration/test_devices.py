@@ -62,6 +62,17 @@ def step_of(eight, arm: str, text_view: str, layout: str, **flags: object) -> tu
 needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="torch has no GPU support")
 
 
+def remove_values(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    """Replaces all parameters and buffers by fake tensors, inside FakeTensorMode."""
+    made = {}
+    for module in model.modules():
+        for name, p in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            fake = torch.empty(p.shape, dtype=p.dtype, device=device)
+            made.setdefault(p, torch.nn.Parameter(fake, p.requires_grad) if isinstance(p, torch.nn.Parameter) else fake)
+            setattr(module, name, made[p])  # once if tied
+    return model
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda_build)])
 @in_each_layout
 @for_each_term
@@ -69,10 +80,7 @@ def test_step_reads_no_value_and_stays_on_its_device(eight, arm, layout, text_vi
     """Fake tensors have shapes and a device, but no values: a read would make the host wait for the GPU."""
     parts, batch = step_of(eight, arm, text_view, layout)
     with FakeTensorMode() as mode:
-        for module in parts.model.modules():
-            for name, p in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                fake = mode.from_tensor(p).detach().to(device)
-                setattr(module, name, torch.nn.Parameter(fake) if isinstance(p, torch.nn.Parameter) else fake)
+        remove_values(parts.model, device)
         loss = parts.objective(tree_map_only(torch.Tensor, lambda x: mode.from_tensor(x).to(device), batch), 1.0)[0]
         loss.backward()
     assert loss.shape == () and loss.device.type == device
@@ -122,10 +130,12 @@ def test_memory_plan_is_that_of_a_step_without_values(tmp_path, shape, flags):
     mode, width = FakeTensorMode(), torch.bfloat16 if flags else torch.float32
 
     def load(s: LargeSettings, tokenizer: object, device: torch.device) -> torch.nn.Module:
-        with mode:
+        with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(s.model_name), dtype=width)
             base.new_rows = []  # the vocabulary is larger than the tokenizer's
-            return finetune.adapted(base, s, tokenizer)
+            model = finetune.adapted(base, s, tokenizer)
+        with mode:
+            return remove_values(model, "cpu")
 
     parts = finetune.prepare(s, PartialState(cpu=True), load)
     parts.selector.slices = True
