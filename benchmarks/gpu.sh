@@ -23,7 +23,7 @@ if [ -n "$REHEARSE" ]; then
   train=$out/train.jsonl
 else
   slower=1 shape=llama-3.2-1b large=llama-3.1-8b dtype=bfloat16 batch=${BATCH:-16} repeats=${REPEATS:-5} steps=4
-  brief=(--batch_size 32 --grad_accum 4) rows=512 new_tokens=128 tokens=4096 large_steps=8
+  brief=(--num_epochs "${EPOCHS:-2}" --batch_size 32 --grad_accum 4) rows=512 new_tokens=128 tokens=4096 large_steps=8
   kernels=(flash_attention_2 flex_attention) train=datasets/synth_train.jsonl
   "$python" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu.sh: error: no GPU")'
 fi
@@ -86,8 +86,8 @@ for kernel in "${kernels[@]}"; do
   steps "$kernel" 40 --arms "regular packed" packed --attn_implementation "$kernel"
 done
 stage scratch 150 "$python" finetune.py --model_name "$(shape_folder "$shape")" --pretrain --predictors 1 --lbd 1 \
-  --train_file "$train" --lm_labels reference --learning_rate 8e-5 --num_epochs "${EPOCHS:-2}" \
-  --finetune_seed 82 --save_strategy no "${brief[@]}" --output_dir "$out/scratch" --overwrite
+  --train_file "$train" --lm_labels reference --learning_rate 8e-5 --finetune_seed 82 \
+  --save_strategy no "${brief[@]}" --output_dir "$out/scratch" --overwrite
 model=${MODEL:-$out/scratch}
 stage eval 40 "$python" benchmarks/bench_eval.py --model_name "$model" --input_file datasets/synth_test.jsonl \
   --rows "$rows" --batch_size 128 --max_new_tokens "$new_tokens" --repeats 1 --json "$out/eval.json"

@@ -36,7 +36,7 @@ STEPS = {
     **{name: flags for name, flags in ARMS.items() if "jepa_ratio" not in flags},
 }
 PLACES = [*((layout, "alone") for layout in LAYOUTS), ("packed", "in_chat")]
-in_each_layout = pytest.mark.parametrize(("layout", "text_view"), PLACES, ids=" ".join)
+in_each_layout = pytest.mark.parametrize(("layout", "text_view"), PLACES, ids=map("-".join, PLACES))
 for_each_term = pytest.mark.parametrize("arm", STEPS)
 
 
