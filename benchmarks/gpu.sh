@@ -18,11 +18,12 @@ python=${PYTHON_BIN:-.venv/bin/python} tokenizer=${TOKENIZER:-models/tiny} out=$
 vllm=${VLLM_PYTHON:-.venv-vllm/bin/python} wanted=("${@:2}")
 export HF_HUB_OFFLINE=1 REHEARSE=${REHEARSE:-}
 if [ -n "$REHEARSE" ]; then
-  slower=20 shape=5m large=5m dtype=float32 batch=${BATCH:-2} repeats=1 steps=1 kernels=(sdpa)
+  slower=20 shape=5m large=5m dtype=float32 batch=${BATCH:-2} few=2 repeats=1 steps=1 kernels=(sdpa)
   brief=(--max_steps 2 --batch_size 2 --grad_accum 1) rows=4 new_tokens=8 tokens=512 large_steps=3
   train=$out/train.jsonl
 else
-  slower=1 shape=llama-3.2-1b large=llama-3.1-8b dtype=bfloat16 batch=${BATCH:-16} repeats=${REPEATS:-5} steps=4
+  slower=1 shape=llama-3.2-1b large=llama-3.1-8b dtype=bfloat16 batch=${BATCH:-64} repeats=${REPEATS:-5} steps=4
+  few=8 # the reference computes all logits of 3 rows of 512 tokens per example, and each arm of TRL has a model of its own
   brief=(--num_epochs "${EPOCHS:-2}" --batch_size 32 --grad_accum 4) rows=512 new_tokens=128 tokens=4096 large_steps=8
   kernels=(flash_attention_2 flex_attention) train=datasets/synth_train.jsonl
   "$python" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu.sh: error: no GPU")'
@@ -78,14 +79,15 @@ stage facts 20 bash -c facts
 mapfile -t files < <(grep -rl "mark\.gpu" tests --include "test_*.py")
 stage tests 100 "$python" -m pytest -n 0 -q -m gpu "${files[@]}"
 steps step 110 --arms "regular packed" packed "packed, in_chat" clip "clip, in_chat" "regular + nitp"
-steps reference 100 --arms "regular packed" packed "reference layout" "TRL padded" "TRL packed"
+steps reference 60 --batch_size "$few" --arms "regular packed" packed "reference layout"
 stage large 140 "$python" benchmarks/bench_large.py --model_name "$(shape_folder "$large")" --work "$out/work" \
   --input_file "$train" --arms "lora jepa" --tokens_per_batch "$tokens" --steps "$large_steps" --json "$out/large.json"
+steps trl 60 --batch_size "$few" --arms "regular packed" "TRL padded" "TRL packed"
 steps compile 60 --arms "regular packed" packed "packed, in_chat" --torch_compile
 for kernel in "${kernels[@]}"; do
   steps "$kernel" 40 --arms "regular packed" packed --attn_implementation "$kernel"
 done
-stage scratch 150 "$python" finetune.py --model_name "$(shape_folder "$shape")" --pretrain --predictors 1 --lbd 1 \
+stage scratch 130 "$python" finetune.py --model_name "$(shape_folder "$shape")" --pretrain --predictors 1 --lbd 1 \
   --train_file "$train" --lm_labels reference --learning_rate 8e-5 --finetune_seed 82 \
   --save_strategy no "${brief[@]}" --output_dir "$out/scratch" --overwrite
 model=${MODEL:-$out/scratch}
