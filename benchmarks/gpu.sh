@@ -59,23 +59,7 @@ shape_folder() { # shape: prints a folder with its configuration and the tokeniz
   echo "$out/$1"
 }
 
-facts() {
-  nvidia-smi || [ -n "$REHEARSE" ]
-  "$python" - <<'PY'
-import sys
-
-sys.path.insert(0, "benchmarks")
-import torch
-from timing import DEVICE, matmul_rate
-
-dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-print(f"torch {torch.__version__}, CUDA {torch.version.cuda}: {matmul_rate(dtype) / 1e12:.1f} TFLOP/s in {dtype}")
-PY
-}
-export -f facts
-export python
-
-stage facts 20 bash -c facts
+stage facts 30 bash -c 'nvidia-smi || [ -n "$REHEARSE" ]; "$0" -m torch.utils.collect_env' "$python"
 mapfile -t files < <(grep -rl "mark\.gpu" tests --include "test_*.py")
 stage tests 100 "$python" -m pytest -n 0 -q -m gpu "${files[@]}"
 steps step 110 --arms "regular packed" packed "packed, in_chat" clip "clip, in_chat" "regular + nitp"
@@ -87,7 +71,7 @@ steps compile 60 --arms "regular packed" packed "packed, in_chat" --torch_compil
 for kernel in "${kernels[@]}"; do
   steps "$kernel" 40 --arms "regular packed" packed --attn_implementation "$kernel"
 done
-stage scratch 130 "$python" finetune.py --model_name "$(shape_folder "$shape")" --pretrain --predictors 1 --lbd 1 \
+stage scratch 120 "$python" finetune.py --model_name "$(shape_folder "$shape")" --pretrain --predictors 1 --lbd 1 \
   --train_file "$train" --lm_labels reference --learning_rate 8e-5 --finetune_seed 82 \
   --save_strategy no "${brief[@]}" --output_dir "$out/scratch" --overwrite
 model=${MODEL:-$out/scratch}
