@@ -13,6 +13,8 @@ A step is collation, forward, backward, clipping and AdamW. `useful` tokens are 
 padding. `time` is relative to regular packed. `time/tokens` is that divided by the ratio of their useful tokens: 1 if
 the views cost as much per token as the chats; `memory/tokens` is the same for peak memory. FLOPs are torch's count for
 the forward and backward pass; `of matmul` is their rate over that of a large matrix product timed in the same run.
+`MFU` counts only 6 FLOPs per parameter of the decoder layers and useful token, and per parameter of the output layer
+and label, over the data sheet's dense bfloat16 rate of an H100 or H200.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,10 +43,11 @@ from transformers import AutoTokenizer, LlamaConfig
 import finetune
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Problems, read_examples
+from llm_jepa.large.step_time import PEAK
 from llm_jepa.training.flops import FlopCounter
 from llm_jepa.training.trainer import compile_decoder
 
-# About 5M parameters for a CPU, and the shapes of SmolLM2-135M and Llama-3.2-1B.
+# About 5M parameters for a CPU, and the shapes of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B.
 SHAPES = {
     "5m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,
            "num_key_value_heads": 4, "tie_word_embeddings": True},
@@ -51,7 +55,10 @@ SHAPES = {
              "num_key_value_heads": 3, "tie_word_embeddings": True, "vocab_size": 49152},
     "llama-3.2-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-                     "tie_word_embeddings": True, "rope_theta": 500000.0},
+                     "tie_word_embeddings": True, "rope_theta": 500000.0, "vocab_size": 128256},
+    "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+                     "tie_word_embeddings": False, "rope_theta": 500000.0, "vocab_size": 128256},
 }  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {  # name → settings
     "reference layout": {},
@@ -85,6 +92,7 @@ class Arm:
     loss: Callable[[torch.nn.Module, Any], torch.Tensor]
     examples: int  # in all batches
     useful: int  # tokens in all batches, without padding
+    labels: int  # in all batches
     bf16: bool
 
     def __post_init__(self) -> None:
@@ -112,6 +120,12 @@ class Arm:
                 self.backward(batch)
         self.optimizer.zero_grad()
         return float(counter.get_total_flops())
+
+    def model_flops(self) -> float:
+        """FLOPs of all batches that the model's matrices need without padding, attention and recomputation."""
+        head = self.model.get_output_embeddings().weight.numel()
+        layers = sum(p.numel() for p in self.model.get_decoder().layers.parameters())
+        return 6.0 * (layers * self.useful + head * self.labels)
 
     def peak_memory(self) -> float:
         """Peak MB of the steps in addition to the model: gradients and optimizer state count. On a CPU: Linux only."""
@@ -173,6 +187,11 @@ def reference_loss(pad_id: int, lbd: float) -> Callable:
     return loss
 
 
+def labels(items: list[Any]) -> int:
+    """The number of label tokens."""
+    return sum(int(chat.labels[1:].sum()) for chat, *_ in items)
+
+
 def trl_arm(name: str, args: argparse.Namespace, parts: finetune.Parts, folder: str) -> Arm:
     """TRL's SFTTrainer on the same tokens and labels with its own collator, loss and metrics."""
     from datasets import Dataset
@@ -192,7 +211,7 @@ def trl_arm(name: str, args: argparse.Namespace, parts: finetune.Parts, folder: 
     trainer.accelerator.backward = lambda loss, **_: None  # Arm.backward calls loss.backward()
     model.train()
     useful = sum(len(chat.ids) for chat, *_ in items)
-    return Arm(model, batches, lambda m, b: trainer.compute_loss(m, dict(b)), len(items), useful, bf16)
+    return Arm(model, batches, lambda m, b: trainer.compute_loss(m, dict(b)), len(items), useful, labels(items), bf16)
 
 
 def settings_of(name: str, args: argparse.Namespace, folder: str) -> finetune.Settings:
@@ -236,7 +255,7 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
     else:
         loss = trainers(parts, s, bf16) if "stat" in name else ours(parts, s)
     useful = sum(len(segment.ids) for item in items for segment in item)
-    arm = Arm(parts.model, batches, loss, len(items), useful, bf16)
+    arm = Arm(parts.model, batches, loss, len(items), useful, labels(items), bf16)
     arm.optimizer.state = shared.setdefault("moments", arm.optimizer.state)  # one copy for all arms
     return arm
 
@@ -248,13 +267,14 @@ def write_shape(args: argparse.Namespace, folder: str, **changes: Any) -> None:
         texts = (f"{e.system or ''}\n{e.user}\n{e.assistant}" for e in read_examples(args.input_file, Problems()))
         tokenizer = tokenizer.train_new_from_iterator(texts, args.vocabulary, show_progress=False)
     tokenizer.save_pretrained(folder)
-    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096} | SHAPES[args.shape] | changes
-    LlamaConfig(**shape).save_pretrained(folder)
+    shape = {"vocab_size": 0, "max_position_embeddings": 4096} | SHAPES[args.shape] | changes
+    shape["vocab_size"] = max(shape["vocab_size"], len(tokenizer))
+    LlamaConfig(architectures=["LlamaForCausalLM"], **shape).save_pretrained(folder)
 
 
 def peak_memory(name: str, arm: Arm) -> float:
     """The arm's peak MB; on a CPU in a new process, whose memory no other arm has used."""
-    if DEVICE == "cuda":
+    if DEVICE == "cuda" or os.environ.get("REHEARSE"):
         return arm.peak_memory()
     command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -266,7 +286,8 @@ def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str
     rate, medians = matmul_rate(getattr(torch, args.dtype)), {name: times["p50"] for name, times in seconds.items()}
     rates = {name: arm.examples / medians[name] for name, arm in arms.items()}
     others = [name for name in ("reference layout", "TRL padded", "TRL padding-free", "TRL packed") if name in arms]
-    usual = arms.get("regular packed")
+    usual, gpu = arms.get("regular packed"), torch.cuda.get_device_name() if DEVICE == "cuda" else ""
+    peak = PEAK if args.dtype == "bfloat16" and any(kind in gpu for kind in ("H100", "H200")) else None
     memory = {} if args.skip_memory else {name: peak_memory(name, arm) for name, arm in arms.items()}
     for name, arm in arms.items():
         tokens = usual and arm.useful / usual.useful
@@ -278,6 +299,7 @@ def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str
             "time/tokens": usual and medians[name] / medians["regular packed"] / tokens,
             "useful tokens/s": arm.useful / medians[name],
             "of matmul": arm.flops() / medians[name] / rate,
+            "MFU": peak and arm.model_flops() / medians[name] / peak,
             **({"peak MB": memory[name]} if memory else {}),
             **({"memory/tokens": memory[name] / memory["regular packed"] / tokens} if memory and usual else {}),
             **{k: v / args.steps for k, v in seconds[name].items()},
@@ -296,6 +318,7 @@ def step_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--max_length", type=int, default=PADDED, help="longer examples are skipped (default 512)")
     parser.add_argument("--tokens_per_row", type=int, default=0, help="of packed rows (default: finetune.py's)")
     parser.add_argument("--attn_implementation", help="attention kernel of this project's arms")
+    parser.add_argument("--write_shape", metavar="FOLDER", help="only write the shape's configuration and tokenizer")
     parser.add_argument("--repeats", type=int, default=5, help="how often each arm is timed (default 5)")
     return parser
 
@@ -308,6 +331,8 @@ def main() -> None:
     parser.add_argument("--skip_memory", action="store_true", help="do not measure the peak memory")
     parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.write_shape:
+        return write_shape(args, args.write_shape)
     with tempfile.TemporaryDirectory() as folder:
         write_shape(args, folder)
         if args.memory_of:

@@ -1,41 +1,87 @@
 #!/usr/bin/env bash
-# Runs all benchmarks on a GPU: training steps of Llama-3.2-1B's shape in bfloat16 in every layout and with each attention
-# kernel, their growth, and generation. Writes one file per table to OUT. A kernel that is not installed is reported.
+# Takes every measurement that needs a GPU (one H100 or H200), in at most 14 minutes and without network.
 #
-#     bash benchmarks/gpu.sh TOKENIZER [OUT]
+#     bash benchmarks/gpu.sh [OUT [STAGE…]]
+#     REHEARSE=1 bash benchmarks/gpu.sh rehearsal        # the same stages on a CPU, with small shapes
 #
-# TOKENIZER: a folder with Llama 3's tokenizer. Environment variables: MODEL (a trained run; without it, generation is
-# skipped), PYTHON_BIN, BATCH (examples per step), REPEATS.
+# Stages run in the order below, the most valuable first, each under its own time limit. A finished stage has written
+# OUT/STAGE.txt (and .json); a stage that failed or was cut has left OUT/STAGE.part and OUT/STAGE.err. A rerun skips the
+# finished ones. The exit code is 1 if a stage failed.
+#
+# Environment variables: TOKENIZER (a folder with Llama 3's tokenizer; by default that of models/tiny, which is enough for
+# times and memory, as the shapes keep their vocabulary), MODEL (a trained run to evaluate; by default that of the stage
+# scratch), EPOCHS of the stage scratch, PYTHON_BIN, VLLM_PYTHON, BATCH (examples per step), REPEATS.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-python=${PYTHON_BIN:-.venv/bin/python} tokenizer=${1:?a folder with Llama 3\'s tokenizer} out=${2:-bench-gpu}
-batch=${BATCH:-16} repeats=${REPEATS:-5} failed=0
+python=${PYTHON_BIN:-.venv/bin/python} tokenizer=${TOKENIZER:-models/tiny} out=${1:-bench-gpu} failed=0
+vllm=${VLLM_PYTHON:-.venv-vllm/bin/python} wanted=("${@:2}")
+export HF_HUB_OFFLINE=1 REHEARSE=${REHEARSE:-}
+if [ -n "$REHEARSE" ]; then
+  slower=20 shape=5m large=5m dtype=float32 batch=${BATCH:-2} few=2 repeats=1 steps=1 kernels=(sdpa)
+  brief=(--max_steps 2 --batch_size 2 --grad_accum 1) rows=4 new_tokens=8 tokens=512 large_steps=3
+  train=$out/train.jsonl
+else
+  slower=1 shape=llama-3.2-1b large=llama-3.1-8b dtype=bfloat16 batch=${BATCH:-64} repeats=${REPEATS:-5} steps=4
+  few=8 # the reference computes all logits of 3 rows of 512 tokens per example, and each arm of TRL has a model of its own
+  brief=(--num_epochs "${EPOCHS:-2}" --batch_size 32 --grad_accum 4) rows=512 new_tokens=128 tokens=4096 large_steps=8
+  kernels=(flash_attention_2 flex_attention) train=datasets/synth_train.jsonl
+  "$python" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu.sh: error: no GPU")'
+fi
 mkdir -p "$out"
-"$python" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu.sh: error: no GPU")'
+[ -z "$REHEARSE" ] || head -n 64 datasets/synth_train.jsonl >"$train"
+trap 'rm -rf "$out/work"' EXIT # the 8B model: 16 GB
 
-bench() { # name, arguments of bench_step.py or of the benchmark in SCRIPT; writes the table and the JSON
-  echo "== $1"
-  "$python" "benchmarks/${SCRIPT:-bench_step.py}" --tokenizer "$tokenizer" --shape llama-3.2-1b --dtype bfloat16 \
-    --batch_size "$batch" --repeats "$repeats" --json "$out/$1.json" "${@:2}" 2>"$out/$1.err" | tee "$out/$1.txt" ||
-    { echo "gpu.sh: $1 failed, see $out/$1.err" >&2 && failed=1; }
+stage() { # name, seconds, command: writes OUT/name.txt
+  local name=$1 limit=$2 code=0
+  shift 2
+  [ "${#wanted[@]}" = 0 ] || [[ " ${wanted[*]} " == *" $name "* ]] || return 0
+  if [ -e "$out/$name.txt" ]; then echo "== $name: finished before"; return; fi
+  echo "== $name (at most $((limit * slower)) s)"
+  timeout -k 5 $((limit * slower)) "$@" >"$out/$name.part" 2>"$out/$name.err" || code=$?
+  cat "$out/$name.part"
+  if [ "$code" = 0 ]; then
+    mv "$out/$name.part" "$out/$name.txt"
+  else
+    echo "gpu.sh: $name: exit code $code, see $out/$name.err" >&2
+    failed=1
+  fi
 }
 
-bench step
-for kernel in sdpa flex_attention flash_attention_2; do
-  for row in 1024 4096 16384; do
-    # Flash attention packs a micro-batch into one row and ignores the limit.
-    [ "$kernel" != flash_attention_2 ] || [ "$row" = 4096 ] || continue
-    limit=(--tokens_per_row "$row")
-    [ "$kernel" != flash_attention_2 ] || limit=()
-    arms=(packed "regular packed")
-    [ "$kernel" != sdpa ] || arms+=("packed, in_chat") # branches need a dense mask
-    bench "$kernel-$row" --arms "${arms[@]}" --attn_implementation "$kernel" ${limit[@]+"${limit[@]}"}
-  done
+steps() { # name, seconds, flags of bench_step.py
+  stage "$1" "$2" "$python" benchmarks/bench_step.py --tokenizer "$tokenizer" --shape "$shape" --dtype "$dtype" \
+    --input_file "$train" --batch_size "$batch" --steps "$steps" --repeats "$repeats" --json "$out/$1.json" "${@:3}"
+}
+
+shape_folder() { # shape: prints a folder with its configuration and the tokenizer
+  [ -e "$out/$1/config.json" ] ||
+    "$python" benchmarks/bench_step.py --tokenizer "$tokenizer" --shape "$1" --write_shape "$out/$1" >&2
+  echo "$out/$1"
+}
+
+stage facts 30 bash -c 'nvidia-smi || [ -n "$REHEARSE" ]; "$0" -m torch.utils.collect_env' "$python"
+mapfile -t files < <(grep -rl "mark\.gpu" tests --include "test_*.py")
+stage tests 100 "$python" -m pytest -n 0 -q -m gpu "${files[@]}"
+steps step 110 --arms "regular packed" packed "packed, in_chat" clip "clip, in_chat" "regular + nitp"
+steps reference 60 --batch_size "$few" --arms "regular packed" packed "reference layout"
+stage large 140 "$python" benchmarks/bench_large.py --model_name "$(shape_folder "$large")" --work "$out/work" \
+  --input_file "$train" --arms "lora jepa" --tokens_per_batch "$tokens" --steps "$large_steps" --json "$out/large.json"
+steps trl 60 --batch_size "$few" --arms "regular packed" "TRL padded" "TRL padding-free" "TRL packed"
+steps compile 60 --arms "regular packed" packed "packed, compiled"
+for kernel in "${kernels[@]}"; do
+  steps "$kernel" 40 --arms "regular packed" packed --attn_implementation "$kernel"
 done
-SCRIPT=bench_growth.py bench growth --arms tokens pairs --png "$out/growth.png"
-if [ -n "${MODEL:-}" ]; then
-  "$python" benchmarks/bench_eval.py --model_name "$MODEL" --input_file datasets/synth_test.jsonl --rows 2000 \
-    --batch_size 512 --repeats "$repeats" --json "$out/eval.json" | tee "$out/eval.txt" || failed=1
+stage scratch 120 "$python" finetune.py --model_name "$(shape_folder "$shape")" --pretrain --predictors 1 --lbd 1 \
+  --train_file "$train" --lm_labels reference --learning_rate 8e-5 --finetune_seed 82 \
+  --save_strategy no "${brief[@]}" --output_dir "$out/scratch" --overwrite
+model=${MODEL:-$out/scratch}
+stage eval 40 "$python" benchmarks/bench_eval.py --model_name "$model" --input_file datasets/synth_test.jsonl \
+  --rows "$rows" --batch_size 128 --max_new_tokens "$new_tokens" --repeats 1 --json "$out/eval.json"
+if [ -x "$vllm" ]; then
+  head -n "$rows" datasets/synth_test.jsonl >"$out/prompts.jsonl"
+  stage vllm 40 "$python" evaluate.py --engine vllm --model_name "$model" --input_file "$out/prompts.jsonl" \
+    --task synth --max_new_tokens "$new_tokens" --output_file "$out/vllm.jsonl"
+else
+  echo "== vllm: skipped, $vllm does not exist (bash setup.sh --vllm)"
 fi
 exit "$failed"

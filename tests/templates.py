@@ -24,6 +24,12 @@ END_OF_TURN = {
 }  # fmt: skip
 FOLDERS = {name: ROOT / "tests" / "tokenizers" / name for name in END_OF_TURN}
 FOLDERS |= {name: GOLDEN / "models" / name for name in MODELS} | {"tiny": ROOT / "models" / "tiny"}
+# Configurations of Llama-3.2-1B and Llama-3.1-8B.
+LLAMA_1B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+            "tie_word_embeddings": True}  # fmt: skip
+LLAMA_8B = LLAMA_1B | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128,
+                       "tie_word_embeddings": False}  # fmt: skip
 RENDERING = {f.name for f in fields(Renderer)}
 
 

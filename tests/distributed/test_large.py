@@ -287,19 +287,27 @@ def worker(launcher: int, rank: int) -> int:
     return next(child.pid for child in children if child.environ().get("RANK") == str(rank))
 
 
-def test_killed_process_is_restarted_without_loss(ranks, tmp_path, data):
-    flags = (*JEPA, *sizes(2), "--num_epochs", 6, "--save_strategy", "steps", "--save_steps", 5)
-    calm = train(ranks, 2, tmp_path / "calm", data, *flags)
+@pytest.mark.parametrize(("count", "restarts"), [(2, 2), (4, 0)])
+def test_job_with_a_killed_process_is_restarted_or_ends_and_resumes(ranks, tmp_path, data, count, restarts):
+    flags = (*JEPA, *sizes(count), "--num_epochs", 6, "--save_strategy", "steps", "--save_steps", 5)
+    calm = train(ranks, count, tmp_path / "calm", data, *flags)
     killed = tmp_path / "killed"
     log = killed.with_suffix(".log")
-    job = torchrun("--standalone", "--nproc_per_node", 2, "--max-restarts", 2, out=killed, data=data, flags=flags)
+    options = ("--standalone", "--nproc_per_node", count, "--max-restarts", restarts)
+    job = torchrun(*options, out=killed, data=data, flags=flags)
     ends = time.monotonic() + 120
     while not (killed / "checkpoint-5" / "complete.json").exists():
         assert job.poll() is None and time.monotonic() < ends, log.read_text()
         time.sleep(0.02)
-    os.kill(worker(job.pid, 1), signal.SIGKILL)
-    assert job.wait(timeout=200) == 0, log.read_text()
-    assert "checkpoint-" in log.read_text()
+    workers = [worker(job.pid, rank) for rank in range(count)]
+    os.kill(workers[1], signal.SIGKILL)
+    assert (job.wait(timeout=200) == 0) == bool(restarts), log.read_text()
+    assert not any(map(psutil.pid_exists, workers))
+    if restarts:
+        assert "checkpoint-" in log.read_text()
+    else:
+        assert read_json(killed / "run.json")["status"] != "finished"
+        train(ranks, count, killed, data, *flags, "--resume")
     record = read_json(killed / "run.json")
     assert record["status"] == "finished" and len(record["attempts"]) == 2
     same_weights(calm, killed)

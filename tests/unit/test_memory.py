@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import GOLDEN, call
 from safetensors.torch import load_file
+from templates import LLAMA_1B, LLAMA_8B
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import finetune
@@ -22,11 +23,6 @@ from llm_jepa.projectors import Projector
 
 TINY = {"vocab_size": 515, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-LLAMA_1B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-            "tie_word_embeddings": True}  # fmt: skip
-LLAMA_8B = LLAMA_1B | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128,
-                       "tie_word_embeddings": False}  # fmt: skip
 needs_bitsandbytes = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes")
 
 
