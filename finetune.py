@@ -198,7 +198,7 @@ class Parts:
         sets = [x for x in (self.train_set, self.held_out) if x is not None]
         longest = self.encoder.max_length if self.stream else max(x.items.longest for x in sets)
         inspect_model(self.model, self.selector, self.collator, items, half=half, longest=longest)
-        self.selector.slices &= not any("logits" in term.reads for term in self.terms)
+        self.selector.slices &= not any("logits" in term.reads for term in self.terms)  # slices keep none
 
 
 def load_base(s: Settings, tokenizer: Any, **options: Any) -> Any:

@@ -231,7 +231,7 @@ def nitp_loss(predicted: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tens
 
 
 # The losses that --regular and the JEPA loss can be combined with, by the name of their Term: the title in run logs and
-# model cards, and the formula, or the formulas of the values of --NAME. The flags are those of `chat_loss_flags`.
+# model cards, and the formula, or the formulas of the values of --NAME. Their flags: CHAT_FLAGS in settings.py.
 CHAT_LOSSES: dict[str, tuple[str, str | dict[str, str]]] = {
     "stp": ("Semantic Tube Prediction", {name: f"{name}: {entry.formula}" for name, entry in STP_LOSSES.items()}),
     "nitp": ("NITP", NITP_FORMULA),
