@@ -117,17 +117,17 @@ class JepaTrainer(StepTrainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         # Labels, pairs, spans, next tokens and tokens (5,) of each micro-batch.
         counts = [torch.cat([b["counts"], b["tokens"][:3].sum()[None]]) for b in batches]
-        none = torch.zeros(5, dtype=torch.long, device=device)  # for a rank without micro-batches
+        none = torch.zeros(len(losses.COUNTS) + 1, dtype=torch.long, device=device)  # for a rank without micro-batches
         counts = torch.stack([*counts, none]).sum(dim=0)  # (micro-batches + 1, 5) → (5,)
         counts = self.accelerator.reduce(counts, "sum")
-        self.seen_tokens += counts[4]
+        self.seen_tokens += counts[-1]
         self.follow_stream(batches)
         if "sigreg" in self.selector.projectors and (len(batches) > 1 or self.args.world_size > 1):
             with FlopCounter() if self.track_flop else contextlib.nullcontext() as counter:
                 self._add_moments(batches)
             self.current_flos += counter.get_total_flops() if counter else 0
         self.begin_step()
-        return batches, counts[:4].clamp(min=1).float()
+        return batches, counts[:-1].clamp(min=1).float()
 
     @torch.no_grad()
     def _add_moments(self, batches: list[dict[str, Any]]) -> None:
@@ -198,6 +198,7 @@ class Parts:
         sets = [x for x in (self.train_set, self.held_out) if x is not None]
         longest = self.encoder.max_length if self.stream else max(x.items.longest for x in sets)
         inspect_model(self.model, self.selector, self.collator, items, half=half, longest=longest)
+        self.selector.slices &= not any("logits" in term.reads for term in self.terms)  # slices keep none
 
 
 def load_base(s: Settings, tokenizer: Any, **options: Any) -> Any:
@@ -232,12 +233,11 @@ def auxiliary_terms(s: Settings) -> list[losses.Term]:
         if s.sigreg:
             reads = ("projected", "directions", "rest_of_step")
             terms.append(losses.Term("sigreg", reads, "pairs", losses.sigreg_loss, s.lbd * s.sigreg))
-    if s.stp_variant:
-        loss = partial(losses.stp_loss, variant=s.stp_variant)
-        terms.append(losses.Term("stp", ("path",), "spans", loss, s.stp_lbd, s.stp_warmup, s.stp_min_lbd))
-    if s.has_nitp:
-        terms.append(losses.Term("nitp", ("predicted", "target"), "next_tokens", losses.nitp_loss, s.nitp_lbd))
-    return terms
+    chat = {  # what follows the name in the Term of each loss of CHAT_LOSSES
+        "stp": (("path",), "spans", partial(losses.stp_loss, variant=s.stp), s.stp_lbd, s.stp_warmup, s.stp_min_lbd),
+        "nitp": (("predicted", "target"), "next_tokens", losses.nitp_loss, s.nitp_lbd),
+    }
+    return terms + [losses.Term(name, *chat[name]) for name in s.chat_losses]
 
 
 def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -> Parts:
@@ -260,7 +260,7 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
     tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
     points = losses.STP_LOSSES[s.stp_variant].points if s.stp_variant else 0
     collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, points, s.has_nitp, s.shuffle_pairs)
-    add_projectors(model, ["nitp"] * s.has_nitp + ["sigreg"] * bool(s.jepa and s.sigreg), s.finetune_seed)
+    add_projectors(model, s.projectors, s.finetune_seed)
     layers = {"target_layer": s.nitp_layer, "targets": s.nitp_targets} if s.has_nitp else {}
     selector = LMHeadSelector(model, s.stp_layer if s.stp_variant else -1, **layers)
     return Parts(*data, encoder, model, selector, collator, auxiliary_terms(s))

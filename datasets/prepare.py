@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         return made
 
     for name, dataset in DATASETS.items():
-        text = f"{dataset.convert.__doc__.splitlines()[0]} (license: {dataset.license})"
+        text = f"{(dataset.convert.__doc__ or name).splitlines()[0]} (license: {dataset.license})"
         known = command(name, partial(prepare, name), text, writing)
         known.set_defaults(source=None, split="")
         if dataset.source:

@@ -1,7 +1,7 @@
 """The losses: pure functions of tensors that return (sum, count), and the registries that name them.
 
 An entry of JEPA_LOSSES or STP_LOSSES is a value of --jepa_loss or --stp, the name in reports and the formula in --help
-and in model cards; nothing else has to be edited to add one.
+and in model cards. docs/extending.md says how to add one, or a loss of CHAT_LOSSES.
 
 Letters in shape comments: P pairs, A pairs that they are contrasted with, D hidden size, V vocabulary, N label tokens,
 S spans of K points each, M tokens with a next token, U random directions.
@@ -44,7 +44,7 @@ class ContrastSet(NamedTuple):
     """
 
     views: torch.Tensor  # (2, A, D), with gradient only to this rank's own pairs
-    not_negatives: torch.Tensor  # (P, A) bool: see find_not_negatives
+    not_negatives: torch.Tensor  # (P, A) bool, True for the pair itself: see find_not_negatives
 
 
 def find_not_negatives(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -109,6 +109,7 @@ JEPA_LOSSES = {
     "clip": JepaLoss("InfoNCE of cos / τ in both directions", _clip, 0.1, contrasts=True),
     "vicreg": JepaLoss("mse + Σ of both views' (variance hinge / 2 + 0.04 covariance)", _vicreg, contrasts=True),
 }
+TEMPERATURES = {name: entry.temperature for name, entry in JEPA_LOSSES.items() if entry.temperature}
 
 
 def jepa_loss(
@@ -227,6 +228,14 @@ NITP_FORMULA = "1 − cos(P(h_t), sg(z_{t+1})), P a SwiGLU projector, z the hidd
 def nitp_loss(predicted: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(sum, count) over tokens of 1 − cos(P(h_t), sg(z_{t+1})), from (M, D) each (arXiv 2605.24956)."""
     return (1 - torch.cosine_similarity(predicted.float(), target.detach().float(), dim=-1)).sum(), len(predicted)
+
+
+# The losses that --regular and the JEPA loss can be combined with, by the name of their Term: the title in run logs and
+# model cards, and the formula, or the formulas of the values of --NAME. Their flags: CHAT_FLAGS in settings.py.
+CHAT_LOSSES: dict[str, tuple[str, str | dict[str, str]]] = {
+    "stp": ("Semantic Tube Prediction", {name: f"{name}: {entry.formula}" for name, entry in STP_LOSSES.items()}),
+    "nitp": ("NITP", NITP_FORMULA),
+}
 
 
 # --------------------------------------------------------------------------------------------------- objective

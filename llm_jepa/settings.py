@@ -15,7 +15,7 @@ from llm_jepa.cli import Refusals, UsageError, first_line, flag
 from llm_jepa.data.examples import Fields, dataset_name
 from llm_jepa.distributed import processes
 from llm_jepa.files import read_json
-from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
+from llm_jepa.losses import CHAT_LOSSES, JEPA_LOSSES, NITP_FORMULA, STP_LOSSES, TEMPERATURES
 from llm_jepa.scoring.tasks import TASK_NAMES, TASKS, find_task
 
 DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "Optimization", "Run"
@@ -25,11 +25,10 @@ VOLATILE = {"output_dir", "config", "resume", "overwrite", "dry_run", "report_to
             "sample_generations", "save_total_limit", "keep_checkpoints", "logging_steps", "gradient_stats",
             "dataloader_num_workers", "preprocessing_num_workers", "use_default_data_collator",
             "unmask_assistant_special_tokens"}  # fmt: skip
-# Flags of the JEPA loss and of --stp, without effect otherwise.
+# Flags of the JEPA loss, without effect otherwise.
 JEPA_FLAGS = ("lbd predictors last_token jepa_loss jepa_l2 jepa_mse infonce temperature negatives_queue stop_gradient "
               "center sigreg shuffle_pairs front_pred reverse_pred text_view jepa_ratio same_flop").split()  # fmt: skip
 LORA_FLAGS = "lora_rank lora_alpha target_modules modules_to_save use_rslora use_dora init_lora_weights".split()
-STP_FLAGS = "stp_lbd stp_spans stp_part stp_max_length stp_warmup stp_min_lbd stp_layer".split()
 JepaLossName = Literal[*JEPA_LOSSES] | None
 StpName = Literal[*STP_LOSSES] | None
 Strategy = Literal["epoch", "steps", "no"] | None
@@ -109,8 +108,12 @@ class Settings:
     jepa_l2: bool = flag(False, "the same as --jepa_loss l2", METHOD)
     jepa_mse: bool = flag(False, "the same as --jepa_loss mse", METHOD)
     infonce: bool = flag(False, "the same as --jepa_loss infonce", METHOD)
-    temperature: float | None = flag(None, "τ of --jepa_loss infonce (default 0.07) and clip (default 0.1)", METHOD)
-    negatives_queue: int = flag(0, "infonce, clip: also contrast with this many earlier pairs, no gradient", METHOD)
+    temperature: float | None = flag(
+        None, "τ of --jepa_loss " + " and ".join(f"{n} (default {t})" for n, t in TEMPERATURES.items()), METHOD
+    )
+    negatives_queue: int = flag(
+        0, f"{', '.join(TEMPERATURES)}: also contrast with this many earlier pairs, no gradient", METHOD
+    )
     stop_gradient: Literal["text", "code"] | None = flag(None, "view into which no JEPA gradient flows", METHOD)
     center: bool = flag(False, "subtract each view's mean over all processes before --jepa_loss", METHOD)
     sigreg: float = flag(0.0, "W: (1 − W) · JEPA loss + W · SIGReg of the projected views; usual: 0.02 to 0.05", METHOD)
@@ -315,7 +318,7 @@ class Settings:
     @property
     def stp_variant(self) -> str | None:
         """The variant of Semantic Tube Prediction, a key of STP_LOSSES; None if it has no weight."""
-        return self.stp if self.stp_lbd > 0 else None
+        return self.stp if "stp" in self.chat_losses else None
 
     @property
     def jepa_loss_or_default(self) -> str:
@@ -331,12 +334,34 @@ class Settings:
     @property
     def has_nitp(self) -> bool:
         """Whether the --nitp loss has a weight."""
-        return self.nitp and self.nitp_lbd > 0
+        return "nitp" in self.chat_losses
+
+    @property
+    def chat_losses(self) -> list[str]:
+        """The losses of CHAT_LOSSES that are turned on and have a weight."""
+        return [name for name in chosen_losses(vars(self)) if getattr(self, f"{name}_lbd") > 0]
+
+    @property
+    def projectors(self) -> list[str]:
+        """The names of the projectors that the losses need."""
+        return ["nitp"] * self.has_nitp + ["sigreg"] * bool(self.jepa and self.sigreg)
 
     @property
     def layout_or_default(self) -> str:
         """The layout that the flags ask for."""
         return self.layout or ("additive" if self.additive_mask else "packed")
+
+
+# The flags of each loss of CHAT_LOSSES: NAME and NAME_…, in the order of Settings. The first one turns the loss on, and
+# NAME_lbd is its weight.
+CHAT_FLAGS = {
+    name: [f.name for f in dataclasses.fields(Settings) if f"{f.name}_".startswith(f"{name}_")] for name in CHAT_LOSSES
+}
+
+
+def chosen_losses(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """The losses of CHAT_LOSSES that settings turn on, whatever their weight. `prefix`: before the settings' names."""
+    return [name for name, flags in CHAT_FLAGS.items() if settings.get(f"{prefix}{flags[0]}")]  # older runs lack some
 
 
 def read_settings(settings: dict[str, Any]) -> Settings:
@@ -397,7 +422,7 @@ def check_method(s: Settings, r: Refusals) -> None:
     r.refuse(s.front_pred and s.reverse_pred, "give one of --front_pred and --reverse_pred")
     losses = s.jepa_l2 + s.jepa_mse + s.infonce + (s.jepa_loss is not None)
     r.refuse(losses > 1, "give one of --jepa_loss, --jepa_l2, --jepa_mse and --infonce")
-    auxiliary = bool(s.jepa or s.stp_variant or s.has_nitp)
+    auxiliary = bool(s.jepa or s.chat_losses)
     r.refuse(s.gamma == 0 and not auxiliary, "--gamma 0: no loss is left")
     r.only_if(auxiliary or not s.gradient_stats, "gradient_stats", "there is no auxiliary loss")
     single, name = s.batch_size == 1 and not s.tokens_per_batch, s.jepa_loss_or_default
@@ -406,9 +431,10 @@ def check_method(s: Settings, r: Refusals) -> None:
     no_other_pair = single and (s.shuffle_pairs or processes() == 1)
     for what, given in need_other_pairs.items():
         r.refuse(given and no_other_pair, f"{what}: not with --batch_size 1, which leaves no other pair")
-    tempered = JEPA_LOSSES[name].temperature is not None
-    r.only_if(tempered, "temperature negatives_queue", "only with --jepa_loss infonce or clip")
-    r.only_if(s.nitp, "nitp_lbd nitp_layer nitp_targets", "only with --nitp")
+    tempered = f"only with --jepa_loss {' or '.join(TEMPERATURES)}"
+    r.only_if(name in TEMPERATURES, "temperature negatives_queue", tempered)
+    for first, *others in CHAT_FLAGS.values():
+        r.only_if(bool(getattr(s, first)), " ".join(others), f"only with --{first}")
     r.only_if(not s.tokens_per_batch, "batch_size", "not together with --tokens_per_batch")
     r.only_if(layout == "packed", "tokens_per_batch tokens_per_row", "only with --layout packed")
     r.only_if(not is_flash(s), "tokens_per_row", "flash attention packs each micro-batch into one row")
@@ -423,14 +449,13 @@ def check_method(s: Settings, r: Refusals) -> None:
         r.only_if(False, "front_pred reverse_pred last_token", "not with --text_view in_chat")
         r.refuse(s.plain and s.train_all, "--text_view in_chat: not with --plain --train_all, whose chat has no answer")
         r.refuse(s.predictors > 0 and not dense, f"{kernel}: not with --predictors and --text_view in_chat")
-    r.only_if(bool(s.stp), " ".join(STP_FLAGS), "only with --stp")
     r.only_if(not s.stp or s.stp_warmup > 0, "stp_min_lbd", "only with --stp_warmup")
     above = s.stp_min_lbd > s.stp_lbd
     r.refuse(above, f"--stp_min_lbd {s.stp_min_lbd} is above --stp_lbd {s.stp_lbd}, where the warm-up ends")
     turn = s.plain and s.train_all and s.stp_part in ("user", "answer")
     r.refuse(turn, f"--stp_part {s.stp_part}: not with --plain --train_all, whose chat is one text")
-    short = s.stp == "geodesic" and s.stp_max_length == 1
-    r.refuse(short, "--stp_max_length 1: --stp geodesic needs three tokens")
+    short = s.stp_max_length == 1 and s.stp and STP_LOSSES[s.stp].points == 3
+    r.refuse(short, f"--stp_max_length 1: --stp {s.stp} needs three tokens")
 
 
 def check_training(s: Settings, r: Refusals) -> None:
@@ -485,9 +510,9 @@ RANGES = {  # smallest and largest value of these flags
     "positive": (math.ulp(0), sys.float_info.max, "batch_size grad_accum lora_rank lora_alpha max_length max_steps "
                  "save_steps eval_steps logging_steps save_total_limit stp_spans early_stopping_patience dry_run "
                  "learning_rate num_epochs temperature"),
-    "0 or more": (0, sys.float_info.max, "lbd gamma nitp_lbd negatives_queue stp_lbd stp_warmup stp_min_lbd "
-                  "stp_max_length max_grad_norm warmup_steps weight_decay gradient_stats eval_generate "
-                  "sample_generations tokens_per_row tokens_per_batch dataloader_num_workers "
+    "0 or more": (0, sys.float_info.max, f"lbd gamma {' '.join(f'{name}_lbd' for name in CHAT_LOSSES)} negatives_queue "
+                  "stp_warmup stp_min_lbd stp_max_length max_grad_norm warmup_steps weight_decay gradient_stats "
+                  "eval_generate sample_generations tokens_per_row tokens_per_batch dataloader_num_workers "
                   "preprocessing_num_workers"),
     "0 to 1": (0, 1, "jepa_ratio"),
     "0 or more and below 1": (0, math.nextafter(1, 0), "sigreg lora_dropout val_fraction adam_beta2"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json, write_json
 from llm_jepa.reports.results import arm_settings
+from llm_jepa.settings import chosen_losses
 
 SIGNS = {"learning_rate": "lr", "predictors": "k", "lbd": "λ"}  # the settings of a grid, in the order of preference
 SPLIT = ("data_file", "eval_split", "split_seed")
@@ -34,8 +35,8 @@ def pick(arm: str, evaluations: Iterable[Path], output_file: Path) -> str:
         if split != (expected := expected or split):
             raise UsageError(f"{run} was scored on other examples, or by another score, than {runs[0]['run']}")
         scores = {name: metrics[name] for name in ("exact", "startswith", "stop_rate", *metrics["scores"])}
-        nitp = settings["regular"] and settings.get("nitp")  # older runs do not have the settings nitp and stp
-        regular = settings["regular"] and not nitp and not settings.get("stp")
+        nitp = settings["regular"] and settings.get("nitp")  # older runs do not have the setting nitp
+        regular = settings["regular"] and not chosen_losses(settings)
         settings |= {"lbd": settings.pop("nitp_lbd")} if nitp else {}
         grid = {name: settings[name] for name in SIGNS}
         name = "regular" if regular else "jepa" if arm == "regular" else arm

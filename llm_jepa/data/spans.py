@@ -38,11 +38,12 @@ class Draws:
         chat = item[0]
         full = (0, len(chat.ids) - chat.branch)
         parts = {"content": (chat.user, chat.answer), "user": (chat.user,), "answer": (chat.answer,), "chat": (full,)}
-        draw = {"geodesic": draw_triple, "patch": draw_patch}[self.stp_variant]
+        count = STP_LOSSES[self.stp_variant].points
         rng = np.random.default_rng([self.seed, epoch, number, 1])  # the 1 makes it independent of the dropout
-        drawn = [draw(rng, parts[self.stp_part], self.stp_max_length or full[1]) for _ in range(self.stp_spans)]
+        longest = self.stp_max_length or full[1]
+        drawn = [DRAWS[count](rng, parts[self.stp_part], longest) for _ in range(self.stp_spans)]
         path = np.array([points for points in drawn if points is not None], dtype=np.int64)
-        path = path.reshape(-1, STP_LOSSES[self.stp_variant].points)  # (S, K)
+        path = path.reshape(-1, count)  # (S, K)
         return (dataclasses.replace(chat, path=path), *item[1:])
 
 
@@ -84,3 +85,6 @@ def draw_patch(rng: np.random.Generator, parts: Sequence[tuple[int, int]], longe
         points.append(first - 1 + inside)
         begin += stop - first
     return np.concatenate([*points, np.zeros(8 - 4 * len(points), dtype=np.int64)])
+
+
+DRAWS = {3: draw_triple, 8: draw_patch}  # by the number of points of a loss of STP_LOSSES

@@ -192,8 +192,7 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
         if s.lora:
             options = s.lora_options | {"dropout": 0.0, "init_lora_weights": True}
             trained_model = add_adapter(model, tokenizer, **options)
-        count = s.has_nitp + bool(s.jepa and s.sigreg)
-        trained_model.projectors = torch.nn.ModuleList(Projector(size) for _ in range(count))
+        trained_model.projectors = torch.nn.ModuleList(Projector(size) for _ in s.projectors)
     table = parameter_table(model, trained_model, s)
     trained, saved = table[table.trained], table[table.unit != PROJECTORS]
     tokens = s.tokens_per_batch or s.batch_size * s.max_length * (1 if s.regular else 2)  # views are parts of the chat

@@ -14,13 +14,12 @@ from typing import Any
 from llm_jepa.cli import UsageError
 from llm_jepa.reports.results import Result, method_name
 from llm_jepa.reports.stats import Comparison, compare, conclude
-from llm_jepa.settings import JEPA_FLAGS, STP_FLAGS
+from llm_jepa.settings import CHAT_FLAGS, JEPA_FLAGS, chosen_losses
 
-JEPA_SETTINGS, STP_SETTINGS = {*JEPA_FLAGS}, {"stp", *STP_FLAGS}
-NITP_SETTINGS = set("nitp nitp_lbd nitp_layer nitp_targets".split())
-METHOD_SETTINGS = JEPA_SETTINGS | STP_SETTINGS | NITP_SETTINGS | {"regular", "layout", "additive_mask"}
+METHOD_SETTINGS = {*JEPA_FLAGS, "regular", "layout", "additive_mask"}.union(*CHAT_FLAGS.values())
 # In every arm's label: `method_name`.
-NAMED = set("regular lbd predictors jepa_loss shuffle_pairs stp stp_lbd nitp nitp_lbd additive_mask".split())
+NAMED = {f for name, flags in CHAT_FLAGS.items() for f in (flags[0], f"{name}_lbd")}
+NAMED |= set("regular lbd predictors jepa_loss shuffle_pairs additive_mask".split())
 UNKNOWN_CODE = {"git_commit": None, "git_dirty": True}  # without a checksum the code may have been another
 
 
@@ -59,7 +58,7 @@ def label_arms(arms: list[list[Result]]) -> dict[str, list[Result]]:
     """The arms of a dataset by a short label: `method_name`, and other values that at most half of the arms have."""
     described, labels = [arm[0].settings for arm in arms], []
     for own in described:
-        hidden, shown = NAMED | {"scores", *(JEPA_SETTINGS if own["regular"] else ())}, [method_name(own)]
+        hidden, shown = NAMED | {"scores", *(JEPA_FLAGS if own["regular"] else ())}, [method_name(own)]
         for name, value in sorted(own.items()):
             same = sum(other.get(name, value) == value for other in described)
             if name in hidden or same > len(described) / 2 or value is None or value is False:
@@ -98,8 +97,7 @@ def differences(reference: list[Result], arm: list[Result]) -> dict[str, str]:
 def is_regular(settings: dict[str, Any]) -> bool:
     """Whether neither training nor pretraining had an auxiliary loss."""
     stages = [name.removesuffix("pretrained") for name in settings if name.endswith("pretrained")]
-    terms = [settings.get(f"{s}{name}") for s in stages for name in ("stp", "nitp")]
-    return all(settings.get(f"{s}regular") for s in stages) and not any(terms)
+    return all(settings.get(f"{s}regular") and not chosen_losses(settings, s) for s in stages)
 
 
 def find_reference(table: Table, against: str | None) -> str | None:

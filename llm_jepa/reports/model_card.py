@@ -12,9 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import HUB
 from llm_jepa.files import read_json, write_text
-from llm_jepa.reports.comparison import JEPA_SETTINGS, NITP_SETTINGS, STP_SETTINGS
+from llm_jepa.losses import CHAT_LOSSES
 from llm_jepa.reports.results import describe_learning, describe_method, score_names
-from llm_jepa.settings import LORA_FLAGS, VOLATILE, Settings, read_settings
+from llm_jepa.settings import CHAT_FLAGS, JEPA_FLAGS, LORA_FLAGS, VOLATILE, Settings, read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -52,8 +52,8 @@ def effective_settings(s: Settings) -> list[tuple[str, Any]]:
         "val_fraction": fraction,
         "split_seed": file or fraction,
     }
-    applies |= {"max_steps": s.max_steps > 0} | dict.fromkeys(JEPA_SETTINGS, s.jepa)
-    applies |= dict.fromkeys(STP_SETTINGS, s.stp_variant) | dict.fromkeys(NITP_SETTINGS, s.has_nitp)
+    applies |= {"max_steps": s.max_steps > 0} | dict.fromkeys(JEPA_FLAGS, s.jepa)
+    applies |= {flag: name in s.chat_losses for name, flags in CHAT_FLAGS.items() for flag in flags}
     applies |= dict.fromkeys(OMITTED)
     values = sorted(dataclasses.asdict(s).items())
     return [(k, v) for k, v in values if applies.get(k, True) and v is not None and v is not False]
@@ -81,7 +81,8 @@ def write_card(run: Path, overwrite: bool, license: str | None = None, repo: str
     if path.exists() and not overwrite and not is_replaceable(path.read_text(encoding="utf-8", errors="replace")):
         raise UsageError(f"{path} exists and was not written by model_card.py; give --overwrite to replace it")
     name, base, results = run.resolve().name, hub_id(s.model_name), evaluation_results(evaluations)
-    tags = {"llm-jepa": s.jepa, "lora": s.lora, "semantic-tube-prediction": s.stp_variant, "nitp": s.has_nitp}
+    tags = {"llm-jepa": s.jepa, "lora": s.lora}
+    tags |= {CHAT_LOSSES[name][0].lower().replace(" ", "-"): True for name in s.chat_losses}
     metadata = ModelCardData(
         base_model=None if s.pretrain else base,
         datasets=sorted({m["name"] for m in map(HUB.fullmatch, record["data_sha256"]) if m}) or None,

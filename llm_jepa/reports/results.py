@@ -11,9 +11,9 @@ from typing import Any
 
 from llm_jepa.cli import UsageError
 from llm_jepa.files import read_json
-from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
+from llm_jepa.losses import CHAT_LOSSES, JEPA_LOSSES
 from llm_jepa.run_folder import origin_of_model
-from llm_jepa.settings import VOLATILE, Settings, read_settings
+from llm_jepa.settings import CHAT_FLAGS, VOLATILE, Settings, chosen_losses, read_settings
 
 # Settings that may differ between the runs of one arm, and between their evaluations.
 ARM_IGNORES = {"finetune_seed"} | VOLATILE
@@ -78,10 +78,9 @@ def method_name(settings: dict[str, Any]) -> str:
         loss = own["jepa_loss"] if own["jepa_loss"] != "cosine" else ""
         name = " ".join(filter(None, ("JEPA", loss, "(shuffled pairs)" if own["shuffle_pairs"] else "")))
         terms.append(f"{name} λ={own['lbd']:g}, k={own['predictors']}")
-    if own["stp"]:
-        terms.append(f"STP {own['stp']} λ={own['stp_lbd']:g}")
-    if own["nitp"]:
-        terms.append(f"NITP λ={own['nitp_lbd']:g}")
+    for name in chosen_losses(own):
+        variant = f" {own[name]}" if isinstance(own.get(name), str) else ""
+        terms.append(f"{name.upper()}{variant} λ={own[f'{name}_lbd']:g}")
     return " + ".join(terms) or "regular"
 
 
@@ -93,11 +92,11 @@ def describe_method(s: Settings) -> str:
         text += f", {s.jepa_loss} loss ({JEPA_LOSSES[s.jepa_loss].formula})"
         text += f", on a fraction {s.jepa_ratio:g} of the examples" if s.jepa_ratio < 1 else ""
         text += ", on shuffled pairs (a placebo)" if s.shuffle_pairs else ""
-    if name := s.stp_variant:
-        text += f"; Semantic Tube Prediction ({name}: {STP_LOSSES[name].formula})"
-        text += f" with weight {s.stp_lbd:g}, layer {s.stp_layer}"
-    if s.has_nitp:
-        text += f"; NITP ({NITP_FORMULA}) with weight {s.nitp_lbd:g}, layer {s.nitp_layer}"
+    for name in s.chat_losses:
+        title, formula = CHAT_LOSSES[name]
+        formula = formula if isinstance(formula, str) else formula[getattr(s, name)]
+        text += f"; {title} ({formula}) with weight {getattr(s, f'{name}_lbd'):g}"
+        text += f", layer {getattr(s, f'{name}_layer')}" if f"{name}_layer" in CHAT_FLAGS[name] else ""
     return text
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from llm_jepa.cli import UsageError, first_line
 from llm_jepa.data.examples import Example
+from llm_jepa.losses import CHAT_LOSSES
 from llm_jepa.scoring.programs import passes_tests
 from llm_jepa.scoring.sandbox import Failure, Sandbox
 from llm_jepa.scoring.sql import execution_match
@@ -219,10 +220,10 @@ TASK_NAMES = ", ".join(TASKS) + " (compares the texts), or a Python file with a 
 # -------------------------------------------------------------------------------------------------- a user's own task
 
 # Keys of predictions.jsonl, generations.jsonl, metrics.json and metrics.jsonl, which a score would replace.
-RESERVED = set(
+RESERVED = {f"{name}_loss" for name in CHAT_LOSSES}.union(
     """id prediction prompt answer step failure failures exact startswith stop_rate stop_reason score scores
     task n notes ci95 cut_at_limit log_likelihoods settings model data_sha256 retrieval cosine loss lm_loss jepa_loss
-    stp_loss nitp_loss sigreg_loss runtime""".split()
+    sigreg_loss runtime""".split()
 )
 
 

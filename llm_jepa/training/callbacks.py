@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from llm_jepa.files import write_text
+from llm_jepa.losses import CHAT_LOSSES
 from llm_jepa.reports.results import describe_learning
 from llm_jepa.run_folder import RunFolder
 from llm_jepa.training.diagnostics import JUDGED, judge
@@ -115,6 +116,6 @@ class Bar(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs:
-            shown = ("lm_loss", "jepa_loss", "cosine", "cosine_shuffled", "stp_loss", "nitp_loss", "eval_lm_loss",
-                     "eval_exact")  # fmt: skip
+            shown = ("lm_loss", "jepa_loss", "cosine", "cosine_shuffled", *(f"{name}_loss" for name in CHAT_LOSSES),
+                     "eval_lm_loss", "eval_exact")  # fmt: skip
             self.training_bar.set_postfix({k: f"{logs[k]:.4g}" for k in shown if k in logs}, refresh=False)

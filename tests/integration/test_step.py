@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import finetune
 from llm_jepa import forward
+from llm_jepa.losses import Term
 from llm_jepa.training.flops import FlopCounter
 
 
@@ -66,6 +67,15 @@ def test_model_that_changes_logits_after_the_output_layer_gets_all_of_them(tmp_p
     before = parts.selector.lm_sum(parts.model, batch)[0]
     parts.selector.max_logits = 1000
     assert not parts.selector.slices and parts.selector.lm_sum(parts.model, batch)[0].equal(before)
+
+
+def test_loss_that_reads_logits_gets_all_of_them():
+    parts, batch = loaded()
+    parts.selector.max_logits = 1000
+    assert parts.selector.lm_sum(parts.model, batch)[1].logits.shape[1] == 1
+    parts.terms.append(Term("z", ("logits",), "labels", len, 1.0))
+    parts.inspect(half=False)
+    assert parts.selector.lm_sum(parts.model, batch)[1].logits.shape[1] == parts.selector.vocab_size
 
 
 # ----------------------------------------------------------------------------------------------------------- FLOPs

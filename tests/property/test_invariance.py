@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from llm_jepa.layouts import LAYOUTS, Collator
 from llm_jepa.losses import JEPA_LOSSES, jepa_loss, lm_loss
 
 text = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=30)
-content = text.filter(lambda t: t.strip())
+# Hypothesis also draws the project's own strings, such as <|eot_id|> and </think>, which examples cannot consist of.
+content = text.filter(lambda t: t.strip() and not re.search("<.+>", t))
 pair = st.builds(lambda s, u, a: Example(s, u, a, "rows:1", 1), content, content, content)
 quick = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 few = settings(quick, max_examples=4)
@@ -52,8 +54,8 @@ def assert_same(a: dict, b: dict) -> None:
 
 def assert_layouts_agree(name: str, items: list, tokens_per_row: int) -> None:
     separate = score(name, items, "separate")
-    assert_same(score(name, items, "additive"), separate)
-    assert_same(score(name, items, "packed", tokens_per_row), separate)
+    for layout in {*LAYOUTS} - {"separate"}:
+        assert_same(score(name, items, layout, tokens_per_row), separate)
 
 
 @pytest.mark.parametrize("k", [0, 1, 4])
@@ -91,7 +93,7 @@ def test_examples_without_a_pair_or_a_chat_count_for_one_loss_only(distance):
     torch.testing.assert_close(
         mixed["jepa"], score("llama3", pairs, "packed", 90, distance)["jepa"], rtol=1e-5, atol=1e-6
     )
-    for layout in ("separate", "additive"):
+    for layout in {*LAYOUTS} - {"packed"}:
         assert_same(score("llama3", items, layout, 90, distance), mixed)
     dropped = score(
         "llama3", dataset(MIXED, encoder("llama3", predictors=1, **flags), Draws(0, 0.0))[0, range(5)], "packed"

@@ -65,12 +65,13 @@ FORMULAS = {
     "vicreg": lambda a, b, *_: vicreg(a, b),
 }  # fmt: skip
 TEMPERATURES = {"infonce": 0.07, "clip": 0.1}
+ZERO_FOR_ONE_PAIR = {"infonce", "clip"}
 
 
 def test_every_loss_has_its_formula_here():
     assert FORMULAS.keys() == JEPA_LOSSES.keys()
     assert {name: loss.temperature for name, loss in JEPA_LOSSES.items() if loss.temperature} == TEMPERATURES
-    assert STP_LOSSES.keys() == {"geodesic", "patch"}, "test_stp_loss_is_one_minus_cosine_of_steps has theirs"
+    assert STP_LOSSES.keys() == {variant for variant, _, _ in STP_VALUES.values()}
 
 
 def expected_loss(name: str, others: ContrastSet, temperature: float | None, center: bool) -> float:
@@ -259,7 +260,7 @@ def test_single_pair_has_a_finite_loss_and_gradient(name):
     total, _ = jepa_loss(views, name)
     total.backward()
     assert torch.isfinite(total) and torch.isfinite(views.grad).all()
-    assert (total.item() == 0) == (name in ("infonce", "clip"))
+    assert (total.item() == 0) == (name in ZERO_FOR_ONE_PAIR)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -268,21 +269,21 @@ def test_half_precision_is_summed_in_float32(name):
     assert loss(random(*(n or 3 for n in shape)).bfloat16())[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("points", "expected"),
-    [
-        (((0, 0), (1, 1), (3, 3)), 0),
-        (((1, 0), (2, 0), (0.5, 0)), 2),
-        (((0, 0), (2, 0), (2, 5)), 1),
-        # In the first part the patch moves by (2, 0), the rest by (1, 0) before it, (0, 1) after it and (0, 2).
-        (((0, 0), (1, 0), (3, 0), (3, 1), (9, 9), (9, 9), (9, 9), (9, 11)), 1 - 1 / 10**0.5),
-        # A patch over both parts: (1, 0) + (0, 1) against (0, −1) + (−1, 0).
-        (((0, 0), (0, -1), (1, -1), (1, -1), (4, 4), (4, 4), (4, 5), (3, 5)), 2),
-    ],
-    ids=["straight", "reversal", "right angle", "patch in one part", "patch in both parts"],
-)
-def test_stp_loss_is_one_minus_cosine_of_steps(points, expected):
-    variant = {3: "geodesic", 8: "patch"}[len(points)]
+# Variants of --stp, points and their loss.
+STP_VALUES = {
+    "straight": ("geodesic", ((0, 0), (1, 1), (3, 3)), 0),
+    "reversal": ("geodesic", ((1, 0), (2, 0), (0.5, 0)), 2),
+    "right angle": ("geodesic", ((0, 0), (2, 0), (2, 5)), 1),
+    # In the first part the patch moves by (2, 0), the rest by (1, 0) before it, (0, 1) after it and (0, 2).
+    "one part": ("patch", ((0, 0), (1, 0), (3, 0), (3, 1), (9, 9), (9, 9), (9, 9), (9, 11)), 1 - 1 / 10**0.5),
+    # A patch over both parts: (1, 0) + (0, 1) against (0, −1) + (−1, 0).
+    "both parts": ("patch", ((0, 0), (0, -1), (1, -1), (1, -1), (4, 4), (4, 4), (4, 5), (3, 5)), 2),
+}
+
+
+@pytest.mark.parametrize("name", STP_VALUES)
+def test_stp_loss_of_points_on_a_path(name):
+    variant, points, expected = STP_VALUES[name]
     total, count = stp_loss(torch.tensor(points)[:, None], variant)
     assert (total.item(), count) == (pytest.approx(expected, abs=1e-6), 1)
 

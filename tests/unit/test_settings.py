@@ -12,6 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import finetune
 from llm_jepa.cli import UsageError, parse_flags
+from llm_jepa.losses import CHAT_LOSSES
+from llm_jepa.reports.comparison import METHOD_SETTINGS, is_regular
+from llm_jepa.reports.model_card import effective_settings
+from llm_jepa.reports.results import describe_method, method_name
+from llm_jepa.settings import CHAT_FLAGS
 
 # Flags of the reference implementation, of finetune.py and of evaluate.py.
 FINETUNE = """train_file eval_file data_file eval_split split_seed model_name output_dir max_length batch_size
@@ -94,6 +99,21 @@ def test_settings_of_a_run_folder_are_those_of_its_command(flags, tmp_path):
     assert finetune.check_settings(s, given) == dataclasses.replace(first, resume=True, overwrite=False)
 
 
+@pytest.mark.parametrize("name", CHAT_LOSSES)
+def test_loss_of_the_chat_counts_as_an_auxiliary_loss_everywhere(name):
+    (title, formula), first = CHAT_LOSSES[name], CHAT_FLAGS[name][0]
+    value = ["1"] if first == f"{name}_lbd" else [*formula][:1] if isinstance(formula, dict) else []
+    s = resolve("--regular", "--gamma", 0, "--gradient_stats", 1, f"--{first}", *value)
+    assert [term.name for term in finetune.auxiliary_terms(s)] == [name]
+    assert title in describe_method(s) and name.upper() in method_name(vars(s))
+    assert f"{name}_lbd" in dict(effective_settings(s)) and f"{name}_lbd" not in dict(effective_settings(resolve()))
+    assert not is_regular(vars(s) | {"pretrained": False}) and set(CHAT_FLAGS[name]) <= METHOD_SETTINGS
+    with pytest.raises(UsageError, match="--gamma 0"):
+        resolve("--regular", "--gamma", 0, f"--{first}", *value, f"--{name}_lbd", 0)
+    with pytest.raises(UsageError, match=f"--{name}_lbd -1"):
+        resolve(f"--{name}_lbd", -1)
+
+
 # Flags, and the flags that the message must mention (by default the first one).
 REFUSED = {
     "--regular --lbd 1 --infonce": "--lbd --infonce --regular",
@@ -114,6 +134,7 @@ REFUSED = {
     "--predictors 11": "",
     "--front_pred": "--front_pred --predictors",
     "--last_token 0": "",
+    "--stp geodesic --stp_max_length 1": "--stp_max_length --stp",
     "--jepa_ratio 1.5": "",
     "--lbd inf": "",
     "--sigreg 1": "",
