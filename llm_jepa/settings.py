@@ -307,12 +307,19 @@ class Settings:
         return (found["base_model_name_or_path"], found.get("revision")) if found else (self.model_name, self.revision)
 
     @property
+    def dropout_or_default(self) -> float:
+        """The adapter's dropout: that of the flag, of the adapter that training continues, or 0.1."""
+        config = self.adapter
+        kept = 0.1 if not config or config["target_parameters"] else config["lora_dropout"]  # with these it is always 0
+        return kept if self.lora_dropout is None else self.lora_dropout
+
+    @property
     def lora_options(self) -> dict[str, Any]:
         """The options of add_adapter."""
         names = {name: (getattr(self, name) or "").split(",") for name in ("target_modules", "modules_to_save")}
         lists = {name: [x.strip() for x in found if x.strip()] or None for name, found in names.items()}
         options = {name: getattr(self, name) for name in ("lora_alpha", "use_rslora", "use_dora", "plain")}
-        options |= {"rank": self.lora_rank, "dropout": self.lora_dropout, "predictors": self.stored_predictors}
+        options |= {"rank": self.lora_rank, "dropout": self.dropout_or_default, "predictors": self.stored_predictors}
         return options | lists | {"init_lora_weights": self.init_lora_weights or True}
 
     @property
@@ -556,19 +563,16 @@ def resolve(s: Settings) -> Settings:
     """Fills in the defaults that depend on other flags, but for --output_dir."""
     held_out, steps = s.data_file or s.eval_file or s.val_fraction, "steps" if s.streaming else "epoch"
     eval_strategy = s.eval_strategy or (steps if held_out else "no")
-    config, own = s.adapter, {"lora_dropout": s.lora_dropout}
+    config, own = s.adapter, {}
     if config:  # --model_name is an adapter, which keeps its configuration
         init, whole = config["init_lora_weights"], config["modules_to_save"]
-        own |= {name: config[name] for name in ("lora_alpha", "use_rslora", "use_dora")} | {"lora_rank": config["r"]}
+        own = {name: config[name] for name in ("lora_alpha", "use_rslora", "use_dora")} | {"lora_rank": config["r"]}
         own |= {"init_lora_weights": init if isinstance(init, str) else None}
         own |= {"modules_to_save": ",".join(whole) if whole else None}
-        if s.lora_dropout is None and not config["target_parameters"]:  # with these PEFT's own value is 0
-            own["lora_dropout"] = config["lora_dropout"]
-    if own["lora_dropout"] is None:
-        own["lora_dropout"] = 0.1
     return dataclasses.replace(
         s,
         **own,
+        lora_dropout=s.dropout_or_default,
         layout=s.layout_or_default,
         additive_mask=s.layout_or_default == "additive",
         jepa_loss=s.jepa_loss_or_default,
