@@ -99,7 +99,7 @@ MODEL; variables set the others. FLAGs go to finetune.py, and the name of the ru
 The default of --max_length is 1024 for gsm8k and 2048 for yelp and mbpp, which have examples of more than 512 tokens.
 
 PROTOCOL=paper trains as published. It sets
-  --lm_labels reference --max_length 512 (other defaults: see above) --batch_size 4 --grad_accum 4 --lr_scheduler_type linear
+  --lm_labels reference --max_length 512 (1024 or 2048 for the datasets above) --batch_size 4 --grad_accum 4 --lr_scheduler_type linear
   --warmup_steps 0 --weight_decay 0 --adam_beta2 0.999 --max_grad_norm 1 --dtype auto
 and 4 epochs, for arms with a JEPA loss --reference_grad_scale, and for compare ARMS="regular jepa". Tokenizers without
 a pad token use eos. dtype auto is bfloat16 if the GPU supports it. Seeds, k, λ and learning rates are the defaults above.

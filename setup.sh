@@ -133,8 +133,8 @@ main() {
     new_enough "$PYTHON" || fail "$PYTHON is $("$PYTHON" -V 2>&1); $needed"
     lock
     up_to_date || install # another setup.sh may have finished it
-    say "$VENV is ready; this activates it: source $VENV/bin/activate"
   fi
+  say "$VENV is ready; this activates it: source $VENV/bin/activate"
 }
 
 main "$@"

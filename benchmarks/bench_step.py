@@ -226,9 +226,9 @@ def settings_of(name: str, args: argparse.Namespace, folder: str) -> finetune.Se
 
 
 def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any]) -> Arm:
-    """The arm; arms with the same `shared` train one model. Raises UsageError if it cannot run."""
+    """The arm; arms with the same `shared` train one model. Raises ImportError, or UsageError if it cannot run."""
     if name.startswith("TRL") and importlib.util.find_spec("trl") is None:
-        raise UsageError("trl is not installed")
+        raise ImportError("trl is not installed")
     s = settings_of(name, args, folder)
     if s.torch_compile:
         finetune.check_settings(s, {"torch_compile"})
@@ -318,7 +318,6 @@ def step_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--max_length", type=int, default=PADDED, help="longer examples are skipped (default 512)")
     parser.add_argument("--tokens_per_row", type=int, default=0, help="of packed rows (default: finetune.py's)")
     parser.add_argument("--attn_implementation", help="attention kernel of this project's arms")
-    parser.add_argument("--write_shape", metavar="FOLDER", help="only write the shape's configuration and tokenizer")
     parser.add_argument("--repeats", type=int, default=5, help="how often each arm is timed (default 5)")
     return parser
 
@@ -329,6 +328,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps that are timed together (default 4)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     parser.add_argument("--skip_memory", action="store_true", help="do not measure the peak memory")
+    parser.add_argument("--write_shape", metavar="FOLDER", help="only write the shape's configuration and tokenizer")
     parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write_shape:
@@ -338,14 +338,14 @@ def main() -> None:
         if args.memory_of:
             return print(arm_of(args.memory_of, args, folder, {}).peak_memory())
         shared: dict[str, Any] = {}
-        arms, skipped = {}, []
+        arms, missing = {}, []
         for name in args.arms:
             try:
                 arms[name] = arm_of(name, args, folder, shared)
-            except UsageError as error:
-                skipped.append({"arm": name, "skipped": str(error)})
-        parameters = next(iter(arms.values())).model.num_parameters()
-        report(args, args.input_file, [*compare(args, arms), *skipped], parameters=parameters)
+            except (UsageError, ImportError) as error:
+                missing.append({"arm": name, "skipped" if isinstance(error, ImportError) else "failed": str(error)})
+        parameters = next((arm.model.num_parameters() for arm in arms.values()), None)
+        report(args, args.input_file, [*(compare(args, arms) if arms else ()), *missing], parameters=parameters)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 #     REHEARSE=1 bash benchmarks/gpu.sh rehearsal        # the same stages on a CPU, with small shapes
 #
 # Stages run in the order below, the most valuable first, each under its own time limit. A finished stage has written
-# OUT/STAGE.txt (and .json); a stage that failed or was cut has left OUT/STAGE.part and OUT/STAGE.err. A rerun skips the
+# OUT/STAGE.txt (and .json), and scratch its model (5 GB); a stage that failed or was cut has left OUT/STAGE.part and OUT/STAGE.err. A rerun skips the
 # finished ones. The exit code is 1 if a stage failed.
 #
 # Environment variables: TOKENIZER (a folder with Llama 3's tokenizer; by default that of models/tiny, which is enough for
@@ -48,7 +48,7 @@ stage() { # name, seconds, command: writes OUT/name.txt
   fi
 }
 
-steps() { # name, seconds, flags of bench_step.py
+bench_steps() { # name, seconds, flags of bench_step.py
   stage "$1" "$2" "$python" benchmarks/bench_step.py --tokenizer "$tokenizer" --shape "$shape" --dtype "$dtype" \
     --input_file "$train" --batch_size "$batch" --steps "$steps" --repeats "$repeats" --json "$out/$1.json" "${@:3}"
 }
@@ -61,22 +61,23 @@ shape_folder() { # shape: prints a folder with its configuration and the tokeniz
 
 stage facts 30 bash -c 'nvidia-smi || [ -n "$REHEARSE" ]; "$0" -m torch.utils.collect_env' "$python"
 mapfile -t files < <(grep -rl "mark\.gpu" tests --include "test_*.py")
-stage tests 100 "$python" -m pytest -n 0 -q -m gpu "${files[@]}"
-steps step 110 --arms "regular packed" packed "packed, in_chat" clip "clip, in_chat" "regular + nitp"
-steps reference 60 --batch_size "$few" --arms "regular packed" packed "reference layout"
-stage large 140 "$python" benchmarks/bench_large.py --model_name "$(shape_folder "$large")" --work "$out/work" \
+stage tests 90 "$python" -m pytest -n 0 -q -m gpu "${files[@]}"
+bench_steps step 100 --arms "regular packed" packed "packed, in_chat" clip "clip, in_chat" "regular + nitp"
+bench_steps reference 50 --batch_size "$few" --arms "regular packed" packed "reference layout"
+stage large 120 "$python" benchmarks/bench_large.py --model_name "$(shape_folder "$large")" --work "$out/work" \
   --input_file "$train" --arms "lora jepa" --tokens_per_batch "$tokens" --steps "$large_steps" --json "$out/large.json"
-steps trl 60 --batch_size "$few" --arms "regular packed" "TRL padded" "TRL padding-free" "TRL packed"
-steps compile 60 --arms "regular packed" packed "packed, compiled"
+bench_steps trl 50 --batch_size "$few" --arms "regular packed" "TRL padded" "TRL padding-free" "TRL packed"
+bench_steps compile 50 --arms "regular packed" packed "packed, compiled"
 for kernel in "${kernels[@]}"; do
-  steps "$kernel" 40 --arms "regular packed" packed --attn_implementation "$kernel"
+  bench_steps "$kernel" 40 --arms "regular packed" packed --attn_implementation "$kernel"
 done
-stage scratch 120 "$python" finetune.py --model_name "$(shape_folder "$shape")" --pretrain --predictors 1 --lbd 1 \
+stage scratch 100 "$python" finetune.py --model_name "$(shape_folder "$shape")" --pretrain --predictors 1 --lbd 1 \
   --train_file "$train" --lm_labels reference --learning_rate 8e-5 --finetune_seed 82 \
   --save_strategy no "${brief[@]}" --output_dir "$out/scratch" --overwrite
 model=${MODEL:-$out/scratch}
 stage eval 40 "$python" benchmarks/bench_eval.py --model_name "$model" --input_file datasets/synth_test.jsonl \
-  --rows "$rows" --batch_size 128 --max_new_tokens "$new_tokens" --repeats 1 --json "$out/eval.json"
+  --rows "$rows" --batch_size 128 --max_new_tokens "$new_tokens" --repeats 1 --json "$out/eval.json" \
+  --arms "padded batches" evaluate.py
 if [ -x "$vllm" ]; then
   head -n "$rows" datasets/synth_test.jsonl >"$out/prompts.jsonl"
   stage vllm 40 "$python" evaluate.py --engine vllm --model_name "$model" --input_file "$out/prompts.jsonl" \

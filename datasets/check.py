@@ -34,6 +34,11 @@ def keys(example: Example) -> dict[str, tuple | None]:
             "database and SQL": found and (database, example.assistant)}  # fmt: skip
 
 
+def prompt(example: Example) -> tuple[str, ...]:
+    """What equal prompts have in common."""
+    return keys(as_chat(example))["prompt"]
+
+
 def answer_in_prompt(example: Example) -> bool:
     """Whether the answer, or one of several, occurs in the user's text as separate words, in any case."""
     patterns = (rf"(?<!\w){re.escape(answer.strip())}(?!\w)" for answer in example.answers or (example.assistant,))

@@ -91,13 +91,14 @@ def prepare_own(args: argparse.Namespace) -> None:
         parts = parts[0], read_examples(args.test_file, problems, fields)
     elif args.test_size:
         train, test = split_examples(parts[0], args.test_size, SEED)
-        known = {check.keys(check.as_chat(example))["prompt"] for example in train}
-        repeated = [example for example in test if check.keys(check.as_chat(example))["prompt"] in known]
-        if len(repeated) == len(test):
+        known = set(map(check.prompt, train))
+        repeated = [example for example in test if check.prompt(example) in known]
+        test = [example for example in test if check.prompt(example) not in known]
+        if not test:
             raise ExampleError(f"{args.train_file}: a test part would have only prompts that the train part has too")
         if repeated:
             print(f"{len(repeated)} test examples moved to train, because their prompts occur there too")
-        parts = train + repeated, [example for example in test if example not in repeated]
+        parts = train + repeated, test
     write_dataset(args, args.name, parts)
     if problems.found:
         print(problems.report())

@@ -26,7 +26,7 @@ Lines = dict[tuple[str, int], dict[int, dict]]  # (arm, examples) → seed → t
 
 
 def load(experiment: str, same_seeds: bool = True) -> Lines:
-    """The lines of an experiment. Raises UsageError if `same_seeds` and an arm has others than the first."""
+    """The lines of an experiment. Raises UsageError if the arms have different seeds, unless `same_seeds` is False."""
     lines: Lines = {}
     for _, line in read_jsonl(ROOT / f"experiments/results/{experiment}.jsonl"):
         lines.setdefault((line["arm"], line["examples"]), {})[line["seed"]] = line
@@ -135,7 +135,9 @@ def terms() -> None:
 def jobs() -> None:
     """Generation equivalent to regular fine-tuning (two one-sided tests), and retrieval compared with MNRL."""
     lines = load("jobs", same_seeds=False) | load("mnrl", same_seeds=False)
-    both, contrast, mnrl = (lines[arm, 8000] for arm in ("both:0.05:0:0.1", "contrast:1:0:0.1", "mnrl"))
+    both, contrast, mnrl = (lines.get((arm, 8000), {}) for arm in ("both:0.05:0:0.1", "contrast:1:0:0.1", "mnrl"))
+    if [len(both), len(contrast), len(mnrl)] != [10, 5, 5]:
+        raise UsageError("runs of jobs or mnrl are missing")
     regular = load("nitp")["regular", 8000]
     rows = [
         f"{name} | {row(by_seed)}" for name, by_seed in (("regular", regular), ("both", both), ("contrast", contrast))

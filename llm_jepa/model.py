@@ -336,8 +336,8 @@ def add_adapter(
             why = f"the output layer of {type(model).__name__} has a bias"  # which PEFT would leave out
             raise UsageError(f"{flag}: the rows of new tokens cannot train, because {why}")
     config = LoraConfig.from_pretrained(adapter) if adapter else None
-    whole = config.modules_to_save if config else modules_to_save
-    rows = {name: found for name, found in rows.items() if found and not ends_with(name, whole or ())}
+    saved = config.modules_to_save if config else modules_to_save
+    rows = {name: found for name, found in rows.items() if found and not ends_with(name, saved or ())}
     if config:
         stored, parameters = config.trainable_token_indices or {}, config.target_parameters
         if any(set(found) - set(stored.get(name, ())) for name, found in rows.items()):
@@ -358,7 +358,7 @@ def add_adapter(
             layers, parameters = ([n for n in found if ends_with(n, target_modules)] for found in (layers, parameters))
         layers = [name for name in layers if not ends_with(name, modules_to_save or ())]
         # In full, because PEFT would also take input_layernorm for norm.
-        whole = [name for name in names.values() if ends_with(name, modules_to_save or ())]
+        saved = [name for name in names.values() if ends_with(name, modules_to_save or ())]
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
@@ -367,7 +367,7 @@ def add_adapter(
             target_modules=layers,
             target_parameters=parameters or None,
             trainable_token_indices=rows or None,
-            modules_to_save=whole or None,
+            modules_to_save=saved or None,
             **peft_options,
         )
         try:
@@ -387,8 +387,8 @@ def not_adapted(model: Any) -> list[str]:
     from peft.utils import ModulesToSaveWrapper
 
     base = model.get_base_model()
-    whole = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
-    ends = (base.get_input_embeddings(), base.get_output_embeddings(), *whole)
+    saved = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    ends = (base.get_input_embeddings(), base.get_output_embeddings(), *saved)
     reached = {id(p) for module in ends for p in module.parameters()}
     for m in model.modules():
         if isinstance(m, LoraLayer):

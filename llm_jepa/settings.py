@@ -71,7 +71,7 @@ class Settings:
     lora_alpha: int | None = flag(None, "scale of the adapter; default: twice the rank", MODEL)
     lora_dropout: float | None = flag(
         None,
-        "dropout before the adapter (fused experts have none); default: 0.1, or that of a continued adapter",
+        "dropout before the adapter (fused experts have none); default: 0.1, or a continued adapter's (not with them)",
         MODEL,
     )
     target_modules: str | None = flag(
@@ -310,7 +310,8 @@ class Settings:
     def dropout_or_default(self) -> float:
         """The adapter's dropout: that of the flag, of the adapter that training continues, or 0.1."""
         config = self.adapter
-        kept = 0.1 if not config or config["target_parameters"] else config["lora_dropout"]  # with these it is always 0
+        stored = config and not config.get("target_parameters")  # with these, fused experts, it is always 0
+        kept = config["lora_dropout"] if stored else 0.1
         return kept if self.lora_dropout is None else self.lora_dropout
 
     @property

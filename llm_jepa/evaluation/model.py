@@ -82,7 +82,8 @@ def weight_files(name: str) -> list[list[Any]]:
     """
     files = [p for p in Path(name).glob("*model*") if p.suffix in (".safetensors", ".bin")]
     found, adapter = sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files), adapter_of(name)
-    return found + (weight_files(adapter["base_model_name_or_path"]) if adapter else [])
+    base = adapter and adapter["base_model_name_or_path"]
+    return found + (weight_files(base) if base else [])
 
 
 @contextlib.contextmanager

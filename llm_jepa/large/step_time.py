@@ -6,7 +6,8 @@ With FSDP2 over W GPUs in nodes of 8, a micro-batch of T tokens per GPU, N of th
 the decoder layers, H in the output layer, and `--pairs` pairs per GPU:
 
     compute          (8·L·T + 8·H·N) / (COMPUTE · PEAK)        6 FLOPs per parameter and token, and 2 that
-                                                               checkpointing and sliced logits compute again
+                                                               checkpointing and sliced logits compute again;
+                                                               attention is not counted
     all-gather       2 · 2·P · (W − 1)/W / bandwidth           bfloat16 parameters, for the forward and backward pass
     reduce-scatter   4·P · (W − 1)/W / bandwidth               float32 gradients
     latency          3 collectives per layer, each one HOP per other node
@@ -71,6 +72,10 @@ def work(argv: list[str] | None) -> None:
     s, _ = parse_flags(StepTimeFlags, __doc__, argv)
     if not s.model_name or not all(n.strip().isdigit() and int(n) for n in s.gpus.split(",")):
         raise UsageError("give --model_name, and with --gpus positive numbers separated by commas")
+    if s.ports < 1 or s.pairs < 0 or not 0 <= s.labels <= 1:
+        raise UsageError("--ports is at least 1, --pairs at least 0, and --labels from 0 to 1")
+    if s.lora:
+        raise UsageError("--lora: the calculation is for full fine-tuning")
     import pandas
 
     from llm_jepa.large.memory import decoder_layers, meta_model, plan_tokenizer

@@ -89,8 +89,8 @@ def history(
     effects: list[float], every: int = 1, pairs: int = 8, sd: float = 0.1, retrieval: float = 0.9
 ) -> list[dict]:
     """Lines of a training with c − s = effect · σ in each line."""
-    fixed = {"lm_loss": 1.0, "cosine_shuffled": 0.2, "cosine_shuffled_sd": sd, "retrieval": retrieval, "pairs": pairs,
-             "retrieval_chance": 1 / pairs, "effective_rank": 5.0}  # fmt: skip
+    fixed = {"label_tokens": 9, "cosine_shuffled": 0.2, "cosine_shuffled_sd": sd, "retrieval": retrieval,
+             "pairs": pairs, "retrieval_chance": 1 / pairs, "effective_rank": 5.0}  # fmt: skip
     return [fixed | {"step": every * (i + 1), "cosine": 0.2 + x * sd} for i, x in enumerate(effects)]
 
 
@@ -141,7 +141,7 @@ def test_announced_at_the_first_tenth_from_half_on_and_not_again():
 @pytest.mark.parametrize(("cosine", "expected"), [(0.27, True), (0.29, False)])
 def test_nitp_must_remove_a_tenth_of_the_distance(cosine, expected):
     lines = [
-        {"step": i, "lm_loss": 1.0, "next_tokens": 90, "nitp_cosine": cosine, "nitp_cosine_shuffled": 0.2}
+        {"step": i, "label_tokens": 9, "next_tokens": 90, "nitp_cosine": cosine, "nitp_cosine_shuffled": 0.2}
         for i in range(1, 101)
     ]
     assert judge(lines, 100)["nitp"]["collapsed"] is expected

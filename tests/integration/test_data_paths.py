@@ -67,7 +67,7 @@ def test_stored_segments_equal_encoded_segments_in_any_number_of_processes(data,
 def test_token_budget_changes_only_which_examples_share_a_micro_batch(trained):
     one = trained(*JEPA, "--batch_size", 24, "--grad_accum", 1, "--max_steps", 3)
     budget = trained(*JEPA, "--tokens_per_batch", 400, "--max_steps", 3, "--grad_accum", 99)
-    same_weights(one, budget, rtol=1e-3, atol=2e-5)
+    same_weights(one, budget, rtol=1e-3, atol=2e-4)  # Adam magnifies rounding errors of tiny gradients
     assert column(budget, "loss") == pytest.approx(column(one, "loss"), rel=1e-5)
     assert column(budget, "tokens") == column(one, "tokens")
 

@@ -153,7 +153,8 @@ def test_memory_plan_is_that_of_a_step_without_values(tmp_path, shape, flags):
         loss.backward()
     s = replace(s, tokens_per_batch=batch["input_ids"].numel())
     (plan,) = memory.plan(s, [1])["on"]
-    assert len(moments) and sum(plan[name] for name in memory.PARTS) == pytest.approx(counter.peak, rel=0.05)
+    del moments  # kept until here, as by an optimizer
+    assert sum(plan[name] for name in memory.PARTS) == pytest.approx(counter.peak, rel=0.05)
 
 
 # --------------------------------------------------------------------------------------------------- on a GPU

@@ -78,7 +78,8 @@ def test_training_curves_are_block_means(tmp_path, figures):
 
 def test_repeated_step_counts_once_and_damaged_file_is_reported(tmp_path):
     runs = synthetic_arm(tmp_path, "a", JEPA, FEW)
-    rows = [{"step": s, "lm_loss": loss, "loss": 9.0, "label_tokens": 8} for s, loss in ((1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5))]
+    logged = ((1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5))
+    rows = [{"step": step, "lm_loss": loss, "loss": 9.0, "label_tokens": 8} for step, loss in logged]
     text = "".join(json.dumps(row) + "\n" for row in [*rows, {"step": 3, "eval_lm_loss": 7.0}])
     (Path(runs[0]) / "metrics.jsonl").write_text(text)
     (Path(runs[1]) / "metrics.jsonl").write_text(text + '{"step": 4, "lm')
