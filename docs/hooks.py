@@ -6,8 +6,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 # Pages, and the files that they link to; mkdocs build --strict reports a link to any other file.
-FILES = ("*.md", "docs/*.md", "datasets/README.md", "benchmarks/*.md", "benchmarks/*.png", "experiments/*.png",
-         "experiments/plans/*.md",
+FILES = ("*.md", "docs/*.md", "datasets/README.md", "benchmarks/*.md", "benchmarks/*.json", "benchmarks/*.png",
+         "experiments/*.png", "experiments/plans/*.md",
          "examples/*", "CITATION.cff")  # fmt: skip
 
 
