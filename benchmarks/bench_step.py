@@ -97,7 +97,7 @@ class Arm:
 
     def __post_init__(self) -> None:
         self.parameters = list(self.model.parameters())  # with the arm's own projectors
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=DEVICE == "cuda" or None)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)  # the default of --optim
 
     def __call__(self) -> None:
         """Runs all steps."""

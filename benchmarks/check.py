@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -127,7 +126,6 @@ def main() -> int:
         now = {name: row["verdict"] if row["now"] is None else row["now"] for name, row in earlier.items()}
         chosen = {name: m for name, m in chosen.items() if name in now}
     else:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         now = measured(chosen, args)
     results = []
     for name, m in chosen.items():

@@ -1,6 +1,6 @@
 """Print the tables of RESULTS.md that experiments/results/ contains, with the tests of experiments/plans/.
 
-    python experiments/tables.py nitp combine terms jobs
+    python experiments/tables.py nitp combine terms jobs datasets
 
 Scores are in percent, differences in points with a 95 % t interval; p is two-sided and paired by seed, with Holm's
 correction over the comparisons of a family. An experiment without all of its runs is refused.
@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))  # for the repository's own modules
 from llm_jepa.cli import UsageError, run_command  # noqa: E402
 from llm_jepa.files import read_jsonl  # noqa: E402
 from llm_jepa.reports import stats  # noqa: E402
+from llm_jepa.scoring.tasks import TASKS  # noqa: E402
 
 Lines = dict[tuple[str, int], dict[int, dict]]  # (arm, examples) → seed → the run's line
 
@@ -35,14 +36,14 @@ def load(experiment: str, same_seeds: bool = True) -> Lines:
     return lines
 
 
-def scores(by_seed: dict[int, dict], score: str = "dfa_equal") -> dict[int, float]:
-    """A score of each seed, in percent."""
-    return {seed: 100 * line[score] for seed, line in by_seed.items()}
+def scores(by_seed: dict[int, dict], score: str = "") -> dict[int, float]:
+    """A score of each seed, by default the primary score of the runs' data, in percent."""
+    return {seed: 100 * line[score or TASKS[line.get("data", "synth")].primary] for seed, line in by_seed.items()}
 
 
 def family(lines: Lines, pairs: list[tuple[tuple[str, int], tuple[str, int]]]) -> list[stats.Comparison]:
     """The comparisons of the primary score of each pair (arm, reference), corrected together."""
-    comparisons = [stats.compare(a[0], b[0], "dfa_equal", scores(lines[a]), scores(lines[b])) for a, b in pairs]
+    comparisons = [stats.compare(a[0], b[0], "", scores(lines[a]), scores(lines[b])) for a, b in pairs]
     for comparison, p in zip(comparisons, stats.holm([c.p_two_sided for c in comparisons]), strict=True):
         comparison.p_holm = p
     return comparisons
@@ -98,7 +99,7 @@ def combine() -> None:
 
 def row(by_seed: dict[int, dict]) -> str:
     """Cells: primary score, exact match, retrieval@1 from Text to Code."""
-    shown = [stats.mean_sd(list(scores(by_seed, score).values())) for score in ("dfa_equal", "exact")]
+    shown = [stats.mean_sd(list(scores(by_seed, score).values())) for score in ("", "exact")]
     return " | ".join([*shown, stats.mean_sd(retrieval(by_seed))])
 
 
@@ -153,6 +154,19 @@ def jobs() -> None:
     print(f"R@1, both − MNRL: {mean:.2f} [{low:.2f}, {high:.2f}], p = {test.pvalue:.2g}")
 
 
+def datasets() -> None:
+    """NITP on other datasets."""
+    lines = load("datasets")
+    sizes = sorted({examples for _, examples in lines}, reverse=True)
+    found = family(lines, [(("nitp", n), ("regular", n)) for n in sizes])
+    rows = []
+    for n, c in zip(sizes, found, strict=True):
+        data, learned = next(iter(lines["regular", n].values()))["data"], (lines[arm, n] for arm in ("regular", "nitp"))
+        cells = [stats.mean_sd(list(scores(by_seed).values())) for by_seed in learned]
+        rows.append(" | ".join([f"{data}, {TASKS[data].primary}", *cells, difference(c)]))
+    table("score | regular | NITP | difference | p | MDD", rows)
+
+
 COSINES = ("cosine", "cosine_shuffled")
 GEOMETRY = ("least_squares_error", "least_squares_relative", "least_squares_relative_shuffled", "singular_value_mean",
             "singular_value_relative", "singular_value_relative_shuffled")  # fmt: skip
@@ -163,7 +177,7 @@ def least_retrieval(by_seed: dict[int, dict]) -> float:
     return min(line["retrieval"]["text_to_code"]["r1"] for line in by_seed.values())
 
 
-EXPERIMENTS = {"nitp": nitp, "combine": combine, "terms": terms, "jobs": jobs}
+EXPERIMENTS = {"nitp": nitp, "combine": combine, "terms": terms, "jobs": jobs, "datasets": datasets}
 
 
 def work(argv: list[str] | None) -> None:

@@ -10,9 +10,10 @@ command resumes, in any clone. `python experiments/tables.py` prints the tables 
     combine   plans/combine.md: clip + NITP and Semantic Tube Prediction; compared with runs of nitp
     terms     plans/terms.md: which losses learn the pairs, and at what price
     jobs      plans/jobs.md: generation and retrieval with one model
+    datasets  plans/datasets.md: NITP on the other datasets
 
-`pick_jobs`, `pick_smollm` and `pick_datasets` pick the settings of plans/jobs.md, plans/smollm.md and
-plans/datasets.md on held-out training examples.
+`pick_jobs`, `pick_datasets` and `pick_smollm` pick the settings of plans/jobs.md, plans/datasets.md and plans/smollm.md
+on held-out training examples.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from llm_jepa.scoring.tasks import TASKS  # noqa: E402
 NITP = "--nitp --nitp_lbd 1.6 --nitp_layer 0"  # as picked, see plans/nitp.md
 COMMON = "--batch_size 8 --grad_accum 1 --warmup_steps 0.05 --save_strategy no --overwrite"
 TINY = "--model_name models/tiny --pretrain --adam_beta2 0.98"
-SMOLLM = "--model_name runs/smollm2 --dtype float32"  # the folder of SmolLM2-135M-Instruct
+SMOLLM = "--model_name runs/smollm2 --dtype bfloat16"  # the folder of SmolLM2-135M-Instruct
 ARMS = {
     "regular": "--regular",
     "longer": "--regular",
@@ -62,6 +63,7 @@ PAIRS = {  # losses of pairs: the name of an arm is NAME:λ
     "sigreg": "--sigreg 0.05",
     "placebo": "--jepa_loss clip --shuffle_pairs",
 }
+DATASETS = [("turk", 8000, 2000)]  # picked in plans/datasets.md: name, training examples, test examples
 MEASURED = "regular cosine:1 clip:0.1 placebo:0.1".split()  # arms of `terms` with the geometry of their views
 
 
@@ -171,8 +173,16 @@ def pick_datasets() -> Iterator[Run]:
         yield Run("pick_datasets", "regular", 6000, 42, 2, "held_out", data, tested)
 
 
+def datasets() -> Iterator[Run]:
+    """The datasets that models/tiny learns, as pick_datasets has found."""
+    for data, examples, tested in DATASETS:
+        for seed in range(11, 21):
+            for arm in ("regular", "nitp"):
+                yield Run("datasets", arm, examples, seed, 2, "test", data, tested)
+
+
 EXPERIMENTS: dict[str, Callable[[], Iterator[Run]]] = {
-    e.__name__: e for e in (pick, nitp, combine, terms, pick_jobs, jobs, pick_smollm, pick_datasets)
+    e.__name__: e for e in (pick, nitp, combine, terms, pick_jobs, jobs, pick_datasets, datasets, pick_smollm)
 }
 
 

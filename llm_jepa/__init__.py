@@ -1,7 +1,14 @@
 """Helpers of finetune.py, finetune8bh200.py and evaluate.py. Importing the package loads neither torch nor models."""
 
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # libgomp reads this when torch is imported: threads that wait spin for a moment and then sleep. By default they
+    # spin so long that a step takes many times as long if another process needs a core. If they sleep at once
+    # (OMP_WAIT_POLICY=PASSIVE), small models lose a fifth of their speed on two cores (benchmarks/README.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 try:
     for name in ("torch", "transformers", "accelerate", "peft", "datasets", "scipy", "pandas"):

@@ -571,8 +571,7 @@ class Driver:
 
     def call(self, words: list[str], stdout: int | None = None, log: Path | None = None) -> tuple[int, str]:
         """Runs Python with these arguments; its exit code and, if stdout is a pipe, its output."""
-        # Threads that wait actively make a step several times slower as soon as another process needs a core.
-        variables = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+        variables = dict(os.environ)
         processes = int(self.settings.jobs)
         if "llm_jepa.large.launch" in words:
             processes *= int(self.settings.nproc)

@@ -83,7 +83,7 @@ def same_run(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "count", "batch", "more"),
     [
-        ((*JEPA, "--jepa_ratio", 0.3, "--stp", "geodesic"), 4, 1, ()),
+        ((*JEPA, "--jepa_ratio", 0.3, "--stp", "geodesic"), 8, 1, ()),
         (("--regular", "--nitp", "--nitp_layer", 1), 2, 1, ()),
         (JEPA, 2, 1, ("--sharding", "ddp")),
         # Each pair has the same negatives only if the micro-batches of all processes together are the same.
