@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from functools import cache
 from pathlib import Path
@@ -181,10 +182,15 @@ def test_context_and_window_of_configurations():
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """A function: registers an attention kernel that tells packed segments apart by cu_seq_lens, with a leak."""
+    """A function: registers an attention kernel that tells packed segments apart by cu_seq_lens, with a leak.
+
+    `odd`: the number of the call whose result is wrong, as of a kernel that does not always repeat its results.
+    """
     monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *args, **kwargs: None)
 
-    def register(name: str, leak: float) -> str:
+    def register(name: str, leak: float, odd: int = -1) -> str:
+        calls = itertools.count()
+
         def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
             scores = (query @ key.transpose(-1, -2)).float() * (scaling or query.shape[-1] ** -0.5)
@@ -193,7 +199,7 @@ def kernel(monkeypatch):
             if kwargs.get("cu_seq_lens_q") is not None and len(query) == 1:
                 number = torch.searchsorted(kwargs["cu_seq_lens_q"][1:].long(), place, right=True)
                 bias = bias + torch.where(number == number[:, None], 0.0, math.log(leak) if leak else -math.inf)
-            out = (scores + bias).softmax(-1).to(value.dtype) @ value
+            out = (scores + bias).softmax(-1).to(value.dtype) @ value * (1.1 if next(calls) == odd else 1)
             return out.transpose(1, 2).contiguous(), None
 
         AttentionInterface.register(name, attention)
@@ -213,6 +219,14 @@ def test_leak_between_packed_segments_is_refused_whatever_its_size(data, kernel,
             done = start(data, tmp_path / name, *JEPA, "--max_steps", 1, "--attn_implementation", name, model=made)
             assert done.code == (2 if leak else 0), (name, done.err)
             assert not leak or "--layout separate" in done.err
+
+
+def test_a_kernel_that_once_does_not_repeat_its_result_is_no_leak(data, kernel, tmp_path):
+    made = make_model(tmp_path / "llama", "llama", **SIZE)
+    for odd in range(3):
+        name = kernel(f"flash_odd_{odd}", 0, odd)
+        done = start(data, tmp_path / name, *JEPA, "--max_steps", 1, "--attn_implementation", name, model=made)
+        assert done.code == 0, done.err
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
