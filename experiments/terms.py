@@ -105,7 +105,8 @@ class Run:
     @property
     def model(self) -> list[str]:
         """The model's flags."""
-        return (SMOLLM if "smollm" in self.experiment else TINY).split()
+        tiny = TINY if self.data == "synth" else f"{TINY} --max_length 1024 --skip_bad_examples"
+        return (SMOLLM if "smollm" in self.experiment else tiny).split()
 
 
 def pick() -> Iterator[Run]:
