@@ -36,10 +36,17 @@ def compile_decoder(model: torch.nn.Module) -> None:
     """Compiles the decoder's forward pass in training, once for any number of rows and tokens.
 
     The output layer is outside, because its hook reads another number of labels, views and spans in every step. So are
-    evaluation and generation, which would compile it again.
+    evaluation and generation, which would compile it again. Raises UsageError without the compiler that a CPU needs.
     """
+    from torch._inductor import cpp_builder, exc
+
     decoder = model.get_decoder()
     forward = decoder.forward
+    if decoder.device.type == "cpu":
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            raise UsageError("--torch_compile: on a CPU it needs a C++ compiler; install g++ or set CXX") from None
     torch._inductor.config.fallback_random = True  # the same dropout as without compiling
     compiled = torch.compile(forward, dynamic=True)
 

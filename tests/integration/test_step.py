@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, GOLDEN, JEPA, column, dry_run, make_model, message_row, train, write_rows
+from conftest import EXAMPLES, GOLDEN, JEPA, column, dry_run, make_model, message_row, start, train, write_rows
+from torch._inductor import cpp_builder
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -193,6 +194,7 @@ def test_compiler_gets_few_graphs_and_changes_no_number(tmp_path, monkeypatch, f
         graphs.append(graph)
         return graph.forward
 
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "c++")
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_with(*args, backend=count, **options))
     flags = (*flags, "--batch_size", 3, "--grad_accum", 1, "--num_epochs", 2, "--eval_file", data)
     plain = train(data, tmp_path / "plain", *flags)
@@ -204,6 +206,12 @@ def test_compiler_gets_few_graphs_and_changes_no_number(tmp_path, monkeypatch, f
     for key in ("loss", "lm_loss", "grad_norm", "eval_loss"):
         assert column(compiled, key) == pytest.approx(column(plain, key), rel=1e-4), key
     assert len(set(column(compiled, "padding"))) > 3
+
+
+def test_compiling_without_a_compiler_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-compiler",))
+    done = start(data, tmp_path / "run", "--torch_compile")
+    assert done.code == 2 and "--torch_compile" in done.err
 
 
 def test_flash_kernels_get_the_boundaries_of_segments():
