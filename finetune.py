@@ -37,11 +37,12 @@ from functools import partial
 from typing import Any
 
 from llm_jepa.cli import UsageError, first_line, parse_flags
+from llm_jepa.data.examples import Problems, require_files
 from llm_jepa.distributed import agreed, processes, start
 from llm_jepa.settings import Settings, check_settings, is_flash
 
-if __name__ == "__main__":  # before the slow imports, so that --help and flag errors are fast
-    start("finetune.py", lambda: check_settings(*parse_flags(Settings, __doc__)))
+if __name__ == "__main__":  # before the slow imports, so that --help and mistakes are fast
+    start("finetune.py", lambda: require_files(check_settings(*parse_flags(Settings, __doc__))))
 
 import torch
 from accelerate import PartialState
@@ -50,7 +51,6 @@ from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, set_s
 
 from llm_jepa import losses
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
-from llm_jepa.data.examples import Problems
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, end_of_turn
 from llm_jepa.data.streaming import SegmentStream

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from llm_jepa.cli import UsageError, parse_flags
+from llm_jepa.data.examples import require_files
 from llm_jepa.distributed import processes, start
 from llm_jepa.large.settings import LargeSettings, check_large_settings
 
-if __name__ == "__main__":  # before the slow imports, so that --help and flag errors are fast
-    start("finetune8bh200.py", lambda: check_large_settings(*parse_flags(LargeSettings, __doc__), processes() > 1))
+if __name__ == "__main__":  # before the slow imports, so that --help and mistakes are fast
+    check = partial(check_large_settings, several=processes() > 1)
+    start("finetune8bh200.py", lambda: require_files(check(*parse_flags(LargeSettings, __doc__))))
 
 import torch
 from accelerate import PartialState

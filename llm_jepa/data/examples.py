@@ -294,6 +294,13 @@ def files_of(path: str) -> list[str]:
     return [path] if is_hub(path) or Path(path).exists() else sorted(glob.glob(path, recursive=True)) or [path]
 
 
+def require_files(s: Any) -> None:
+    """Raises ExampleError for a data file of the settings that does not exist, without the imports of reading it."""
+    for file in (file for path in (s.train_file, s.data_file, s.eval_file) if path for file in files_of(path)):
+        if not (is_hub(file) or Path(file).exists()):
+            raise ExampleError(f"{file}: there is no such file")
+
+
 def read_rows(path: str, columns: Sequence[str] | None = None, streaming: bool = False) -> Rows:
     """The rows of JSON, CSV, TSV or Parquet files (by their ending) or a hub dataset, in order.
 

@@ -44,6 +44,7 @@ def python(*argv: object, **variables: str) -> subprocess.CompletedProcess:
     ("command", "mentioned"),
     [
         ("finetune.py --regular --lbd 2", "--lbd"),
+        ("finetune.py --train_file missing.jsonl --model_name m", "missing.jsonl"),
         ("finetune8bh200.py --train_file t --param_dtype bfloat16 --lora", "--param_dtype"),
         ("evaluate.py --input_file t --score_gold --batch_size 3", "--batch_size"),
         ("-m llm_jepa.report", "RUN"),
