@@ -81,6 +81,13 @@ ARMS: dict[str, dict[str, Any]] = {  # name → settings
     "TRL packed": {"regular": True},
 }
 PADDED = 512  # tokens of each of the reference's rows
+PARTS = {  # of a step: beginnings of the names of torch's operators
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
+    "optimizer": ("aten::_fused_adamw", "aten::linalg_vector_norm", "aten::_foreach", "Optimizer"),
+    "copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_", "aten::index", "aten::_index_put"),
+    "other operators": ("aten::",),
+}
 
 
 @dataclass
@@ -138,6 +145,18 @@ class Arm:
         before = peak_bytes()
         self()
         return (peak_bytes() - before) / 1e6
+
+
+def profiled(arm: Arm) -> dict[str, Any]:
+    """Shares of the PARTS in the time of the arm's steps; the rest of it is Python, autograd and the profiler."""
+    arm()  # the first run allocates
+    with torch.profiler.profile() as profiler:
+        arm()
+    times = dict.fromkeys([*PARTS, "rest"], 0.0)
+    for event in profiler.key_averages():
+        part = next((part for part, names in PARTS.items() if event.key.startswith(names)), "rest")
+        times[part] += event.self_device_time_total if DEVICE == "cuda" else event.self_cpu_time_total
+    return {part: time / sum(times.values()) for part, time in times.items()}
 
 
 def peak_bytes() -> int:
@@ -328,6 +347,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps that are timed together (default 4)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     parser.add_argument("--skip_memory", action="store_true", help="do not measure the peak memory")
+    parser.add_argument("--profile", action="store_true", help="instead print which operators the time is spent in")
     parser.add_argument("--write_shape", metavar="FOLDER", help="only write the shape's configuration and tokenizer")
     parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -344,6 +364,9 @@ def main() -> None:
                 arms[name] = arm_of(name, args, folder, shared)
             except (UsageError, ImportError) as error:
                 missing.append({"arm": name, "skipped" if isinstance(error, ImportError) else "failed": str(error)})
+        if args.profile:
+            found = [{"arm": name, **profiled(arm)} for name, arm in arms.items()]
+            return report(args, args.input_file, [*found, *missing])
         parameters = next((arm.model.num_parameters() for arm in arms.values()), None)
         report(args, args.input_file, [*(compare(args, arms) if arms else ()), *missing], parameters=parameters)
 
