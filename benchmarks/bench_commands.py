@@ -3,8 +3,8 @@
     python benchmarks/bench_commands.py --json commands.json
 
 Arms: `--help` of both scripts; `first step`, finetune.py until the first optimizer step is in metrics.jsonl; `five
-seeds` of run.sh, short trainings and evaluations one after another (JOBS=1) or two at a time, with one thread each on
-two cores.
+seeds` of run.sh, short trainings and evaluations two at a time, with one thread each on two cores, or one after another
+(JOBS=1) with threads that sleep while they wait, as in the first version of run.sh.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def first_step() -> None:
 def five_seeds(jobs: int, steps: int) -> None:
     """`bash run.sh run_regular` with its five seeds."""
     with tempfile.TemporaryDirectory() as folder:
-        own = {"JOBS": str(jobs), "RUNS_DIR": folder, "PYTHON_BIN": sys.executable, "EVAL_FLAGS": "--max_examples 200"}
+        own = {"OMP_WAIT_POLICY": "PASSIVE"} if jobs == 1 else {}
+        own |= {"JOBS": str(jobs), "RUNS_DIR": folder, "PYTHON_BIN": sys.executable, "EVAL_FLAGS": "--max_examples 200"}
         flags = ["--max_steps", str(steps), "--save_strategy", "no"]
         run(["bash", "run.sh", "run_regular", "--", *flags], env=os.environ | own)
 
