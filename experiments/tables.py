@@ -1,6 +1,6 @@
 """Print the tables of RESULTS.md that experiments/results/ contains, with the tests of experiments/plans/.
 
-    python experiments/tables.py nitp combine terms jobs datasets
+    python experiments/tables.py nitp combine terms jobs datasets smollm
 
 Scores are in percent, differences in points with a 95 % t interval; p is two-sided and paired by seed, with Holm's
 correction over the comparisons of a family. An experiment without all of its runs is refused.
@@ -26,11 +26,15 @@ from llm_jepa.scoring.tasks import TASKS  # noqa: E402
 Lines = dict[tuple[str, int], dict[int, dict]]  # (arm, examples) → seed → the run's line
 
 
-def load(experiment: str, same_seeds: bool = True) -> Lines:
-    """The lines of an experiment. Raises UsageError if the arms have different seeds, unless `same_seeds` is False."""
+def load(experiment: str, same_seeds: bool = True, data: str | None = None) -> Lines:
+    """The lines of an experiment, or of its dataset `data`.
+
+    Raises UsageError if the arms have different seeds, unless `same_seeds` is False.
+    """
     lines: Lines = {}
     for _, line in read_jsonl(ROOT / f"experiments/results/{experiment}.jsonl"):
-        lines.setdefault((line["arm"], line["examples"]), {})[line["seed"]] = line
+        if data in (None, line.get("data")):
+            lines.setdefault((line["arm"], line["examples"]), {})[line["seed"]] = line
     if same_seeds and len({frozenset(by_seed) for by_seed in lines.values()}) > 1:
         raise UsageError(f"the arms of {experiment} have different seeds, so runs are missing")
     return lines
@@ -167,6 +171,22 @@ def datasets() -> None:
     table("score | regular | NITP | difference | p | MDD", rows)
 
 
+def smollm() -> None:
+    """Auxiliary losses with a pretrained model, a table per dataset."""
+    for data in dict.fromkeys(line["data"] for _, line in read_jsonl(ROOT / "experiments/results/smollm.jsonl")):
+        lines = load("smollm", data=data)
+        if {len(by_seed) for by_seed in lines.values()} != {5}:
+            raise UsageError(f"runs of smollm on {data} are missing")
+        regular = next(key for key in lines if key[0] == "regular")
+        found = family(lines, [(key, regular) for key in lines if key != regular])
+        cells = {c.arm: difference(c) for c in found}
+        rows = []
+        for (arm, _), by_seed in lines.items():
+            rate = next(iter(by_seed.values()))["learning_rate"]
+            rows.append(f"{arm} | {rate:g} | {row(by_seed)} | {cells.get(arm, ' | | ')}")
+        table(f"{data}, arm | learning rate | {TASKS[data].primary} | exact | R@1 | minus regular | p | MDD", rows)
+
+
 COSINES = ("cosine", "cosine_shuffled")
 GEOMETRY = ("least_squares_error", "least_squares_relative", "least_squares_relative_shuffled", "singular_value_mean",
             "singular_value_relative", "singular_value_relative_shuffled")  # fmt: skip
@@ -177,7 +197,7 @@ def least_retrieval(by_seed: dict[int, dict]) -> float:
     return min(line["retrieval"]["text_to_code"]["r1"] for line in by_seed.values())
 
 
-EXPERIMENTS = {"nitp": nitp, "combine": combine, "terms": terms, "jobs": jobs, "datasets": datasets}
+EXPERIMENTS = {"nitp": nitp, "combine": combine, "terms": terms, "jobs": jobs, "datasets": datasets, "smollm": smollm}
 
 
 def work(argv: list[str] | None) -> None:

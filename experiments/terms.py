@@ -11,6 +11,7 @@ command resumes, in any clone. `python experiments/tables.py` prints the tables 
     terms     plans/terms.md: which losses learn the pairs, and at what price
     jobs      plans/jobs.md: generation and retrieval with one model
     datasets  plans/datasets.md: NITP on the other datasets
+    smollm    plans/smollm.md: a pretrained model, on the datasets whose learning rates were picked
 
 `pick_jobs`, `pick_datasets` and `pick_smollm` pick the settings of plans/jobs.md, plans/datasets.md and plans/smollm.md
 on held-out training examples.
@@ -64,6 +65,8 @@ PAIRS = {  # losses of pairs: the name of an arm is NAME:λ
     "placebo": "--jepa_loss clip --shuffle_pairs",
 }
 DATASETS = [("turk", 8000, 2000)]  # picked in plans/datasets.md: name, training examples, test examples
+SMOLLM_ARMS = "regular cosine:1 clip:0.1 nitp:0.8:0".split()
+SMOLLM_RATES = (1e-4, 2e-4, 4e-4)
 MEASURED = "regular cosine:1 clip:0.1 placebo:0.1".split()  # arms of `terms` with the geometry of their views
 
 
@@ -163,9 +166,24 @@ def jobs() -> Iterator[Run]:
 def pick_smollm() -> Iterator[Run]:
     """The learning rate of each arm with a pretrained model."""
     for data in ("synth", "turk", "spider"):
-        for rate in (1e-4, 2e-4, 4e-4):
-            for arm in ("regular", "cosine:1", "clip:0.1", "nitp:0.8:0"):
+        for rate in SMOLLM_RATES:
+            for arm in SMOLLM_ARMS:
                 yield Run("pick_smollm", arm, 500, 42, 1, "held_out", data, 300, rate)
+
+
+def smollm() -> Iterator[Run]:
+    """Each arm with its picked learning rate: that of the best primary score, of equal ones the smallest."""
+    lines = [json.loads(line) for line in (ROOT / "experiments/results/pick_smollm.jsonl").read_text().splitlines()]
+    for data in dict.fromkeys(line["data"] for line in lines):
+        tried = [line for line in lines if line["data"] == data]
+        if len(tried) < len(SMOLLM_ARMS) * len(SMOLLM_RATES):
+            continue
+        test, score = "fresh" if data == "synth" else "test", TASKS[data].primary
+        for seed in range(51, 56):
+            for arm in SMOLLM_ARMS:
+                own = [line for line in tried if line["arm"] == arm]
+                best = max(own, key=lambda line: (line[score], -line["learning_rate"]))
+                yield Run("smollm", arm, 500, seed, 1, test, data, 300, best["learning_rate"])
 
 
 def pick_datasets() -> Iterator[Run]:
@@ -183,7 +201,7 @@ def datasets() -> Iterator[Run]:
 
 
 EXPERIMENTS: dict[str, Callable[[], Iterator[Run]]] = {
-    e.__name__: e for e in (pick, nitp, combine, terms, pick_jobs, jobs, pick_datasets, datasets, pick_smollm)
+    e.__name__: e for e in (pick, nitp, combine, terms, pick_jobs, jobs, pick_datasets, datasets, pick_smollm, smollm)
 }
 
 
