@@ -33,7 +33,7 @@ from llm_jepa.data.examples import Problems, read_examples  # noqa: E402
 from llm_jepa.evaluation.embeddings import retrieval  # noqa: E402
 
 RESULTS = ROOT / "experiments/results/mnrl.jsonl"
-PICKED = 1e-4
+PICKED = 2e-4
 RUNS = {  # (examples, learning rate, seed, test part)
     "pick": [(6000, rate, 42, "held_out") for rate in (5e-5, 1e-4, 2e-4)],
     "jobs": [(8000, PICKED, seed, "fresh") for seed in range(11, 16)],
