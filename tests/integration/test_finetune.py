@@ -163,24 +163,36 @@ def test_loss_dropout_depends_on_seed_epoch_and_example_only(trained):
 SAVED = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
 
 
+DROPOUT = ("--lora", "--lora_dropout", 0.3, "--jepa_ratio", 0.5, "--stp", "patch", "--stp_warmup", 0.9)
+STATES = ("projectors.safetensors", "queue.safetensors")  # besides those of the model and the optimizer
+
+
 @pytest.mark.parametrize(
-    ("flags", "step"),
+    ("flags", "step", "files"),
     [
-        (JEPA, 6),  # interrupted between the last checkpoint and the final model
-        ((*JEPA, "--lora", "--lora_dropout", 0.3, "--jepa_ratio", 0.5, "--stp", "patch", "--stp_warmup", 0.9), 2),
+        (JEPA, 6, 0),  # interrupted between the last checkpoint and the final model
+        ((*JEPA, *DROPOUT, "--sigreg", 0.3, "--nitp"), 2, 1),
+        ((*JEPA, "--jepa_loss", "clip", "--negatives_queue", 20, "--nitp", "--streaming"), 4, 2),
     ],
-    ids=["last-step", "dropout-stp"],
+    ids=["last-step", "dropout-stp-sigreg", "queue-streaming"],
 )
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(data, trained, tmp_path, flags, step):
-    straight = trained(*flags, *SAVED)
-    run = train(data, interrupted(straight, step, tmp_path / "moved"), *flags, *SAVED, "--resume")
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(data, trained, tmp_path, flags, step, files):
+    """Evaluations turn dropout off until the next step."""
+    flags = (*flags, *SAVED, "--eval_file", data, "--eval_strategy", "steps", "--eval_steps", 2)
+    straight = trained(*flags)
+    run = train(data, interrupted(straight, step, tmp_path / "moved"), *flags, "--resume")
     same_weights(straight, run)
-    assert column(run, "step")[:6] == list(range(1, 7))
-    for key in ("loss", "grad_norm", "tokens"):
+    assert [line["step"] for line in metrics(run)] == list(range(1, 7))
+    for key in ("loss", "grad_norm", "jepa_loss", "nitp_loss", "tokens"):
         assert column(run, key) == column(straight, key)
     record, first = read_json(run / "run.json"), read_json(straight / "run.json")
     assert record["status"] == "finished" and len(record["attempts"]) == 2
     assert [record[key] for key in ("steps", "tokens")] == [first[key] for key in ("steps", "tokens")]
+    for name in STATES[:files]:
+        early, want, got = (weights(x, name) for x in (straight / "checkpoint-2", *(
+            folder / "checkpoint-6" for folder in (straight, run))))  # fmt: skip
+        assert got.keys() == want.keys() and all(got[k].equal(want[k]) for k in want)
+        assert not all(early[k].equal(x) for k, x in got.items())
 
 
 def test_resume_uses_the_last_complete_checkpoint(data, trained, tmp_path):
