@@ -21,28 +21,12 @@ LONG = "the first line\n\nand the third"
 ROWS = [message_row(q, a, "Write.") for q, a in (("short", "one"), (LONG, "two\n  lines"))]
 
 
-class Input(io.TextIOWrapper):
-    """A stdin that says whether it is a terminal."""
-
-    terminal = False
-
-    def isatty(self) -> bool:
-        return self.terminal
-
-
 def run_chat(*argv: object, stdin: bytes = b"", terminal: bool = False) -> SimpleNamespace:
-    """Runs chat.main in this process: exit code, stdout and stderr."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.stdin
-    sys.stdin = Input(io.BytesIO(stdin))
-    sys.stdin.terminal = terminal
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = chat.main([str(a) for a in argv])
-    except SystemExit as exit_:
-        code = exit_.code
-    finally:
-        sys.stdin = before
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    """Runs chat.main in this process; `terminal`: stdin is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        patch.setattr("sys.stdin.isatty", lambda: terminal)
+        return call("llm_jepa.chat", *argv)
 
 
 @pytest.fixture(scope="module")

@@ -143,14 +143,6 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     assert sizes[0] == 6 and sizes[-1] < 6
 
 
-def test_prompt_near_the_context_length_does_not_shorten_the_others():
-    model = build("llama")
-    short = [[*PREFIX, *range(20, 20 + n)] for n in (2, 60, 68)]
-    longest = [*PREFIX, *([30] * 118)]  # 124 of 128 tokens
-    got = generation.generate_tokens(model, PAD, [7], [*short, longest], 20, generation.Plan())
-    assert got == [one_by_one(model, p, 20, [7]) for p in short] + [one_by_one(model, longest, 4, [7])]
-
-
 LENGTHS = [5, 40, 7, 7, 100, 1, 12, 30, 7]
 
 

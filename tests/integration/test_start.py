@@ -106,15 +106,18 @@ def environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variables",
-    [{"RANK": "3", "LOCAL_RANK": "1"}, {"PMI_SIZE": "1", "LOCAL_RANK": "2"}, LAUNCHED | {"MASTER_PORT": ""}],
-)
-def test_a_part_of_torchruns_variables_means_one_process(environment, variables):
+    ("variables", "processes", "main"),
+    [({"RANK": "3", "LOCAL_RANK": "1"}, 1, True), ({"PMI_SIZE": "1", "LOCAL_RANK": "2"}, 1, True),
+     (LAUNCHED | {"MASTER_PORT": ""}, 1, True),
+     (LAUNCHED | {"WORLD_SIZE": "4", "RANK": "2", "PMI_SIZE": "9"}, 4, False)],
+)  # fmt: skip
+def test_torchruns_variables_count_only_together(environment, variables, processes, main):
     for name, value in variables.items():
         environment.setenv(name, value)
     distributed.clean_environment("x")
-    assert (distributed.processes(), distributed.is_main_process()) == (1, True)
-    assert not os.environ.keys() & {*distributed.TORCHRUN, "LOCAL_WORLD_SIZE", "PMI_SIZE"}
+    assert (distributed.processes(), distributed.is_main_process()) == (processes, main)
+    left = set() if processes == 1 else {*LAUNCHED}
+    assert os.environ.keys() & {*distributed.TORCHRUN, "LOCAL_WORLD_SIZE", "PMI_SIZE"} == left
 
 
 @pytest.mark.parametrize(
@@ -129,27 +132,15 @@ def test_an_incomplete_environment_of_several_processes_is_refused(environment, 
         distributed.clean_environment("x")
 
 
-def test_torchruns_variables_together_count(environment):
-    for name, value in (LAUNCHED | {"WORLD_SIZE": "4", "RANK": "2", "PMI_SIZE": "9"}).items():
-        environment.setenv(name, value)
-    distributed.clean_environment("x")
-    assert (distributed.processes(), distributed.is_main_process()) == (4, False)
-    assert "PMI_SIZE" not in os.environ
-
-
 @pytest.fixture(scope="module")
 def plain(data, tmp_path_factory):
     return train(data, tmp_path_factory.mktemp("plain") / "run", "--max_steps", 2, "--dtype", "float32")
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"ACCELERATE_MIXED_PRECISION": "bf16", "LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
-        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "5"},
-    ],
-)
-def test_variables_of_accelerate_change_nothing(environment, plain, data, tmp_path, variables):
+def test_variables_of_accelerate_change_nothing(environment, plain, data, tmp_path):
+    variables = {"ACCELERATE_MIXED_PRECISION": "bf16", "LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true",
+                 "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+                 "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "5"}  # fmt: skip
     for name, value in variables.items():
         environment.setenv(name, value)
     done = start(data, tmp_path / "run", "--max_steps", 2, "--dtype", "float32")
