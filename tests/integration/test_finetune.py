@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -197,26 +198,17 @@ def test_resume_uses_the_last_complete_checkpoint(data, trained, tmp_path):
     same_weights(straight, run)
 
 
-def test_resume_with_other_settings_or_data_is_refused(data, trained, tmp_path):
-    run = interrupted(trained(*JEPA, *SAVED), 4, tmp_path / "run")
-    before = (run / "args.json").read_bytes()
-    assert "--resume" in start(data, run, *JEPA, *SAVED).err
-    done = start(data, run, *JEPA, *SAVED, "--lbd", 4, "--learning_rate", 2e-3, "--resume")
-    assert done.code == 2 and "--lbd 1.0 (now 4.0)" in done.err and "--learning_rate 0.001 (now 0.002)" in done.err
-    assert "--predictors" not in done.err and (run / "args.json").read_bytes() == before
-    record = read_json(run / "run.json")
-    record["data_sha256"] = {str(data): "0" * 64}
-    (run / "run.json").write_text(json.dumps(record))
-    train(data, run, *JEPA, *SAVED, "--resume", code=2)
-
-
-def test_run_is_resumed_by_its_folder_only(data, trained, tmp_path):
+def test_run_is_resumed_by_its_folder_with_the_same_settings_and_data_only(data, trained, tmp_path):
     straight = trained(*JEPA, *SAVED, "--jepa_ratio", 0.5)
     run = interrupted(straight, 4, tmp_path / "moved run")
-    args = (run / "args.json").read_bytes()
-    other = tmp_path / "other"
+    record, args, other = read_json(run / "run.json"), (run / "args.json").read_bytes(), tmp_path / "other"
+    assert "--resume" in start(data, run, *JEPA, *SAVED, "--jepa_ratio", 0.5).err
+    (run / "run.json").write_text(json.dumps(record | {"data_sha256": {str(data): "0" * 64}}))
+    assert call("finetune", "--resume", run).code == 2  # the data has changed
+    (run / "run.json").write_text(json.dumps(record))
     for flags, mentioned in (
-        (["--resume", run, "--lbd", 0.1], "--lbd 1.0"),  # the default is a given value too
+        (["--resume", run, "--lbd", 0.1], "--lbd 1.0 (now 0.1)"),  # the default is a given value too
+        (["--resume", run, "--lbd", 1, "--learning_rate", 2e-3], "--learning_rate 0.001 (now 0.002)"),
         (["--resume", run, "--output_dir", other], str(other)),
         (["--resume", run, "--overwrite"], "--overwrite"),
         (["--resume", run / "checkpoint-4"], "checkpoint-4"),
@@ -253,14 +245,9 @@ def test_refused_write_is_one_line_and_leaves_the_last_checkpoint(data, trained,
     run, real = tmp_path / "run", finetune.JepaTrainer._save
 
     def save(self, folder, *args, **kwargs):
-        """Under a limit on the size of files."""
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if "checkpoint-4" in str(folder):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        try:
-            real(self, folder, *args, **kwargs)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, folder, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune.JepaTrainer, "_save", save)
@@ -477,10 +464,13 @@ def test_dry_run_prints_one_object_and_writes_nothing(data, tmp_path, monkeypatc
     assert row["total_loss"] == pytest.approx(row["lm_loss"] + 0.1 * row["jepa_loss"], rel=1e-6)
 
 
-def test_bfloat16_changes_little(trained):
+def test_bfloat16_changes_little_and_is_recorded(trained):
     float32, other = (trained(*JEPA, "--max_steps", 3, *more) for more in ((), ("--dtype", "bfloat16")))
     assert column(float32, "loss") != column(other, "loss") == pytest.approx(column(float32, "loss"), rel=0.05)
     assert weights(other)["lm_head.weight"].dtype == torch.float32
+    usual = {"parameters": ["float32"], "autocast": None, "compiled": False, "sharding": None}
+    found = [read_json(run / "run.json")["computation"] for run in (float32, other)]
+    assert found == [usual, usual | {"autocast": "bfloat16"}]
 
 
 # ----------------------------------------------------------------------------------------------------- usage errors

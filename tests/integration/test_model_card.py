@@ -221,9 +221,8 @@ def run_code(run: Path) -> tuple[str, str]:
 SYSTEM = "Write the regular expression."  # of all examples here
 
 
-@pytest.mark.parametrize("kind", ["full model", "adapter"])
-def test_code_in_the_card_generates_from_the_prompt_of_training(finished, adapter, tmp_path, kind, capsys):
-    run = shutil.copytree(finished if kind == "full model" else adapter, tmp_path / "mine")
+def test_code_in_the_card_of_an_adapter_generates_from_the_prompt_of_training(adapter, tmp_path, capsys):
+    run = shutil.copytree(adapter, tmp_path / "mine")
     code, prompt = run_code(run)
     assert SYSTEM in code and capsys.readouterr().out
     assert prompt == Renderer(load_tokenizer(str(run))).prompt(Example(SYSTEM, "…", "x", "here", 1))

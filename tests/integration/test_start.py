@@ -150,13 +150,6 @@ def test_variables_of_accelerate_change_nothing(environment, plain, data, tmp_pa
     assert read_json(tmp_path / "run/run.json")["processes"] == 1
 
 
-def test_run_json_has_precision_compilation_and_sharding(plain, data, tmp_path):
-    usual = {"parameters": ["float32"], "autocast": None, "compiled": False, "sharding": None}
-    assert read_json(plain / "run.json")["computation"] == usual
-    run = train(data, tmp_path / "run", "--max_steps", 1, "--dtype", "bfloat16")
-    assert read_json(run / "run.json")["computation"] == usual | {"autocast": "bfloat16"}
-
-
 def test_a_run_records_where_its_model_comes_from(plain, data, tmp_path):
     record = read_json(plain / "run.json")
     assert (record["model"], record["base"]) == ("tests/golden/models/llama3", None)
