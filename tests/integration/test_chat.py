@@ -59,17 +59,10 @@ def test_answer_is_that_of_evaluate(flags, trained, data):
 def test_known_example_is_scored_and_another_prompt_is_not(memorized, rows, tmp_path):
     flags = (memorized, "--input_file", rows, "--task", "text")
     right = run_chat(*flags, stdin=f"\n{LONG}\n".encode())  # white space at the ends does not matter
-    assert (
-        right.code == 0
-        and right.out == "two\n  lines\n"
-        and "exact yes" in right.err
-        and repr("two\n  lines") in right.err
-    )
-    other = [json.loads(json.dumps(ROWS[0]))]
-    other[0]["messages"][2]["content"] = "on"
-    wrong = run_chat(
-        memorized, "--input_file", write_rows(tmp_path / "x.jsonl", other), "--task", "text", stdin=b"short"
-    )
+    assert (right.code, right.out) == (0, "two\n  lines\n"), right.err
+    assert "exact yes" in right.err and repr("two\n  lines") in right.err
+    other = write_rows(tmp_path / "x.jsonl", [message_row("short", "on", "Write.")])
+    wrong = run_chat(memorized, "--input_file", other, "--task", "text", stdin=b"short")
     assert wrong.out == "one\n" and "exact no, startswith yes" in wrong.err
     unknown = run_chat(*flags, stdin=b"shorter")
     assert unknown.code == 0 and "exact" not in unknown.err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from llm_jepa.data.examples import Problems, read_examples, split_examples
 from llm_jepa.evaluation import embeddings, generation
 from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings
 from llm_jepa.model import check_name
-from llm_jepa.scoring.tasks import TASKS, Task, pure, wilson
+from llm_jepa.scoring.tasks import wilson
 
 STEPS = 16
 MODEL = GOLDEN / "models" / "llama3"
@@ -153,16 +152,6 @@ def test_score_only_refuses_predictions_for_other_examples(bad, expected, data, 
     done = score_file(given, data)
     assert done.code == 2 and expected in done.err and str(given) in done.err
     assert snapshot(tmp_path) == before
-
-
-def test_new_task_needs_only_an_entry_in_the_table(data, tmp_path, monkeypatch):
-    task = Task(("same_length",), pure(lambda p, example: {"same_length": len(p) == len(example.assistant)}))
-    monkeypatch.setitem(TASKS, "lengths", task)
-    rows = [{"id": i, "prediction": "something elsf", "stop_reason": "stop"} for i in range(1, len(USERS) + 1)]
-    assert score_file(write_rows(tmp_path / "p.jsonl", rows), data, "--task", "lengths").code == 0
-    metrics, scored = metrics_of(tmp_path), read_lines(tmp_path / "p.scored.jsonl")
-    assert (metrics["task"], metrics["score"], metrics["exact"]) == ("lengths", "same_length", 0)
-    assert 0 < metrics["same_length"] == sum(row["same_length"] for row in scored) / len(scored) < 1
 
 
 def test_score_gold_refuses_data_of_another_task(tmp_path):
@@ -311,25 +300,15 @@ def test_finished_evaluation_is_replaced_only_with_overwrite(model, data, tmp_pa
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    "content, place",
-    [
-        (b"\n\n", "synth_test.jsonl"),
-        (b"{\n", ":2:"),
-        (None, "synth_test.jsonl"),
-    ],
-    ids=["blank", "not JSON", "missing"],
-)
-def test_bad_data_is_reported_and_loses_no_results(content, place, model, data, tmp_path):
+def test_bad_data_is_reported_and_loses_no_results(model, data, tmp_path):
     rows = tmp_path / "synth_test.jsonl"
-    if content is not None:
-        rows.write_bytes(data.read_bytes().split(b"\n")[0] * bool(content.strip()) + b"\n" + content)
+    rows.write_bytes(data.read_bytes().split(b"\n")[0] + b"\n{\n")
     given = gold_predictions(tmp_path / "given.jsonl", data)
     assert score_file(given, data, "--output_file", tmp_path / "old" / "p.jsonl").code == 0
     before = snapshot(tmp_path)
     for out, flags in (("new", ()), ("old", ("--overwrite",))):
         done = score(model, rows, tmp_path / out / "p.jsonl", *flags)
-        assert done.code == 2 and str(rows) in done.err and place in done.err and not done.out
+        assert done.code == 2 and f"{rows}:2:" in done.err and not done.out
         assert snapshot(tmp_path) == before
 
 
@@ -348,21 +327,9 @@ def test_examples_over_the_context_are_skipped_on_request(kind, model, tmp_path)
     assert (written["n"], written["skipped_examples"]) == (1, 1)
 
 
-@pytest.mark.parametrize("damage", ["cut", "headless", "no tokenizer", "no template"])
-def test_broken_model_is_reported_and_loses_no_results(damage, data, finished, tmp_path):
-    folder, out = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(finished[0], out)
-    shutil.copytree(MODEL, folder)
-    if damage == "cut":
-        (folder / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:50_000])
-    elif damage == "headless":
-        rest = {k: v for k, v in weights(MODEL).items() if k != "lm_head.weight"}
-        save_file(rest, folder / "model.safetensors", {"format": "pt"})
-    elif damage == "no tokenizer":
-        for file in folder.glob("tokenizer*"):
-            file.unlink()
-    else:
-        (folder / "chat_template.jinja").unlink()
+def test_broken_model_is_reported_and_loses_no_results(data, finished, tmp_path):
+    folder, out = shutil.copytree(MODEL, tmp_path / "model"), shutil.copytree(finished[0], tmp_path / "out")
+    (folder / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:50_000])
     before = snapshot(out)
     done = score(folder, data, out / "p.jsonl", "--overwrite")
     assert done.code == 2 and str(folder) in done.err and "Traceback" not in done.err
@@ -445,16 +412,6 @@ def test_run_is_evaluated_in_its_own_format(plain_run, data, tmp_path):
     assert done.code == 2 and "--plain" in done.err
 
 
-def test_process_split_is_the_split_of_finetune(regex_rows, tmp_path):
-    held_out = split_examples(read_examples(str(regex_rows), Problems()), 0.5, 7)[1]
-    given = gold_predictions(tmp_path / "p.jsonl", regex_rows, [e.id for e in held_out])
-    flags = ("--task", "synth", "--process_split", "test", "--test_size", 0.5, "--split_seed", 7)
-    done = score_file(given, regex_rows, *flags)
-    assert done.code == 0, done.err
-    assert (metrics_of(tmp_path)["n"], metrics_of(tmp_path)["exact"]) == (60, 1)
-    assert score_file(given, regex_rows, *flags, "--process_split", "train", "--overwrite").code == 2
-
-
 def test_file_split_for_training_needs_a_part_or_consent(tmp_path):
     data = write_rows(tmp_path / "synth_all.jsonl", [message_row(f"q{i}", f"a{i}") for i in range(10)])
     run = trained(tmp_path / "run", "--data_file", data)
@@ -534,8 +491,11 @@ def test_note_counts_the_examples_that_the_run_was_trained_on(tmp_path, monkeypa
     assert notes["test"] == [] and "7 of these 10" in notes["all"][0] and "7 of these 7" in notes["train"][0]
     done = score(run, data, tmp_path / "other" / "p.jsonl", "--process_split", "test", "--test_size", 0.5)
     assert done.code == 2 and "--test_size 0.3 --split_seed 5" in done.err
+    part = ("--process_split", "test", "--test_size", 0.3, "--split_seed", 5)  # as finetune.py splits, without a run
+    assert score_file(gold_predictions(tmp_path / "gold.jsonl", data, held_out), data, *part).code == 0
+    assert metrics_of(tmp_path)["n"] == 3
     monkeypatch.chdir(run)  # predictions without a model are not those of a run that happens to be here
-    assert score_file(gold_predictions(tmp_path / "gold.jsonl", data), data).code == 0
+    assert score_file(gold_predictions(tmp_path / "gold.jsonl", data), data, "--overwrite").code == 0
     assert metrics_of(tmp_path)["notes"] == []
 
 
@@ -557,12 +517,10 @@ def test_places_that_no_file_can_be_written_to_are_refused_first(flag, model, da
     monkeypatch.setattr(evaluate, "load", lambda *a: 1 / 0)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "p.jsonl")
-    os.mkfifo(tmp_path / "pipe")
-    for place in (*(tmp_path / name for name in ("file/p.jsonl", "folder", "dangling", "pipe")), Path("/dev/stdout")):
+    for place in (tmp_path / "file" / "p.jsonl", tmp_path / "folder", Path("/dev/stdout")):
         done = call("evaluate", "--model_name", model, "--input_file", data, flag, place, "--overwrite")
         assert done.code == 2 and str(place.parent) in done.err and done.err.count("\n") == 1, place
-    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_default_length_fits_the_longest_answer_and_cut_responses_are_counted(finished, data, tmp_path):
@@ -578,4 +536,3 @@ def test_default_length_fits_the_longest_answer_and_cut_responses_are_counted(fi
     metrics, predicted = metrics_of(finished[0]), read_lines(finished[0] / "p.jsonl")
     assert metrics["cut_at_limit"] == sum(row["stop_reason"] == "length" for row in predicted) > 0
     assert f"{metrics['cut_at_limit']} of {len(predicted)}" in finished[1].out
-    assert generation.answer_limit(evaluate.load(str(MODEL), EvaluationSettings())[1].renderer, []) == 128

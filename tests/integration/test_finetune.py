@@ -187,18 +187,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(data, trained, tmp_pat
         assert not all(early[k].equal(x) for k, x in got.items())
 
 
-def test_resume_uses_the_last_complete_checkpoint(data, trained, tmp_path):
-    straight = trained(*JEPA, *SAVED)
-    run = interrupted(straight, 4, tmp_path / "run")
-    torn = run / "checkpoint-4" / "model.safetensors"
-    torn.write_bytes(torn.read_bytes()[:1000])
-    assert [p.name for p in complete_checkpoints(run)] == ["checkpoint-2"]
-    done = start(data, run, *JEPA, *SAVED, "--resume")
-    assert done.code == 0 and "checkpoint-4" in done.err and "resuming from checkpoint-2" in done.err
-    same_weights(straight, run)
-
-
-def test_run_is_resumed_by_its_folder_with_the_same_settings_and_data_only(data, trained, tmp_path):
+def test_run_is_resumed_from_its_last_complete_checkpoint_with_the_same_settings_and_data_only(data, trained, tmp_path):
     straight = trained(*JEPA, *SAVED, "--jepa_ratio", 0.5)
     run = interrupted(straight, 4, tmp_path / "moved run")
     record, args, other = read_json(run / "run.json"), (run / "args.json").read_bytes(), tmp_path / "other"
@@ -217,9 +206,11 @@ def test_run_is_resumed_by_its_folder_with_the_same_settings_and_data_only(data,
         done = call("finetune", *flags)
         assert done.code == 2 and mentioned in done.err and done.err.count("\n") == 1, flags
     assert (run / "args.json").read_bytes() == args and not other.exists()
+    torn = run / "checkpoint-4" / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:1000])
     same = ("--lbd", 1, "--train_file", data, "--logging_steps", 1, "--save_total_limit", 1)
     done = call("finetune", "--resume", run, *same)
-    assert done.code == 0 and "resuming from checkpoint-4" in done.err, done.err
+    assert done.code == 0 and "checkpoint-4" in done.err and "resuming from checkpoint-2" in done.err, done.err
     same_weights(straight, run)
     assert column(run, "loss") == column(straight, "loss")
     assert call("finetune", "--resume", run).code == 2  # it is finished
@@ -260,16 +251,13 @@ def test_refused_write_is_one_line_and_leaves_the_last_checkpoint(data, trained,
     same_weights(trained(*JEPA, *SAVED), run)
 
 
-@pytest.mark.parametrize("bad", ["a file", "below a file", "a dangling link"])
-def test_folder_that_cannot_be_made_is_refused_at_once(data, tmp_path, bad):
-    file, link = tmp_path / "file name", tmp_path / "link"
+def test_folder_that_cannot_be_made_is_refused_at_once(data, tmp_path):
+    file = tmp_path / "file name"
     file.write_text("mine")
-    link.symlink_to(tmp_path / "nowhere")
-    out = {"a file": file, "below a file": file / "run", "a dangling link": link}[bad]
-    for flags in ((), ("--overwrite",)):
+    for out, flags in ((file, ()), (file, ("--overwrite",)), (file / "run", ())):
         done = start(data, out, "--regular", *flags)
         assert done.code == 2 and "--output_dir" in done.err and str(out) in done.err, done.err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file name", "link"] and file.read_text() == "mine"
+    assert [*tmp_path.iterdir()] == [file] and file.read_text() == "mine"
 
 
 # ------------------------------------------------------------------------------------------------- kinds of models

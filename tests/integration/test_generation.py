@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from conftest import GOLDEN, MODELS, changed_copy, half_token, random_model
 
 import evaluate
@@ -35,10 +34,8 @@ KINDS = {  # by model_type
                              "num_local_experts": 2, "block_size": 8},  # a cache of its own
     "bart": {"vocab_size": 97, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
              "max_position_embeddings": 128, "pad_token_id": 0},  # positions by the entry
-    "prophetnet": {"vocab_size": 97, "hidden_size": 32, "decoder_ffn_dim": 48, "num_decoder_layers": 2,
-                   "num_decoder_attention_heads": 4, "max_position_embeddings": 128, "ngram": 2},
 }  # fmt: skip
-ONE_AT_A_TIME = ("rwkv", "minimax", "bart", "prophetnet")
+ONE_AT_A_TIME = ("rwkv", "minimax", "bart")
 NO_PREFIX = (*ONE_AT_A_TIME, "mistral", "mpt", "mamba", "openai-gpt")
 PAD, PREFIX, STOPS = 0, [11, 12, 13, 14, 15, 16], [7, *range(40, 46)]
 
@@ -61,13 +58,7 @@ def random_prompts(n: int) -> list[list[int]]:
 
 @torch.no_grad()
 def one_by_one(model: torch.nn.Module, prompt: list[int], steps: int, stops: list[int]) -> list[int]:
-    """Greedy tokens by complete forward passes, without cache, padding or batch; ProphetNet's by `generate`.
-
-    With its cache, which `generate` uses, ProphetNet computes something else than without.
-    """
-    if isinstance(model, transformers.ProphetNetForCausalLM):
-        greedy = transformers.GenerationConfig(do_sample=False, max_new_tokens=steps, eos_token_id=stops)
-        return model.generate(torch.tensor([prompt]), generation_config=greedy)[0, len(prompt) :].tolist()
+    """Greedy tokens by complete forward passes, without cache, padding or batch."""
     tokens: list[int] = []
     while len(tokens) < steps and not (tokens and tokens[-1] in stops):
         logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits

@@ -14,6 +14,7 @@ from conftest import (
     interrupted,
     message_row,
     metrics,
+    read_lines,
     same_weights,
     start,
     train,
@@ -29,7 +30,7 @@ NO_CHECKPOINTS = ("--save_strategy", "no")
 
 def samples(run: Path) -> list[dict]:
     """The lines of generations.jsonl."""
-    return [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+    return read_lines(run / "generations.jsonl")
 
 
 # Trained answers, and those to score by: the first two are right, but only as a language or only at the start.
@@ -51,12 +52,10 @@ def test_scores_and_samples_are_those_of_evaluate(task, tmp_path):
     names = [n for n in (*want["scores"], "exact", "startswith", "stop_rate") if want[n] is not None]
     assert {name: line[f"eval_{name}"] for name in names} == {name: want[name] for name in names}
     assert [line[f"eval_{primary}_{end}"] for end in ("low", "high")] == want["ci95"][primary]
-    predicted = [json.loads(x) for x in (run / "eval" / task / "predictions.jsonl").read_text().splitlines()]
-    own = [{k: v for k, v in row.items() if k not in ("step", "prompt", "answer")} for row in samples(run)]
-    log = ("log_likelihoods",)
-    assert [{k: v for k, v in x.items() if k not in log} for x in own] == [
-        {k: v for k, v in x.items() if k not in log} for x in predicted[:2]
-    ]
+    other = ("step", "prompt", "answer", "log_likelihoods")
+    own, predicted = ([{k: v for k, v in row.items() if k not in other} for row in rows]
+                      for rows in (samples(run), read_lines(run / "eval" / task / "predictions.jsonl")))  # fmt: skip
+    assert own == predicted[:2]
     assert [(x["step"], x["prompt"], x["answer"]) for x in samples(run)] == [(30, "one", learned), (30, "two", other)]
     assert len({want["exact"], want["startswith"], want[primary]}) == (1 if task == "hellaswag" else 2)
 
