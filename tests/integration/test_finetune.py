@@ -85,27 +85,17 @@ def test_zero_weight_changes_nothing_with_lora_and_tied_embeddings(trained, tied
     ],
     ids=["dropout-stp-nitp", "sigreg-nitp"],
 )
-@pytest.mark.parametrize(("source", "size"), [((), (4, 2)), ((), (1, 8)), (("--streaming",), (2, 4))])
+@pytest.mark.parametrize(("source", "size"), [((), (5, 2)), ((), (1, 10)), (("--streaming",), (2, 5))])
 def test_micro_batch_size_and_accumulation_change_nothing(trained, flags, source, size):
+    """Also not in the short last step of an epoch: 4 of the 24 examples."""
     flags = (*flags, *source, "--max_steps", 3)
-    one, other = (trained(*flags, "--batch_size", b, "--grad_accum", a) for b, a in ((8, 1), size))
+    one, other = (trained(*flags, "--batch_size", b, "--grad_accum", a) for b, a in ((10, 1), size))
     same_weights(one, other, rtol=1e-3, atol=5e-5)
     for key in ("loss", "lm_loss", "jepa_loss", "sigreg_loss", "nitp_loss", "stp_loss", "grad_norm", "nitp_cosine"):
         assert column(other, key) == pytest.approx(column(one, key), rel=1e-4), key
     for key in ("tokens", "pairs", "spans", "next_tokens"):
         assert column(other, key) == column(one, key)
     assert column(one, "nitp_loss") and column(one, "next_tokens")
-
-
-def test_short_last_step_is_normalized_by_its_own_counts(tmp_path):
-    """10 examples in steps of 8; one of them is too short for an STP span."""
-    data = write_rows(tmp_path / "ten.jsonl", [message_row("a", "b"), *EXAMPLES[:9]])
-    run = train(data, tmp_path / "run", *JEPA, "--stp", "geodesic", "--stp_lbd", 1, "--num_epochs", 2)
-    spans = column(run, "spans")
-    assert column(run, "pairs") == [8, 2, 8, 2]
-    assert sorted(spans[:2]) in ([1, 8], [2, 7]) and sum(spans) == 18
-    for m in metrics(run):
-        assert m["loss"] == pytest.approx(m["lm_loss"] + m["jepa_loss"] + m["stp_loss"], rel=1e-5)
 
 
 def test_mean_of_nothing_is_not_logged(tmp_path):
@@ -140,13 +130,12 @@ def test_lines_add_up_to_the_run_also_at_a_resume(data, trained, tmp_path):
     assert record["final"]["lm_loss"] == metrics(run, "lm_loss")[-1]["lm_loss"]
 
 
-def test_loss_dropout_depends_on_seed_epoch_and_example_only(trained):
+def test_loss_dropout_depends_on_seed_and_epoch_and_saves_tokens(trained):
     flags = (*JEPA, "--jepa_ratio", 0.5, "--num_epochs", 2)
     half = trained(*flags)
     pairs = column(half, "pairs")
     assert 10 < sum(pairs) < 38 and pairs[:3] != pairs[3:]
     assert sum(column(half, "tokens")) < sum(column(trained(*JEPA, "--num_epochs", 2), "tokens"))
-    assert column(trained(*flags, "--batch_size", 8, "--grad_accum", 1), "pairs") == pairs
     assert column(trained(*flags, "--finetune_seed", 7), "pairs") != pairs
 
 

@@ -78,13 +78,6 @@ def test_loss_that_reads_logits_gets_all_of_them():
 # ----------------------------------------------------------------------------------------------------------- FLOPs
 
 
-def flops(parts: finetune.Parts, batch: dict) -> int:
-    with FlopCounter() as counter:
-        loss, states = parts.selector.lm_sum(parts.model, batch)
-        (loss + states.views.sum()).backward()
-    return counter.get_total_flops()
-
-
 @pytest.mark.parametrize(("layout", "lora", "checkpointing"), [("packed", True, False), ("separate", False, True)])
 def test_attention_counts_whatever_the_kernel(layout, lora, checkpointing):
     """Against torch's count of eager attention, which consists of matrix products that torch has formulas for."""
@@ -94,7 +87,10 @@ def test_attention_counts_whatever_the_kernel(layout, lora, checkpointing):
         if checkpointing:
             parts.model.activation_checkpointing_enable()
         parts.model.train()
-        counted.append(flops(parts, batch))
+        with FlopCounter() as counter:
+            loss, states = parts.selector.lm_sum(parts.model, batch)
+            (loss + states.views.sum()).backward()
+        counted.append(counter.get_total_flops())
     (rows, width), config = batch["input_ids"].shape, parts.model.config
     scores = 2 * rows * width**2 * config.num_attention_heads * config.head_dim
     assert counted[1] == counted[0] + config.num_hidden_layers * scores  # the fused kernel computes them again
