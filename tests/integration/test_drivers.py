@@ -219,9 +219,8 @@ def test_a_training_that_is_not_marked_finished_is_an_error(project):
 
 
 def test_test_data_that_cannot_be_scored_is_refused_before_training(project):
-    done = project.run(
-        "run_pretrain", trouble=lambda script, argv: 2 * ("--score_gold" in argv), DATASET="synth", **ONE
-    )
+    refuse = lambda script, argv: 2 * ("--score_gold" in argv)  # noqa: E731
+    done = project.run("run_pretrain", trouble=refuse, DATASET="synth", **ONE)
     assert done.code == 2 and done.trained == [] and "datasets/synth_test.jsonl" in done.err
     done = project.run("run_jepa", SEEDS="82,23", TASK="text")
     assert [flag(argv, "--task") for argv in done.checked] == ["text"], "once, not for each seed"
@@ -374,7 +373,7 @@ def test_a_sweep_is_followed_by_the_same_comparison_on_other_seeds(project):
 
 
 def test_compare_and_sweep_with_real_runs(project):
-    names = ("git_dirty", "git_commit")  # the tests also run in a checkout with changes
+    names = ("git_dirty", "git_commit", "code_sha256")  # the tests also run in a checkout with changes
     allow = {"ALLOW": " ".join(names + tuple(f"evaluation.{name}" for name in names)), "EPOCHS": "1"} | ONE
     grid = {"GRID_K": "1", "GRID_LBD": "1", "LEARNING_RATES": "1e-3", "LR": "1e-3"} | allow
     done = project.run("compare", real=True, LR="1e-3", **allow)

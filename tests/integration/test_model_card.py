@@ -230,9 +230,7 @@ def test_code_in_the_card_of_an_adapter_generates_from_the_prompt_of_training(ad
 
 @pytest.mark.parametrize("system", [None, "Say \"a\" or 'b':\n```python\n\\d é\n```", ...], ids=repr)
 def test_code_in_the_card_has_the_system_text_of_training(run, system):
-    record = json.loads((run / "run.json").read_text())
-    record.pop("system_turn")
-    (run / "run.json").write_text(json.dumps(record | ({} if system is ... else {"system_turn": system})))
+    change(run, "run.json", system_turn=system)  # ...: the run has none
     code, prompt = run_code(run)
     assert ("system" in code) == (system is not None and system is not ...)
     example = Example(None if system is ... else system, "…", "x", "here", 1)
