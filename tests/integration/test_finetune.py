@@ -252,13 +252,11 @@ def test_folder_that_cannot_be_made_is_refused_at_once(data, tmp_path):
 # ------------------------------------------------------------------------------------------------- kinds of models
 
 
-@pytest.mark.parametrize("model", ["google_gemma", "tied"])
-def test_adapter_trains_predictor_tokens_and_merges_to_the_same_model(data, trained, tied, tmp_path, model):
-    base = tied if model == "tied" else GOLDEN / "models" / model
-    run = trained(*JEPA, "--lora", "--lora_rank", 4, "--merge", "--max_steps", 3, model=base)
+def test_adapter_of_a_tied_model_trains_predictor_tokens_and_merges_to_the_same_model(trained, tied, tmp_path):
+    run = trained(*JEPA, "--lora", "--lora_rank", 4, "--merge", "--max_steps", 3, model=tied)
     rows = next(v for k, v in weights(run, "adapter_model.safetensors").items() if "trainable_tokens" in k)
     ids = AutoTokenizer.from_pretrained(run).convert_tokens_to_ids(["<|predictor_1|>", "<|predictor_2|>"])
-    assert rows.shape[0] == 2 and not torch.allclose(rows, weights(base)["model.embed_tokens.weight"][ids])
+    assert rows.shape[0] == 2 and not torch.allclose(rows, weights(tied)["model.embed_tokens.weight"][ids])
     torch.testing.assert_close(weights(run / "merged")["model.embed_tokens.weight"][sorted(ids)], rows)
     test = write_rows(tmp_path / "test.jsonl", EXAMPLES[:4])
     assert predictions(run, test, tmp_path / "adapter") == predictions(run / "merged", test, tmp_path / "merged")
@@ -388,15 +386,12 @@ def test_run_folder_records_settings_and_provenance(data, trained):
     assert record["data_sha256"] == {str(data): sha256(data)} and record["versions"]["torch"] == torch.__version__
     assert record["system_turn"] == "Write the regular expression."
     assert [args[k] for k in ("lbd", "lm_labels", "layout", "finetune_seed")] == [1.0, "answer", "packed", 42]
-    rarely = trained(*JEPA, "--max_steps", 3, "--logging_steps", 2)
-    assert record["tokens"] == read_json(rarely / "run.json")["tokens"] == sum(column(run, "tokens"))
 
 
 def test_existing_folder_is_kept_unless_overwritten(data, tmp_path):
     run = train(data, tmp_path / "run", "--regular", "--max_steps", 1)
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     train(data, run, "--regular", "--max_steps", 2, code=2)
-    train(data, run, "--regular", "--max_steps", 1, "--resume", code=2)  # it is finished
     bad = write_rows(tmp_path / "bad.jsonl", [*EXAMPLES[:2], {"messages": []}])
     train(bad, run, "--regular", "--overwrite", code=2)  # found before anything is lost
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before

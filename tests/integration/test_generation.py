@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,23 +145,6 @@ def test_token_budget_fills_batches_of_similar_length(tokens):
     for batch in batches[:-1]:
         assert (len(batch) + 1) * LENGTHS[batch[0]] > tokens
     assert [len(batch) for batch in generation.batches(LENGTHS, 4)] == [4, 4, 1]
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_processes_share_the_batches_that_are_left(processes):
-    examples = [SimpleNamespace(id=i) for i in range(len(LENGTHS))]
-    batches = list(generation.batches(LENGTHS, 2))
-    done, seen = {*batches[1], batches[2][0]}, []  # a complete batch and half of another
-
-    def response(batch: list[int]) -> list[int]:
-        seen.append(batch)
-        return batch
-
-    everything = (examples, range(len(LENGTHS)), response)
-    shares = [list(generation.respond(*everything, iter(batches), done, (n, processes))) for n in range(processes)]
-    assert sorted(seen) == sorted(b for b in batches if b != batches[1]), "batches are the same after a resume"
-    assert sorted(i for share in shares for batch in share for _, i in batch) == sorted(set(range(9)) - done)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 # ------------------------------------------------------------------------------------------- models with a template
