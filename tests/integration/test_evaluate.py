@@ -394,37 +394,6 @@ def trained(folder: Path, *flags: object) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def plain_run(tmp_path_factory) -> Path:
-    return trained(tmp_path_factory.mktemp("runs") / "plain", "--train_file", GOLDEN / "regex_rows.jsonl", "--plain")
-
-
-def test_run_is_evaluated_in_its_own_format(plain_run, data, tmp_path):
-    flags = ("--input_file", data, "--max_examples", 2, "--max_new_tokens", 2)
-    done = call("evaluate", "--model_name", plain_run, *flags)
-    assert done.code == 2 and str(plain_run) in done.err and "--plain" in done.err
-    assert not (plain_run / "eval").exists()
-    done = call("evaluate", "--model_name", plain_run, *flags, "--plain")
-    assert done.code == 0, done.err
-    assert metrics_of(plain_run / "eval" / "synth")["n"] == 2
-    chat = changed_copy(plain_run, tmp_path / "chat", args={"plain": False})
-    done = call("evaluate", "--model_name", chat, *flags, "--plain")
-    assert done.code == 2 and "--plain" in done.err
-
-
-def test_file_split_for_training_needs_a_part_or_consent(tmp_path):
-    data = write_rows(tmp_path / "synth_all.jsonl", [message_row(f"q{i}", f"a{i}") for i in range(10)])
-    run = trained(tmp_path / "run", "--data_file", data)
-    flags = ("--model_name", run, "--input_file", data, "--task", "synth", "--max_new_tokens", 1)
-    done = call("evaluate", *flags)
-    assert done.code == 2 and "--process_split test" in done.err and "--nosplit_data" in done.err
-    for extra, n in ((("--process_split", "test"), 2), (("--nosplit_data",), 10)):
-        assert call("evaluate", *flags, *extra, "--overwrite").code == 0
-        assert metrics_of(run / "eval" / "synth_all")["n"] == n
-    done = call("evaluate", *flags, "--process_split", "test", "--split_seed", 3, "--overwrite")
-    assert done.code == 2 and "--split_seed 42" in done.err
-
-
 def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, finished, tmp_path, monkeypatch):
     assert score(MODEL, data, tmp_path / "golden" / "p.jsonl").code == 0
     rows, responses = read_lines(data), read_lines(tmp_path / "golden" / "p.jsonl")
@@ -451,20 +420,25 @@ def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, fini
     assert sorted(snapshot(out)) == ["metrics.json", "p.jsonl", "untuned/p.jsonl"]
 
 
-def test_checkpoint_is_evaluated_as_its_run(data, tmp_path, monkeypatch):
+def test_run_and_its_checkpoint_are_evaluated_in_their_own_format_and_part(data, tmp_path, monkeypatch):
     rows = write_rows(tmp_path / "synth_train.jsonl", [message_row(f"q{i}", f"a{i}") for i in range(10)])
     flags = ("--plain", "--data_file", rows, "--predictors", 2, "--save_strategy", "steps", "--keep_checkpoints")
     run = trained(tmp_path / "run", *flags, "--save_steps", 1)
     checkpoint, results = run / "checkpoint-1", []
     for folder in (run, checkpoint):
         done = score(folder, data, tmp_path / "no" / "p.jsonl")
-        assert done.code == 2 and "--plain" in done.err
+        assert done.code == 2 and str(folder) in done.err and "--plain" in done.err
         done = score(folder, rows, tmp_path / "no" / "p.jsonl", "--plain")
-        assert done.code == 2 and "--process_split" in done.err
+        assert done.code == 2 and "--process_split test" in done.err and "--nosplit_data" in done.err
         out = tmp_path / folder.name
         assert score(folder, rows, out / "p.jsonl", "--plain", "--process_split", "test").code == 0
         results.append([(out / "p.jsonl").read_text(), *(metrics_of(out)[name] for name in ("notes", "retrieval"))])
-    assert results[0] == results[1]
+    assert results[0] == results[1] and not (tmp_path / "no").exists()
+    assert score(run, rows, tmp_path / "all" / "p.jsonl", "--plain", "--nosplit_data").code == 0
+    assert (metrics_of(out)["n"], metrics_of(tmp_path / "all")["n"]) == (2, 10)
+    chat = changed_copy(run, tmp_path / "chat", args={"plain": False})
+    done = score(chat, data, tmp_path / "no" / "p.jsonl", "--plain")
+    assert done.code == 2 and "--plain" in done.err
     record = json.loads((run / "run.json").read_text()) | {"status": "interrupted"}
     (run / "run.json").write_text(json.dumps(record))
     monkeypatch.chdir(checkpoint)  # the folder is known by whatever name
