@@ -300,15 +300,25 @@ def test_finished_evaluation_is_replaced_only_with_overwrite(model, data, tmp_pa
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_bad_data_is_reported_and_loses_no_results(model, data, tmp_path):
-    rows = tmp_path / "synth_test.jsonl"
-    rows.write_bytes(data.read_bytes().split(b"\n")[0] + b"\n{\n")
-    given = gold_predictions(tmp_path / "given.jsonl", data)
-    assert score_file(given, data, "--output_file", tmp_path / "old" / "p.jsonl").code == 0
+@pytest.mark.parametrize("bad", ["data", "model", "untuned model"])
+def test_bad_input_is_reported_and_loses_no_results(bad, model, data, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "old")
+    flags, place = (), f"{data}:"
+    if bad == "data":
+        rows, data = data.read_bytes(), tmp_path / "synth_test.jsonl"
+        data.write_bytes(rows.split(b"\n")[0] + b"\n{\n")
+        place = f"{data}:2:"
+    elif bad == "model":
+        model = shutil.copytree(MODEL, tmp_path / "model")
+        (model / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:50_000])
+        place = str(model)
+    else:  # found before the tuned model generates
+        base = changed_copy(MODEL, tmp_path / "base", config={"max_position_embeddings": 50})
+        flags = ("--split_tune_untune", "--original_model_name", base)
     before = snapshot(tmp_path)
-    for out, flags in (("new", ()), ("old", ("--overwrite",))):
-        done = score(model, rows, tmp_path / out / "p.jsonl", *flags)
-        assert done.code == 2 and f"{rows}:2:" in done.err and not done.out
+    for out, more in (("new", ()), ("old", ("--overwrite",))):
+        done = score(model, data, tmp_path / out / "p.jsonl", *flags, *more)
+        assert done.code == 2 and place in done.err and "Traceback" not in done.err and not done.out
         assert snapshot(tmp_path) == before
 
 
@@ -325,15 +335,6 @@ def test_examples_over_the_context_are_skipped_on_request(kind, model, tmp_path)
     assert done.code == 0 and f"{data}:2:" in done.err
     written = json.loads((tmp_path / "out" / ("p.jsonl" if kind == "embed" else "metrics.json")).read_text())
     assert (written["n"], written["skipped_examples"]) == (1, 1)
-
-
-def test_broken_model_is_reported_and_loses_no_results(data, finished, tmp_path):
-    folder, out = shutil.copytree(MODEL, tmp_path / "model"), shutil.copytree(finished[0], tmp_path / "out")
-    (folder / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:50_000])
-    before = snapshot(out)
-    done = score(folder, data, out / "p.jsonl", "--overwrite")
-    assert done.code == 2 and str(folder) in done.err and "Traceback" not in done.err
-    assert snapshot(out) == before
 
 
 @pytest.mark.parametrize("flag", ["--model_name", "--original_model_name"])
@@ -474,16 +475,6 @@ def test_note_counts_the_examples_that_the_run_was_trained_on(tmp_path, monkeypa
 
 
 # ------------------------------------------------------------------------------------- what is refused first, lengths
-
-
-def test_untuned_model_is_checked_before_the_tuned_one_generates(model, data, finished, tmp_path):
-    base = changed_copy(MODEL, tmp_path / "base", config={"max_position_embeddings": 50})
-    out = shutil.copytree(finished[0], tmp_path / "out")
-    before = snapshot(out)
-    flags = ("--split_tune_untune", "--original_model_name", base, "--overwrite")
-    done = score(model, data, out / "p.jsonl", *flags)
-    assert done.code == 2 and "synth_test.jsonl:" in done.err and "Traceback" not in done.err
-    assert snapshot(out) == before
 
 
 @pytest.mark.parametrize("flag", ["--output_file", "--export_embeddings"])

@@ -95,12 +95,12 @@ def test_console_without_unicode(tmp_path):
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Without variables of launchers; what the code removes comes back after the test."""
+    """A function that sets variables, and no others of launchers; what the code removes comes back after the test."""
     names = (*distributed.TORCHRUN, *distributed.MPI_SIZES, "LOCAL_WORLD_SIZE")
     for name in [n for n in os.environ if n.startswith(distributed.ACCELERATE)] + [*names]:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    return monkeypatch
+    return lambda variables: [monkeypatch.setenv(*variable) for variable in variables.items()]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,7 @@ def environment(monkeypatch):
      (LAUNCHED | {"WORLD_SIZE": "4", "RANK": "2", "PMI_SIZE": "9"}, 4, False)],
 )  # fmt: skip
 def test_torchruns_variables_count_only_together(environment, variables, processes, main):
-    for name, value in variables.items():
-        environment.setenv(name, value)
+    environment(variables)
     distributed.clean_environment("x")
     assert (distributed.processes(), distributed.is_main_process()) == (processes, main)
     left = set() if processes == 1 else {*LAUNCHED}
@@ -124,8 +123,7 @@ def test_torchruns_variables_count_only_together(environment, variables, process
      (LAUNCHED | {"RANK": "first"}, "RANK=first"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two")],
 )  # fmt: skip
 def test_an_incomplete_environment_of_several_processes_is_refused(environment, variables, mentioned):
-    for name, value in variables.items():
-        environment.setenv(name, value)
+    environment(variables)
     with pytest.raises(UsageError, match=mentioned):
         distributed.clean_environment("x")
 
@@ -139,8 +137,7 @@ def test_variables_of_accelerate_change_nothing(environment, plain, data, tmp_pa
     variables = {"ACCELERATE_MIXED_PRECISION": "bf16", "LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true",
                  "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
                  "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "5"}  # fmt: skip
-    for name, value in variables.items():
-        environment.setenv(name, value)
+    environment(variables)
     done = start(data, tmp_path / "run", "--max_steps", 2, "--dtype", "float32")
     assert done.code == 0 and all(f"{n}={v}" in done.err for n, v in variables.items() if n[:4] == "ACCE"), done.err
     own, other = ([(x["lm_loss"], x["jepa_loss"]) for x in metrics(run)] for run in (tmp_path / "run", plain))
