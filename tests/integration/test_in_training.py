@@ -52,8 +52,8 @@ def test_scores_and_samples_are_those_of_evaluate(task, tmp_path):
     names = [n for n in (*want["scores"], "exact", "startswith", "stop_rate") if want[n] is not None]
     assert {name: line[f"eval_{name}"] for name in names} == {name: want[name] for name in names}
     assert [line[f"eval_{primary}_{end}"] for end in ("low", "high")] == want["ci95"][primary]
-    other = ("step", "prompt", "answer", "log_likelihoods")
-    own, predicted = ([{k: v for k, v in row.items() if k not in other} for row in rows]
+    apart = ("step", "prompt", "answer", "log_likelihoods")
+    own, predicted = ([{k: v for k, v in row.items() if k not in apart} for row in rows]
                       for rows in (samples(run), read_lines(run / "eval" / task / "predictions.jsonl")))  # fmt: skip
     assert own == predicted[:2]
     assert [(x["step"], x["prompt"], x["answer"]) for x in samples(run)] == [(30, "one", learned), (30, "two", other)]
@@ -160,9 +160,9 @@ def test_trackers_get_settings_curves_and_tables_of_generations(data, tmp_path, 
 
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     log = file.read_bytes()
-    log = b"".join(log[at + 7 : at + 32768] for at in range(0, len(log), 32768))  # without the headers of blocks
-    for text in ("shop", "mine", "llm_jepa/lbd", "llm_jepa/jepa_loss", '"cosine"', "llm_jepa/task", "train/jepa_loss"):
-        assert text.encode() in log, text
+    log = b"".join(log[at + 7 : at + 32768] for at in range(0, len(log), 32768))  # each block begins with a header
+    for text in '\4shop \4mine llm_jepa/lbd llm_jepa/jepa_loss "cosine" llm_jepa/task train/jepa_loss'.split():
+        assert text.encode() in log, text  # a name follows its length
     tables = [json.loads(p.read_text()) for p in sorted(file.parent.glob("files/media/table/*.json"))]
     found = [dict(zip(t["columns"], row, strict=True)) for t in tables for row in t["data"]]
     assert sorted([x["step"], x["answer"], x["prediction"], x["exact"]] for x in found) == sorted(table)
