@@ -17,7 +17,7 @@ from safetensors import safe_open
 import evaluate
 import finetune
 from llm_jepa.cli import UsageError
-from llm_jepa.data.examples import Example, ExampleError, Problems
+from llm_jepa.data.examples import Example, ExampleError, Problems, read_examples
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder
 from llm_jepa.evaluation import embeddings
@@ -174,8 +174,7 @@ def test_views_are_exported_and_measured_as_the_run_was_trained(name, rows, tmp_
     assert done.code == 0, done.err
     tokenizer = load_tokenizer(str(model), predictors=False)
     encoder = encoder_of(tokenizer, **RUNS[name])
-    examples = [Example(None, row["messages"][1]["content"], row["messages"][2]["content"], "", i)
-                for i, row in enumerate(ROWS, 1)]  # fmt: skip
+    examples = read_examples(str(rows), Problems())
     want = embed(load_model(str(model), None, tokenizer), encoder, examples, 4, layer=1)
     views = exported(tmp_path / "v.safetensors")
     close(views, want)

@@ -163,18 +163,10 @@ def test_score_gold_refuses_data_of_another_task(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [good.name]
 
 
-def test_unknown_database_is_refused_and_loses_no_results(model, tmp_path):
-    def rows(*databases: str) -> Path:
-        examples = [message_row(f"For db_id:[{db_id}]\n\nWhich?", "SELECT 1") for db_id in databases]
-        return write_rows(tmp_path / "spider_test.jsonl", examples)
-
-    out = tmp_path / "out"
-    assert score(model, rows("town_library"), out / "p.jsonl").code == 0
-    assert len(metrics_of(out)["databases_sha256"]) == 64
-    before = snapshot(out)
-    done = score(model, rows("town_library", "nowhere"), out / "p.jsonl", "--overwrite")
-    assert done.code == 2 and "spider_test.jsonl:2: db_id 'nowhere'" in done.err
-    assert snapshot(out) == before
+def test_scores_of_sql_have_the_checksum_of_the_databases(tmp_path):
+    data = write_rows(tmp_path / "spider_test.jsonl", [message_row("For db_id:[town_library]\n\nWhich?", "SELECT 1")])
+    assert score_file(gold_predictions(tmp_path / "p.jsonl", data), data).code == 0
+    assert (metrics_of(tmp_path)["exact"], len(metrics_of(tmp_path)["databases_sha256"])) == (1, 64)
 
 
 # -------------------------------------------------------------------------------------------------------- retrieval
@@ -300,7 +292,7 @@ def test_finished_evaluation_is_replaced_only_with_overwrite(model, data, tmp_pa
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("bad", ["data", "model", "untuned model"])
+@pytest.mark.parametrize("bad", ["data", "database", "model", "untuned model"])
 def test_bad_input_is_reported_and_loses_no_results(bad, model, data, finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "old")
     flags, place = (), f"{data}:"
@@ -308,6 +300,9 @@ def test_bad_input_is_reported_and_loses_no_results(bad, model, data, finished, 
         rows, data = data.read_bytes(), tmp_path / "synth_test.jsonl"
         data.write_bytes(rows.split(b"\n")[0] + b"\n{\n")
         place = f"{data}:2:"
+    elif bad == "database":
+        data = write_rows(tmp_path / "spider_test.jsonl", [message_row("For db_id:[nowhere]\n\nWhich?", "SELECT 1")])
+        place = f"{data}:1: db_id 'nowhere'"
     elif bad == "model":
         model = shutil.copytree(MODEL, tmp_path / "model")
         (model / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:50_000])

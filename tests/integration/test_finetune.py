@@ -142,8 +142,6 @@ def test_loss_dropout_depends_on_seed_and_epoch_and_saves_tokens(trained):
 # ---------------------------------------------------------------------------------------------------------- resume
 
 SAVED = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
-
-
 DROPOUT = ("--lora", "--lora_dropout", 0.3, "--jepa_ratio", 0.5, "--stp", "patch", "--stp_warmup", 0.9)
 STATES = ("projectors.safetensors", "queue.safetensors")  # besides those of the model and the optimizer
 
