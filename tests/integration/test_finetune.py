@@ -223,9 +223,9 @@ def test_refused_write_is_one_line_and_leaves_the_last_checkpoint(data, trained,
     run, real = tmp_path / "run", finetune.JepaTrainer._save
 
     def save(self, folder, *args, **kwargs):
+        real(self, folder, *args, **kwargs)
         if "checkpoint-4" in str(folder):
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, folder, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune.JepaTrainer, "_save", save)
