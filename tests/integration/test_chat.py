@@ -21,28 +21,12 @@ LONG = "the first line\n\nand the third"
 ROWS = [message_row(q, a, "Write.") for q, a in (("short", "one"), (LONG, "two\n  lines"))]
 
 
-class Input(io.TextIOWrapper):
-    """A stdin that says whether it is a terminal."""
-
-    terminal = False
-
-    def isatty(self) -> bool:
-        return self.terminal
-
-
 def run_chat(*argv: object, stdin: bytes = b"", terminal: bool = False) -> SimpleNamespace:
-    """Runs chat.main in this process: exit code, stdout and stderr."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.stdin
-    sys.stdin = Input(io.BytesIO(stdin))
-    sys.stdin.terminal = terminal
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = chat.main([str(a) for a in argv])
-    except SystemExit as exit_:
-        code = exit_.code
-    finally:
-        sys.stdin = before
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    """Runs chat.main in this process; `terminal`: stdin is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        patch.setattr("sys.stdin.isatty", lambda: terminal)
+        return call("llm_jepa.chat", *argv)
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +59,10 @@ def test_answer_is_that_of_evaluate(flags, trained, data):
 def test_known_example_is_scored_and_another_prompt_is_not(memorized, rows, tmp_path):
     flags = (memorized, "--input_file", rows, "--task", "text")
     right = run_chat(*flags, stdin=f"\n{LONG}\n".encode())  # white space at the ends does not matter
-    assert (
-        right.code == 0
-        and right.out == "two\n  lines\n"
-        and "exact yes" in right.err
-        and repr("two\n  lines") in right.err
-    )
-    other = [json.loads(json.dumps(ROWS[0]))]
-    other[0]["messages"][2]["content"] = "on"
-    wrong = run_chat(
-        memorized, "--input_file", write_rows(tmp_path / "x.jsonl", other), "--task", "text", stdin=b"short"
-    )
+    assert (right.code, right.out) == (0, "two\n  lines\n"), right.err
+    assert "exact yes" in right.err and repr("two\n  lines") in right.err
+    other = write_rows(tmp_path / "x.jsonl", [message_row("short", "on", "Write.")])
+    wrong = run_chat(memorized, "--input_file", other, "--task", "text", stdin=b"short")
     assert wrong.out == "one\n" and "exact no, startswith yes" in wrong.err
     unknown = run_chat(*flags, stdin=b"shorter")
     assert unknown.code == 0 and "exact" not in unknown.err

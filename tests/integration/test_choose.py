@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, MODELS, call, make_model, message_row, weights, write_rows
+from conftest import GOLDEN, MODELS, call, make_model, message_row, read_lines, weights, write_rows
 from safetensors.torch import save_file
 
 import evaluate
@@ -92,7 +92,7 @@ def evaluated(model: Path, folder: Path, *flags: object):
     write_rows(data, [message_row(e.user, LETTERS[e.id % 4], "Choose.") for e in EXAMPLES])
     done = call("evaluate", "--model_name", model, "--input_file", data, "--output_file", folder / "p.jsonl", *flags)
     path = folder / "p.jsonl"
-    return done, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return done, read_lines(path) if path.exists() else []
 
 
 def test_hellaswag_from_the_command_line(tmp_path):

@@ -94,40 +94,35 @@ def history(
     return [fixed | {"step": every * (i + 1), "cosine": 0.2 + x * sd} for i, x in enumerate(effects)]
 
 
-def collapsed(lines: list[dict], max_steps: int) -> bool | None:
+JUDGED = {  # the lines of a training, its steps, and whether the term has collapsed: None is too early to tell
+    "below the margin": (history([MARGIN - 0.1] * 100), 100, True),
+    "above the margin": (history([MARGIN + 0.1] * 100), 100, False),
+    "below, by a small σ": (history([MARGIN - 0.1] * 100, sd=1e-5), 100, True),
+    "above, by a small σ": (history([MARGIN + 0.1] * 100, sd=1e-5), 100, False),
+    "retrieval near chance": (history([5.0] * 100, retrieval=1 / 8 + 0.07), 100, True),  # 80 pairs: 1 / 8 + 0.074
+    "retrieval above chance": (history([5.0] * 100, retrieval=1 / 8 + 0.08), 100, False),
+    "equal views": (history([0.0] * 100, sd=0.0, retrieval=1 / 8), 100, True),
+    "learned in the last tenth": (history([0.0] * 90 + [5.0] * 10), 100, False),
+    "collapsed in the last tenth": (history([5.0] * 90 + [0.0] * 10), 100, True),
+    "at half of the steps": (history([0.0] * 40 + [5.0] * 10), 100, False),
+    "a line about all steps": (history([5.0], every=100, pairs=100), 100, None),
+    "the second of two lines": (history([0.0, 5.0], every=50, pairs=100), 100, False),
+    "only lines of the start": (history([0.0] * 5), 100, None),
+    "24 steps of 2 pairs": (history([5.0] * 40, pairs=2), 40, None),  # after two fifths of the steps
+    "30 steps of 2 pairs": (history([5.0] * 50, pairs=2, retrieval=1.0), 50, False),
+}
+
+
+@pytest.mark.parametrize("case", JUDGED)
+def test_term_is_judged_by_the_margin_and_retrieval_of_the_last_tenth_with_enough_pairs(case):
+    lines, max_steps, expected = JUDGED[case]
     found = judge(lines, max_steps)
-    return found["jepa"]["collapsed"] if found else None
+    assert (found["jepa"]["collapsed"] if found else None) is expected
 
 
-def test_margin_is_in_standard_deviations_of_shuffled_cosines():
-    for sd in (0.1, 1e-5):
-        assert collapsed(history([MARGIN - 0.1] * 100, sd=sd), 100) is True
-        assert collapsed(history([MARGIN + 0.1] * 100, sd=sd), 100) is False
-
-
-def test_retrieval_at_chance_and_equal_views_have_collapsed():
-    assert collapsed(history([5.0] * 100, retrieval=1 / 8 + 0.07), 100) is True  # 80 pairs: 1 / 8 + 0.074
-    assert collapsed(history([5.0] * 100, retrieval=1 / 8 + 0.08), 100) is False
-    assert collapsed(history([0.0] * 100, sd=0.0, retrieval=1 / 8), 100) is True
-
-
-def test_the_last_tenth_of_the_steps_is_judged():
-    assert collapsed(history([0.0] * 90 + [5.0] * 10), 100) is False
-    assert collapsed(history([5.0] * 90 + [0.0] * 10), 100) is True
-    lines = history([0.0] * 990 + [5.0] * 10)
-    assert judge(lines, 1000)["jepa"]["cosine"] == pytest.approx(0.2 + 5.0 * 0.1 / 10)
-
-
-def test_no_line_of_the_start_is_used():
-    assert collapsed(history([0.0] * 40 + [5.0] * 10), 100) is False  # judged at half of the steps
-    assert collapsed(history([5.0], every=100, pairs=100), 100) is None  # its line is about all steps
-    assert collapsed(history([0.0, 5.0], every=50, pairs=100), 100) is False
-    assert collapsed(history([0.0] * 5), 100) is None
-
-
-def test_runs_of_few_pairs_are_not_judged():
-    assert collapsed(history([5.0] * 40, pairs=2), 40) is None  # 24 steps after two fifths
-    assert collapsed(history([5.0] * 50, pairs=2, retrieval=1.0), 50) is False
+def test_figures_are_means_of_enough_lines_of_the_end():
+    found = judge(history([0.0] * 990 + [5.0] * 10), 1000)
+    assert found["jepa"]["cosine"] == pytest.approx(0.2 + 5.0 * 0.1 / 10)
 
 
 def test_announced_at_the_first_tenth_from_half_on_and_not_again():

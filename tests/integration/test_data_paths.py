@@ -42,10 +42,6 @@ def tokens(items: list) -> list[str]:
     return [str([[np.asarray(getattr(x, name)).tolist() for name in fields] for x in item]) for item in items]
 
 
-def batches(stream: SegmentStream, count: int) -> list[list[str]]:
-    return [tokens(batch) for batch, *_ in itertools.islice(stream, count)]
-
-
 # ---------------------------------------------------------------------------------------------------------- tokens
 
 
@@ -114,7 +110,8 @@ def test_stream_is_not_resumed_by_another_number_of_processes(data, trained, tmp
 
 def test_processes_share_each_epoch_of_a_stream_in_another_order(data, monkeypatch):
     monkeypatch.setattr(streaming, "BLOCK", 9)
-    shares = [batches(stream_of(data, process=process, processes=3), 16) for process in range(3)]
+    streams = [itertools.islice(stream_of(data, process=n, processes=3), 16) for n in range(3)]
+    shares = [[tokens(batch) for batch, *_ in stream] for stream in streams]
     first, second = ([item for share in shares for (item,) in share[part]] for part in (slice(8), slice(8, 16)))
     every = sorted(tokens(encoder()(read_examples(str(data), Problems()))))
     assert sorted(first) == sorted(second) == every and first != second

@@ -13,12 +13,11 @@ import pytest
 import torch
 from conftest import GOLDEN, MODELS, ROOT, call, message_row, train, write_rows
 from safetensors import safe_open
-from sklearn.manifold import TSNE
 
 import evaluate
 import finetune
 from llm_jepa.cli import UsageError
-from llm_jepa.data.examples import Example, ExampleError, Problems
+from llm_jepa.data.examples import Example, ExampleError, Problems, read_examples
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder
 from llm_jepa.evaluation import embeddings
@@ -137,8 +136,6 @@ def test_what_cannot_be_embedded_is_refused():
             embed(model, encoder, EXAMPLES, 4, layer)
     with pytest.raises(ExampleError, match=r"data:\d: .*--last_token -40"):
         embed(model, encoder_of(TINY, last_token=-40), EXAMPLES, 4)
-    with pytest.raises(ExampleError, match="data:3: .*1024"):
-        embed(model, encoder, [EXAMPLES[0], dataclasses.replace(EXAMPLES[2], user="[0-9] " * 1000)], 4)
     broken = copy.deepcopy(loaded("chatml")[0])
     broken.get_decoder().norm.weight.data.fill_(torch.inf)
     with pytest.raises(UsageError, match="--dtype float32"):
@@ -177,8 +174,7 @@ def test_views_are_exported_and_measured_as_the_run_was_trained(name, rows, tmp_
     assert done.code == 0, done.err
     tokenizer = load_tokenizer(str(model), predictors=False)
     encoder = encoder_of(tokenizer, **RUNS[name])
-    examples = [Example(None, row["messages"][1]["content"], row["messages"][2]["content"], "", i)
-                for i, row in enumerate(ROWS, 1)]  # fmt: skip
+    examples = read_examples(str(rows), Problems())
     want = embed(load_model(str(model), None, tokenizer), encoder, examples, 4, layer=1)
     views = exported(tmp_path / "v.safetensors")
     close(views, want)
@@ -190,18 +186,13 @@ def test_views_are_exported_and_measured_as_the_run_was_trained(name, rows, tmp_
     assert again.code == 2 and "--overwrite" in again.err
 
 
-def test_t_sne_draws_the_exported_views_with_seed_42(rows, tmp_path):
+def test_t_sne_of_paraphrases_writes_an_image_and_its_groups(rows, tmp_path):
     flags = ["--t_sne", "--t_sne_type", "paraphrase", "--dtype", "float32", "--input_file", rows]
-    flags += ["--output_file", tmp_path / "similarity.json", "--export_embeddings", tmp_path / "v.safetensors"]
-    done = call("evaluate", "--model_name", GOLDEN / "models" / "chatml", *flags)
+    done = call("evaluate", "--model_name", GOLDEN / "models" / "chatml", *flags, "--output_file", tmp_path / "s.json")
     assert done.code == 0, done.err
     record = json.loads((tmp_path / "t_sne_paraphrase.json").read_text())
     assert (tmp_path / "t_sne_paraphrase.png").read_bytes()[:4] == b"\x89PNG" and record["seed"] == 42
     assert {name: len(xy) for name, xy in record["groups"].items()} == {"set 0": 5, "set 1": 5, "set 2": 4}
-    text, _ = exported(tmp_path / "v.safetensors")
-    points = torch.cat([text[i::3] for i in range(3)]).numpy()
-    plane = TSNE(perplexity=(len(points) - 1) / 3, init="pca", random_state=42).fit_transform(points)
-    assert plane.tolist() == [xy for group in record["groups"].values() for xy in group]
 
 
 def test_examples_without_a_set_of_paraphrases_are_refused_by_line(tmp_path):

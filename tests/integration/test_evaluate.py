@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from llm_jepa.data.examples import Problems, read_examples, split_examples
 from llm_jepa.evaluation import embeddings, generation
 from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings
 from llm_jepa.model import check_name
-from llm_jepa.scoring.tasks import TASKS, Task, pure, wilson
+from llm_jepa.scoring.tasks import wilson
 
 STEPS = 16
 MODEL = GOLDEN / "models" / "llama3"
@@ -155,16 +154,6 @@ def test_score_only_refuses_predictions_for_other_examples(bad, expected, data, 
     assert snapshot(tmp_path) == before
 
 
-def test_new_task_needs_only_an_entry_in_the_table(data, tmp_path, monkeypatch):
-    task = Task(("same_length",), pure(lambda p, example: {"same_length": len(p) == len(example.assistant)}))
-    monkeypatch.setitem(TASKS, "lengths", task)
-    rows = [{"id": i, "prediction": "something elsf", "stop_reason": "stop"} for i in range(1, len(USERS) + 1)]
-    assert score_file(write_rows(tmp_path / "p.jsonl", rows), data, "--task", "lengths").code == 0
-    metrics, scored = metrics_of(tmp_path), read_lines(tmp_path / "p.scored.jsonl")
-    assert (metrics["task"], metrics["score"], metrics["exact"]) == ("lengths", "same_length", 0)
-    assert 0 < metrics["same_length"] == sum(row["same_length"] for row in scored) / len(scored) < 1
-
-
 def test_score_gold_refuses_data_of_another_task(tmp_path):
     good = write_rows(tmp_path / "synth_test.jsonl", [message_row("a", "x&y"), message_row("b", ".*")])
     done = call("evaluate", "--score_gold", "--input_file", good)
@@ -174,18 +163,10 @@ def test_score_gold_refuses_data_of_another_task(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [good.name]
 
 
-def test_unknown_database_is_refused_and_loses_no_results(model, tmp_path):
-    def rows(*databases: str) -> Path:
-        examples = [message_row(f"For db_id:[{db_id}]\n\nWhich?", "SELECT 1") for db_id in databases]
-        return write_rows(tmp_path / "spider_test.jsonl", examples)
-
-    out = tmp_path / "out"
-    assert score(model, rows("town_library"), out / "p.jsonl").code == 0
-    assert len(metrics_of(out)["databases_sha256"]) == 64
-    before = snapshot(out)
-    done = score(model, rows("town_library", "nowhere"), out / "p.jsonl", "--overwrite")
-    assert done.code == 2 and "spider_test.jsonl:2: db_id 'nowhere'" in done.err
-    assert snapshot(out) == before
+def test_scores_of_sql_have_the_checksum_of_the_databases(tmp_path):
+    data = write_rows(tmp_path / "spider_test.jsonl", [message_row("For db_id:[town_library]\n\nWhich?", "SELECT 1")])
+    assert score_file(gold_predictions(tmp_path / "p.jsonl", data), data).code == 0
+    assert (metrics_of(tmp_path)["exact"], len(metrics_of(tmp_path)["databases_sha256"])) == (1, 64)
 
 
 # -------------------------------------------------------------------------------------------------------- retrieval
@@ -311,26 +292,28 @@ def test_finished_evaluation_is_replaced_only_with_overwrite(model, data, tmp_pa
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    "content, place",
-    [
-        (b"\n\n", "synth_test.jsonl"),
-        (b"{\n", ":2:"),
-        (json.dumps(message_row("x " * 1500, "b")).encode(), ":2:"),
-        (None, "synth_test.jsonl"),
-    ],
-    ids=["blank", "not JSON", "too long", "missing"],
-)
-def test_bad_data_is_reported_and_loses_no_results(content, place, model, data, tmp_path):
-    rows = tmp_path / "synth_test.jsonl"
-    if content is not None:
-        rows.write_bytes(data.read_bytes().split(b"\n")[0] * bool(content.strip()) + b"\n" + content)
-    given = gold_predictions(tmp_path / "given.jsonl", data)
-    assert score_file(given, data, "--output_file", tmp_path / "old" / "p.jsonl").code == 0
+@pytest.mark.parametrize("bad", ["data", "database", "model", "untuned model"])
+def test_bad_input_is_reported_and_loses_no_results(bad, model, data, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "old")
+    flags, place = (), f"{data}:"
+    if bad == "data":
+        rows, data = data.read_bytes(), tmp_path / "synth_test.jsonl"
+        data.write_bytes(rows.split(b"\n")[0] + b"\n{\n")
+        place = f"{data}:2:"
+    elif bad == "database":
+        data = write_rows(tmp_path / "spider_test.jsonl", [message_row("For db_id:[nowhere]\n\nWhich?", "SELECT 1")])
+        place = f"{data}:1: db_id 'nowhere'"
+    elif bad == "model":
+        model = shutil.copytree(MODEL, tmp_path / "model")
+        (model / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:50_000])
+        place = str(model)
+    else:  # found before the tuned model generates
+        base = changed_copy(MODEL, tmp_path / "base", config={"max_position_embeddings": 50})
+        flags = ("--split_tune_untune", "--original_model_name", base)
     before = snapshot(tmp_path)
-    for out, flags in (("new", ()), ("old", ("--overwrite",))):
-        done = score(model, rows, tmp_path / out / "p.jsonl", *flags)
-        assert done.code == 2 and str(rows) in done.err and place in done.err and not done.out
+    for out, more in (("new", ()), ("old", ("--overwrite",))):
+        done = score(model, data, tmp_path / out / "p.jsonl", *flags, *more)
+        assert done.code == 2 and place in done.err and "Traceback" not in done.err and not done.out
         assert snapshot(tmp_path) == before
 
 
@@ -347,27 +330,6 @@ def test_examples_over_the_context_are_skipped_on_request(kind, model, tmp_path)
     assert done.code == 0 and f"{data}:2:" in done.err
     written = json.loads((tmp_path / "out" / ("p.jsonl" if kind == "embed" else "metrics.json")).read_text())
     assert (written["n"], written["skipped_examples"]) == (1, 1)
-
-
-@pytest.mark.parametrize("damage", ["cut", "headless", "no tokenizer", "no template"])
-def test_broken_model_is_reported_and_loses_no_results(damage, data, finished, tmp_path):
-    folder, out = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(finished[0], out)
-    shutil.copytree(MODEL, folder)
-    if damage == "cut":
-        (folder / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:50_000])
-    elif damage == "headless":
-        rest = {k: v for k, v in weights(MODEL).items() if k != "lm_head.weight"}
-        save_file(rest, folder / "model.safetensors", {"format": "pt"})
-    elif damage == "no tokenizer":
-        for file in folder.glob("tokenizer*"):
-            file.unlink()
-    else:
-        (folder / "chat_template.jinja").unlink()
-    before = snapshot(out)
-    done = score(folder, data, out / "p.jsonl", "--overwrite")
-    assert done.code == 2 and str(folder) in done.err and "Traceback" not in done.err
-    assert snapshot(out) == before
 
 
 @pytest.mark.parametrize("flag", ["--model_name", "--original_model_name"])
@@ -428,56 +390,6 @@ def trained(folder: Path, *flags: object) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def plain_run(tmp_path_factory) -> Path:
-    return trained(tmp_path_factory.mktemp("runs") / "plain", "--train_file", GOLDEN / "regex_rows.jsonl", "--plain")
-
-
-def test_run_is_evaluated_in_its_own_format(plain_run, data, tmp_path):
-    flags = ("--input_file", data, "--max_examples", 2, "--max_new_tokens", 2)
-    done = call("evaluate", "--model_name", plain_run, *flags)
-    assert done.code == 2 and str(plain_run) in done.err and "--plain" in done.err
-    assert not (plain_run / "eval").exists()
-    done = call("evaluate", "--model_name", plain_run, *flags, "--plain")
-    assert done.code == 0, done.err
-    assert metrics_of(plain_run / "eval" / "synth")["n"] == 2
-    chat = changed_copy(plain_run, tmp_path / "chat", args={"plain": False})
-    done = call("evaluate", "--model_name", chat, *flags, "--plain")
-    assert done.code == 2 and "--plain" in done.err
-
-
-def test_unfinished_run_is_refused(plain_run, data, tmp_path):
-    folder = changed_copy(plain_run, tmp_path / "run", run={"status": "interrupted"})
-    (folder / "config.json").unlink()  # it is saved at the end
-    before = snapshot(folder)
-    done = call("evaluate", "--model_name", folder, "--input_file", data, "--plain")
-    assert done.code == 2 and f"{folder}: the run is interrupted" in done.err
-    assert snapshot(folder) == before
-
-
-def test_process_split_is_the_split_of_finetune(regex_rows, tmp_path):
-    held_out = split_examples(read_examples(str(regex_rows), Problems()), 0.5, 7)[1]
-    given = gold_predictions(tmp_path / "p.jsonl", regex_rows, [e.id for e in held_out])
-    flags = ("--task", "synth", "--process_split", "test", "--test_size", 0.5, "--split_seed", 7)
-    done = score_file(given, regex_rows, *flags)
-    assert done.code == 0, done.err
-    assert (metrics_of(tmp_path)["n"], metrics_of(tmp_path)["exact"]) == (60, 1)
-    assert score_file(given, regex_rows, *flags, "--process_split", "train", "--overwrite").code == 2
-
-
-def test_file_split_for_training_needs_a_part_or_consent(tmp_path):
-    data = write_rows(tmp_path / "synth_all.jsonl", [message_row(f"q{i}", f"a{i}") for i in range(10)])
-    run = trained(tmp_path / "run", "--data_file", data)
-    flags = ("--model_name", run, "--input_file", data, "--task", "synth", "--max_new_tokens", 1)
-    done = call("evaluate", *flags)
-    assert done.code == 2 and "--process_split test" in done.err and "--nosplit_data" in done.err
-    for extra, n in ((("--process_split", "test"), 2), (("--nosplit_data",), 10)):
-        assert call("evaluate", *flags, *extra, "--overwrite").code == 0
-        assert metrics_of(run / "eval" / "synth_all")["n"] == n
-    done = call("evaluate", *flags, "--process_split", "test", "--split_seed", 3, "--overwrite")
-    assert done.code == 2 and "--split_seed 42" in done.err
-
-
 def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, finished, tmp_path, monkeypatch):
     assert score(MODEL, data, tmp_path / "golden" / "p.jsonl").code == 0
     rows, responses = read_lines(data), read_lines(tmp_path / "golden" / "p.jsonl")
@@ -504,25 +416,32 @@ def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, fini
     assert sorted(snapshot(out)) == ["metrics.json", "p.jsonl", "untuned/p.jsonl"]
 
 
-def test_checkpoint_is_evaluated_as_its_run(data, tmp_path, monkeypatch):
+def test_run_and_its_checkpoint_are_evaluated_in_their_own_format_and_part(data, tmp_path, monkeypatch):
     rows = write_rows(tmp_path / "synth_train.jsonl", [message_row(f"q{i}", f"a{i}") for i in range(10)])
     flags = ("--plain", "--data_file", rows, "--predictors", 2, "--save_strategy", "steps", "--keep_checkpoints")
     run = trained(tmp_path / "run", *flags, "--save_steps", 1)
     checkpoint, results = run / "checkpoint-1", []
     for folder in (run, checkpoint):
         done = score(folder, data, tmp_path / "no" / "p.jsonl")
-        assert done.code == 2 and "--plain" in done.err
+        assert done.code == 2 and str(folder) in done.err and "--plain" in done.err
         done = score(folder, rows, tmp_path / "no" / "p.jsonl", "--plain")
-        assert done.code == 2 and "--process_split" in done.err
+        assert done.code == 2 and "--process_split test" in done.err and "--nosplit_data" in done.err
         out = tmp_path / folder.name
         assert score(folder, rows, out / "p.jsonl", "--plain", "--process_split", "test").code == 0
         results.append([(out / "p.jsonl").read_text(), *(metrics_of(out)[name] for name in ("notes", "retrieval"))])
-    assert results[0] == results[1]
+    assert results[0] == results[1] and not (tmp_path / "no").exists()
+    assert score(run, rows, tmp_path / "all" / "p.jsonl", "--plain", "--nosplit_data").code == 0
+    assert (metrics_of(out)["n"], metrics_of(tmp_path / "all")["n"]) == (2, 10)
+    chat = changed_copy(run, tmp_path / "chat", args={"plain": False})
+    done = score(chat, data, tmp_path / "no" / "p.jsonl", "--plain")
+    assert done.code == 2 and "--plain" in done.err
     record = json.loads((run / "run.json").read_text()) | {"status": "interrupted"}
     (run / "run.json").write_text(json.dumps(record))
     monkeypatch.chdir(checkpoint)  # the folder is known by whatever name
     assert score(".", data, tmp_path / "here" / "p.jsonl", "--plain", "--max_examples", 1).code == 0
-    assert score("..", data, tmp_path / "there" / "p.jsonl", "--plain").code == 2
+    (run / "config.json").unlink()  # it is saved at the end
+    done = score("..", data, tmp_path / "there" / "p.jsonl", "--plain")
+    assert done.code == 2 and "the run is interrupted" in done.err and not (tmp_path / "there").exists()
 
 
 def test_note_counts_the_examples_that_the_run_was_trained_on(tmp_path, monkeypatch):
@@ -542,22 +461,15 @@ def test_note_counts_the_examples_that_the_run_was_trained_on(tmp_path, monkeypa
     assert notes["test"] == [] and "7 of these 10" in notes["all"][0] and "7 of these 7" in notes["train"][0]
     done = score(run, data, tmp_path / "other" / "p.jsonl", "--process_split", "test", "--test_size", 0.5)
     assert done.code == 2 and "--test_size 0.3 --split_seed 5" in done.err
+    part = ("--process_split", "test", "--test_size", 0.3, "--split_seed", 5)  # as finetune.py splits, without a run
+    assert score_file(gold_predictions(tmp_path / "gold.jsonl", data, held_out), data, *part).code == 0
+    assert metrics_of(tmp_path)["n"] == 3
     monkeypatch.chdir(run)  # predictions without a model are not those of a run that happens to be here
-    assert score_file(gold_predictions(tmp_path / "gold.jsonl", data), data).code == 0
+    assert score_file(gold_predictions(tmp_path / "gold.jsonl", data), data, "--overwrite").code == 0
     assert metrics_of(tmp_path)["notes"] == []
 
 
 # ------------------------------------------------------------------------------------- what is refused first, lengths
-
-
-def test_untuned_model_is_checked_before_the_tuned_one_generates(model, data, finished, tmp_path):
-    base = changed_copy(MODEL, tmp_path / "base", config={"max_position_embeddings": 50})
-    out = shutil.copytree(finished[0], tmp_path / "out")
-    before = snapshot(out)
-    flags = ("--split_tune_untune", "--original_model_name", base, "--overwrite")
-    done = score(model, data, out / "p.jsonl", *flags)
-    assert done.code == 2 and "synth_test.jsonl:" in done.err and "Traceback" not in done.err
-    assert snapshot(out) == before
 
 
 @pytest.mark.parametrize("flag", ["--output_file", "--export_embeddings"])
@@ -565,12 +477,10 @@ def test_places_that_no_file_can_be_written_to_are_refused_first(flag, model, da
     monkeypatch.setattr(evaluate, "load", lambda *a: 1 / 0)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "p.jsonl")
-    os.mkfifo(tmp_path / "pipe")
-    for place in (*(tmp_path / name for name in ("file/p.jsonl", "folder", "dangling", "pipe")), Path("/dev/stdout")):
+    for place in (tmp_path / "file" / "p.jsonl", tmp_path / "folder", Path("/dev/stdout")):
         done = call("evaluate", "--model_name", model, "--input_file", data, flag, place, "--overwrite")
         assert done.code == 2 and str(place.parent) in done.err and done.err.count("\n") == 1, place
-    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_default_length_fits_the_longest_answer_and_cut_responses_are_counted(finished, data, tmp_path):
@@ -586,4 +496,3 @@ def test_default_length_fits_the_longest_answer_and_cut_responses_are_counted(fi
     metrics, predicted = metrics_of(finished[0]), read_lines(finished[0] / "p.jsonl")
     assert metrics["cut_at_limit"] == sum(row["stop_reason"] == "length" for row in predicted) > 0
     assert f"{metrics['cut_at_limit']} of {len(predicted)}" in finished[1].out
-    assert generation.answer_limit(evaluate.load(str(MODEL), EvaluationSettings())[1].renderer, []) == 128

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from conftest import GOLDEN, MODELS, changed_copy, half_token, random_model
 
 import evaluate
@@ -35,10 +33,8 @@ KINDS = {  # by model_type
                              "num_local_experts": 2, "block_size": 8},  # a cache of its own
     "bart": {"vocab_size": 97, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
              "max_position_embeddings": 128, "pad_token_id": 0},  # positions by the entry
-    "prophetnet": {"vocab_size": 97, "hidden_size": 32, "decoder_ffn_dim": 48, "num_decoder_layers": 2,
-                   "num_decoder_attention_heads": 4, "max_position_embeddings": 128, "ngram": 2},
 }  # fmt: skip
-ONE_AT_A_TIME = ("rwkv", "minimax", "bart", "prophetnet")
+ONE_AT_A_TIME = ("rwkv", "minimax", "bart")
 NO_PREFIX = (*ONE_AT_A_TIME, "mistral", "mpt", "mamba", "openai-gpt")
 PAD, PREFIX, STOPS = 0, [11, 12, 13, 14, 15, 16], [7, *range(40, 46)]
 
@@ -61,13 +57,7 @@ def random_prompts(n: int) -> list[list[int]]:
 
 @torch.no_grad()
 def one_by_one(model: torch.nn.Module, prompt: list[int], steps: int, stops: list[int]) -> list[int]:
-    """Greedy tokens by complete forward passes, without cache, padding or batch; ProphetNet's by `generate`.
-
-    With its cache, which `generate` uses, ProphetNet computes something else than without.
-    """
-    if isinstance(model, transformers.ProphetNetForCausalLM):
-        greedy = transformers.GenerationConfig(do_sample=False, max_new_tokens=steps, eos_token_id=stops)
-        return model.generate(torch.tensor([prompt]), generation_config=greedy)[0, len(prompt) :].tolist()
+    """Greedy tokens by complete forward passes, without cache, padding or batch."""
     tokens: list[int] = []
     while len(tokens) < steps and not (tokens and tokens[-1] in stops):
         logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits
@@ -135,20 +125,10 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     model, sizes = build("llama"), []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda **k: sizes.append(len(k["input_ids"])) or generate(**k))
-    ends = sorted(
-        len(row) for row in generation.generate_tokens(model, PAD, STOPS, random_prompts(6), 24, generation.Plan())
-    )
+    rows = generation.generate_tokens(model, PAD, STOPS, random_prompts(6), 24, generation.Plan())
     reached = [2 * (2**i - 1) for i in range(len(sizes))]  # tokens before each round
-    assert sizes == [sum(end > tokens for end in ends) for tokens in reached]
+    assert sizes == [sum(len(row) > tokens for row in rows) for tokens in reached]
     assert sizes[0] == 6 and sizes[-1] < 6
-
-
-def test_prompt_near_the_context_length_does_not_shorten_the_others():
-    model = build("llama")
-    short = [[*PREFIX, *range(20, 20 + n)] for n in (2, 60, 68)]
-    longest = [*PREFIX, *([30] * 118)]  # 124 of 128 tokens
-    got = generation.generate_tokens(model, PAD, [7], [*short, longest], 20, generation.Plan())
-    assert got == [one_by_one(model, p, 20, [7]) for p in short] + [one_by_one(model, longest, 4, [7])]
 
 
 LENGTHS = [5, 40, 7, 7, 100, 1, 12, 30, 7]
@@ -163,23 +143,6 @@ def test_token_budget_fills_batches_of_similar_length(tokens):
     for batch in batches[:-1]:
         assert (len(batch) + 1) * LENGTHS[batch[0]] > tokens
     assert [len(batch) for batch in generation.batches(LENGTHS, 4)] == [4, 4, 1]
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_processes_share_the_batches_that_are_left(processes):
-    examples = [SimpleNamespace(id=i) for i in range(len(LENGTHS))]
-    batches = list(generation.batches(LENGTHS, 2))
-    done, seen = {*batches[1], batches[2][0]}, []  # a complete batch and half of another
-
-    def response(batch: list[int]) -> list[int]:
-        seen.append(batch)
-        return batch
-
-    everything = (examples, range(len(LENGTHS)), response)
-    shares = [list(generation.respond(*everything, iter(batches), done, (n, processes))) for n in range(processes)]
-    assert sorted(seen) == sorted(b for b in batches if b != batches[1]), "batches are the same after a resume"
-    assert sorted(i for share in shares for batch in share for _, i in batch) == sorted(set(range(9)) - done)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 # ------------------------------------------------------------------------------------------- models with a template

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from conftest import (
     interrupted,
     message_row,
     metrics,
+    read_lines,
     same_weights,
     start,
     train,
@@ -30,7 +30,7 @@ NO_CHECKPOINTS = ("--save_strategy", "no")
 
 def samples(run: Path) -> list[dict]:
     """The lines of generations.jsonl."""
-    return [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+    return read_lines(run / "generations.jsonl")
 
 
 # Trained answers, and those to score by: the first two are right, but only as a language or only at the start.
@@ -52,12 +52,10 @@ def test_scores_and_samples_are_those_of_evaluate(task, tmp_path):
     names = [n for n in (*want["scores"], "exact", "startswith", "stop_rate") if want[n] is not None]
     assert {name: line[f"eval_{name}"] for name in names} == {name: want[name] for name in names}
     assert [line[f"eval_{primary}_{end}"] for end in ("low", "high")] == want["ci95"][primary]
-    predicted = [json.loads(x) for x in (run / "eval" / task / "predictions.jsonl").read_text().splitlines()]
-    own = [{k: v for k, v in row.items() if k not in ("step", "prompt", "answer")} for row in samples(run)]
-    log = ("log_likelihoods",)
-    assert [{k: v for k, v in x.items() if k not in log} for x in own] == [
-        {k: v for k, v in x.items() if k not in log} for x in predicted[:2]
-    ]
+    apart = ("step", "prompt", "answer", "log_likelihoods")
+    own, predicted = ([{k: v for k, v in row.items() if k not in apart} for row in rows]
+                      for rows in (samples(run), read_lines(run / "eval" / task / "predictions.jsonl")))  # fmt: skip
+    assert own == predicted[:2]
     assert [(x["step"], x["prompt"], x["answer"]) for x in samples(run)] == [(30, "one", learned), (30, "two", other)]
     assert len({want["exact"], want["startswith"], want[primary]}) == (1 if task == "hellaswag" else 2)
 
@@ -139,27 +137,10 @@ def test_examples_that_the_task_cannot_score_are_reported_before_anything_is_wri
 # ------------------------------------------------------------------------------------------------------- trackers
 
 
-def leveldb_records(log: bytes, offset: int) -> Iterator[bytes]:
-    """The records of a LevelDB log, which W&B writes after a header of `offset` bytes."""
-    at, record = 0, b""
-    while at + 7 <= len(log):
-        left = 32768 - (at + offset) % 32768  # of the block
-        if left < 7:
-            at += left
-            continue
-        length, kind = int.from_bytes(log[at + 4 : at + 6], "little"), log[at + 6]
-        record += log[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # complete
-            yield record
-            record = b""
-
-
 def test_trackers_get_settings_curves_and_tables_of_generations(data, tmp_path, monkeypatch):
     import mlflow
     import wandb
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from wandb.proto.wandb_internal_pb2 import Record
 
     for name, value in {
         "WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "WANDB_SILENT": "true", "MLFLOW_ALLOW_FILE_STORE": "true",
@@ -177,17 +158,11 @@ def test_trackers_get_settings_curves_and_tables_of_generations(data, tmp_path, 
     table = [[row[key] for key in ("step", "answer", "prediction", "exact")] for row in samples(run)]
     assert len(table) == 4
 
-    # W&B's file of an offline run
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    records = [Record.FromString(record) for record in leveldb_records(file.read_bytes()[7:], offset=7)]
-    (started,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]
-    assert (started.project, started.display_name) == ("shop", "mine")
-    config = {x.key: json.loads(x.value_json) for r in records for x in (*r.run.config.update, *r.config.update)}
-    assert config["llm_jepa/lbd"] == 1 and config["llm_jepa/jepa_loss"] == "cosine" and "llm_jepa/task" in config
-    logged = [{x.key or "/".join(x.nested_key): json.loads(x.value_json) for x in r.history.item} for r in records]
-    for key, values in curves.items():
-        key = f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
-        assert [x[key] for x in logged if key in x] == values
+    log = file.read_bytes()
+    log = b"".join(log[at + 7 : at + 32768] for at in range(0, len(log), 32768))  # each block begins with a header
+    for text in '\4shop \4mine llm_jepa/lbd llm_jepa/jepa_loss "cosine" llm_jepa/task train/jepa_loss'.split():
+        assert text.encode() in log, text  # a name follows its length
     tables = [json.loads(p.read_text()) for p in sorted(file.parent.glob("files/media/table/*.json"))]
     found = [dict(zip(t["columns"], row, strict=True)) for t in tables for row in t["data"]]
     assert sorted([x["step"], x["answer"], x["prediction"], x["exact"]] for x in found) == sorted(table)
@@ -203,9 +178,6 @@ def test_trackers_get_settings_curves_and_tables_of_generations(data, tmp_path, 
 
     (folder,) = {p.parent for p in (run / "runs").rglob("events*")}
     events = EventAccumulator(str(folder)).Reload()
-    for key, values in curves.items():
-        key = f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
-        assert [x.value for x in events.Scalars(key)] == pytest.approx(values)
     text = events.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
     assert '"llm_jepa/lbd": 1.0' in text
     assert [x.step for x in events.Tensors("generations/text_summary")] == [1, 2]

@@ -221,9 +221,8 @@ def run_code(run: Path) -> tuple[str, str]:
 SYSTEM = "Write the regular expression."  # of all examples here
 
 
-@pytest.mark.parametrize("kind", ["full model", "adapter"])
-def test_code_in_the_card_generates_from_the_prompt_of_training(finished, adapter, tmp_path, kind, capsys):
-    run = shutil.copytree(finished if kind == "full model" else adapter, tmp_path / "mine")
+def test_code_in_the_card_of_an_adapter_generates_from_the_prompt_of_training(adapter, tmp_path, capsys):
+    run = shutil.copytree(adapter, tmp_path / "mine")
     code, prompt = run_code(run)
     assert SYSTEM in code and capsys.readouterr().out
     assert prompt == Renderer(load_tokenizer(str(run))).prompt(Example(SYSTEM, "…", "x", "here", 1))
@@ -231,9 +230,7 @@ def test_code_in_the_card_generates_from_the_prompt_of_training(finished, adapte
 
 @pytest.mark.parametrize("system", [None, "Say \"a\" or 'b':\n```python\n\\d é\n```", ...], ids=repr)
 def test_code_in_the_card_has_the_system_text_of_training(run, system):
-    record = json.loads((run / "run.json").read_text())
-    record.pop("system_turn")
-    (run / "run.json").write_text(json.dumps(record | ({} if system is ... else {"system_turn": system})))
+    change(run, "run.json", system_turn=system)  # ...: the run has none
     code, prompt = run_code(run)
     assert ("system" in code) == (system is not None and system is not ...)
     example = Example(None if system is ... else system, "…", "x", "here", 1)
