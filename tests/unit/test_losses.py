@@ -1,27 +1,20 @@
-"""The losses against their formulas, their zero cases, and their weights in the objective's gradient."""
+"""The losses of pairs and spans against their formulas, sums over parts of a step, and zero cases."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from templates import dataset, encoder, model, tokenizer
 
-from llm_jepa.data.examples import Example
-from llm_jepa.forward import States
-from llm_jepa.layouts import LAYOUTS, Collator
 from llm_jepa.losses import (
     JEPA_LOSSES,
-    KNOTS,
     STP_LOSSES,
     ContrastSet,
-    Term,
     find_not_negatives,
     jepa_loss,
     lm_loss,
     moments,
     nitp_loss,
-    objective,
     sigreg_loss,
     stp_loss,
 )
@@ -68,12 +61,6 @@ TEMPERATURES = {"infonce": 0.07, "clip": 0.1}
 ZERO_FOR_ONE_PAIR = {"infonce", "clip"}
 
 
-def test_every_loss_has_its_formula_here():
-    assert FORMULAS.keys() == JEPA_LOSSES.keys()
-    assert {name: loss.temperature for name, loss in JEPA_LOSSES.items() if loss.temperature} == TEMPERATURES
-    assert STP_LOSSES.keys() == {variant for variant, _, _ in STP_VALUES.values()}
-
-
 def expected_loss(name: str, others: ContrastSet, temperature: float | None, center: bool) -> float:
     views, pairs = others.views.detach().double().numpy(), len(others.not_negatives)
     if center:
@@ -111,24 +98,6 @@ def test_the_code_that_a_shuffled_text_has_in_the_data_is_no_negative():
     ids = torch.tensor([[10, 11, 12, 13], [21, 22, 23, 24], [20, 21, 22, 23]])
     linked = torch.eye(4).bool() | torch.ones(4, 4).bool().triu(1).tril(1) | torch.ones(4, 4).bool().tril(-1).triu(-1)
     assert find_not_negatives(ids, ids).equal(linked)
-
-
-@pytest.mark.parametrize("name", ["clip", "infonce"])
-def test_placebo_moves_no_text_toward_or_away_from_its_own_code(name):
-    """The mean over random views of the change of a pair's cosine along the gradient; other Codes are pushed away."""
-    toward, away = [], []
-    for seed in range(200):
-        views = torch.nn.functional.normalize(random(2, 8, 256, seed=seed).detach(), dim=-1).requires_grad_()
-        order = torch.arange(8).roll(-1)
-        ids = torch.stack([torch.arange(8), 10 + order, 10 + torch.arange(8)])
-        shuffled = torch.stack([views[0], views[1, order]])
-        loss, _ = jepa_loss(shuffled, name, ContrastSet(shuffled, find_not_negatives(ids, ids)))
-        (gradient,) = torch.autograd.grad(loss, views)
-        slopes = gradient[0] @ views[1].detach().T  # (P, P): how the loss changes as a Text moves to a Code
-        toward += slopes.diagonal().tolist()
-        away += slopes.diagonal(3).tolist()
-    error = np.std(toward) / len(toward) ** 0.5
-    assert abs(np.mean(toward)) < 3 * error and 10 * error < np.mean(away)
 
 
 @CENTER
@@ -173,23 +142,7 @@ def test_stopped_gradient_is_zero_in_that_view_and_the_same_in_the_other(name, d
     torch.testing.assert_close(got[1 - detached], want[1 - detached])
 
 
-# ------------------------------------------------------------------------------------------- SIGReg and next latents
-
-
-def sigreg(points: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """Epps and Pulley's statistic, a mean over both views' projections, by the trapezoidal rule."""
-    t = torch.linspace(-3, 3, 33, dtype=torch.float64)
-    normal, angles = (-(t**2) / 2).exp(), (points @ directions)[..., None] * t  # (2, P, K, 33)
-    distance = (angles.cos().mean(dim=1) - normal) ** 2 + angles.sin().mean(dim=1) ** 2  # (2, K, 33)
-    return points.shape[1] * torch.trapezoid(normal * distance, t).mean()
-
-
-def test_sigreg_equals_its_formula():
-    points, directions = random(2, 6, 5), torch.nn.functional.normalize(random(5, 3, seed=1).detach(), dim=0)
-    total, count = sigreg_loss(points, directions)
-    expected = sigreg(points.detach().double(), directions.double())
-    assert count == 6 and total.item() == pytest.approx(6 * expected.item(), rel=1e-5)
-    assert KNOTS == 17
+# ------------------------------------------------------------------------------------------------------- SIGReg
 
 
 def test_sigreg_of_parts_of_a_step_adds_up_to_that_of_all_points():
@@ -206,24 +159,7 @@ def test_sigreg_of_parts_of_a_step_adds_up_to_that_of_all_points():
     torch.testing.assert_close(torch.autograd.grad(total, points)[0], want)
 
 
-def test_next_latent_loss_equals_its_formula_without_gradient_in_the_target():
-    predicted, target = random(4, 7), random(4, 7, seed=1)
-    total, count = nitp_loss(predicted, target)
-    expected = (1 - np.diag(cosines(predicted.detach().numpy(), target.detach().numpy()))).sum()
-    assert total.item() == pytest.approx(expected, rel=1e-5) and count == 4
-    total.backward()
-    assert (predicted.grad.abs().sum(dim=-1) > 0).all() and target.grad is None
-
-
 # ------------------------------------------------------------------------------------------------------- zero cases
-
-
-def test_lm_loss_is_summed_cross_entropy():
-    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
-    total, count = lm_loss(logits, torch.tensor([0, 2]))
-    expected = -np.log(np.exp(2) / (np.exp(2) + 1 + np.exp(-1))) + np.log(3)
-    assert total.item() == pytest.approx(expected, rel=1e-6)
-    assert count == 2
 
 
 def beside_others(views: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
@@ -269,15 +205,11 @@ def test_half_precision_is_summed_in_float32(name):
     assert loss(random(*(n or 3 for n in shape)).bfloat16())[0].dtype == torch.float32
 
 
-# Variants of --stp, points and their loss.
+# Variants of --stp, points and their loss. test_spans.py has the formula of the patch variant.
 STP_VALUES = {
     "straight": ("geodesic", ((0, 0), (1, 1), (3, 3)), 0),
     "reversal": ("geodesic", ((1, 0), (2, 0), (0.5, 0)), 2),
     "right angle": ("geodesic", ((0, 0), (2, 0), (2, 5)), 1),
-    # In the first part the patch moves by (2, 0), the rest by (1, 0) before it, (0, 1) after it and (0, 2).
-    "one part": ("patch", ((0, 0), (1, 0), (3, 0), (3, 1), (9, 9), (9, 9), (9, 9), (9, 11)), 1 - 1 / 10**0.5),
-    # A patch over both parts: (1, 0) + (0, 1) against (0, −1) + (−1, 0).
-    "both parts": ("patch", ((0, 0), (0, -1), (1, -1), (1, -1), (4, 4), (4, 4), (4, 5), (3, 5)), 2),
 }
 
 
@@ -296,59 +228,3 @@ def test_stp_loss_sums_spans_and_has_gradient_in_every_point(variant):
     assert count == 6 and total.item() == pytest.approx(sum(single), rel=1e-6)
     total.backward()
     assert (path.grad.abs().sum(dim=-1) > 0).all()
-
-
-def test_objective_weighs_each_term_and_divides_by_its_count_in_the_step():
-    """The counts are those of a step of which this micro-batch has a share."""
-    lm_sum, views, path, predicted = random(1).sum(), random(2, 4, 3), random(3, 5, 3), random(6, 3)
-    states = States(torch.zeros(0, 1), views, path, predicted, random(6, 3, seed=1), directions=torch.eye(3))
-    losses = {
-        "jepa": (("views",), "pairs", jepa_loss),
-        "sigreg": (("views", "directions", "rest_of_step"), "pairs", sigreg_loss),
-        "stp": (("path",), "spans", lambda x: stp_loss(x, "geodesic")),
-        "nitp": (("predicted", "target"), "next_tokens", nitp_loss),
-    }
-    weights, counts = (0.3, 0.2, 0.7, 1.5), {"labels": 10.0, "pairs": 8.0, "spans": 15.0, "next_tokens": 12.0}
-    terms = [(Term(name, *loss, 0), weight) for (name, loss), weight in zip(losses.items(), weights, strict=True)]
-    loss, sums, shares = objective(lm_sum, states, torch.tensor(list(counts.values())), 0.5, terms)
-    inputs, expected = [lm_sum, views, path, predicted], [torch.tensor(0.05), 0, 0, 0]
-    assert shares["lm"].item() == pytest.approx(0.05 * lm_sum.item()) and [*shares] == ["lm", *losses]
-    for (name, (reads, divisor, function)), weight in zip(losses.items(), weights, strict=True):
-        alone, _ = function(*(getattr(states, field) for field in reads))
-        assert sums[name].item() == alone.item()
-        assert shares[name].item() == pytest.approx(weight * alone.item() / counts[divisor])
-        for i, gradient in enumerate(torch.autograd.grad(alone, inputs, allow_unused=True, retain_graph=True)):
-            expected[i] = expected[i] + (0 if gradient is None else weight / counts[divisor] * gradient)
-    assert loss.item() == pytest.approx(sum(shares.values()).item())
-    for got, want in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_loss_dropout_scales_the_term_by_the_fraction_of_pairs_that_it_leaves(layout):
-    """Items with the same views: without the others' pairs the term has a fraction of its gradient."""
-    items = dataset(4 * [Example("s", "Is it (a|b)?", "c d", "rows:1", 1)], encoder("llama3", predictors=1)).items[:]
-    network, selector = model("llama3")
-
-    def gradient(kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-        dropped = [*items[:kept], *((item[0].without_view,) for item in items[kept:])]
-        batch = Collator(layout, tokenizer("llama3").pad_token_id, 64)(dropped)
-        assert batch["counts"][1] == 4
-        states = selector.read(network, batch)
-        term = Term("jepa", ("views",), "pairs", lambda x: jepa_loss(x, "mse"), 1)
-        loss, _, _ = objective(states.logits.sum() * 0, states, batch["counts"].clamp(min=1), 0, [(term, 2.0)])
-        return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
-
-    (loss, full), *rest = (gradient(kept) for kept in (4, 3, 1, 0))
-    assert full.norm() > 0
-    for ratio, (part, parts) in zip((0.75, 0.25, 0), rest, strict=True):
-        torch.testing.assert_close(part, ratio * loss, rtol=1e-4, atol=1e-6)
-        assert (parts - ratio * full).norm() < 1e-4 * full.norm()
-
-
-@pytest.mark.parametrize(
-    ("warmup", "start", "expected"), [(0, 0, [2, 2, 2]), (4, 0, [0.5, 1, 2]), (0.2, 1, [1.5, 2, 2])]
-)
-def test_weight_warms_up_linearly(warmup, start, expected):
-    term = Term("stp", ("path",), "spans", len, 2.0, warmup, start)
-    assert [term.weight_at(step, 10) for step in (1, 2, 10)] == pytest.approx(expected)

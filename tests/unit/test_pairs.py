@@ -51,15 +51,3 @@ def test_queued_pairs_of_the_same_text_or_code_are_no_negatives():
     ids = torch.tensor([[2, 7], [107, 100], [107, 100]])  # the Text of pair 2, the Code of pair 0
     others = contrast(views[:, :2], ids, training=True)
     assert others.not_negatives[:, 2:].tolist() == [[False, False, True, False], [True, False, False, False]]
-
-
-def test_queue_is_restored_from_a_checkpoint(tmp_path):
-    contrast, other = Contrast(2), Contrast(2)
-    contrast.save(tmp_path)
-    other.load(tmp_path)  # before the first pair there is nothing to restore
-    assert other.queue == {}
-    contrast(*micro_batch(0, 3), training=True)
-    contrast.save(tmp_path)
-    other.load(tmp_path)
-    for name, tensor in contrast.queue.items():
-        assert other.queue[name].equal(tensor) and other.queue[name].dtype == tensor.dtype

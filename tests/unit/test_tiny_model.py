@@ -2,13 +2,10 @@
 
 import subprocess
 import sys
-from functools import partial
 
-import pytest
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from jinja2.exceptions import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 
 TINY = ROOT / "models" / "tiny"
@@ -43,17 +40,6 @@ def test_configuration_matches_the_tokenizer():
     config = AutoConfig.from_pretrained(TINY)
     assert (config.vocab_size, config.max_position_embeddings) == (len(TOKENIZER), TOKENIZER.model_max_length)
     assert (config.pad_token_id, config.eos_token_id) == (TOKENIZER.pad_token_id, TOKENIZER.eos_token_id)
-
-
-def test_template_trims_and_ends_each_turn():
-    turns = [("system", "s"), ("user", " \nlines with a  vowel \t"), ("assistant", r"([AEIOUaeiou]).*")]
-    chat = [{"role": role, "content": content} for role, content in turns]
-    prompt = "<|system|>s<|eot_id|><|user|>lines with a  vowel<|eot_id|><|assistant|>"
-    render = partial(TOKENIZER.apply_chat_template, tokenize=False)
-    assert render(chat) == prompt + r"([AEIOUaeiou]).*<|eot_id|>"
-    assert render(chat[:2], add_generation_prompt=True) == prompt
-    with pytest.raises(TemplateError, match="tool"):
-        render([{"role": "tool", "content": "text"}])
 
 
 def test_make_tiny_writes_the_committed_files(tmp_path):
