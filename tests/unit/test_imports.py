@@ -33,10 +33,10 @@ def imported(nodes: Iterable[ast.AST]) -> set[str]:
     return names
 
 
-COMMANDS = [("-c", "import llm_jepa"), ("-c", f"import llm_jepa.{', llm_jepa.'.join(LIGHT)}")]
+MODULES = ("-c", f"import llm_jepa.{', llm_jepa.'.join(LIGHT)}")
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *((f"{script}.py", "--help") for script in sorted(SCRIPTS))], ids=str)
+@pytest.mark.parametrize("command", [MODULES, *((f"{script}.py", "--help") for script in sorted(SCRIPTS))], ids=str)
 def test_light_modules_and_help_load_no_deep_learning_library(command):
     argv = [sys.executable, "-X", "importtime", *command]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)

@@ -78,16 +78,6 @@ def test_packed_rows_contain_every_segment_once_within_the_budget(lengths, token
     assert len(rows) <= 2 * sum(lengths) / max(tokens_per_row, *lengths) + 1
 
 
-@pytest.mark.parametrize(("layout", "mask"), [("separate", "padding"), ("additive", "dense"), ("packed", "positions")])
-def test_tokens_attend_to_their_own_segment_only(layout, mask):
-    batch = Collator(layout, pad_id=-7, tokens_per_row=16)(items(LENGTHS))
-    assert batch["mask"] == mask
-    seen = attention_mask(batch["segment_ids"], batch["branches"])  # (R, T, T)
-    owner = batch["input_ids"].div(1000, rounding_mode="floor")  # −1 for padding
-    position = torch.arange(owner.shape[1])
-    assert seen.equal((owner[:, :, None] == owner[:, None]) & (position[None] <= position[:, None]))
-
-
 def test_padding_is_a_segment():
     batch = Collator("packed", pad_id=0, tokens_per_row=16)(items([(9, 4, 3), (4, 1, 1)]))
     assert batch["position_ids"].tolist() == [[*range(9), 0, 0], [*range(4), *range(4), *range(3)]]

@@ -14,9 +14,7 @@ from templates import dataset, encoder, tokenizer
 
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, read_examples
-from llm_jepa.data.segments import Segment
 from llm_jepa.data.spans import Draws, draw_patch, draw_triple
-from llm_jepa.layouts import LAYOUTS, Collator
 from llm_jepa.losses import STP_LOSSES, stp_loss
 
 EXAMPLES = read_examples(str(GOLDEN / "regex_rows.jsonl"), Problems())[:6]
@@ -115,16 +113,3 @@ def test_draws_depend_on_seed_epoch_and_example_only(variant):
     assert paths(drawn(), epoch=1) != first and paths(drawn(seed=7)) != first
     assert len({str(path[0]) for path in first}) > 1
     assert encoded()[0, [0]][0][0].path is None
-
-
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_batch_points_at_the_tokens_of_the_spans(layout):
-    chats = [
-        Segment("chat", 1000 * i + np.arange(n), np.ones(n, dtype=bool), path=np.array(path, int).reshape(-1, 3))
-        for i, (n, path) in enumerate([(9, [[0, 2, 8], [1, 2, 3]]), (2, []), (5, [[0, 1, 4]])])
-    ]
-    views = [Segment("code_view", np.full(3, -5), np.zeros(3, dtype=bool), 2) for _ in chats]
-    batch = Collator(layout, pad_id=-7, tokens_per_row=11, points=3)(list(zip(chats, views, strict=True)))
-    ids = batch["input_ids"][tuple(batch["path_at"])]  # (K, S)
-    assert ids.T.tolist() == [[0, 2, 8], [1, 2, 3], [2000, 2001, 2004]]
-    assert batch["counts"][2] == 3
