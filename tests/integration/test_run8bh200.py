@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from conftest import ROOT
-from driver_project import NODE_DEFAULTS, NODE_VARIABLES, VARIABLES, Project, flag, resolved, templates
+from driver_project import VARIABLES, Project, flag, resolved, templates
 
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 TWO = {"SEEDS": "4", "NPROC": "8", "NNODES": "2", "MASTER_ADDR": "node0"}
@@ -134,9 +134,3 @@ def test_the_sbatch_file_runs_the_script_on_each_node(node):
     command = ["bash", "run8bh200.sbatch", "run_jepa", "--help"]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     assert done.stdout.count("usage: bash run8bh200.sh") == 2
-
-
-def test_help_lists_the_variables():
-    done = subprocess.run(["bash", ROOT / "run8bh200.sh", "--help"], capture_output=True, text=True)
-    missing = [word for word in (*NODE_VARIABLES[:8], *NODE_DEFAULTS, "RUNS_DIR", LLAMA) if word not in done.stdout]
-    assert done.returncode == 0 and missing == []

@@ -73,22 +73,18 @@ MIXED = [
 def test_examples_without_a_pair_or_a_chat_count_for_one_loss_only(distance):
     flags = {"lm_turns": "all"}
     items = items_of("llama3", MIXED, **flags)
-    chats, pairs = (
-        items_of("llama3", x, **flags, jepa=j) for x, j in ((MIXED[:4], False), (MIXED[:3] + MIXED[4:], True))
+    chats = items_of("llama3", MIXED[:4], **flags, jepa=False)
+    pairs = items_of("llama3", MIXED[:3] + MIXED[4:], **flags)
+    dropped = dataset(MIXED, encoder("llama3", predictors=1, **flags), Draws(0, 0.0))[0, range(5)]
+    mixed, of_chats, of_pairs, without = (
+        score("llama3", x, "packed", 90, distance) for x in (items, chats, pairs, dropped)
     )
-    mixed = score("llama3", items, "packed", 90, distance)
     assert mixed["counts"][1] == len(pairs)
-    torch.testing.assert_close(mixed["lm"], score("llama3", chats, "packed", 90)["lm"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(
-        mixed["jepa"], score("llama3", pairs, "packed", 90, distance)["jepa"], rtol=1e-5, atol=1e-6
-    )
+    for loss, alone in (("lm", of_chats), ("jepa", of_pairs), ("lm", without)):
+        torch.testing.assert_close(mixed[loss], alone[loss], rtol=1e-5, atol=1e-6)
+    assert without["counts"] == mixed["counts"] and without["views"].shape[1] == 0
     for layout in {*LAYOUTS} - {"packed"}:
         assert_same(score("llama3", items, layout, 90, distance), mixed)
-    dropped = score(
-        "llama3", dataset(MIXED, encoder("llama3", predictors=1, **flags), Draws(0, 0.0))[0, range(5)], "packed"
-    )
-    assert dropped["counts"] == mixed["counts"] and dropped["views"].shape[1] == 0
-    torch.testing.assert_close(dropped["lm"], mixed["lm"], rtol=1e-5, atol=1e-6)
     assert len(items_of("llama3", MIXED, jepa=False)) == 4  # without the views
 
 

@@ -12,8 +12,6 @@ from llm_jepa.data.batching import MicroBatches
 from llm_jepa.data.segments import Item, Segment
 from llm_jepa.layouts import LAYOUTS, Collator, attention_mask, packed_rows
 
-LENGTHS = [(9, 4, 3), (7, 2, 5), (1, 1, 1), (12, 6, 2)]
-
 
 def items(lengths: list[tuple[int, int, int]]) -> list[Item]:
     """Examples with token ids 1000 · segment number + position."""
@@ -26,26 +24,6 @@ def items(lengths: list[tuple[int, int, int]]) -> list[Item]:
             number += 1
         out.append(tuple(segments))
     return out
-
-
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-@pytest.mark.parametrize("tokens_per_row", [1, 5, 16, 1000])
-def test_every_layout_contains_the_same_segments_labels_and_views(layout, tokens_per_row):
-    examples = items(LENGTHS)
-    batch = Collator(layout, pad_id=-7, tokens_per_row=tokens_per_row)(examples)
-    ids, positions = batch["input_ids"], batch["position_ids"]
-    assert batch["tokens"].tolist()[:3] == [29, 13, 11]
-    assert (ids == -7).sum() == batch["tokens"][3] == ids.numel() - 53
-    for segment in (s for item in examples for s in item):
-        (row, column), n = (ids == segment.ids[0]).nonzero()[0].tolist(), len(segment.ids)
-        assert ids[row, column : column + n].tolist() == segment.ids.tolist()
-        assert positions[row, column : column + n].tolist() == list(range(n))
-    label_ids = [int(t) for item in examples for t in item[0].ids[item[0].labels] if t % 1000]
-    assert batch["label_ids"].tolist() == label_ids
-    assert (ids[tuple(batch["label_at"])] + 1).tolist() == label_ids
-    assert batch["counts"].tolist() == [len(label_ids), 4, 0, 0]
-    for kind, at in zip((1, 2), batch["view_at"].transpose(0, 1), strict=True):
-        assert ids[tuple(at)].tolist() == [int(item[kind].ids[-1]) for item in examples]
 
 
 @pytest.mark.parametrize("codes", [[0], [0, 1, 2, 3], [0, 0, 1, 0], [0, 0, 0]])

@@ -1,4 +1,4 @@
-"""The losses of pairs against their formulas, and all losses of nothing and in half precision.
+"""The losses of pairs against their formulas, the queue of pairs, and all losses of nothing and in half precision.
 
 test_terms.py compares a training step of each term with its formula, test_spans.py the spans of --stp patch.
 """
@@ -20,6 +20,7 @@ from llm_jepa.losses import (
     sigreg_loss,
     stp_loss,
 )
+from llm_jepa.training.pairs import Contrast
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -117,23 +118,55 @@ def test_stopped_gradient_is_zero_in_that_view_and_the_same_in_the_other(name, d
     torch.testing.assert_close(got[1 - detached], want[1 - detached])
 
 
+# ---------------------------------------------------------------------------------------------------- queue of pairs
+
+
+def micro_batch(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(views, ids): pair i has views full of i and the ids i, 100 + i and 100 + i."""
+    numbers = torch.arange(first, first + count)
+    views = numbers[:, None].expand(2, count, 3).float().clone().requires_grad_()
+    return views, torch.stack([numbers, 100 + numbers, 100 + numbers])
+
+
+def test_queue_has_the_newest_pairs_first_without_gradient():
+    contrast = Contrast(5)
+    for first, count, queue in ((0, 2, []), (2, 2, [0, 1]), (4, 3, [2, 3, 0, 1]), (7, 6, [4, 5, 6, 2, 3]), (
+        13, 1, [7, 8, 9, 10, 11])):  # fmt: skip
+        views, ids = micro_batch(first, count)
+        others = contrast(views, ids, training=True)
+        assert others.not_negatives.shape == (count, count + len(queue))
+        assert others.views[0, :, 0].tolist() == [*range(first, first + count), *queue]
+        (gradient,) = torch.autograd.grad(others.views.sum(), views)
+        assert gradient.equal(torch.ones_like(views))
+    assert contrast.queue["views"][1, :, 0].tolist() == [13, 7, 8, 9, 10]
+    assert not contrast.queue["views"].requires_grad
+
+
+def test_an_evaluation_neither_reads_nor_changes_the_queue():
+    contrast = Contrast(5)
+    contrast(*micro_batch(0, 2), training=True)
+    others = contrast(*micro_batch(2, 2), training=False)
+    assert others.views[0, :, 0].tolist() == [2, 3] and others.not_negatives.shape == (2, 2)
+    assert contrast.queue["ids"].tolist() == [[0, 1], [100, 101], [100, 101]]
+
+
+def test_queued_pairs_of_the_same_text_or_code_are_no_negatives():
+    contrast = Contrast(9)
+    views, ids = micro_batch(0, 4)
+    contrast(views, ids, training=True)
+    ids = torch.tensor([[2, 7], [107, 100], [107, 100]])  # the Text of pair 2, the Code of pair 0
+    others = contrast(views[:, :2], ids, training=True)
+    assert others.not_negatives[:, 2:].tolist() == [[False, False, True, False], [True, False, False, False]]
+
+
 # ------------------------------------------------------------------------------------------------------- zero cases
-
-
-def beside_others(views: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
-    """The centered loss beside five pairs of another rank or of the queue."""
-    pairs = views.shape[1]
-    others = ContrastSet(torch.cat([views, random(2, 5, 7).detach()], dim=1), torch.eye(pairs, pairs + 5).bool())
-    return jepa_loss(views, name, others, center=True)
 
 
 # Each loss of one tensor, and the tensor's shape with 0 for what is counted.
 LOSSES = {
     **{f"jepa {name}": (lambda x, n=name: jepa_loss(x, n), (2, 0, 7)) for name in JEPA_LOSSES},
-    **{f"jepa {name}, pairs elsewhere": (lambda x, n=name: beside_others(x, n), (2, 0, 7)) for name in JEPA_LOSSES},
     **{f"stp {name}": (lambda x, n=name: stp_loss(x, n), (loss.points, 0, 7)) for name, loss in STP_LOSSES.items()},
     "sigreg": (lambda x: sigreg_loss(x, torch.eye(7)), (2, 0, 7)),
-    "sigreg, points elsewhere": (lambda x: sigreg_loss(x, torch.eye(7), (torch.ones(2, 2, 17, 7), 5)), (2, 0, 7)),
     "nitp": (lambda x: nitp_loss(x, torch.ones(len(x), 7)), (0, 7)),
     "lm": (lambda x: lm_loss(x, torch.zeros(len(x), dtype=torch.long)), (0, 7)),
 }

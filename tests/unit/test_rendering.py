@@ -55,7 +55,7 @@ def prompt_length(chat) -> int:
 
 @pytest.mark.parametrize("name", ALL)
 def test_labels_are_answer_and_end_of_turn_token_and_no_prompt_token(name):
-    e = encoder(name)
+    e = encoder(name, locate_user=True)
     for example, chat in zip(EXAMPLES, e.chats(EXAMPLES), strict=True):
         rendered, label_ids, first = e.renderer.chat(example), chat.ids[chat.labels], prompt_length(chat)
         assert decode(e, label_ids[-1:]) == END_OF_TURN[name]
@@ -63,6 +63,8 @@ def test_labels_are_answer_and_end_of_turn_token_and_no_prompt_token(name):
         assert np.flatnonzero(chat.labels).tolist() == list(range(first, first + len(label_ids)))
         assert decode(e, chat.ids[:first]).rstrip() == rendered.text[: rendered.start].rstrip()
         assert end_of_turn(e.renderer) == label_ids[-1]
+        user = f"{example.system}\n\n{example.user}" if e.renderer.folds and example.system else example.user
+        assert decode(e, chat.ids[slice(*chat.user)]).strip() == user.strip()
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["chat", "plain"])

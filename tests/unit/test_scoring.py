@@ -8,7 +8,7 @@ import pytest
 
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring import tasks
-from llm_jepa.scoring.tasks import TASKS, interval, last_number, marked_number, normalize, score_text, wilson
+from llm_jepa.scoring.tasks import TASKS, interval, last_number, marked_number, score_text, wilson
 
 
 def example(answer: str, **fields) -> Example:
@@ -106,20 +106,15 @@ def test_numbers_are_exact():
 # --------------------------------------------------------------------------------------------- answers and classes
 
 
-NORMAL = {
-    "The  Beatles!": "beatles", "an apple a day": "apple day", "Theatre": "theatre", "the": "", "a-laying": "alaying",
-    "J. R. R. Tolkien": "j r r tolkien", "October\xa029,\u20032018\n": "october 29 2018", "Ångström": "ångström",
-}  # fmt: skip
-
-
-def test_normalize():
-    assert {text: normalize(text) for text in NORMAL} == NORMAL
-
-
 RIGHT_AND_WRONG = {  # (task, answer): (right predictions, wrong ones)
     ("nq_open", "6 geese a-laying; maids a-milking"): (
         ["6 geese a-laying", "Maids A-Milking.", "the 6 geese a-laying!", "6 geese a-laying; maids a-milking"],
         ["maids a-milking; 6 geese a-laying", "6 geese", "6 geese a-laying and more", "", ";", "the", "a; an"],
+    ),
+    ("nq_open", "October 29 2018"): (["October\xa029,\u20032018\n"], ["October 2018", "29 October 2018"]),
+    ("nq_open", "j r r tolkien; theatre; ångström"): (
+        ["J. R. R. Tolkien", "The  Theatre!", "Ångström"],
+        ["atre"],
     ),
     ("nq_open", "x; ; y"): (["x", "y", "x; y"], ["", "/", "the", "!"]),
     ("rotten_tomatoes", "Good"): (["Good", " Good\n"], ["Bad", "Very Good"]),

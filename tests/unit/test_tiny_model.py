@@ -28,15 +28,12 @@ def test_decoding_an_encoded_text_returns_the_text(text):
     assert TOKENIZER.decode(ids) == text and not set(ids) & set(range(len(SPECIAL)))
 
 
-def test_special_tokens_have_fixed_ids():
+def test_special_tokens_have_fixed_ids_that_the_configuration_has_too():
     assert sorted(TOKENIZER.get_vocab().values()) == list(range(512)) and TOKENIZER.model_max_length == 1024
     assert TOKENIZER.convert_tokens_to_ids(SPECIAL) == sorted(TOKENIZER.all_special_ids) == list(range(16))
     for token in SPECIAL:
         assert TOKENIZER.encode(f"a{token}b")[1:-1] == [SPECIAL.index(token)]
     assert (TOKENIZER.pad_token, TOKENIZER.eos_token, TOKENIZER.bos_token) == ("<|pad|>", "<|eot_id|>", None)
-
-
-def test_configuration_matches_the_tokenizer():
     config = AutoConfig.from_pretrained(TINY)
     assert (config.vocab_size, config.max_position_embeddings) == (len(TOKENIZER), TOKENIZER.model_max_length)
     assert (config.pad_token_id, config.eos_token_id) == (TOKENIZER.pad_token_id, TOKENIZER.eos_token_id)
