@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -141,9 +141,9 @@ def test_t_sne_draws_collapsed_embeddings_but_not_few_points(tmp_path):
     assert not (tmp_path / "b.png").exists()
 
 
-def examples_of(*answers: str, groups: list[str] | None = None) -> list[Example]:
-    examples = [Example(None, "comment", answer, f"data:{i}", i) for i, answer in enumerate(answers, start=1)]
-    return [dataclasses.replace(e, group=g) for e, g in zip(examples, groups, strict=True)] if groups else examples
+def examples_of(*answers: str, groups: Iterable[str | None] = itertools.repeat(None)) -> list[Example]:
+    given = enumerate(zip(answers, groups, strict=False), start=1)
+    return [Example(None, "comment", answer, f"data:{i}", i, group=group) for i, (answer, group) in given]
 
 
 def test_t_sne_groups_of_views_and_classes():

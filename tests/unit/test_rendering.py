@@ -330,9 +330,5 @@ def test_token_that_joins_view_and_template_text_is_refused():
     assert isinstance(e.views([joined])[0][1], ValueError) and not isinstance(e.chats([joined])[0], ValueError)
 
 
-def test_plain_chat_ends_with_end_of_turn_label_and_train_all_labels_every_token():
-    plain = encoder("llama3", plain=True)
-    chat = plain.chats([FIRST])[0]
-    assert decode(plain, chat.ids) == "Is it Good or Bad: a Good film<|perception|>Good<|eot_id|>"
-    assert decode(plain, chat.ids[chat.labels]) == "Good<|eot_id|>"
+def test_train_all_labels_every_token():
     assert encoder("llama3", plain=True, train_all=True, lm_labels="all").chats([FIRST])[0].labels.all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -128,8 +129,5 @@ def test_another_number_of_processes_keeps_the_step_and_the_negatives(
 ):
     settings = unfinished_run(tmp_path / "run", jepa_loss=loss) | {"batch_size": batch_size, "grad_accum": grad_accum}
     monkeypatch.setattr("llm_jepa.run_folder.processes", lambda: processes)
-    if mentioned is None:
+    with pytest.raises(UsageError, match=mentioned) if mentioned else contextlib.nullcontext():
         RunFolder(str(tmp_path / "run"), settings).check(resume=True, overwrite=False)
-    else:
-        with pytest.raises(UsageError, match=mentioned):
-            RunFolder(str(tmp_path / "run"), settings).check(resume=True, overwrite=False)

@@ -1,4 +1,4 @@
-"""models/tiny: its tokenizer keeps any text, its chat template is exact, make_tiny.py writes the committed files."""
+"""models/tiny: its tokenizer keeps any text, make_tiny.py writes the committed files."""
 
 import subprocess
 import sys
