@@ -56,10 +56,11 @@ def test_packed_rows_contain_every_segment_once_within_the_budget(lengths, token
     assert len(rows) <= 2 * sum(lengths) / max(tokens_per_row, *lengths) + 1
 
 
-def test_padding_is_a_segment():
-    batch = Collator("packed", pad_id=0, tokens_per_row=16)(items([(9, 4, 3), (4, 1, 1)]))
-    assert batch["position_ids"].tolist() == [[*range(9), 0, 0], [*range(4), *range(4), *range(3)]]
-    assert batch["boundaries"].tolist() == [0, 9, 10, 11, 15, 19, 22] and batch["longest"] == 9
+def test_padding_of_packed_rows_is_a_segment():
+    batch = Collator("packed", pad_id=-7, tokens_per_row=16)(items([(12, 6, 3)]))
+    assert batch["position_ids"].tolist() == [[*range(12)], [*range(6), *range(3), *range(3)]]
+    assert batch["input_ids"][1, 9:].tolist() == [-7] * 3 and batch["tokens"].tolist() == [12, 6, 3, 3]
+    assert batch["boundaries"].tolist() == [0, 12, 18, 21, 24] and batch["longest"] == 12
 
 
 def test_branch_tokens_attend_to_stem_only_and_continue_its_positions():

@@ -43,7 +43,6 @@ def test_make_tiny_writes_the_committed_files(tmp_path):
     command = [sys.executable, str(ROOT / "models" / "make_tiny.py"), "--out_dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "512 tokens, 1,869,504 parameters" in done.stdout
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         path.name: path.read_bytes() for path in TINY.iterdir()
     }
