@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -89,48 +88,29 @@ def same_run(one: Path, other: Path) -> None:
         # Each pair has the same negatives only if the micro-batches of all processes together are the same.
         ((*JEPA, *TERMS, "--jepa_ratio", 0.5), 4, 2, ()),
         ((*JEPA, "--jepa_loss", "vicreg", "--center", "--layout", "additive"), 2, 4, ()),
+        ((*JEPA, "--model_name", "tied"), 2, 1, ()),
     ],
-    ids=["few-pairs", "nitp", "ddp", "clip-sigreg", "vicreg"],
+    ids=["few-pairs", "nitp", "ddp", "clip-sigreg", "vicreg", "tied"],
 )
-def test_several_processes_train_as_one(ranks, tmp_path, data, flags, count, batch, more):
+def test_several_processes_train_as_one(ranks, tmp_path, data, tied, flags, count, batch, more):
+    flags = tuple(tied if flag == "tied" else flag for flag in flags)
     one = train(ranks, 1, tmp_path / "one", data, *flags, *sizes(1, 8))
     several = train(ranks, count, tmp_path / "several", data, *flags, *more, *sizes(count, batch))
     same_run(one, several)
     assert column(one, "nitp_loss" if "--nitp" in flags else "jepa_loss")
     for run in (one, several):
         assert not any("projectors" in name for name in weights(run))
-
-
-def test_tied_embeddings_are_sharded_once(ranks, tmp_path, data, tied):
-    one = train(ranks, 1, tmp_path / "one", data, *JEPA, *sizes(1, 8), "--model_name", tied)
-    same_run(one, train(ranks, 2, tmp_path / "two", data, *JEPA, *sizes(2), "--model_name", tied))
-    assert "lm_head.weight" not in weights(one)
+        assert ("lm_head.weight" in weights(run)) == (tied not in flags)  # tied embeddings are sharded and saved once
 
 
 def test_each_process_stores_only_its_shard(ranks, tmp_path, data):
     flags = ("--save_strategy", "steps", "--save_steps", 2, "--keep_checkpoints")
     run = train(ranks, 4, tmp_path / "run", data, *JEPA, *sizes(4), *flags)
-    parameters = sum(w.numel() for w in weights(run).values())
+    size = sum(w.nbytes for w in weights(run).values())
     for folder, copies in (("pytorch_model_fsdp_0", 1), ("optimizer_0", 2)):  # AdamW has two moments
-        shards = elements(run / "checkpoint-6" / folder)
-        assert len(shards) == 4 and sum(shards) == pytest.approx(copies * parameters, rel=0.01)  # and step counters
-        assert max(shards) < 1.1 * sum(shards) / 4
+        shards = [file.stat().st_size for file in (run / "checkpoint-6" / folder).glob("*.distcp")]
+        assert len(shards) == 4 and max(shards) < 1.5 * copies * size / 4  # each file also has names and shapes
     assert not list((run / "checkpoint-6").glob("*.safetensors"))
-
-
-def elements(folder: Path) -> list[int]:
-    """The number of elements in each process's file of a sharded checkpoint."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    metadata, found = FileSystemReader(folder).read_metadata(), Counter()
-    for index, place in metadata.storage_data.items():
-        chunks = getattr(metadata.state_dict_metadata[index.fqn], "chunks", ())
-        found[place.relative_path] += sum(c.sizes.numel() for c in chunks if c.offsets == index.offset)
-    return sorted(found.values())
-
-
-def set_status(run: Path, **values: object) -> None:
-    write_json(run / "run.json", read_json(run / "run.json") | values)
 
 
 def test_resume_with_half_the_processes(ranks, tmp_path, data):
@@ -266,7 +246,8 @@ def test_restart_leaves_a_finished_run_unchanged(ranks, tmp_path, data):
 
 def test_restart_does_not_repeat_a_certain_failure(ranks, tmp_path, data):
     run = train(ranks, 2, tmp_path / "run", data, *JEPA, *sizes(2))
-    set_status(run, status="failed", repeats=True, error="the loss of step 3 is nan")
+    failed = {"status": "failed", "repeats": True, "error": "the loss of step 3 is nan"}
+    write_json(run / "run.json", read_json(run / "run.json") | failed)
     codes, errors = start(ranks, 2, run, data, *JEPA, *sizes(2), TORCHELASTIC_RESTART_COUNT="1")
     assert codes == [2, 2] and errors.count("the loss of step 3 is nan") == 1, errors
 

@@ -38,22 +38,25 @@ def test_file_gives_flags_and_the_command_line_wins(tmp_path):
 RUNS = [
     "--jepa_loss clip --predictors 2 --lm_labels all --layout separate --nitp --nitp_lbd 0.5",
     "--additive_mask --jepa_l2 --eval_file e --save_best",
-    "--eval_file e --eval_strategy no --save_strategy steps --streaming --max_steps 3",
+    "--eval_file e --eval_strategy no --save_strategy steps --streaming --max_steps 3 --text_field a --code_field b",
+    "--lora --merge --unmask_assistant_special_tokens --last_token -2 --tokens_per_batch 9",
+    "--val_fraction 0.1 --eval_strategy steps --stp patch --stp_warmup 0.1 --plain --keep_checkpoints",
 ]
 
 
 @pytest.mark.parametrize("flags", RUNS)
-def test_settings_of_a_run_folder_are_defaults_of_another_run(flags, tmp_path):
+def test_settings_of_a_run_folder_are_those_of_its_resume_and_defaults_of_another_run(flags, tmp_path):
     usual = ("--train_file", "t.jsonl", "--model_name", "m")
     first = resolve(*usual, *flags.split(), "--output_dir", tmp_path, "--overwrite")
     (tmp_path / "args.json").write_text(json.dumps(first | {"of_another_version": 1}))
+    assert resolve("--resume", tmp_path) == first | {"resume": True, "overwrite": False}
     for path in (tmp_path, tmp_path / "args.json"):
         assert resolve("--config", path) == resolve(*usual, *flags.split())
     changes = ("--regular", "--lm_labels", "answer", "--layout", "packed")
     changed = resolve("--config", tmp_path, *changes)
     assert {name for name in first if first[name] != changed[name]} <= {
         "regular", "lm_labels", "layout", "additive_mask", "output_dir", "overwrite"}  # fmt: skip
-    if "eval_file" not in flags:  # a run without held-out examples had no evaluations
+    if "eval_" not in flags:  # a run without held-out examples had no evaluations
         assert resolve("--config", tmp_path, "--val_fraction", 0.1)["eval_strategy"] == "epoch"
 
 

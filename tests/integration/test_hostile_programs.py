@@ -68,7 +68,6 @@ def secret(): return 'no'""",
     "redefines the assertion": "class AssertionError(Exception): pass\ndef secret(): return 'no'",
 }
 EXHAUSTING = {
-    "an endless loop": ("while True: pass", "timeout"),
     "an endless loop in a call": ("def secret():\n    while True: pass", "timeout"),
     "a loop that ignores the signal": ("import signal\nsignal.signal(24, signal.SIG_IGN)\nwhile True: pass", "crash"),
     "endless output": ("while True: print('x' * 10000)", "timeout"),

@@ -58,14 +58,11 @@ QUERIES: dict[str, tuple[set[str | None], list[str]]] = {  # group: (allowed rea
     ]),
     "functions of the sqlite3 program": (EITHER, [
         "SELECT readfile('/etc/passwd')", "SELECT writefile('{dir}/evil', 'x')", "SELECT edit('x', 'sh -c id')",
-        "SELECT * FROM csv('{dir}/bait.csv')", "SELECT * FROM generate_series(1, 9223372036854775807)",
-        "SELECT * FROM sqlite_dbpage", "SELECT * FROM json_each('[1, 2]')",
-        "COPY {t} TO PROGRAM 'touch {dir}/evil'", "SELECT * FROM (DELETE FROM {t} RETURNING *)",
+        "SELECT * FROM csv('{dir}/bait.csv')", "SELECT * FROM sqlite_dbpage",
     ]),
     "invalid arguments": (ERROR, [
-        "SELECT json(replace(hex(zeroblob(100000)), '0', '['))", "SELECT sum(9223372036854775807) FROM {t}",
-        "SELECT optimize(x'00')", "SELECT :a, @b, $c", "SELECT ?999999999", "SELECT $a(') ; DROP TABLE {t} ; --'",
-        "SELECT nothing FROM {t}", "SELECT * FROM nowhere",
+        "SELECT json(replace(hex(zeroblob(100000)), '0', '['))", "SELECT optimize(x'00')", "SELECT :a, @b, $c",
+        "SELECT $a(') ; DROP TABLE {t} ; --'", "SELECT nothing FROM {t}",
     ]),
     "never ends": ({"timeout"}, [
         N + "SELECT count(*) FROM n", "SELECT count(*) " + CROSS,
@@ -92,10 +89,9 @@ QUERIES: dict[str, tuple[set[str | None], list[str]]] = {  # group: (allowed rea
         "SELECT * FROM {t} WHERE {c} LIKE '" + "%a" * 5_000 + "'", "'" * 99_999,
     ]),
     "text that is not SQL": (ERROR, [
-        ".shell touch {dir}/evil", ".import '|cat /etc/passwd' {t}", "\n.quit\n", "SELECT 1\n.shell id",
-        "$(touch {dir}/evil)", "```sql\nSELECT {c} FROM {t}\n```", "Sure! Here it is:\n\nSELECT {c} FROM {t}",
-        "SELECT {c} FROM {t}<|eot_id|>", "\0", "SELECT '\0'", "SELECT '\ud800'", "SELECT\u00a01", "ＳＥＬＥＣＴ 1",
-        "SELECT 1 \u037e DROP TABLE {t}", "SELECT `a", "SELECT '; DROP TABLE {t}; --", "SELECT x'0g'", "/*",
+        ".shell touch {dir}/evil", "\n.quit\n", "SELECT 1\n.shell id", "```sql\nSELECT {c} FROM {t}\n```",
+        "SELECT {c} FROM {t}<|eot_id|>", "\0", "SELECT '\0'", "SELECT '\ud800'", "SELECT 1 \u037e DROP TABLE {t}",
+        "SELECT '; DROP TABLE {t}; --", "/*",
     ]),
     "nothing": ({"empty"}, ["", " \t\r\n\f", " ; ;\n; ", "-- SELECT 1", "/* ; */ ; -- ;", "\u00a0\u2003\u3000"]),
     "several statements": ({"several_statements"}, [

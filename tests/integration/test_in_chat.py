@@ -2,57 +2,40 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from conftest import GOLDEN, MODELS, call, dry_run, message_row, write_rows
+from templates import dataset, encoder, model, tokenizer
 
-from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Problems, read_examples
-from llm_jepa.data.rendering import Renderer, predictor_token
-from llm_jepa.data.segments import Encoder
+from llm_jepa.data.rendering import predictor_token
 from llm_jepa.data.spans import Draws
-from llm_jepa.forward import LMHeadSelector, States
+from llm_jepa.forward import States
 from llm_jepa.layouts import LAYOUTS, Collator
-from llm_jepa.model import load_model, load_tokenizer
 
 DATA = str(GOLDEN / "regex_rows.jsonl")
 EXAMPLES = read_examples(DATA, Problems())[:6]
 
 
-@cache
-def loaded(name: str) -> tuple:
-    """(model, LMHeadSelector, tokenizer)"""
-    path = str(GOLDEN / "models" / name)
-    tokenizer = load_tokenizer(path)
-    model = load_model(path, None, tokenizer).eval()
-    return model, LMHeadSelector(model), tokenizer
-
-
-def encoder(name: str, k: int) -> Encoder:
-    return Encoder(Renderer(loaded(name)[2], predictors=k), text_view="in_chat")
-
-
 @torch.no_grad()
 def read(name: str, items: list, layout: str = "packed") -> States:
-    model, selector, tokenizer = loaded(name)
-    return selector.read(model, Collator(layout, tokenizer.pad_token_id, 256)(items))
+    network, selector = model(name)
+    return selector.read(network, Collator(layout, tokenizer(name).pad_token_id, 256)(items))
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize("k", [0, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_chat_is_as_without_view_and_view_is_as_without_answer(name, k, layout):
-    items = encoder(name, k)(EXAMPLES)
+    items = encoder(name, predictors=k, text_view="in_chat")(EXAMPLES)
     states = read(name, items, layout)
     chats = read(name, [(item[0].without_view,) for item in items], "separate")
     torch.testing.assert_close(states.logits, chats.logits, rtol=1e-5, atol=1e-5)
     # The view in a row of its own: the chat up to the end of the user text, and the predictor tokens.
-    model, expected = loaded(name)[0], []
+    network, expected = model(name)[0], []
     for view in (item[0].text_view for item in items):
         with torch.no_grad():
-            out = model(torch.tensor(view.ids)[None], output_hidden_states=True)
+            out = network(torch.tensor(view.ids)[None], output_hidden_states=True)
         expected.append(out.hidden_states[-1][0, view.view])
     torch.testing.assert_close(states.views[0], torch.stack(expected), rtol=1e-5, atol=1e-5)
 
@@ -61,13 +44,13 @@ def test_chat_is_as_without_view_and_view_is_as_without_answer(name, k, layout):
 @pytest.mark.parametrize("k", [0, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_view_ends_with_the_user_text_or_the_predictors(name, k, plain):
-    tokenizer = load_tokenizer(str(GOLDEN / "models" / name), plain=plain)
-    items = Encoder(Renderer(tokenizer, plain, predictors=k), text_view="in_chat")(EXAMPLES)
+    decode = tokenizer(name, plain).decode
+    items = encoder(name, plain=plain, predictors=k, text_view="in_chat")(EXAMPLES)
     for example, (chat, code) in zip(EXAMPLES, items, strict=True):
-        text = tokenizer.decode(chat.text_view.ids)
+        text = decode(chat.text_view.ids)
         assert text.endswith(example.user + "".join(predictor_token(i) for i in range(k, 0, -1)))
         assert example.assistant not in text and (chat.branch, code.kind) == (k, "code_view")
-        assert "<|predictor_" not in tokenizer.decode(chat.without_view.ids)
+        assert "<|predictor_" not in decode(chat.without_view.ids)
 
 
 @pytest.mark.parametrize("k", [0, 2])
@@ -81,7 +64,7 @@ def test_only_code_view_and_predictors_cost_tokens(k):
 
 
 def test_dropped_pairs_have_neither_view_nor_predictors():
-    data = SegmentDataset(EXAMPLES, encoder("llama3", 2), Problems(), Draws(seed=3, jepa_ratio=0.5))
+    data = dataset(EXAMPLES, encoder("llama3", predictors=2, text_view="in_chat"), Draws(seed=3, jepa_ratio=0.5))
     drawn = data[0, range(len(data))]
     assert {len(item) for item in drawn} == {1, 2}
     for item, full in zip(drawn, data.items, strict=True):

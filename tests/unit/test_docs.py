@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import ROOT
 
 from llm_jepa import flag_docs
@@ -121,23 +120,6 @@ def test_table_of_scores_has_those_of_all_tasks():
     text = (DOCS / "evaluation.md").read_text(encoding="utf-8")
     explained = re.findall(r"^\| [^|]*\| `(\w+)` \|", text, re.MULTILINE)
     assert set(explained) == {score for task in TASKS.values() for score in task.scores}
-
-
-def test_workflow_runs_the_checks_of_ci():
-    [workflow] = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")]
-    [job] = workflow["jobs"].values()
-    assert [step["run"] for step in job["steps"] if "run" in step][-1] == "bash .ci/run"
-
-
-def test_issue_forms_have_fields_with_distinct_ids():
-    forms = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")]
-    assert forms and len({form["name"] for form in forms}) == len(forms)
-    for form in forms:
-        assert {"name", "description", "body"} <= form.keys() and {field["type"] for field in form["body"]} <= {
-            "input", "textarea", "dropdown", "checkboxes", "markdown"
-        }  # fmt: skip
-        ids = [field["id"] for field in form["body"]]
-        assert len(set(ids)) == len(ids) and all(field["attributes"]["label"] for field in form["body"])
 
 
 def test_figures_of_the_main_finding_are_in_the_results():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -105,24 +105,18 @@ def test_least_squares_error_needs_more_pairs_than_dimensions(n, reported):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_singular_values_of_the_difference():
-    text, code = random_pairs(130, 120)
-    difference = (text - code).double()
-    want = torch.linalg.eigvalsh(difference.T @ difference).flip(0)[:100].sqrt()
-    found = similarity(text, code, seed=0)
-    assert found["singular_values"] == pytest.approx(want.tolist(), rel=1e-6)
-    assert found["singular_value_mean"] == pytest.approx(want.mean().item(), rel=1e-6)
-
-
-def test_relative_singular_values_do_not_depend_on_the_scale():
-    text, code = random_pairs(130, 20, noise=0.1)
+def test_singular_values_of_the_difference_and_their_size_relative_to_the_views():
+    text, code = random_pairs(130, 120, noise=0.1)
     found, scaled = similarity(text, code, seed=0), similarity(7 * text, 7 * code, seed=0)
     x, y = text.double().numpy(), code.double().numpy()
     for name, other in (("", y), ("_shuffled", y[embeddings.derangement(130, 0)])):
-        values = np.linalg.svd(x - other, compute_uv=False)
+        values = np.linalg.svd(x - other, compute_uv=False)[:100]
         want = values.mean() / np.sqrt((np.linalg.norm(x) ** 2 + np.linalg.norm(y) ** 2) / 2)
         assert found[f"singular_value_relative{name}"] == pytest.approx(want)
         assert scaled[f"singular_value_relative{name}"] == pytest.approx(want)
+        if not name:
+            assert found["singular_values"] == pytest.approx(values.tolist(), rel=1e-6)
+            assert found["singular_value_mean"] == pytest.approx(values.mean(), rel=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------- export and t-SNE
@@ -138,31 +132,18 @@ def test_export_contains_vectors_ids_and_metadata(tmp_path):
         assert file.metadata() == {"layer": "-1", "revision": "None"}
 
 
-def test_t_sne_repeats_and_writes_the_coordinates(tmp_path):
-    draw = torch.Generator().manual_seed(0)
-    groups = {f"g{i}": torch.randn(n, 6, generator=draw) + 20 * i for i, n in enumerate((12, 9, 7))}
-    first = embeddings.t_sne(tmp_path / "new" / "a.png", groups, seed=1, title="$ of \\frac$")
-    again = embeddings.t_sne(tmp_path / "b.png", groups, seed=1, title="$ of \\frac$")
-    assert [xy.shape for xy in first.values()] == [(12, 2), (9, 2), (7, 2)]
-    assert all((first[name] == again[name]).all() for name in groups)
-    assert (tmp_path / "new" / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    record = json.loads((tmp_path / "new" / "a.json").read_text())
-    assert record["groups"] == {name: xy.tolist() for name, xy in first.items()}
-    assert record["seed"] == 1 and record["title"] == "$ of \\frac$" and record["perplexity"] == 9
-
-
 def test_t_sne_draws_collapsed_embeddings_but_not_few_points(tmp_path):
     for points in (torch.ones(20, 4), torch.ones(20, 4).index_fill(0, torch.arange(9), 2.0)):
-        drawn = embeddings.t_sne(tmp_path / "a.png", {"Text": points[:10], "Code": points[10:]}, 0, "x")
+        drawn = embeddings.t_sne(tmp_path / "a.png", {"Text": points[:10], "Code": points[10:]}, 0, "$ of \\frac$")
         assert np.isfinite(np.concatenate(list(drawn.values()))).all()
     with pytest.raises(UsageError, match="--t_sne"):
         embeddings.t_sne(tmp_path / "b.png", {"Text": points[:9]}, 0, "x")
     assert not (tmp_path / "b.png").exists()
 
 
-def examples_of(*answers: str, groups: list[str | None] | None = None) -> list[Example]:
-    examples = [Example(None, "comment", answer, f"data:{i}", i) for i, answer in enumerate(answers, start=1)]
-    return [dataclasses.replace(e, group=g) for e, g in zip(examples, groups, strict=True)] if groups else examples
+def examples_of(*answers: str, groups: Iterable[str | None] = itertools.repeat(None)) -> list[Example]:
+    given = enumerate(zip(answers, groups, strict=False), start=1)
+    return [Example(None, "comment", answer, f"data:{i}", i, group=group) for i, (answer, group) in given]
 
 
 def test_t_sne_groups_of_views_and_classes():
@@ -182,5 +163,3 @@ def test_t_sne_groups_of_paraphrases_are_the_largest_sets():
     groups = embeddings.t_sne_groups("paraphrase", text, code, examples_of(*"a" * 25, groups=sets))
     assert list(groups) == ["set 11", *(f"set {i}" for i in range(9))], "the first of equally large ones"
     assert groups["set 11"].equal(text[[11, 23, 24]]) and groups["set 8"].equal(text[[8, 20]])
-    with pytest.raises(ExampleError, match='data:2: .*"group"'):
-        embeddings.t_sne_groups("paraphrase", text[:2], code[:2], examples_of("a", "b", groups=["7", None]))

@@ -50,11 +50,13 @@ def read(path, fields: Fields | None = FIELDS, problems: Problems | None = None)
 
 @pytest.mark.parametrize("name", ["mine.jsonl", "mine.txt", "mine.csv", "mine.parquet", "mine.json", "mine.tsv",
                                   "mine_test.jsonl.gz", "mine.json.gz", "mine.csv.gz"])  # fmt: skip
-def test_fields_become_views(name, tmp_path):
+def test_fields_become_turns_and_views(name, tmp_path):
     path = write(tmp_path / name, PAIRS)
     examples = read(path, Fields("question", "code", "Be brief."))
     expected = [("Be brief.", q, c, i) for i, (q, c) in enumerate(PAIRS, start=1)]
     assert [(e.system, e.user, e.assistant, e.id) for e in examples] == expected
+    own = read(path, dataclasses.replace(FIELDS, view_text="other", view_code="question"))
+    assert [(e.user, e.assistant, e.text, e.code) for e in own] == [(q, c, "1", q) for q, c in PAIRS]
     assert dataset_name(str(path)) == "mine"
     with pytest.raises(ExampleError, match=f"{name}.*'answer'.*'code'"):
         read(path, Fields("question", "answer"))
@@ -174,14 +176,6 @@ def test_glob_reads_the_files_in_order_with_one_numbering(tmp_path):
     assert data_sha256(path, FIELDS) != first
     with pytest.raises(ExampleError, match="none"):
         read(tmp_path / "none*.jsonl")
-
-
-def test_views_come_from_fields_of_their_own(tmp_path):
-    fields = dataclasses.replace(FIELDS, view_text="other", view_code="question")
-    for name in ("mine.csv", "mine.parquet"):
-        (example,) = read(write(tmp_path / name, PAIRS[1:2]), fields)
-        views = (example.user, example.assistant, example.text, example.code)
-        assert views == (*PAIRS[1], "1", PAIRS[1][0])
 
 
 def test_file_takes_precedence_over_hub_dataset(tmp_path, monkeypatch):

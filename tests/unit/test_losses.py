@@ -1,30 +1,26 @@
-"""The losses against their formulas, their zero cases, and their weights in the objective's gradient."""
+"""The losses of pairs against their formulas, the queue of pairs, and all losses of nothing and in half precision.
+
+test_terms.py compares a training step of each term with its formula, test_spans.py the spans of --stp patch.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from templates import dataset, encoder, model, tokenizer
 
-from llm_jepa.data.examples import Example
-from llm_jepa.forward import States
-from llm_jepa.layouts import LAYOUTS, Collator
 from llm_jepa.losses import (
     JEPA_LOSSES,
-    KNOTS,
     STP_LOSSES,
     ContrastSet,
-    Term,
     find_not_negatives,
     jepa_loss,
     lm_loss,
-    moments,
     nitp_loss,
-    objective,
     sigreg_loss,
     stp_loss,
 )
+from llm_jepa.training.pairs import Contrast
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -68,12 +64,6 @@ TEMPERATURES = {"infonce": 0.07, "clip": 0.1}
 ZERO_FOR_ONE_PAIR = {"infonce", "clip"}
 
 
-def test_every_loss_has_its_formula_here():
-    assert FORMULAS.keys() == JEPA_LOSSES.keys()
-    assert {name: loss.temperature for name, loss in JEPA_LOSSES.items() if loss.temperature} == TEMPERATURES
-    assert STP_LOSSES.keys() == {variant for variant, _, _ in STP_VALUES.values()}
-
-
 def expected_loss(name: str, others: ContrastSet, temperature: float | None, center: bool) -> float:
     views, pairs = others.views.detach().double().numpy(), len(others.not_negatives)
     if center:
@@ -83,17 +73,6 @@ def expected_loss(name: str, others: ContrastSet, temperature: float | None, cen
 
 
 CENTER = pytest.mark.parametrize("center", [False, True], ids=["as-is", "center"])
-
-
-@CENTER
-@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
-def test_loss_of_pairs_equals_its_formula_and_has_gradient_in_both_views(name, center):
-    views = random(2, 5, 7)
-    total, count = jepa_loss(views, name, center=center)
-    expected = expected_loss(name, ContrastSet(views, torch.eye(5, dtype=torch.bool)), None, center)
-    assert total.item() == pytest.approx(expected, rel=1e-5) and count == 5
-    total.backward()
-    assert (views.grad.abs().sum(dim=-1) > 0).all()  # (2, P)
 
 
 # Ten pairs, of which the last two are of the queue: 0 has the Text of 4, 9 the Code of 3.
@@ -113,24 +92,6 @@ def test_the_code_that_a_shuffled_text_has_in_the_data_is_no_negative():
     assert find_not_negatives(ids, ids).equal(linked)
 
 
-@pytest.mark.parametrize("name", ["clip", "infonce"])
-def test_placebo_moves_no_text_toward_or_away_from_its_own_code(name):
-    """The mean over random views of the change of a pair's cosine along the gradient; other Codes are pushed away."""
-    toward, away = [], []
-    for seed in range(200):
-        views = torch.nn.functional.normalize(random(2, 8, 256, seed=seed).detach(), dim=-1).requires_grad_()
-        order = torch.arange(8).roll(-1)
-        ids = torch.stack([torch.arange(8), 10 + order, 10 + torch.arange(8)])
-        shuffled = torch.stack([views[0], views[1, order]])
-        loss, _ = jepa_loss(shuffled, name, ContrastSet(shuffled, find_not_negatives(ids, ids)))
-        (gradient,) = torch.autograd.grad(loss, views)
-        slopes = gradient[0] @ views[1].detach().T  # (P, P): how the loss changes as a Text moves to a Code
-        toward += slopes.diagonal().tolist()
-        away += slopes.diagonal(3).tolist()
-    error = np.std(toward) / len(toward) ** 0.5
-    assert abs(np.mean(toward)) < 3 * error and 10 * error < np.mean(away)
-
-
 @CENTER
 @pytest.mark.parametrize("temperature", [None, 0.5])
 @pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
@@ -145,22 +106,6 @@ def test_loss_of_pairs_contrasts_with_the_others_that_have_another_text_and_code
 
 
 @CENTER
-@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
-def test_sums_and_gradients_of_ranks_add_up_to_those_of_all_pairs(name, center):
-    """Ranks with 3, 0 and 5 of the pairs, which have gradient in their own pairs only."""
-    views = random(2, 10, 7)
-    views.data[:, 8:] *= 0.5
-    full, _ = jepa_loss(views[:, :8], name, ContrastSet(torch.cat([views[:, :8], views[:, 8:].detach()], 1), EQUAL),
-                        center=center)  # fmt: skip
-    (want,), total = torch.autograd.grad(full, views), 0
-    for own in (slice(0, 3), slice(3, 3), slice(3, 8)):
-        parts = views[:, : own.start].detach(), views[:, own], views[:, own.stop :].detach()
-        total = total + jepa_loss(views[:, own], name, ContrastSet(torch.cat(parts, dim=1), EQUAL), center=center)[0]
-    torch.testing.assert_close(total, full)
-    torch.testing.assert_close(torch.autograd.grad(total, views)[0], want)
-
-
-@CENTER
 @pytest.mark.parametrize("detached", [0, 1])
 @pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
 def test_stopped_gradient_is_zero_in_that_view_and_the_same_in_the_other(name, detached, center):
@@ -169,77 +114,59 @@ def test_stopped_gradient_is_zero_in_that_view_and_the_same_in_the_other(name, d
     full, _ = jepa_loss(views, name, center=center)
     assert total.item() == full.item()
     (got,), (want,) = torch.autograd.grad(total, views), torch.autograd.grad(full, views)
-    assert not got[detached].any()
+    assert not got[detached].any() and want[detached].any()
     torch.testing.assert_close(got[1 - detached], want[1 - detached])
 
 
-# ------------------------------------------------------------------------------------------- SIGReg and next latents
+# ---------------------------------------------------------------------------------------------------- queue of pairs
 
 
-def sigreg(points: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """Epps and Pulley's statistic, a mean over both views' projections, by the trapezoidal rule."""
-    t = torch.linspace(-3, 3, 33, dtype=torch.float64)
-    normal, angles = (-(t**2) / 2).exp(), (points @ directions)[..., None] * t  # (2, P, K, 33)
-    distance = (angles.cos().mean(dim=1) - normal) ** 2 + angles.sin().mean(dim=1) ** 2  # (2, K, 33)
-    return points.shape[1] * torch.trapezoid(normal * distance, t).mean()
+def micro_batch(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(views, ids): pair i has views full of i and the ids i, 100 + i and 100 + i."""
+    numbers = torch.arange(first, first + count)
+    views = numbers[:, None].expand(2, count, 3).float().clone().requires_grad_()
+    return views, torch.stack([numbers, 100 + numbers, 100 + numbers])
 
 
-def test_sigreg_equals_its_formula():
-    points, directions = random(2, 6, 5), torch.nn.functional.normalize(random(5, 3, seed=1).detach(), dim=0)
-    total, count = sigreg_loss(points, directions)
-    expected = sigreg(points.detach().double(), directions.double())
-    assert count == 6 and total.item() == pytest.approx(6 * expected.item(), rel=1e-5)
-    assert KNOTS == 17
+def test_queue_has_the_newest_pairs_first_without_gradient():
+    contrast = Contrast(5)
+    for first, count, queue in ((0, 2, []), (2, 2, [0, 1]), (4, 3, [2, 3, 0, 1]), (7, 6, [4, 5, 6, 2, 3]), (
+        13, 1, [7, 8, 9, 10, 11])):  # fmt: skip
+        views, ids = micro_batch(first, count)
+        others = contrast(views, ids, training=True)
+        assert others.not_negatives.shape == (count, count + len(queue))
+        assert others.views[0, :, 0].tolist() == [*range(first, first + count), *queue]
+        (gradient,) = torch.autograd.grad(others.views.sum(), views)
+        assert gradient.equal(torch.ones_like(views))
+    assert contrast.queue["views"][1, :, 0].tolist() == [13, 7, 8, 9, 10]
+    assert not contrast.queue["views"].requires_grad
 
 
-def test_sigreg_of_parts_of_a_step_adds_up_to_that_of_all_points():
-    """The parts' mean is the value of all 9 points, and so is the gradient."""
-    points, directions = random(2, 9, 5), torch.nn.functional.normalize(random(5, 4, seed=1).detach(), dim=0)
-    value = sigreg_loss(points, directions)[0] / 9
-    (want,) = torch.autograd.grad(value, points)
-    parts, total = (points[:, :2], points[:, 2:2], points[:, 2:]), 0
-    for i, part in enumerate(parts):
-        rest = [x.detach() for j, x in enumerate(parts) if j != i]
-        rest_of_step = sum(moments(x, directions) for x in rest), sum(x.shape[1] for x in rest)
-        total = total + sigreg_loss(part, directions, rest_of_step)[0] / 9
-    torch.testing.assert_close(total, value)
-    torch.testing.assert_close(torch.autograd.grad(total, points)[0], want)
+def test_an_evaluation_neither_reads_nor_changes_the_queue():
+    contrast = Contrast(5)
+    contrast(*micro_batch(0, 2), training=True)
+    others = contrast(*micro_batch(2, 2), training=False)
+    assert others.views[0, :, 0].tolist() == [2, 3] and others.not_negatives.shape == (2, 2)
+    assert contrast.queue["ids"].tolist() == [[0, 1], [100, 101], [100, 101]]
 
 
-def test_next_latent_loss_equals_its_formula_without_gradient_in_the_target():
-    predicted, target = random(4, 7), random(4, 7, seed=1)
-    total, count = nitp_loss(predicted, target)
-    expected = (1 - np.diag(cosines(predicted.detach().numpy(), target.detach().numpy()))).sum()
-    assert total.item() == pytest.approx(expected, rel=1e-5) and count == 4
-    total.backward()
-    assert (predicted.grad.abs().sum(dim=-1) > 0).all() and target.grad is None
+def test_queued_pairs_of_the_same_text_or_code_are_no_negatives():
+    contrast = Contrast(9)
+    views, ids = micro_batch(0, 4)
+    contrast(views, ids, training=True)
+    ids = torch.tensor([[2, 7], [107, 100], [107, 100]])  # the Text of pair 2, the Code of pair 0
+    others = contrast(views[:, :2], ids, training=True)
+    assert others.not_negatives[:, 2:].tolist() == [[False, False, True, False], [True, False, False, False]]
 
 
 # ------------------------------------------------------------------------------------------------------- zero cases
 
 
-def test_lm_loss_is_summed_cross_entropy():
-    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
-    total, count = lm_loss(logits, torch.tensor([0, 2]))
-    expected = -np.log(np.exp(2) / (np.exp(2) + 1 + np.exp(-1))) + np.log(3)
-    assert total.item() == pytest.approx(expected, rel=1e-6)
-    assert count == 2
-
-
-def beside_others(views: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
-    """The centered loss beside five pairs of another rank or of the queue."""
-    pairs = views.shape[1]
-    others = ContrastSet(torch.cat([views, random(2, 5, 7).detach()], dim=1), torch.eye(pairs, pairs + 5).bool())
-    return jepa_loss(views, name, others, center=True)
-
-
 # Each loss of one tensor, and the tensor's shape with 0 for what is counted.
 LOSSES = {
     **{f"jepa {name}": (lambda x, n=name: jepa_loss(x, n), (2, 0, 7)) for name in JEPA_LOSSES},
-    **{f"jepa {name}, pairs elsewhere": (lambda x, n=name: beside_others(x, n), (2, 0, 7)) for name in JEPA_LOSSES},
     **{f"stp {name}": (lambda x, n=name: stp_loss(x, n), (loss.points, 0, 7)) for name, loss in STP_LOSSES.items()},
     "sigreg": (lambda x: sigreg_loss(x, torch.eye(7)), (2, 0, 7)),
-    "sigreg, points elsewhere": (lambda x: sigreg_loss(x, torch.eye(7), (torch.ones(2, 2, 17, 7), 5)), (2, 0, 7)),
     "nitp": (lambda x: nitp_loss(x, torch.ones(len(x), 7)), (0, 7)),
     "lm": (lambda x: lm_loss(x, torch.zeros(len(x), dtype=torch.long)), (0, 7)),
 }
@@ -267,88 +194,3 @@ def test_single_pair_has_a_finite_loss_and_gradient(name):
 def test_half_precision_is_summed_in_float32(name):
     loss, shape = LOSSES[name]
     assert loss(random(*(n or 3 for n in shape)).bfloat16())[0].dtype == torch.float32
-
-
-# Variants of --stp, points and their loss.
-STP_VALUES = {
-    "straight": ("geodesic", ((0, 0), (1, 1), (3, 3)), 0),
-    "reversal": ("geodesic", ((1, 0), (2, 0), (0.5, 0)), 2),
-    "right angle": ("geodesic", ((0, 0), (2, 0), (2, 5)), 1),
-    # In the first part the patch moves by (2, 0), the rest by (1, 0) before it, (0, 1) after it and (0, 2).
-    "one part": ("patch", ((0, 0), (1, 0), (3, 0), (3, 1), (9, 9), (9, 9), (9, 9), (9, 11)), 1 - 1 / 10**0.5),
-    # A patch over both parts: (1, 0) + (0, 1) against (0, −1) + (−1, 0).
-    "both parts": ("patch", ((0, 0), (0, -1), (1, -1), (1, -1), (4, 4), (4, 4), (4, 5), (3, 5)), 2),
-}
-
-
-@pytest.mark.parametrize("name", STP_VALUES)
-def test_stp_loss_of_points_on_a_path(name):
-    variant, points, expected = STP_VALUES[name]
-    total, count = stp_loss(torch.tensor(points)[:, None], variant)
-    assert (total.item(), count) == (pytest.approx(expected, abs=1e-6), 1)
-
-
-@pytest.mark.parametrize("variant", sorted(STP_LOSSES))
-def test_stp_loss_sums_spans_and_has_gradient_in_every_point(variant):
-    path = random(STP_LOSSES[variant].points, 6, 7)
-    total, count = stp_loss(path, variant)
-    single = [stp_loss(path[:, [i]], variant)[0].item() for i in range(6)]
-    assert count == 6 and total.item() == pytest.approx(sum(single), rel=1e-6)
-    total.backward()
-    assert (path.grad.abs().sum(dim=-1) > 0).all()
-
-
-def test_objective_weighs_each_term_and_divides_by_its_count_in_the_step():
-    """The counts are those of a step of which this micro-batch has a share."""
-    lm_sum, views, path, predicted = random(1).sum(), random(2, 4, 3), random(3, 5, 3), random(6, 3)
-    states = States(torch.zeros(0, 1), views, path, predicted, random(6, 3, seed=1), directions=torch.eye(3))
-    losses = {
-        "jepa": (("views",), "pairs", jepa_loss),
-        "sigreg": (("views", "directions", "rest_of_step"), "pairs", sigreg_loss),
-        "stp": (("path",), "spans", lambda x: stp_loss(x, "geodesic")),
-        "nitp": (("predicted", "target"), "next_tokens", nitp_loss),
-    }
-    weights, counts = (0.3, 0.2, 0.7, 1.5), {"labels": 10.0, "pairs": 8.0, "spans": 15.0, "next_tokens": 12.0}
-    terms = [(Term(name, *loss, 0), weight) for (name, loss), weight in zip(losses.items(), weights, strict=True)]
-    loss, sums, shares = objective(lm_sum, states, torch.tensor(list(counts.values())), 0.5, terms)
-    inputs, expected = [lm_sum, views, path, predicted], [torch.tensor(0.05), 0, 0, 0]
-    assert shares["lm"].item() == pytest.approx(0.05 * lm_sum.item()) and [*shares] == ["lm", *losses]
-    for (name, (reads, divisor, function)), weight in zip(losses.items(), weights, strict=True):
-        alone, _ = function(*(getattr(states, field) for field in reads))
-        assert sums[name].item() == alone.item()
-        assert shares[name].item() == pytest.approx(weight * alone.item() / counts[divisor])
-        for i, gradient in enumerate(torch.autograd.grad(alone, inputs, allow_unused=True, retain_graph=True)):
-            expected[i] = expected[i] + (0 if gradient is None else weight / counts[divisor] * gradient)
-    assert loss.item() == pytest.approx(sum(shares.values()).item())
-    for got, want in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_loss_dropout_scales_the_term_by_the_fraction_of_pairs_that_it_leaves(layout):
-    """Items with the same views: without the others' pairs the term has a fraction of its gradient."""
-    items = dataset(4 * [Example("s", "Is it (a|b)?", "c d", "rows:1", 1)], encoder("llama3", predictors=1)).items[:]
-    network, selector = model("llama3")
-
-    def gradient(kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-        dropped = [*items[:kept], *((item[0].without_view,) for item in items[kept:])]
-        batch = Collator(layout, tokenizer("llama3").pad_token_id, 64)(dropped)
-        assert batch["counts"][1] == 4
-        states = selector.read(network, batch)
-        term = Term("jepa", ("views",), "pairs", lambda x: jepa_loss(x, "mse"), 1)
-        loss, _, _ = objective(states.logits.sum() * 0, states, batch["counts"].clamp(min=1), 0, [(term, 2.0)])
-        return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
-
-    (loss, full), *rest = (gradient(kept) for kept in (4, 3, 1, 0))
-    assert full.norm() > 0
-    for ratio, (part, parts) in zip((0.75, 0.25, 0), rest, strict=True):
-        torch.testing.assert_close(part, ratio * loss, rtol=1e-4, atol=1e-6)
-        assert (parts - ratio * full).norm() < 1e-4 * full.norm()
-
-
-@pytest.mark.parametrize(
-    ("warmup", "start", "expected"), [(0, 0, [2, 2, 2]), (4, 0, [0.5, 1, 2]), (0.2, 1, [1.5, 2, 2])]
-)
-def test_weight_warms_up_linearly(warmup, start, expected):
-    term = Term("stp", ("path",), "spans", len, 2.0, warmup, start)
-    assert [term.weight_at(step, 10) for step in (1, 2, 10)] == pytest.approx(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -142,41 +143,34 @@ def written(tree: tuple, precedence: int = 0) -> str:
     return f"({text})" if own < precedence else text
 
 
-def ends(tree: tuple, word: tuple, start: int) -> frozenset[int]:
-    """The positions at which a match of the tree that begins at `start` of the word may end."""
+def joined(*languages: set[tuple]) -> set[tuple]:
+    """All concatenations of up to LENGTH symbols."""
+    words = map(functools.partial(sum, start=()), itertools.product(*languages))
+    return {word for word in words if len(word) <= LENGTH}
+
+
+def language(tree: tuple) -> set[tuple]:
+    """The words of up to LENGTH symbols that the tree matches."""
     kind = tree[0]
     if kind == "symbols":
-        return frozenset([start + 1] if start < len(word) and word[start] in tree[2] else [])
+        return {(symbol,) for symbol in tree[2]}
     if kind == "empty":
-        return frozenset([start])
+        return {()}
     if kind == "~":
-        return frozenset(range(start, len(word) + 1)) - ends(tree[1], word, start)
-    if kind in "|&":
-        parts = [ends(part, word, start) for part in tree[1]]
-        return frozenset.union(*parts) if kind == "|" else frozenset.intersection(*parts)
-    if kind == "concatenate":
-        reached = frozenset([start])
-        for part in tree[1]:
-            reached = frozenset().union(*(ends(part, word, at) for at in reached))
-        return reached
-    _, part, (least, most, _) = tree
-    reached, matched = frozenset([start]), set()
-    for times in range((least + len(word) if most is None else most) + 1):
-        matched |= reached if times >= least else set()
-        reached = frozenset().union(*(ends(part, word, at) for at in reached))
-    return frozenset(matched)
+        return set(WORDS) - language(tree[1])
+    if kind == "repeat":
+        own, (least, most, _) = language(tree[1]), tree[2]
+        powers = itertools.accumulate([own] * (least + LENGTH if most is None else most), joined, initial={()})
+        return set().union(*itertools.islice(powers, least, None))
+    join = {"|": set.union, "&": set.intersection, "concatenate": joined}[kind]
+    return functools.reduce(join, map(language, tree[1]))
 
 
-def language(tree: tuple) -> frozenset[tuple]:
-    """The words of up to LENGTH symbols that the tree matches."""
-    return frozenset(word for word in WORDS if len(word) in ends(tree, word, 0))
-
-
-def exactly(words: frozenset[tuple]) -> str:
+def exactly(words: set[tuple]) -> str:
     """An expression of exactly these words; `c` represents all symbols that no expression contains."""
     branches = ["()"] if () in words else []
     for first, text in zip(SYMBOLS, ("a", "b", r"\b", r"[^ab\b]"), strict=True):
-        rests = frozenset(word[1:] for word in words if word[:1] == (first,))
+        rests = {word[1:] for word in words if word[:1] == (first,)}
         branches += [f"{text}({exactly(rests)})"] if rests else []
     return "|".join(branches) or "~(.*)"
 

@@ -55,7 +55,7 @@ def prompt_length(chat) -> int:
 
 @pytest.mark.parametrize("name", ALL)
 def test_labels_are_answer_and_end_of_turn_token_and_no_prompt_token(name):
-    e = encoder(name)
+    e = encoder(name, locate_user=True)
     for example, chat in zip(EXAMPLES, e.chats(EXAMPLES), strict=True):
         rendered, label_ids, first = e.renderer.chat(example), chat.ids[chat.labels], prompt_length(chat)
         assert decode(e, label_ids[-1:]) == END_OF_TURN[name]
@@ -63,6 +63,8 @@ def test_labels_are_answer_and_end_of_turn_token_and_no_prompt_token(name):
         assert np.flatnonzero(chat.labels).tolist() == list(range(first, first + len(label_ids)))
         assert decode(e, chat.ids[:first]).rstrip() == rendered.text[: rendered.start].rstrip()
         assert end_of_turn(e.renderer) == label_ids[-1]
+        user = f"{example.system}\n\n{example.user}" if e.renderer.folds and example.system else example.user
+        assert decode(e, chat.ids[slice(*chat.user)]).strip() == user.strip()
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["chat", "plain"])
@@ -85,18 +87,17 @@ def test_last_or_all_answers_of_a_chat_are_labels(name, plain):
     assert CHAT.user in text.text and "two?" not in text.text and "c d" in code.text and "x y" not in code.text
 
 
-def test_chat_whose_answers_end_differently_labels_only_the_last():
-    turn = "<|im_start|>{{ m.role + '\\n' + m.content }}{{ '<|im_end|>' if m.role == 'user' or loop.last }}\n"
-    template = "{% for m in messages %}" + turn + "{% endfor %}"
-    assert isinstance(with_template(template, lm_turns="all").chats([CHAT])[0], ValueError)
-    assert isinstance(with_template(template).chats([CHAT])[0], Segment)
+THINKS = "<think>\n\n</think>\n\n"
+ONLY_LAST_ANSWER = {  # templates
+    "ends": "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + m.content }}"
+    "{{ '<|im_end|>' if m.role == 'user' or loop.last }}\n{% endfor %}",
+    "begins": turns("\n{{ '" + THINKS + "' if m.role == 'assistant' and loop.last }}{{ m.content }}")  # as Qwen3's
+    + "{% if add_generation_prompt %}<|im_start|>assistant\n" + THINKS + "{% endif %}",
+}  # fmt: skip
 
 
-def test_chat_whose_earlier_answers_begin_differently_labels_only_the_last():
-    thinks = "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last }}"  # as Qwen3's template
-    turn = "<|im_start|>{{ m.role }}\n" + thinks + "{{ m.content }}<|im_end|>\n"
-    prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
-    template = "{% for m in messages %}" + turn + "{% endfor %}" + prompt
+@pytest.mark.parametrize("template", ONLY_LAST_ANSWER.values(), ids=ONLY_LAST_ANSWER)
+def test_chat_whose_last_answer_is_written_differently_labels_only_that_one(template):
     assert isinstance(with_template(template, lm_turns="all").chats([CHAT])[0], ValueError)
     assert isinstance(with_template(template).chats([CHAT])[0], Segment)
 
@@ -329,19 +330,5 @@ def test_token_that_joins_view_and_template_text_is_refused():
     assert isinstance(e.views([joined])[0][1], ValueError) and not isinstance(e.chats([joined])[0], ValueError)
 
 
-def test_plain_chat_ends_with_end_of_turn_label_and_train_all_labels_every_token():
-    plain = encoder("llama3", plain=True)
-    chat = plain.chats([FIRST])[0]
-    assert decode(plain, chat.ids) == "Is it Good or Bad: a Good film<|perception|>Good<|eot_id|>"
-    assert decode(plain, chat.ids[chat.labels]) == "Good<|eot_id|>"
+def test_train_all_labels_every_token():
     assert encoder("llama3", plain=True, train_all=True, lm_labels="all").chats([FIRST])[0].labels.all()
-
-
-def test_example_longer_than_max_length_is_an_error_or_skipped():
-    long = dataclasses.replace(FIRST, assistant="Good " * 200, source="rows:7")
-    e = encoder("llama3", max_length=100)
-    with pytest.raises(ExampleError, match="rows:7: .*--max_length 100"):
-        dataset([FIRST, long], e)
-    problems = Problems(skip=True)
-    assert len(SegmentDataset([FIRST, long], e, problems, Draws(0))) == 1
-    assert list(problems.found) == ["rows:7"]

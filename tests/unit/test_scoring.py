@@ -8,7 +8,7 @@ import pytest
 
 from llm_jepa.data.examples import Example
 from llm_jepa.scoring import tasks
-from llm_jepa.scoring.tasks import TASKS, interval, last_number, marked_number, normalize, score_text, wilson
+from llm_jepa.scoring.tasks import TASKS, interval, last_number, marked_number, score_text, wilson
 
 
 def example(answer: str, **fields) -> Example:
@@ -18,6 +18,9 @@ def example(answer: str, **fields) -> Example:
 def scored(task: str, prediction: str, answer: str, **fields) -> dict:
     with TASKS[task].start(None) as score:
         return score(prediction, example(answer, **fields))
+
+
+NONSENSE = ["", " \n", "no answer at all", ".", "?!", "the", "####", "\0", "☃", "\ud800"]
 
 
 @pytest.mark.parametrize(
@@ -35,31 +38,6 @@ def test_score_text(prediction, answer, exact, startswith):
     assert score_text(prediction, answer) == {"exact": exact, "startswith": startswith}
 
 
-# ------------------------------------------------------------------------------------------------------------ tasks
-
-ANSWERS = {
-    "synth": "(dog)&(.*[0-9].*)",
-    "gsm8k": "She makes 9 * 2 = $<<9*2=18>>18 a day.\n#### 18",
-    "nq_open": "6 geese a-laying; maids a-milking",
-    "hellaswag": "C",
-    "rotten_tomatoes": "Good",
-    "yelp": "Very Good",
-    "text": "any text",
-}
-NONSENSE = ["", " \n", "no answer at all", ".", "?!", "the", "####", "\0", "☃", "\ud800"]
-
-
-@pytest.mark.parametrize("task", ANSWERS)
-def test_answer_is_right_and_nonsense_is_wrong(task):
-    with TASKS[task].start(None) as score:
-        for prediction in (ANSWERS[task], f" {ANSWERS[task]}\n"):
-            assert score(prediction, example(ANSWERS[task])) == dict.fromkeys(TASKS[task].scores, True)
-        for prediction in NONSENSE:
-            scores = score(prediction, example(ANSWERS[task]))
-            scores.pop("failure", None)
-            assert scores == dict.fromkeys(TASKS[task].scores, False)
-
-
 # ---------------------------------------------------------------------------------------------------------- regexes
 
 
@@ -73,6 +51,7 @@ def test_regexes():
             ("a{99999}", "dog", False, "states"),
             ("dog", "(dog", False, "gold_syntax"),
             ("dog", "a{99999}", False, "gold_states"),
+            *((text, "dog", False, "syntax" if text.strip() in ("", "?!") else None) for text in NONSENSE),
         ):
             scores = score(prediction, example(answer))
             assert (scores["dfa_equal"], scores.get("failure")) == (equal, failure), (prediction, answer)
@@ -101,7 +80,7 @@ NEITHER = [
     "#### −1000", "#### 1000.0000000000000000000000001", "#### 10000", "#### 100", "#### 1,000,00", "#### 10,00",
     "#### 1000/1", "#### 1000:1", "#### 1000.0.0", "#### 1000x", "#### 1e3", "#### ١٠٠٠", "#### 7\n1000",
     r"\boxed{9{,}000}", r"1{,}00", "the result is -1000", "it is 1000, or 2/1000", "1000 in 3 days", "one thousand",
-    "#### 1" + "0" * 20_000, "1." * 20_000,
+    "#### 1" + "0" * 20_000, "1." * 20_000, *NONSENSE,
 ]  # fmt: skip
 
 
@@ -127,22 +106,18 @@ def test_numbers_are_exact():
 # --------------------------------------------------------------------------------------------- answers and classes
 
 
-NORMAL = {
-    "The  Beatles!": "beatles", "an apple a day": "apple day", "Theatre": "theatre", "the": "", "a-laying": "alaying",
-    "J. R. R. Tolkien": "j r r tolkien", "October\xa029,\u20032018\n": "october 29 2018", "Ångström": "ångström",
-}  # fmt: skip
-
-
-def test_normalize():
-    assert {text: normalize(text) for text in NORMAL} == NORMAL
-
-
 RIGHT_AND_WRONG = {  # (task, answer): (right predictions, wrong ones)
     ("nq_open", "6 geese a-laying; maids a-milking"): (
         ["6 geese a-laying", "Maids A-Milking.", "the 6 geese a-laying!", "6 geese a-laying; maids a-milking"],
         ["maids a-milking; 6 geese a-laying", "6 geese", "6 geese a-laying and more", "", ";", "the", "a; an"],
     ),
+    ("nq_open", "October 29 2018"): (["October\xa029,\u20032018\n"], ["October 2018", "29 October 2018"]),
+    ("nq_open", "j r r tolkien; theatre; ångström"): (
+        ["J. R. R. Tolkien", "The  Theatre!", "Ångström"],
+        ["atre"],
+    ),
     ("nq_open", "x; ; y"): (["x", "y", "x; y"], ["", "/", "the", "!"]),
+    ("rotten_tomatoes", "Good"): (["Good", " Good\n"], ["Bad", "Very Good"]),
     ("hellaswag", "C"): (["C", " C\n"], ["c", "C)", "C.", "A", "CC", "ABCD", "Ｃ", ""]),
     ("yelp", "Very Good"): (["Very Good", "very good", " VERY GOOD!\n"], ["Good", "VeryGood", "Very Bad"]),
     ("yelp", "Good"): (
@@ -155,7 +130,7 @@ RIGHT_AND_WRONG = {  # (task, answer): (right predictions, wrong ones)
 @pytest.mark.parametrize("task, answer", RIGHT_AND_WRONG)
 def test_right_and_wrong_answers(task, answer):
     right, wrong = RIGHT_AND_WRONG[task, answer]
-    for prediction in (*right, *wrong):
+    for prediction in (*right, *wrong, *NONSENSE):
         assert scored(task, prediction, answer) == {TASKS[task].scores[0]: prediction in right}, prediction
 
 

@@ -1,14 +1,11 @@
-"""models/tiny: its tokenizer keeps any text, its chat template is exact, make_tiny.py writes the committed files."""
+"""models/tiny: its tokenizer keeps any text, make_tiny.py writes the committed files."""
 
 import subprocess
 import sys
-from functools import partial
 
-import pytest
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from jinja2.exceptions import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 
 TINY = ROOT / "models" / "tiny"
@@ -31,36 +28,21 @@ def test_decoding_an_encoded_text_returns_the_text(text):
     assert TOKENIZER.decode(ids) == text and not set(ids) & set(range(len(SPECIAL)))
 
 
-def test_special_tokens_have_fixed_ids():
+def test_special_tokens_have_fixed_ids_that_the_configuration_has_too():
     assert sorted(TOKENIZER.get_vocab().values()) == list(range(512)) and TOKENIZER.model_max_length == 1024
     assert TOKENIZER.convert_tokens_to_ids(SPECIAL) == sorted(TOKENIZER.all_special_ids) == list(range(16))
     for token in SPECIAL:
         assert TOKENIZER.encode(f"a{token}b")[1:-1] == [SPECIAL.index(token)]
     assert (TOKENIZER.pad_token, TOKENIZER.eos_token, TOKENIZER.bos_token) == ("<|pad|>", "<|eot_id|>", None)
-
-
-def test_configuration_matches_the_tokenizer():
     config = AutoConfig.from_pretrained(TINY)
     assert (config.vocab_size, config.max_position_embeddings) == (len(TOKENIZER), TOKENIZER.model_max_length)
     assert (config.pad_token_id, config.eos_token_id) == (TOKENIZER.pad_token_id, TOKENIZER.eos_token_id)
-
-
-def test_template_trims_and_ends_each_turn():
-    turns = [("system", "s"), ("user", " \nlines with a  vowel \t"), ("assistant", r"([AEIOUaeiou]).*")]
-    chat = [{"role": role, "content": content} for role, content in turns]
-    prompt = "<|system|>s<|eot_id|><|user|>lines with a  vowel<|eot_id|><|assistant|>"
-    render = partial(TOKENIZER.apply_chat_template, tokenize=False)
-    assert render(chat) == prompt + r"([AEIOUaeiou]).*<|eot_id|>"
-    assert render(chat[:2], add_generation_prompt=True) == prompt
-    with pytest.raises(TemplateError, match="tool"):
-        render([{"role": "tool", "content": "text"}])
 
 
 def test_make_tiny_writes_the_committed_files(tmp_path):
     command = [sys.executable, str(ROOT / "models" / "make_tiny.py"), "--out_dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "512 tokens, 1,869,504 parameters" in done.stdout
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         path.name: path.read_bytes() for path in TINY.iterdir()
     }
