@@ -1,6 +1,6 @@
-"""The losses of pairs against their formulas, the queue of pairs, and all losses of nothing and in half precision.
+"""The losses against their formulas, their weights in the objective, the queue of pairs, and zero cases.
 
-test_terms.py compares a training step of each term with its formula, test_spans.py the spans of --stp patch.
+test_terms.py compares a training step of each term with these losses.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from llm_jepa.forward import States
 from llm_jepa.losses import (
     JEPA_LOSSES,
+    KNOTS,
     STP_LOSSES,
     ContrastSet,
+    Term,
     find_not_negatives,
     jepa_loss,
     lm_loss,
+    moments,
     nitp_loss,
+    objective,
     sigreg_loss,
     stp_loss,
 )
@@ -75,6 +80,17 @@ def expected_loss(name: str, others: ContrastSet, temperature: float | None, cen
 CENTER = pytest.mark.parametrize("center", [False, True], ids=["as-is", "center"])
 
 
+@CENTER
+@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
+def test_loss_of_pairs_equals_its_formula_and_has_gradient_in_both_views(name, center):
+    views = random(2, 5, 7)
+    total, count = jepa_loss(views, name, center=center)
+    expected = expected_loss(name, ContrastSet(views, torch.eye(5, dtype=torch.bool)), None, center)
+    assert total.item() == pytest.approx(expected, rel=1e-5) and count == 5
+    total.backward()
+    assert (views.grad.abs().sum(dim=-1) > 0).all()  # (2, P)
+
+
 # Ten pairs, of which the last two are of the queue: 0 has the Text of 4, 9 the Code of 3.
 IDS = torch.tensor([[4, 1, 2, 3, 4, 5, 6, 7, 8, 9], *2 * [[20, 21, 22, 23, 24, 25, 26, 27, 28, 23]]])
 EQUAL = torch.eye(8, 10, dtype=torch.bool)
@@ -116,6 +132,109 @@ def test_stopped_gradient_is_zero_in_that_view_and_the_same_in_the_other(name, d
     (got,), (want,) = torch.autograd.grad(total, views), torch.autograd.grad(full, views)
     assert not got[detached].any() and want[detached].any()
     torch.testing.assert_close(got[1 - detached], want[1 - detached])
+
+
+# ------------------------------------------------------------------------------------------ other losses, and their sum
+
+
+def sigreg(points: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Epps and Pulley's statistic, a mean over both views' projections, by the trapezoidal rule."""
+    t = torch.linspace(-3, 3, 33, dtype=torch.float64)
+    normal, angles = (-(t**2) / 2).exp(), (points @ directions)[..., None] * t  # (2, P, K, 33)
+    distance = (angles.cos().mean(dim=1) - normal) ** 2 + angles.sin().mean(dim=1) ** 2  # (2, K, 33)
+    return points.shape[1] * torch.trapezoid(normal * distance, t).mean()
+
+
+def test_sigreg_equals_its_formula():
+    points, directions = random(2, 6, 5), torch.nn.functional.normalize(random(5, 3, seed=1).detach(), dim=0)
+    total, count = sigreg_loss(points, directions)
+    expected = sigreg(points.detach().double(), directions.double())
+    assert count == 6 and total.item() == pytest.approx(6 * expected.item(), rel=1e-5)
+    assert KNOTS == 17
+
+
+def test_sigreg_of_parts_of_a_step_adds_up_to_that_of_all_points():
+    """The parts' mean is the value of all 9 points, and so is the gradient."""
+    points, directions = random(2, 9, 5), torch.nn.functional.normalize(random(5, 4, seed=1).detach(), dim=0)
+    value = sigreg_loss(points, directions)[0] / 9
+    (want,) = torch.autograd.grad(value, points)
+    parts, total = (points[:, :2], points[:, 2:2], points[:, 2:]), 0
+    for i, part in enumerate(parts):
+        rest = [x.detach() for j, x in enumerate(parts) if j != i]
+        rest_of_step = sum(moments(x, directions) for x in rest), sum(x.shape[1] for x in rest)
+        total = total + sigreg_loss(part, directions, rest_of_step)[0] / 9
+    torch.testing.assert_close(total, value)
+    torch.testing.assert_close(torch.autograd.grad(total, points)[0], want)
+
+
+def test_next_latent_loss_equals_its_formula_without_gradient_in_the_target():
+    predicted, target = random(4, 7), random(4, 7, seed=1)
+    total, count = nitp_loss(predicted, target)
+    expected = (1 - np.diag(cosines(predicted.detach().numpy(), target.detach().numpy()))).sum()
+    assert total.item() == pytest.approx(expected, rel=1e-5) and count == 4
+    total.backward()
+    assert (predicted.grad.abs().sum(dim=-1) > 0).all() and target.grad is None
+
+
+def test_lm_loss_is_summed_cross_entropy():
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+    total, count = lm_loss(logits, torch.tensor([0, 2]))
+    expected = -np.log(np.exp(2) / (np.exp(2) + 1 + np.exp(-1))) + np.log(3)
+    assert total.item() == pytest.approx(expected, rel=1e-6)
+    assert count == 2
+
+
+# Variants of --stp, points and their loss.
+STP_VALUES = {
+    "straight": ("geodesic", ((0, 0), (1, 1), (3, 3)), 0),
+    "reversal": ("geodesic", ((1, 0), (2, 0), (0.5, 0)), 2),
+    "right angle": ("geodesic", ((0, 0), (2, 0), (2, 5)), 1),
+    # In the first part the patch moves by (2, 0), the rest by (1, 0) before it, (0, 1) after it and (0, 2).
+    "one part": ("patch", ((0, 0), (1, 0), (3, 0), (3, 1), (9, 9), (9, 9), (9, 9), (9, 11)), 1 - 1 / 10**0.5),
+    # A patch over both parts: (1, 0) + (0, 1) against (0, −1) + (−1, 0).
+    "both parts": ("patch", ((0, 0), (0, -1), (1, -1), (1, -1), (4, 4), (4, 4), (4, 5), (3, 5)), 2),
+}
+
+
+@pytest.mark.parametrize("name", STP_VALUES)
+def test_stp_loss_of_points_on_a_path(name):
+    variant, points, expected = STP_VALUES[name]
+    total, count = stp_loss(torch.tensor(points)[:, None], variant)
+    assert (total.item(), count) == (pytest.approx(expected, abs=1e-6), 1)
+
+
+def test_objective_weighs_each_term_and_divides_by_its_count_in_the_step():
+    """The counts are those of a step of which this micro-batch has a share."""
+    lm_sum, views, path, predicted = random(1).sum(), random(2, 4, 3), random(3, 5, 3), random(6, 3)
+    states = States(torch.zeros(0, 1), views, path, predicted, random(6, 3, seed=1), directions=torch.eye(3))
+    losses = {
+        "jepa": (("views",), "pairs", jepa_loss),
+        "sigreg": (("views", "directions", "rest_of_step"), "pairs", sigreg_loss),
+        "stp": (("path",), "spans", lambda x: stp_loss(x, "geodesic")),
+        "nitp": (("predicted", "target"), "next_tokens", nitp_loss),
+    }
+    weights, counts = (0.3, 0.2, 0.7, 1.5), {"labels": 10.0, "pairs": 8.0, "spans": 15.0, "next_tokens": 12.0}
+    terms = [(Term(name, *loss, 0), weight) for (name, loss), weight in zip(losses.items(), weights, strict=True)]
+    loss, sums, shares = objective(lm_sum, states, torch.tensor(list(counts.values())), 0.5, terms)
+    inputs, expected = [lm_sum, views, path, predicted], [torch.tensor(0.05), 0, 0, 0]
+    assert shares["lm"].item() == pytest.approx(0.05 * lm_sum.item()) and [*shares] == ["lm", *losses]
+    for (name, (reads, divisor, function)), weight in zip(losses.items(), weights, strict=True):
+        alone, _ = function(*(getattr(states, field) for field in reads))
+        assert sums[name].item() == alone.item()
+        assert shares[name].item() == pytest.approx(weight * alone.item() / counts[divisor])
+        for i, gradient in enumerate(torch.autograd.grad(alone, inputs, allow_unused=True, retain_graph=True)):
+            expected[i] = expected[i] + (0 if gradient is None else weight / counts[divisor] * gradient)
+    assert loss.item() == pytest.approx(sum(shares.values()).item())
+    for got, want in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "start", "expected"), [(0, 0, [2, 2, 2]), (4, 0, [0.5, 1, 2]), (0.2, 1, [1.5, 2, 2])]
+)
+def test_weight_warms_up_linearly(warmup, start, expected):
+    term = Term("stp", ("path",), "spans", len, 2.0, warmup, start)
+    assert [term.weight_at(step, 10) for step in (1, 2, 10)] == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------------------------------------- queue of pairs
