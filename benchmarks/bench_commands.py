@@ -43,7 +43,7 @@ def first_step() -> None:
 def five_seeds(jobs: int, steps: int) -> None:
     """`bash run.sh run_regular` with its five seeds."""
     with tempfile.TemporaryDirectory() as folder:
-        own = {"OMP_WAIT_POLICY": "PASSIVE"} if jobs == 1 else {}
+        own = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"} if jobs == 1 else {}
         own |= {"JOBS": str(jobs), "RUNS_DIR": folder, "PYTHON_BIN": sys.executable, "EVAL_FLAGS": "--max_examples 200"}
         flags = ["--max_steps", str(steps), "--save_strategy", "no"]
         run(["bash", "run.sh", "run_regular", "--", *flags], env=os.environ | own)

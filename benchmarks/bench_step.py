@@ -148,12 +148,14 @@ class Arm:
 
 
 def profiled(arm: Arm) -> dict[str, Any]:
-    """Shares of the PARTS in the time of the arm's steps; the rest of it is Python, autograd and the profiler."""
+    """Shares of the PARTS in the time of the arm's steps; on a CPU the rest is Python, autograd and the profiler."""
     arm()  # the first run allocates
     with torch.profiler.profile() as profiler:
         arm()
     times = dict.fromkeys([*PARTS, "rest"], 0.0)
     for event in profiler.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel; its operator has its time too
+            continue
         part = next((part for part, names in PARTS.items() if event.key.startswith(names)), "rest")
         times[part] += event.self_device_time_total if DEVICE == "cuda" else event.self_cpu_time_total
     return {part: time / sum(times.values()) for part, time in times.items()}

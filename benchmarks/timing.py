@@ -6,6 +6,7 @@ Importing this module makes the repository's packages importable and transformer
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -38,14 +39,15 @@ def flag_parser(doc: str) -> argparse.ArgumentParser:
 def interleave(arms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each repeat of each arm. The arms take turns, so that a slow period affects all of them.
 
-    Each arm runs once untimed; the order rotates by one from round to round.
+    Each arm runs once untimed. Each round has another random order, because an arm after one that needs much memory is
+    slower.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
+    order = random.Random(0)
     for arm in arms.values():
         arm()
-    for turn in range(repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for _ in range(repeats):
+        for name in order.sample(list(arms), len(arms)):
             seconds[name].append(measure(arms[name]))
     return seconds
 

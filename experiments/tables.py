@@ -161,6 +161,8 @@ def jobs() -> None:
 def datasets() -> None:
     """NITP on other datasets."""
     lines = load("datasets")
+    if {len(by_seed) for by_seed in lines.values()} != {10}:
+        raise UsageError("runs of datasets are missing")
     sizes = sorted({examples for _, examples in lines}, reverse=True)
     found = family(lines, [(("nitp", n), ("regular", n)) for n in sizes])
     rows = []

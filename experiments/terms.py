@@ -173,11 +173,14 @@ def pick_smollm() -> Iterator[Run]:
 
 def smollm() -> Iterator[Run]:
     """Each arm with its picked learning rate: that of the best primary score, of equal ones the smallest."""
-    lines = [json.loads(line) for line in (ROOT / "experiments/results/pick_smollm.jsonl").read_text().splitlines()]
-    for data in dict.fromkeys(line["data"] for line in lines):
-        tried = [line for line in lines if line["data"] == data]
-        if len(tried) < len(SMOLLM_ARMS) * len(SMOLLM_RATES):
-            continue
+    picks = ROOT / "experiments/results/pick_smollm.jsonl"
+    lines = [json.loads(line) for line in picks.read_text().splitlines()] if picks.exists() else []
+    tried_by_data = {run.data: [line for line in lines if line["data"] == run.data] for run in pick_smollm()}
+    complete = {d: t for d, t in tried_by_data.items() if len(t) == len(SMOLLM_ARMS) * len(SMOLLM_RATES)}
+    if not complete:
+        raise UsageError("no dataset has all runs of pick_smollm; run that first")
+    print("smollm: datasets with all runs of pick_smollm:", *complete)
+    for data, tried in complete.items():
         test, score = "fresh" if data == "synth" else "test", TASKS[data].primary
         for seed in range(51, 56):
             for arm in SMOLLM_ARMS:

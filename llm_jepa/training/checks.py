@@ -66,7 +66,7 @@ def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], ha
     results, so without leakage the outputs at the other segments' views and labels stay the same, bit for bit. In a
     mixture of experts, and under kernels that add in any order, they may change as much as they do when the last
     segment, which no earlier one can attend to, gets other tokens. Compared with separate rows they may differ by
-    rounding. Both are measured twice and the smaller difference counts, because threads that share a core with another
+    rounding. All is measured twice and the smaller difference counts, because threads that share a core with another
     process do not always repeat their results. Models that carry state along the row (Mamba, linear attention,
     convolutions) fail.
     """
@@ -101,7 +101,7 @@ def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], ha
     # Measured by every process, for sharded parameters.
     rounding = min(difference(shared, separate) for shared in twice)
     leak = min(change(0, shared) for shared in twice)
-    noise = change(len(rows[longest]) - 1, twice[0])
+    noise = min(change(len(rows[longest]) - 1, shared) for shared in twice)
     experts = any("expert" in name.lower() for name, _ in model.named_modules())
     floor = 0 if not experts else 2e-3 if half else 2e-6  # their rounding may happen to stay the same
     allowed = min(max(2 * noise, floor), 1e-2 if half else 1e-5)

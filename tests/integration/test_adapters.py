@@ -227,12 +227,20 @@ def test_embedding_of_the_padding_token_trains(data, tmp_path):
     assert read_json(run / "config.json")["pad_token_id"] == 6
 
 
-def test_tokenizer_without_eos_and_padding_token(data, tmp_path):
+@pytest.mark.parametrize("special", [True, False])
+def test_tokenizer_without_eos_and_padding_token(special, data, tmp_path):
     base = base_model(tmp_path / "base")
-    config = read_json(base / "tokenizer_config.json")
-    write_json(base / "tokenizer_config.json", {k: v for k, v in config.items() if k not in ("eos_token", "pad_token")})
-    run = train(data, tmp_path / "run", "--regular", "--max_steps", 1, model=base)
-    assert GenerationConfig.from_pretrained(run).eos_token_id == [6]
+    config, core = read_json(base / "tokenizer_config.json"), read_json(base / "tokenizer.json")
+    gone = ("eos_token", "pad_token", *(() if special else ("bos_token", "unk_token", "extra_special_tokens")))
+    core["added_tokens"] = [token | {"special": special} for token in core["added_tokens"]]
+    write_json(base / "tokenizer_config.json", {name: value for name, value in config.items() if name not in gone})
+    write_json(base / "tokenizer.json", core)
+    done = start(data, tmp_path / "run", "--regular", "--max_steps", 1, model=base)
+    if special:
+        assert done.code == 0, done.err
+        assert GenerationConfig.from_pretrained(tmp_path / "run").eos_token_id == [6]
+    else:
+        assert done.code == 2 and "pad_token" in done.err and "Traceback" not in done.err
 
 
 # ------------------------------------------------------------------------------------------------ saved settings

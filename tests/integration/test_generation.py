@@ -214,6 +214,14 @@ def test_stop_token_counts_within_max_new_tokens(stopping):
         assert generated(folder, 1, steps, [EXAMPLES[i]])[0].stop_reason == reason
 
 
+def test_prompt_near_the_context_length_does_not_shorten_the_others():
+    model = build("llama")
+    short = [[*PREFIX, *range(20, 20 + n)] for n in (2, 60, 68)]
+    longest = [*PREFIX, *([30] * 118)]  # 124 of 128 tokens
+    got = generation.generate_tokens(model, PAD, [7], [*short, longest], 20, generation.Plan())
+    assert got == [one_by_one(model, p, 20, [7]) for p in short] + [one_by_one(model, longest, 4, [7])]
+
+
 @pytest.mark.parametrize("max_new_tokens", [-1, 12])
 def test_response_ends_at_the_context_length(max_new_tokens, stopping, tmp_path):
     folder, stops = stopping["llama3"]

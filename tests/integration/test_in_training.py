@@ -178,6 +178,9 @@ def test_trackers_get_settings_curves_and_tables_of_generations(data, tmp_path, 
 
     (folder,) = {p.parent for p in (run / "runs").rglob("events*")}
     events = EventAccumulator(str(folder)).Reload()
+    for key, values in curves.items():
+        key = f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
+        assert [x.value for x in events.Scalars(key)] == pytest.approx(values)
     text = events.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
     assert '"llm_jepa/lbd": 1.0' in text
     assert [x.step for x in events.Tensors("generations/text_summary")] == [1, 2]

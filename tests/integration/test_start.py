@@ -61,9 +61,9 @@ def test_wrong_flags_are_refused_without_slow_imports(command, mentioned):
 @pytest.mark.parametrize(
     ("command", "module"),
     [
-        ("finetune.py --train_file t --model_name models/tiny", "numpy"),
+        ("finetune.py --train_file datasets/synth_test.jsonl --model_name models/tiny", "numpy"),
         ("evaluate.py --score_gold --input_file datasets/synth_test.jsonl", "torch"),
-        ("finetune8bh200.py --train_file t --model_name models/tiny", "transformers"),
+        ("finetune8bh200.py --train_file datasets/synth_test.jsonl --model_name models/tiny", "transformers"),
         ("-m llm_jepa.report runs/none", "llm_jepa.reports.comparison"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_jepa.training.diagnostics import PAIR_STATISTICS, effective_rank, pair_statistics
+from llm_jepa.training.diagnostics import PAIR_STATISTICS, effective_rank, gradient_statistics, pair_statistics
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -81,3 +81,23 @@ def test_effective_rank_equals_its_formula():
     singular = np.linalg.svd(vectors.numpy() - vectors.numpy().mean(axis=0), compute_uv=False)
     shares = singular / singular.sum()
     assert effective_rank(vectors) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+
+
+def test_gradient_statistics_equal_autograd_by_hand():
+    w, v = random(3, 4).requires_grad_(), random(2, seed=1).requires_grad_()
+    losses = {
+        "lm": w.square().sum() + v.sum(),
+        "jepa": (w**3).sum(),  # does not depend on v
+        "nitp": -3 * (w.square().sum() + v.sum()),
+        "nothing": 0 * w.sum(),
+    }
+    lm = torch.cat([2 * w.detach().flatten(), torch.ones(2)])
+    jepa = torch.cat([3 * w.detach().flatten() ** 2, torch.zeros(2)])
+    got = gradient_statistics(losses, [w, v])
+    assert got == pytest.approx({
+        "jepa_grad_ratio": (jepa.norm() / lm.norm()).item(),
+        "jepa_grad_cosine": torch.cosine_similarity(jepa, lm, dim=0).item(),
+        "nitp_grad_ratio": 3, "nitp_grad_cosine": -1, "nothing_grad_ratio": 0, "nothing_grad_cosine": 0,
+    }, rel=1e-5)  # fmt: skip
+    assert w.grad is None and v.grad is None
+    sum(losses.values()).backward()  # the graph is still there

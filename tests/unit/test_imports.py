@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from graphlib import TopologicalSorter
 
+import pytest
 from conftest import ROOT
 
 SCRIPTS = {"finetune", "finetune8bh200", "evaluate"}
@@ -32,8 +33,12 @@ def imported(nodes: Iterable[ast.AST]) -> set[str]:
     return names
 
 
-def test_light_modules_load_no_deep_learning_library():
-    argv = [sys.executable, "-X", "importtime", "-c", f"import llm_jepa.{', llm_jepa.'.join(LIGHT)}"]
+COMMANDS = [("-c", f"import llm_jepa.{', llm_jepa.'.join(LIGHT)}"), *((f"{s}.py", "--help") for s in sorted(SCRIPTS))]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_light_modules_and_help_load_no_deep_learning_library(command):
+    argv = [sys.executable, "-X", "importtime", *command]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert done.returncode == 0 and "llm_jepa" in loaded and loaded & HEAVY == set()

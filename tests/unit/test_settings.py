@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from conftest import GOLDEN, ROOT, call
+from safetensors.torch import load_file, save_file
 
 import finetune
 from llm_jepa.cli import UsageError, parse_flags
@@ -180,6 +181,7 @@ FOLDERS = {
     "tokenizer* special_tokens_map.json": "tokenizer",
     "chat_template.jinja": "--plain",
     "model.safetensors": "--pretrain",
+    "a layer's parameters": "--model_name",
     "all but the adapter": "--merge",
 }
 
@@ -187,10 +189,13 @@ FOLDERS = {
 @pytest.mark.parametrize("missing", FOLDERS)
 def test_incomplete_model_folder_is_refused(missing, tmp_path):
     model = shutil.copytree(GOLDEN / "models" / "llama3", tmp_path / "model")
+    path = model / "model.safetensors"
     if missing == "folder":
         shutil.rmtree(model)
+    elif missing == "a layer's parameters":
+        save_file({k: v for k, v in load_file(path).items() if "layers.1.mlp" not in k}, path, {"format": "pt"})
     elif missing == "all but the adapter":
-        (model / "model.safetensors").unlink()
+        path.unlink()
         (model / "config.json").unlink()
         (model / "adapter_config.json").write_text(json.dumps({}))
     else:
