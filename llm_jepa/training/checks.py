@@ -66,9 +66,8 @@ def check_layout(model: Any, selector: Any, collator: Any, items: list[Item], ha
     results, so without leakage the outputs at the other segments' views and labels stay the same, bit for bit. In a
     mixture of experts, and under kernels that add in any order, they may change as much as they do when the last
     segment, which no earlier one can attend to, gets other tokens. Compared with separate rows they may differ by
-    rounding. All is measured twice and the smaller difference counts, because threads that share a core with another
-    process do not always repeat their results. Models that carry state along the row (Mamba, linear attention,
-    convolutions) fail.
+    rounding. All is measured twice and the smaller difference counts, because two threads of a CPU do not always repeat
+    a result. Models that carry state along the row (Mamba, linear attention, convolutions) fail.
     """
     device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
     name, one_row = selector.model_name, dataclasses.replace(collator, tokens_per_row=sys.maxsize)
