@@ -47,7 +47,7 @@ from llm_jepa.scoring.tasks import TASKS  # noqa: E402
 NITP = "--nitp --nitp_lbd 1.6 --nitp_layer 0"  # as picked, see plans/nitp.md
 COMMON = "--batch_size 8 --grad_accum 1 --warmup_steps 0.05 --save_strategy no --overwrite"
 TINY = "--model_name models/tiny --pretrain --adam_beta2 0.98"
-SMOLLM = "--model_name runs/smollm2 --dtype bfloat16"  # the folder of SmolLM2-135M-Instruct
+SMOLLM = "--model_name runs/smollm2 --dtype float32"  # the folder of SmolLM2-135M-Instruct
 ARMS = {
     "regular": "--regular",
     "longer": "--regular",
