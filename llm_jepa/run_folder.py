@@ -1,7 +1,7 @@
 """The run folder: settings, provenance, status and complete checkpoints.
 
-A run folder holds `args.json` (all resolved settings), `run.json` (provenance and status), `metrics.jsonl`, the model,
-checkpoints and `eval/<dataset>/`. Nothing about a run is read from printed output.
+A run folder contains `args.json` (all resolved settings), `run.json` (provenance and status), `metrics.jsonl`, the
+model, checkpoints and `eval/<dataset>/`.
 """
 
 import hashlib

@@ -71,7 +71,7 @@ class Settings:
     lora_alpha: int | None = flag(None, "scale of the adapter; default: twice the rank", MODEL)
     lora_dropout: float | None = flag(
         None,
-        "dropout before the adapter (fused experts have none); default: 0.1, or a continued adapter's (not with them)",
+        "dropout before the adapter, none for fused experts; default: 0.1, or that of a continued adapter without them",
         MODEL,
     )
     target_modules: str | None = flag(
@@ -149,15 +149,21 @@ class Settings:
     nitp_lbd: float = flag(0.8, "weight of the --nitp loss; 0 turns it off", METHOD)
     nitp_layer: int = flag(0, "--nitp: layer of the target z; 0: the embeddings, -1: the last layer", METHOD)
     nitp_targets: Literal["states", "random", "shuffled"] = flag(
-        "states", "--nitp, controls: a fixed random vector per token; the state of another token", METHOD
+        "states",
+        "--nitp: states: those of --nitp_layer; controls: random: a fixed vector per token; shuffled: of other tokens",
+        METHOD,
     )
     gradient_stats: int = flag(100, "log size and direction of auxiliary gradients every N steps; 0: never", RUN)
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
     lm_turns: Literal["last", "all"] = flag("last", "answers of a multi-turn chat that --lm_labels labels", METHOD)
-    use_default_data_collator: bool = flag(False, "published code: --lm_labels answer_text", METHOD)
-    unmask_assistant_special_tokens: bool = flag(False, "published code: --lm_labels reference; both: answer", METHOD)
+    use_default_data_collator: bool = flag(False, "flag of the published code: as --lm_labels answer_text", METHOD)
+    unmask_assistant_special_tokens: bool = flag(
+        False,
+        "flag of the published code: as --lm_labels reference, or answer with --use_default_data_collator",
+        METHOD,
+    )
     plain: bool = flag(False, "no chat format: user<|perception|>assistant<|eot_id|>", METHOD)
     reference_grad_scale: bool = flag(
         False, "divide a micro-batch's loss by its own counts, as published: gradients grow --grad_accum times", METHOD
@@ -214,7 +220,9 @@ class Settings:
         "eval_lm_loss; a checkpoint is saved at each evaluation",
         RUN,
     )
-    early_stopping_patience: int | None = flag(None, "stop after N evaluations without a better such score", RUN)
+    early_stopping_patience: int | None = flag(
+        None, "stop after N evaluations without a better score (see --save_best)", RUN
+    )
     save_strategy: Strategy = flag(None, "when checkpoints are saved; default epoch, or steps with --streaming", RUN)
     save_steps: int = flag(500, "steps between checkpoints with --save_strategy steps", RUN)
     save_total_limit: int = flag(1, "number of complete checkpoints to keep, besides that of --save_best", RUN)

@@ -1,4 +1,4 @@
-"""Misspelled environment variables; setup.sh runs this file before the packages are there: SCRIPT NAME…"""
+"""Finds misspelled environment variables. setup.sh runs this file before it installs packages: SCRIPT NAME…"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of predictions: each one's, and their summary with confidence intervals."""
+"""Scores of single predictions, and their summary with confidence intervals."""
 
 from collections import Counter
 from contextlib import AbstractContextManager

@@ -40,7 +40,7 @@ class EvaluationSettings:
     input_file: str | None = flag(
         None, "examples: a file, or with --text_field a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]", DATA
     )
-    text_field: str | None = flag(None, "field of the Text view in JSON, CSV, Parquet or hub data of other form", DATA)
+    text_field: str | None = flag(None, "field of the Text view in other JSON, CSV, TSV, Parquet or hub data", DATA)
     code_field: str | None = flag(None, "field of the Code view in such data", DATA)
     view_text_field: str | None = flag(None, "field of the Text view if --text_field is only the user turn", DATA)
     view_code_field: str | None = flag(None, "field of the Code view if --code_field is only the answer", DATA)
@@ -138,7 +138,7 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
     r.refuse(sources != 1, "give one of --model_name, --score_only and --score_gold")
     r.only_if(bool(s.model_name) or sources != 1, NEEDS_MODEL, "only with --model_name")
     r.only_if(not s.score_gold, "output_file overwrite", "not with --score_gold, which writes nothing")
-    r.only_if(processes == 1, SINGLE_PROCESS, "not under torchrun, which distributes generation only")
+    r.only_if(processes == 1, SINGLE_PROCESS, "not under torchrun")
     r.refuse(vllm and processes > 1, "--engine vllm: not under torchrun; for several GPUs give --tensor_parallel_size")
     r.only_if(not vllm, NOT_VLLM, "not with --engine vllm")
     r.only_if(vllm, "tensor_parallel_size", "only with --engine vllm")

@@ -1,4 +1,4 @@
-"""What a run says about itself: start block, first example, and the records of run.json."""
+"""Descriptions of a run: start block, first example, and the records of run.json."""
 
 from collections.abc import Callable
 from pathlib import Path

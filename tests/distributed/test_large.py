@@ -1,4 +1,4 @@
-"""finetune8bh200.py: FSDP2 over two and four gloo processes gives the results of one process."""
+"""finetune8bh200.py: FSDP2 over two, four and eight gloo processes gives the results of one process."""
 
 from __future__ import annotations
 
