@@ -394,7 +394,9 @@ def fine_tune(
         if parts.problems.found:
             say(parts.problems.report())
         if s.dry_run:
-            print(json.dumps(dry_run(s, parts), ensure_ascii=False))
+            found = dry_run(s, parts)
+            if is_main:
+                print(json.dumps(found, ensure_ascii=False))
             return
 
         trainer, bar = build_trainer(s, parts, state, **trainer_options), Bar()

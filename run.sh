@@ -9,9 +9,10 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 #   {defaults}  flags of the tiny model, of PROTOCOL=paper and of datasets with long examples
 #   {resume}    --resume if the run folder exists
 #   {flags}     the user's flags after --
-#   {fields}    the user's flags that set how examples are read: --text_field, --code_field, --system, --skip_bad_examples
+#   {fields}    the user's flags that set how examples are read: --text_field, --code_field, --view_text_field,
+#               --view_code_field, --system, --skip_bad_examples
 #   {plain}     --plain if it is one of the user's flags
-#   {eval_flags} the flags of evaluate.py in EVAL_FLAGS; {allow_execution}: --allow_code_execution if it is one of them
+#   {eval_flags} the flags of evaluate.py in EVAL_FLAGS; {scoring}: --spider_path and --allow_code_execution of them
 
 arms() { # one per line: NAME[:λ, or the arm whose λ it has] and its flags
   local views=(--predictors {predictors} --lbd {lbd} --last_token {last_token}) # λ = lbd, k = predictors
@@ -22,7 +23,8 @@ arms() { # one per line: NAME[:λ, or the arm whose λ it has] and its flags
   arm placebo:clip "${views[@]}" --jepa_loss clip --shuffle_pairs               # clip on pairs that do not match
 }
 
-run_arm() { # fine-tuning with one of the arms
+run_arm() { # fine-tuning with one of the arms, after a check that the test examples can be scored
+  template check evaluate.py --score_gold --input_file {test_file} --task {task} {fields} {scoring}
   template train "${TRAINER:-finetune.py}" --train_file {train_file} --model_name {model} \
     --learning_rate {learning_rate} --num_epochs {epochs} --finetune_seed {seed} {arm} {defaults} --output_dir {run} \
     {resume} {flags}
@@ -45,7 +47,6 @@ sweep() { # the cells of the grid use these flags instead of --train_file and --
 }
 
 launchers() {
-  template check evaluate.py --score_gold --input_file {test_file} --task {task} {fields} {allow_execution} # before the first training
   [ "${NPROC:-1}" = 1 ] || template launch_train -m llm_jepa.large.launch --standalone --nproc_per_node {nproc}
 }
 

@@ -11,7 +11,6 @@ launchers() {
   [ "$NNODES" -eq 1 ] ||
     nodes=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv_id {name}
       --rdzv_conf "is_host=$((NODE_RANK == 0)),$waiting")
-  template check evaluate.py --score_gold --input_file {test_file} --task {task} {fields} # before the first training
   template launch_train -m llm_jepa.large.launch --nproc_per_node {nproc} --max-restarts "$MAX_RESTARTS" "${nodes[@]}"
   [ "$NPROC" -eq 1 ] || template launch_evaluate -m llm_jepa.large.launch --nproc_per_node {nproc} --standalone
   [ "$PREFLIGHT" = no ] ||

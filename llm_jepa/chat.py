@@ -80,11 +80,8 @@ def chat(run: str, system: str | None, **flags: Any) -> None:
     names = ("plain", "trust_remote_code", "text_field", "code_field", "system")
     trained = {name: trained[name] for name in names if name in trained}
     s, refusals = EvaluationSettings(model_name=run, nosplit_data=True, **flags, **trained), Refusals(set())
-    task, limit = check_task(s, refusals), s.max_new_tokens
+    task = check_task(s, refusals)
     refusals.refuse(bool(s.task) and not s.input_file, "--task: only with --input_file")
-    refusals.refuse(
-        limit is not None and limit < 1 and limit != -1, f"--max_new_tokens {limit} is neither positive nor -1"
-    )
     if refusals:
         raise UsageError("\n".join(refusals))
     examples = read_examples(s.input_file, Problems(), s.fields) if s.input_file else []
@@ -99,7 +96,7 @@ def chat(run: str, system: str | None, **flags: Any) -> None:
     transformers_logging.disable_progress_bar()
     with scorer(task, s.spider_path, examples) if task else contextlib.nullcontext() as score:
         model, encoder = load(run, s)
-        limit = limit or answer_limit(encoder.renderer, examples)
+        limit = s.max_new_tokens or answer_limit(encoder.renderer, examples)
         if at_terminal := sys.stdin.isatty():
             print(f"chat: {run}, system turn: {system!r}; Ctrl-D ends", file=sys.stderr)
         for text in prompts():

@@ -49,13 +49,15 @@ PAPER_FLAGS = {
 SHELL_VARIABLES = ("PYTHON_BIN", "TRAINER", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "NODE_TIMEOUT", "PREFLIGHT",
                    "JOIN_LIMIT", "DEVICE")  # of the shell scripts themselves  # fmt: skip
 MAX_LENGTH = {"yelp": "2048", "gsm8k": "1024", "mbpp": "2048"}  # datasets with examples of more than 512 tokens
-FIELD_FLAGS = ("text_field", "code_field", "system", "skip_bad_examples")  # the evaluation needs them too
+# The evaluation needs these flags too.
+FIELD_FLAGS = ("text_field", "code_field", "view_text_field", "view_code_field", "system", "skip_bad_examples")
 REFUSED_FLAGS = ("--train_file", "--data_file", "--model_name", "--learning_rate", "--num_epochs", "--last_token",
                  "--predictors", "--lbd", "--finetune_seed", "--regular", "--output_dir", "--dry_run",
                  "--config")  # fmt: skip
+SCORING_FLAGS = ("spider_path", "allow_code_execution")  # of EVAL_FLAGS that the check of the data needs
 # Flags of the evaluation that its templates set.
-SET_FLAGS = set("model_name input_file output_file task text_field code_field system skip_bad_examples plain "
-                "startswith process_split test_size split_seed score_only score_gold config".split())  # fmt: skip
+SET_FLAGS = {*FIELD_FLAGS, *"model_name input_file output_file task plain startswith process_split test_size "
+             "split_seed score_only score_gold config".split()}  # fmt: skip
 NUMBER, WHOLE, COUNT = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", r"(?:0|[1-9]\d*)", r"[1-9]\d*"
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 
@@ -150,6 +152,9 @@ class Settings:
         return name + (f"-x{mark}" if flags else "")
 
 
+VARIABLES = [*SHELL_VARIABLES, *(name for f in dataclasses.fields(Settings) for name in f.metadata["variables"])]
+
+
 class Arm(NamedTuple):
     """A line of the table of arms in run.sh."""
 
@@ -219,13 +224,13 @@ class Run:
 
     def values(self) -> dict[str, Any]:
         """The values for a template."""
-        fields = {name: self.given[name] for name in FIELD_FLAGS if name in self.given}
+        evaluation = evaluation_flags(self.settings.eval_flags)
         lists = {"defaults": self.default_flags(), "flags": list(self.flags)}
-        lists["fields"] = [f"--{name}" if value is True else f"--{name}={value}" for name, value in fields.items()]
+        for name, given, flags in (("fields", self.given, FIELD_FLAGS), ("scoring", evaluation, SCORING_FLAGS)):
+            values = {flag: given[flag] for flag in flags if flag in given}
+            lists[name] = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in values.items()]
         lists["arm"] = fill(self.arm.flags, vars(self.settings) | {"lbd": self.arm.lbd})
         lists["eval_flags"] = shlex.split(self.settings.eval_flags)
-        allowed = "allow_code_execution" in evaluation_flags(self.settings.eval_flags)
-        lists["allow_execution"] = ["--allow_code_execution"] * allowed
         lists |= {"resume": ["--resume"] * self.folder.exists(), "plain": ["--plain"] * ("plain" in self.given)}
         own = {name: str(getattr(self, name)) for name in ("seed", "train_file", "test_file", "name")}
         epochs = {"epochs": ""} if "max_steps" in self.given else {}
@@ -308,14 +313,14 @@ class Driver:
             raise UsageError(f"unknown function '{self.command}', expected one of {', '.join(commands)} (see --help)")
         given, rest = partition(words)
         self.flags, self.later = map(tuple, partition(rest))
+        self.rest = self.flags + (("--", *self.later) if self.later else ())  # as in the command line
         self.compares = self.command in ("compare", "sweep")
         limit = 2 if self.compares else 9
         if len(given) > limit:
             raise UsageError(f"too many arguments: {self.command} accepts {limit}, the next is '{given[limit]}'")
         if "--" in rest and self.command.removeprefix("run_") in self.table:
             raise UsageError("a second -- is only for run_pretrain, compare and sweep")
-        names = [name for field in dataclasses.fields(Settings) for name in field.metadata["variables"]]
-        if wrong := misspelled(script, (*names, *SHELL_VARIABLES), os.environ):
+        if wrong := misspelled(script, VARIABLES, os.environ):
             raise UsageError(wrong)
         if self.compares:
             dataset, model = (*given, "", "")[:2]
@@ -405,8 +410,7 @@ class Driver:
             details = f"val{s.eval_split}-{s.split_seed}" + f"-{s.sweep_arm}" * (s.sweep_arm != "jepa")
         elif s.arms:
             details += "-" + "-".join(items(s.arms)).replace(":", "")
-        flags = self.flags + (("--", *self.later) if self.later else ())
-        return Path(s.reports_dir, s.folder_name(items(s.datasets)[0], f"{self.command}-{details}", flags))
+        return Path(s.reports_dir, s.folder_name(items(s.datasets)[0], f"{self.command}-{details}", self.rest))
 
     def pick(self) -> None:
         """Sets the learning rate, k and λ to those of the best cells on held-out examples."""
@@ -447,7 +451,7 @@ class Driver:
             words += ["--against", next(str(run.folder) for run in runs if run.arm.name == "regular")]
             allow = self.settings.allow.split() + ["reference_grad_scale"] * bool(self.settings.protocol)
             words += ["--allow", *allow] if allow else []
-        code = self.call(words)[0]
+        code = self.call(words)
         if self.compares and not code and sys.stderr.isatty():
             print(f"next, to confirm it: {self.next_command()}", file=sys.stderr)
         return code
@@ -455,17 +459,13 @@ class Driver:
     def next_command(self) -> str:
         """The same comparison on other seeds; after a sweep, that of its last step."""
         s, picked = self.settings, self.command == "sweep"
-        names = [name for field in dataclasses.fields(Settings) for name in field.metadata["variables"]]
-        own = {name: os.environ[name] for name in (*SHELL_VARIABLES, *names) if os.environ.get(name)}
+        own = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
         own["SEEDS"] = " ".join(str(int(seed) + 100) for seed in items(s.seeds))
         if picked:
             own |= {"LR": s.learning_rate, "PREDICTORS": s.predictors}
             own["ARMS"] = " ".join(f"{arm.name}:{arm.lbd}" if arm.lbd else arm.name for arm in self.arms)
         variables = [f"{name}={shlex.quote(value)}" for name, value in own.items() if not (picked and name == "LBD")]
-        flags = [
-            *(["--", *self.flags] if self.flags or self.later else []),
-            *(["--", *self.later] if self.later else []),
-        ]
+        flags = ["--", *self.rest] if self.rest else []
         return " ".join([*variables, shlex.join(["bash", self.script, "compare", s.datasets, s.model, *flags])])
 
     def preflight(self) -> None:
@@ -476,7 +476,7 @@ class Driver:
         files = ",".join(dict.fromkeys(file for run in runs for file in (run.train_file, run.test_file)))
         left = sum(not is_finished(run.folder) for run in runs)
         values = vars(s) | {"data_files": files, "left": str(left), "trainings": sum(trainings, [])}
-        if left and (code := self.call(fill(self.templates["preflight"], values))[0]):
+        if left and (code := self.call(fill(self.templates["preflight"], values))):
             raise CommandFailed("not ready (see above)", code)
 
     def run_all(self, chains: list[list[Run]]) -> list[Run]:
@@ -488,7 +488,7 @@ class Driver:
         runs = [run for run in everything if run.kind != "pretrain"]
         if self.settings.node_rank == "0":
             for run in {r.test_file: r for r in runs if not is_finished(r.folder)}.values():
-                if code := self.call(self.words("check", run), stdout=subprocess.DEVNULL)[0]:
+                if code := self.call(self.words("check", run), stdout=subprocess.DEVNULL):
                     raise CommandFailed(f"{run.test_file} cannot be scored; TASK=text is for data of your own", code)
         place = "{n_fmt} of {total_fmt} runs" if self.has_logs else "{desc}"
         bar = tqdm(
@@ -556,7 +556,7 @@ class Driver:
             node = f"-node{self.settings.node_rank}" if self.settings.node_rank != "0" else ""
             log = run.folder.parent / ".logs" / f"{run.name}{node}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
-        code, _ = self.call(self.words(step, run), subprocess.DEVNULL if step == "evaluate" else None, log)
+        code = self.call(self.words(step, run), subprocess.DEVNULL if step == "evaluate" else None, log)
         for _ in range(60 if self.settings.nnodes != "1" else 0):  # a shared file system may show files with a delay
             if code or is_finished(run.folder):
                 break
@@ -569,8 +569,8 @@ class Driver:
             message = "\n".join([f"{message}, log {log}", *lines[-5:]])
         raise CommandFailed(message, code or 1)
 
-    def call(self, words: list[str], stdout: int | None = None, log: Path | None = None) -> tuple[int, str]:
-        """Runs Python with these arguments; its exit code and, if stdout is a pipe, its output."""
+    def call(self, words: list[str], stdout: int | None = None, log: Path | None = None) -> int:
+        """Runs Python with these arguments; its exit code, as a shell reports it."""
         variables = dict(os.environ)
         processes = int(self.settings.jobs)
         if "llm_jepa.large.launch" in words:
@@ -581,12 +581,11 @@ class Driver:
             if self.stopping:
                 raise CommandFailed("stopped", 1)
             process = subprocess.Popen(
-                [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=stdout or output, stderr=output, text=True,
+                [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=stdout or output, stderr=output,
                 env=variables, process_group=0,
             )  # fmt: skip
-        printed = process.communicate()[0] or ""
-        code = process.returncode if process.returncode >= 0 else 128 - process.returncode  # as a shell reports signals
-        return code, printed
+        code = process.wait()
+        return code if code >= 0 else 128 - code
 
     def stop(self) -> None:
         """Ends all processes that were started, also those of torchrun."""

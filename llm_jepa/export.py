@@ -142,17 +142,16 @@ def read_samples(metrics: dict[str, Any], s: EvaluationSettings) -> tuple[list[d
     changed = changed or (is_task_file(s.task) and sha256(s.task) != metrics["task_sha256"] and s.task)
     if changed:
         raise UsageError(f"{changed} has changed since {s.model_name} was evaluated with it")
-    chats = [example for example in read_examples(s.input_file, Problems(skip=True), s.fields) if example.has_chat]
+    everything = read_examples(s.input_file, Problems(skip=True), s.fields)
     if s.process_split:
-        chats = split_examples(chats, s.test_size, s.split_seed)[s.process_split == "test"]
-    examples = {example.id: example for example in chats}
+        everything = split_examples(everything, s.test_size, s.split_seed)[s.process_split == "test"]
+    examples = {example.id: example for example in everything if example.has_chat}
     tokenizer = load_tokenizer(s.model_name, s.revision, predictors=False, **tokenizer_options(s))
     renderer, limits = Renderer(tokenizer, plain=s.plain), {"do_sample": False, "max_gen_toks": s.max_new_tokens}
     samples, scores = [], [*find_task(s.task).scores, "exact", "startswith"]
     for _, row in read_jsonl(s.output_file):
         example = examples[row["id"]]
-        doc = {"system": example.system, "history": example.history, "user": example.user}
-        doc |= {"assistant": example.assistant}
+        doc = {name: getattr(example, name) for name in ("system", "history", "user", "assistant")}
         prompt, target, response = renderer.prompt(example), example.assistant, row["prediction"]
         if choices := row.get("log_likelihoods"):  # whether each choice is the greedy response is not known
             requests, found = [(prompt, choice) for choice in choices], [[str(x), "None"] for x in choices.values()]

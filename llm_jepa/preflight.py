@@ -99,7 +99,7 @@ def model_problems(s: Any) -> list[str]:
     """Checks the weights (unless they will be random) and the tokenizer of a training's settings."""
     from llm_jepa.model import check_name, load_tokenizer, tokenizer_options
 
-    name, revision = s.model_name, s.revision
+    name, revision = s.base
     try:
         check_name(name)
     except UsageError as error:
@@ -113,7 +113,7 @@ def model_problems(s: Any) -> list[str]:
         ]
     problems = [] if s.pretrain else weight_problems(folder)
     try:
-        load_tokenizer(name, revision, **tokenizer_options(s))
+        load_tokenizer(s.model_name, s.revision, **tokenizer_options(s))
     except UsageError as error:
         problems.append(str(error))
     return problems
@@ -255,7 +255,7 @@ def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str],
     parsed = [parse_flags(LargeSettings, "", [*shared, *flags]) for flags in trainings]
     last = parsed[-1][0]
     problems = model_problems(last)
-    if model_folder(s.model_name, last.revision):
+    if model_folder(*last.base):
         for training, given in parsed:
             try:
                 plans.append(memory.plan(check_large_settings(training, given, gpus > 1), [gpus]))

@@ -426,8 +426,8 @@ def check_data(s: Settings, r: Refusals) -> None:
         r.refuse((s.dataloader_num_workers or 0) > 1, "--dataloader_num_workers: at most 1 with --streaming")
 
 
-def check_method(s: Settings, r: Refusals) -> None:
-    """The loss, the views and their layout."""
+def check_method(s: Settings, r: Refusals, several: bool) -> None:
+    """The loss, the views and their layout. `several`: whether several processes train together."""
     views = " ".join((*JEPA_FLAGS, "additive_mask reference_grad_scale"))
     layout, dense = s.layout_or_default, s.attn_implementation in (None, "sdpa", "eager")
     kernel = f"--attn_implementation {s.attn_implementation}"
@@ -444,7 +444,7 @@ def check_method(s: Settings, r: Refusals) -> None:
     single, name = s.batch_size == 1 and not s.tokens_per_batch, s.jepa_loss_or_default
     contrasts = JEPA_LOSSES[name].contrasts and not s.negatives_queue
     need_other_pairs = {f"--jepa_loss {name}": contrasts, "--center": s.center, "--shuffle_pairs": s.shuffle_pairs}
-    no_other_pair = single and (s.shuffle_pairs or processes() == 1)
+    no_other_pair = single and (s.shuffle_pairs or not several)
     for what, given in need_other_pairs.items():
         r.refuse(given and no_other_pair, f"{what}: not with --batch_size 1, which leaves no other pair")
     tempered = f"only with --jepa_loss {' or '.join(TEMPERATURES)}"
@@ -539,15 +539,16 @@ RANGES = {  # smallest and largest value of these flags
 }  # fmt: skip
 
 
-def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = ()) -> Settings:
+def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = (), several: bool | None = None) -> Settings:
     """Resolves defaults that depend on other flags. Raises UsageError with all contradictions.
 
-    `given`: flags given on the command line with another value than their default; `refusals`: earlier findings.
+    `given`: flags given on the command line with another value than their default; `refusals`: earlier findings;
+    `several`: whether several processes will train together, by default whether they do now.
     """
     r = Refusals(given)
     r.extend(refusals)
     check_data(s, r)
-    check_method(s, r)
+    check_method(s, r, processes() > 1 if several is None else several)
     check_training(s, r)
     for what, (smallest, largest, names) in RANGES.items():
         for name in names.split():

@@ -101,8 +101,8 @@ class Renderer:
             try:
                 template = self._fixed(template, thinking)
             except (TemplateError, ValueError) as error:
-                where = f"--model_name {self.tokenizer.name_or_path}: its chat template cannot be used"
-                raise UsageError(f"{where} ({first_line(error)}); give --plain or another template") from None
+                what = f"the chat template cannot be used ({first_line(error)})"
+                raise UsageError(f"{what}; give --plain or another --chat_template") from None
         self.tokenizer.chat_template = templates | {"default": template} if isinstance(templates, dict) else template
         self.folds, self.assistant_first = FOLD in template, self._shows([{"role": "assistant", "content": CONTENT}])
 

@@ -52,10 +52,11 @@ def encode_views(
     limit = context_length(model.config) or sys.maxsize
 
     def encode(example: Example) -> tuple[Segment, Segment]:
-        views = encoder.views([example])[0]
         if encoder.text_view == "in_chat":
-            chat = encoder.chats([example])[0]
-            views = (chat if isinstance(chat, ValueError) else chat.text_view, views[1])
+            item = encoder([example])[0]  # (chat, Code view), or why there is none
+            views = (item,) if isinstance(item, ValueError) else (item[0].text_view, item[1])
+        else:
+            views = encoder.views([example])[0]
         for view in views:
             if isinstance(view, ValueError):
                 raise view

@@ -36,9 +36,10 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
     """
     folder, trained = Path(name), check_run(name, s)
     adapter = adapter_of(name)
-    base = s.original_model_name or adapter["base_model_name_or_path"] if adapter else name
+    moved = None if s.split_tune_untune else s.original_model_name  # with --split_tune_untune it is another model
+    base = (moved or adapter["base_model_name_or_path"]) if adapter else name
     has_tokenizer = (folder / "tokenizer_config.json").is_file() or not folder.is_dir()
-    source = name if has_tokenizer else s.original_model_name or base
+    source = name if has_tokenizer else moved or base
     tokenizer = load_tokenizer(source, s.revision, predictors=False, **tokenizer_options(s))
     labels = "answer_text" if s.task and find_task(s.task).choices else "answer"
     flags = trained if labels == "answer" else {}  # views are embedded as in training; choices have no views
@@ -70,7 +71,7 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
     except LOADING_ERRORS as error:
-        raise UsageError(f"--model_name {base} cannot be loaded: {first_line(error)}") from None
+        raise UsageError(f"{base} cannot be loaded: {first_line(error)}") from None
     model = load_adapter(model, name) if adapter else model
     return (model if options["device_map"] else model.to(device)).eval(), encoder
 

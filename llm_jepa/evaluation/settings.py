@@ -20,7 +20,9 @@ class EvaluationSettings:
     """Every flag of evaluate.py."""
 
     model_name: str | None = flag(None, "run folder, adapter folder, model folder or hub name", MODEL)
-    original_model_name: str | None = flag(None, "base of an adapter, or --split_tune_untune's other model", MODEL)
+    original_model_name: str | None = flag(
+        None, "base of an adapter, or with --split_tune_untune the other model", MODEL
+    )
     revision: str | None = flag(None, "commit of a hub model", MODEL)
     tokenizer_name: str | None = flag(None, "folder or hub name of the tokenizer; default: that of the model", MODEL)
     chat_template: str | None = flag(None, "file with a Jinja chat template that replaces the tokenizer's", MODEL)
@@ -38,7 +40,7 @@ class EvaluationSettings:
     tensor_parallel_size: int = flag(1, "--engine vllm: GPUs that share the model's layers", MODEL)
 
     input_file: str | None = flag(
-        None, "examples: a file, or with --text_field a hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION]", DATA
+        None, "file, glob or hub dataset OWNER/NAME[:CONFIG]:SPLIT[@REVISION] of examples", DATA
     )
     text_field: str | None = flag(None, "field of the Text view in other JSON, CSV, TSV, Parquet or hub data", DATA)
     code_field: str | None = flag(None, "field of the Code view in such data", DATA)
@@ -155,11 +157,10 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
     r.only_if(s.t_sne, "t_sne_type", "only with --t_sne")
     r.only_if(s.similarity or s.t_sne or not s.embeds, "output_file", "not if --export_embeddings is the only output")
     r.only_if(not s.tokens_per_batch, "batch_size", "not with --tokens_per_batch")
-    for name, least in (("batch_size", 1), ("tensor_parallel_size", 1), ("tokens_per_batch", 0), ("max_examples", 0)):
+    smallest = {"batch_size": 1, "tensor_parallel_size": 1, "tokens_per_batch": 0, "max_examples": 0, "split_seed": 0}
+    for name, least in smallest.items():
         value = getattr(s, name)
-        r.refuse(value < least, f"--{name} {value} is less than {least}")
-    wrong_length = s.max_new_tokens is not None and s.max_new_tokens < 1 and s.max_new_tokens != -1
-    r.refuse(wrong_length, f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
+        r.refuse(value is not None and value < least, f"--{name} {value} is less than {least}")
     task, output = check_task(s, r), check_output(s, r)
     for name in ("input_file", "score_only"):
         path = Path(getattr(s, name) or "nothing")
@@ -175,7 +176,9 @@ def check_evaluation_settings(s: EvaluationSettings, processes: int = 1) -> Eval
 
 
 def check_task(s: EvaluationSettings, r: Refusals) -> str | None:
-    """The task, None with embeddings; adds to `r` what is wrong with it."""
+    """The task, None with embeddings; adds to `r` what is wrong with it or with the length of responses."""
+    wrong_length = s.max_new_tokens is not None and s.max_new_tokens < 1 and s.max_new_tokens != -1
+    r.refuse(wrong_length, f"--max_new_tokens {s.max_new_tokens} is neither positive nor -1")
     if s.embeds or not s.input_file:
         return None
     by_name = dataset_name(s.input_file)

@@ -35,9 +35,9 @@ def plan_tokenizer(s: LargeSettings) -> Any:
 def meta_model(s: LargeSettings, tokenizer: Any) -> Any:
     """The model in bfloat16 on the meta device, without an adapter. Raises UsageError if it cannot be built."""
     AttentionInterface.register("counted", counted_attention)
-    code = {"trust_remote_code": s.trust_remote_code}
+    code, (name, revision) = {"trust_remote_code": s.trust_remote_code}, s.base
     try:
-        config = AutoConfig.from_pretrained(s.model_name, revision=s.revision, **code)
+        config = AutoConfig.from_pretrained(name, revision=revision, **code)
         text = config.get_text_config()
         new = new_rows(tokenizer, text.vocab_size, s.stored_predictors)
         text.vocab_size = max(text.vocab_size, len(tokenizer.get_vocab()))
@@ -45,7 +45,7 @@ def meta_model(s: LargeSettings, tokenizer: Any) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **options)
     except (*LOADING_ERRORS, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UsageError(f"--model_name {s.model_name} cannot be loaded: {first_line(error)}") from None
+        raise UsageError(f"--model_name {name} cannot be loaded: {first_line(error)}") from None
     model.new_rows = new
     return model
 

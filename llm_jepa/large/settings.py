@@ -77,10 +77,12 @@ def check_large_settings(s: LargeSettings, given: set[str], several: bool) -> La
     unsharded = "eval_generate sample_generations save_best same_flop torch_compile gradient_stats"
     r.only_if(sharding != "fsdp2", unsharded, "not with --sharding fsdp2, where no process has the full model")
     s = replace(s, sharding=sharding)
+    if sharding == "fsdp2" and s.optim == "adamw_bnb_8bit" and "optim" not in given:
+        s = replace(s, optim="auto")  # --config of a run on one GPU, which resolved its default
     if s.optim == "auto":
         s = replace(s, optim="adamw_torch_fused")
         if not several and not s.lora:
-            check_settings(s, given, r)  # mistakes are reported before the slow import
+            check_settings(s, given, r, several)  # mistakes are reported before the slow import
             import torch
 
             s = replace(s, optim="adamw_bnb_8bit") if torch.cuda.is_available() else s
@@ -91,4 +93,4 @@ def check_large_settings(s: LargeSettings, given: set[str], several: bool) -> La
         f"{'--load_in_4bit' if s.load_in_4bit else f'--optim {s.optim}'}: install the package bitsandbytes first "
         "(.venv/bin/pip install bitsandbytes)",
     )
-    return check_settings(s, given, r)
+    return check_settings(s, given, r, several)

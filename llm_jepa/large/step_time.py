@@ -82,9 +82,10 @@ def work(argv: list[str] | None) -> None:
 
     model = meta_model(s, plan_tokenizer(s))
     layers, head = decoder_layers(model), model.get_output_embeddings().weight
+    tokens = s.tokens_per_batch or s.batch_size * s.max_length * (1 if s.regular else 2)  # those of the views
     shape = {"parameters": model.num_parameters(), "layers": len(layers), "in_head": head.numel(),
              "in_layers": sum(p.numel() for layer in layers for p in layer.parameters()), "size": head.shape[1],
-             "tokens": s.tokens_per_batch or s.batch_size * s.max_length, "labels": s.labels, "pairs": s.pairs,
+             "tokens": tokens, "labels": s.labels, "pairs": s.pairs,
              "ports": s.ports}  # fmt: skip
     rows = []
     for n in map(int, s.gpus.split(",")):

@@ -92,6 +92,7 @@ def write_card(run: Path, overwrite: bool, license: str | None = None, repo: str
     held_out, fraction = s.eval_file, s.eval_split if s.data_file else None
     used = "trained on" + ("" if fraction is None else f", except a held-out fraction {fraction}")
     trained_on = {checksum for path, checksum in record["data_sha256"].items() if path != held_out}
+    splits = s.data_file or s.val_fraction
     turn = {"system": record["system_turn"]} if "system_turn" in record else {}  # else there are several
     if turn.get("system") is not None:  # a Python literal that does not end the code block around it
         turn["system"] = repr(turn["system"]).replace("```", r"\x60\x60\x60")
@@ -104,7 +105,7 @@ def write_card(run: Path, overwrite: bool, license: str | None = None, repo: str
         settings=[(f"`--{flag}`", value) for flag, value in effective_settings(s)], scores=results, **turn,
         leaked=[
             dataset for dataset, m in evaluations.items()
-            if m["data_sha256"] in trained_on and m["settings"].get("process_split") != "test"
+            if m["data_sha256"] in trained_on and not (splits and m["settings"].get("process_split") == "test")
         ],
     )  # fmt: skip
     write_text(path, f"{card}\n")

@@ -37,18 +37,13 @@ SENTIMENTS = ("Good", "Bad")
 STARS = ("Very Good", "Good", "Mediocre", "Bad", "Very Bad")
 
 
-def wilson(hits: int, n: int) -> list[float]:
-    """The 95 % Wilson score interval of a share of hits, as [low, high] in 0 to 1."""
-    from scipy.stats import binomtest
-
-    return list(binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson"))
-
-
 def interval(values: list[bool | float]) -> list[float]:
-    """A 95 % interval of the mean of scores in 0 to 1: mean ± 1.96 standard errors, or `wilson` if all are 0 or 1."""
+    """A 95 % interval of the mean of scores in 0 to 1: Wilson's if all are 0 or 1, else mean ± 1.96 standard errors."""
     n = len(values)
     if n < 2 or set(values) <= {0, 1}:
-        return wilson(round(sum(values)), n)
+        from scipy.stats import binomtest
+
+        return list(binomtest(round(sum(values)), n).proportion_ci(method="wilson"))
     mean, margin = statistics.fmean(values), 1.959964 * statistics.stdev(values) / n**0.5
     return [max(0.0, mean - margin), min(1.0, mean + margin)]
 

@@ -76,8 +76,8 @@ def start_record(s: Settings, train_set: SegmentDataset, problems: Problems) -> 
     turns = {s.fields.system} if s.fields else {e.system for e in train_set.examples if e.has_chat}
     if len(turns) == 1 and (s.fields or not s.streaming):  # otherwise there may be several
         record["system_turn"] = turns.pop()
-    files = {f for f in (s.train_file, s.data_file, s.eval_file) if f}
     record |= origin_of_model(s.model_name)
+    files = (f for f in (s.train_file, s.data_file, s.eval_file) if f)
     return record | provenance({f: data_sha256(f, s.fields, s.streaming and f == s.train_file) for f in files})
 
 
@@ -107,10 +107,7 @@ def final_record(trainer: Any) -> dict[str, Any]:
     final = {k: v for line in history for k, v in line.items() if k.endswith(losses)}
     facts = {"steps": trainer.state.global_step, "tokens": int(trainer.seen_tokens), "final": final}
     if trainer.args.load_best_model_at_end:
-        facts["best"] = {
-            "step": best,
-            trainer.args.metric_for_best_model: trainer.state.best_metric,
-        }
+        facts["best"] = {"step": best, trainer.args.metric_for_best_model: trainer.state.best_metric}
     facts["learned"] = judge(trainer.state.log_history, trainer.state.max_steps)
     if trainer.streaming:  # each process has met the bad examples of its own share
         for found in gather_object([trainer.problems.found]):

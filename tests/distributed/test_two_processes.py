@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -189,6 +190,12 @@ def test_usage_error_ends_all_processes_with_one_message(data, tmp_path):
     assert job.returncode == 2, "the exit code of finetune.py"
     assert errors.count("error: ") == 1 and "--overwrite" in errors and "Traceback" not in errors
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_dry_run_prints_one_object(ranks, data):
+    codes, errors = ranks(2, "--train_file", data, "--model_name", MODEL, "--regular", "--dry_run", 2)
+    assert codes == [0, 0], errors
+    assert json.loads(ranks.out)["lm_loss"] > 0
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

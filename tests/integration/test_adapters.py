@@ -275,6 +275,9 @@ def test_tokenizer_and_template_of_other_files(data, tmp_path):
         done = start(data, tmp_path / "run", "--regular", *flags, flag, file, model=base)
         assert done.code == 2 and f"{flag} {file}" in done.err and done.err.count("\n") == 1
     assert len(predictions(base, data, tmp_path, *flags[:4])) == 4
+    template.write_text("{% for m in messages %}")
+    done = start(data, tmp_path / "run", "--regular", *flags, model=base)
+    assert done.code == 2 and "--chat_template" in done.err and "--model_name" not in done.err
 
 
 def test_code_of_a_repository_needs_its_flag(data, tmp_path):

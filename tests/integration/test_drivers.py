@@ -160,10 +160,13 @@ def test_help_lists_the_arms_the_variables_and_the_protocol(project):
 
 def test_flags_of_the_evaluation_reach_it(project):
     for command in ("run_jepa", "run_pretrain", "sweep"):
-        done = project.run(command, EVAL_FLAGS="--max_new_tokens 9 --allow_code_execution", **ONE)
+        flags = "--max_new_tokens 9 --allow_code_execution --spider_path folder"
+        done = project.run(command, EVAL_FLAGS=flags, **ONE)
         assert {flag(argv, "--max_new_tokens") for argv in done.evaluated} == {"9"}
         assert all("--max_new_tokens" not in argv for argv in done.trained + done.checked)
-        assert all("--allow_code_execution" in argv for argv in done.evaluated + done.checked) and done.checked
+        for argv in done.evaluated + done.checked:
+            assert "--allow_code_execution" in argv and "--spider_path folder" in " ".join(argv).replace("=", " ")
+        assert done.checked
 
 
 def test_finished_steps_are_skipped(project):
@@ -229,9 +232,11 @@ def test_test_data_that_cannot_be_scored_is_refused_before_training(project):
 
 def test_flags_about_examples_reach_the_evaluation(project):
     flags = ["--text_field", "a", "--code_field=b", "--system", "Be brief.\nPlease.", "--skip_bad_examples"]
+    flags += ["--view_text_field", "c", "--view_code_field", "d"]
     done = project.run("run_regular", "--", *flags, "--weight_decay", "0.1", "--plain", **ONE)
     (evaluation,), (check,) = done.evaluated, done.checked
-    fields = ["--text_field=a", "--code_field=b", "--system=Be brief.\nPlease.", "--skip_bad_examples"]
+    fields = ["--text_field=a", "--code_field=b", "--view_text_field=c", "--view_code_field=d",
+              "--system=Be brief.\nPlease.", "--skip_bad_examples"]  # fmt: skip
     for argv in (evaluation, check):
         assert [word for word in argv if word in fields] == fields and "--weight_decay" not in argv
     assert "--plain" in evaluation

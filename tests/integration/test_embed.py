@@ -134,6 +134,9 @@ def test_what_cannot_be_embedded_is_refused():
     for layer in (5, -6):
         with pytest.raises(UsageError, match=f"--embedding_layer {layer} "):
             embed(model, encoder, EXAMPLES, 4, layer)
+    other = [dataclasses.replace(EXAMPLES[0], text="a text that is not in the chat")]
+    with pytest.raises(ExampleError, match="data:1: .*in_chat"):
+        embed(model, encoder_of(TINY, text_view="in_chat"), other, 4)
     with pytest.raises(ExampleError, match=r"data:\d: .*--last_token -40"):
         embed(model, encoder_of(TINY, last_token=-40), EXAMPLES, 4)
     broken = copy.deepcopy(loaded("chatml")[0])

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN, call, changed_copy, half_token, message_row, read_lines, weights, write_rows
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 from llm_jepa.cli import UsageError
@@ -18,7 +20,7 @@ from llm_jepa.data.examples import Problems, read_examples, split_examples
 from llm_jepa.evaluation import embeddings, generation
 from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings
 from llm_jepa.model import check_name
-from llm_jepa.scoring.tasks import wilson
+from llm_jepa.scoring.tasks import interval
 
 STEPS = 16
 MODEL = GOLDEN / "models" / "llama3"
@@ -104,7 +106,7 @@ def test_metrics_and_table_summarize_the_predictions(model, data, finished):
     shown = [line.split() for line in done.out.splitlines()]
     assert shown[0] == ["synth,", "n", "=", str(n)] and [words[0] for words in shown[2:6]] == list(hits)
     for words, (name, count) in zip(shown[2:6], hits.items(), strict=True):
-        low, high = wilson(count, n)
+        low, high = interval([True] * count + [False] * (n - count))
         assert metrics[name] == count / n and metrics["ci95"][name] == pytest.approx([low, high])
         assert words[1:] == [f"{100 * count / n:.2f}", f"[{100 * low:.2f},", f"{100 * high:.2f}]"]
     assert (metrics["task"], metrics["n"], metrics["score"]) == ("synth", n, "dfa_equal")
@@ -349,6 +351,7 @@ WRONG_FLAGS = [  # the settings besides the input file, the number of processes,
       "nosplit_data": True, "process_split": "test", "task": "nothing", "split_tune_untune": True}, 1,
      ["--score_only", "--batch_size 0", "--max_new_tokens 0", "--max_examples -1", "--nosplit_data", "--task nothing",
       "--original_model_name"]),
+    ({"score_only": "p", "process_split": "test", "split_seed": -1}, 1, ["--split_seed -1"]),
     ({"input_file": None, "test_size": 0.5, "split_seed": 3}, 1,
      ["--input_file", "--model_name", "--test_size, --split_seed"]),
     ({"model_name": str(MODEL)}, 1, ["--output_file"]),
@@ -414,6 +417,21 @@ def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, fini
         assert got["n"] == len(ids) and f"{part}: synth, n = {len(ids)}\n" in done.out
         assert got["exact"] == sum(row["exact"] for row in tuned if row["id"] in ids) / len(ids)
     assert sorted(snapshot(out)) == ["metrics.json", "p.jsonl", "untuned/p.jsonl"]
+
+
+def test_untuned_model_is_not_the_base_of_the_adapter(tmp_path):
+    base, adapter, other = AutoModelForCausalLM.from_pretrained(MODEL), tmp_path / "adapter", tmp_path / "other"
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    get_peft_model(base, LoraConfig(r=2)).save_pretrained(adapter)
+    halved = AutoModelForCausalLM.from_pretrained(MODEL)
+    halved.get_output_embeddings().weight.data /= 2
+    halved.save_pretrained(other)
+    for folder in (adapter, other):
+        tokenizer.save_pretrained(folder)
+    for untuned, expected in ((True, base), (False, halved)):  # without --split_tune_untune the base has moved
+        s = EvaluationSettings(original_model_name=str(other), split_tune_untune=untuned)
+        found = evaluate.load(str(adapter), s)[0].get_output_embeddings().weight
+        torch.testing.assert_close(found, expected.get_output_embeddings().weight, rtol=0, atol=0)
 
 
 def test_run_and_its_checkpoint_are_evaluated_in_their_own_format_and_part(data, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, GOLDEN, JEPA, call, read_lines
+from conftest import EXAMPLES, GOLDEN, JEPA, call, read_lines, write_rows
 from safetensors import safe_open
 
 from llm_jepa.files import read_json
@@ -100,7 +100,8 @@ def test_results_have_the_scores_and_samples_in_the_format_of_lm_eval(data, tmp_
 def test_results_of_a_task_file_are_exported_from_a_moved_run(trained, data, tmp_path):
     task = tmp_path / "half.py"
     task.write_text("def score(generation, example):\n    return example.id % 3 / 2\n")
-    run = trained(*JEPA)
+    run, data = trained(*JEPA), tmp_path / "words_test.jsonl"
+    write_rows(data, [x for row in EXAMPLES for x in ({"text": "t", "code": "c"}, row)])  # half of them without a chat
     flags = ("--input_file", data, "--task", task, "--max_new_tokens", 2, "--process_split", "test", "--test_size", 0.5)
     assert call("evaluate", "--model_name", run, *flags).code == 0
     done = call("llm_jepa.export", "lm_eval", run.rename(tmp_path / "moved"), tmp_path / "out")

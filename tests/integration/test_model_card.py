@@ -123,8 +123,11 @@ def test_text_depends_on_method_code_and_evaluations(run):
     assert card.data.tags == ["semantic-tube-prediction"]
     settings = json.loads((run / TRAIN).read_text())["settings"]
     change(run, TRAIN, settings=settings | {"process_split": "test"})
-    text = write(run).text
-    assert "mine_train.jsonl, part test |" in text and "mine_train" not in text.split("## Limits")[1]
+    for held_out in (0, 0.2):  # without a held-out part, the run was trained on the complete file
+        change(run, "args.json", val_fraction=held_out)
+        text = write(run).text
+        assert "mine_train.jsonl, part test |" in text
+        assert ("mine_train" in text.split("## Limits")[1]) == (not held_out)
     shutil.rmtree(run / "eval")
     card = write(run)
     assert "Not evaluated." in card.text and not card.data.eval_results

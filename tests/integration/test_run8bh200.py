@@ -97,9 +97,10 @@ def test_nothing_runs_after_a_failed_preflight(node, preflight, code):
 
 @pytest.mark.parametrize("rank", ["1", "0"])
 def test_every_node_trains_and_the_first_one_evaluates(node, rank):
-    done = node.run("run_jepa", NODE_RANK=rank, **TWO)
+    done = node.run("run_jepa", NODE_RANK=rank, EVAL_FLAGS="--allow_code_execution", **TWO)
     assert (done.code, len(done.trained), done.runs[0][-4:]) == (0, 1, "-p16")
     assert len(done.evaluated) == len(done.checked) == (rank == "0") and bool(done.out) == (rank == "0")
+    assert all("--allow_code_execution" in argv for argv in done.evaluated + done.checked)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,15 @@ def test_matches_are_the_exact_nearest_views_of_the_run(name, trained, data, tmp
         assert [float(c) for c, _, _ in found.lines] == pytest.approx(cosines[7][order].tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("side", ["code", "text"])
+def test_entries_may_have_views_only(side, trained, tmp_path):
+    run = shutil.copytree(trained(*FLAGS["in_chat"]), tmp_path / "run")
+    chats = write_rows(tmp_path / "chats.jsonl", [message_row(f"q{i}", f"a{i}", None) for i in range(4)])
+    views = write_rows(tmp_path / "views.jsonl", [{"text": f"q{i}", "code": f"a{i}"} for i in range(4)])
+    found = [run_search(run, "--corpus", corpus, "--side", side, "q") for corpus in (chats, views)]
+    assert [done.code for done in found] == [0, 0] and found[0].lines == found[1].lines
+
+
 def test_text_file_has_one_entry_per_line(run, tmp_path):
     corpus = tmp_path / "codes.txt"
     corpus.write_text("\n".join(["", *CODES[:8], "", CODES[8]]) + "\r\n", encoding="utf-8-sig")

@@ -255,4 +255,5 @@ def test_network_limits_small_micro_batches_only():
 def test_command_prints_the_step_time_for_each_number_of_gpus():
     done = call("llm_jepa.large.step_time", "--model_name", GOLDEN / "models" / "llama3", "--gpus", "8,64")
     assert done.code == 0 and [line.split()[0] for line in done.out.splitlines()[-2:]] == ["8", "64"]
+    assert f"{plan(GOLDEN / 'models' / 'llama3')['tokens']} tokens" in done.out
     assert call("llm_jepa.large.step_time", "--gpus", "8,x").code == 2

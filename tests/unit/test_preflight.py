@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import GOLDEN, call
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llm_jepa import preflight
 from llm_jepa.preflight import Preflight
@@ -126,6 +127,17 @@ def test_flags_that_the_training_refuses(check):
     assert len(lines) == 2 and all(any(name in line for line in lines) for name in ("--predictors 11", "--param_dtype"))
     (line,) = missing(check("--regular", "--jepa_ratio", 0.5, "--", "--jepa_ratio", 0.5))
     assert "--jepa_ratio" in line and "--regular" in line
+    clip = ("--jepa_loss", "clip", "--batch_size", 1)  # several processes have other pairs
+    assert check(*clip, nproc_per_node=2).code == 0
+    assert "--batch_size 1" in missing(check(*clip))[0]
+
+
+def test_continued_adapter_is_checked_by_its_base(tmp_path, check):
+    adapter = tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(r=4)).save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(adapter)
+    done = check("--lora", model_name=adapter)
+    assert done.code == 0, done.err
 
 
 def test_wrong_flags_exit_with_2(check):
