@@ -37,7 +37,7 @@ from functools import partial
 from typing import Any
 
 from llm_jepa.cli import UsageError, first_line, parse_flags
-from llm_jepa.data.examples import Problems, require_files
+from llm_jepa.data.examples import Problems, read_examples, require_files, split_examples
 from llm_jepa.distributed import agreed, processes, start
 from llm_jepa.settings import Settings, check_settings, is_flash
 
@@ -53,6 +53,7 @@ from llm_jepa import losses
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
 from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, end_of_turn
+from llm_jepa.data.spans import Draws
 from llm_jepa.data.streaming import SegmentStream
 from llm_jepa.forward import LMHeadSelector, States
 from llm_jepa.layouts import Collator
@@ -71,7 +72,6 @@ from llm_jepa.run_folder import RunFolder, complete_checkpoints
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.callbacks import Bar, MetricsCallback
 from llm_jepa.training.checks import inspect_model
-from llm_jepa.training.data import load_data
 from llm_jepa.training.describe import final_record, first_example, last_checkpoint, start_block, start_record
 from llm_jepa.training.flops import FlopCounter, flop_share
 from llm_jepa.training.generations import Generations, GenerationsCallback
@@ -199,6 +199,39 @@ class Parts:
         longest = self.encoder.max_length if self.stream else max(x.items.longest for x in sets)
         inspect_model(self.model, self.selector, self.collator, items, half=half, longest=longest)
         self.selector.slices &= not any("logits" in term.reads for term in self.terms)  # slices keep none
+
+
+def load_data(
+    s: Settings, encoder: Encoder, state: PartialState
+) -> tuple[SegmentDataset, SegmentStream | None, SegmentDataset | None, Problems]:
+    """(training set, stream, held-out set, problems) of the examples that the flags name. Raises UsageError.
+
+    With --streaming the training set has only the first examples.
+    """
+    problems, stream = Problems(s.skip_bad_examples), None
+    draws = Draws(s.finetune_seed, s.jepa_ratio, s.stp_variant, s.stp_part, s.stp_spans, s.stp_max_length)
+    if s.streaming:
+        stream = SegmentStream(
+            s.train_file, encoder, draws, fields=s.fields, seed=s.finetune_seed, skip=s.skip_bad_examples,
+            batch_size=s.batch_size, tokens=s.tokens_per_batch, process=state.process_index,
+            processes=state.num_processes,
+        )  # fmt: skip
+        train = stream.first(s.dry_run or 4 * s.batch_size)
+    else:
+        train = read_examples(s.train_file or s.data_file, problems, s.fields)
+        encoder.renderer.fix_template(thinking=any("</think>" in (e.assistant or "") for e in train))
+    if share := s.eval_split if s.data_file else s.val_fraction:
+        train, held_out = split_examples(train, share, s.split_seed)
+    else:
+        held_out = read_examples(s.eval_file, problems, s.fields) if s.eval_file else []
+    train_set = SegmentDataset(train[: s.dry_run or None], encoder, problems, draws, s.preprocessing_num_workers)
+    if s.dry_run or not held_out:
+        return train_set, stream, None, problems
+    if not any(example.has_chat for example in held_out):
+        raise UsageError("no held-out example has a chat, so there is no eval_lm_loss")
+    draws = dataclasses.replace(draws, jepa_ratio=1.0)  # held-out examples always have their views
+    held_out_set = SegmentDataset(held_out, encoder, problems, draws, s.preprocessing_num_workers)
+    return train_set, stream, held_out_set, problems
 
 
 def load_base(s: Settings, tokenizer: Any, **options: Any) -> Any:

@@ -45,7 +45,6 @@ import finetune
 from llm_jepa.data.segments import Segment
 from llm_jepa.files import read_jsonl
 from llm_jepa.search import search
-from llm_jepa.training.data import load_data
 
 FACTORS = (1, 2, 4, 8)
 WARM_UP = 2  # steps of a run that are not timed
@@ -77,7 +76,8 @@ def rows(args: argparse.Namespace, folder: str) -> Sizes:
     """Reading and tokenizing, in as many processes as finetune.py uses for that number of rows."""
     s, state = settings_of("packed", args, folder), PartialState()
     encoder = finetune.prepare(s, state).encoder
-    actions = {n: partial(load_data, replace(s, train_file=file), encoder, state) for n, file in heads(args, folder)}
+    files = heads(args, folder)
+    actions = {n: partial(finetune.load_data, replace(s, train_file=file), encoder, state) for n, file in files}
     return timed(args, actions, {n: n for n in actions})
 
 
