@@ -15,9 +15,11 @@ import finetune
 from llm_jepa.losses import Term
 from llm_jepa.training.flops import FlopCounter
 
+DATA, MODEL = GOLDEN / "regex_rows.jsonl", GOLDEN / "models" / "llama3"
 
-def test_attention_kernel_changes_no_number(regex_rows):
-    flags = ("--train_file", regex_rows, "--model_name", GOLDEN / "models" / "llama3", "--dry_run", 8, *JEPA)
+
+def test_attention_kernel_changes_no_number():
+    flags = ("--train_file", DATA, "--model_name", MODEL, "--dry_run", 8, *JEPA)
     usual, eager = dry_run(*flags), dry_run(*flags, "--attn_implementation", "eager")
     for key in ("lm_loss", "jepa_loss", "total_loss", "grad_norm"):
         assert eager[key] == pytest.approx(usual[key], rel=1e-4)
@@ -26,10 +28,10 @@ def test_attention_kernel_changes_no_number(regex_rows):
 # ---------------------------------------------------------------------------------------------------------- logits
 
 
-def loaded(model: str | Path = "llama3", **flags: object) -> tuple[finetune.Parts, dict]:
+def loaded(model: Path = MODEL, **flags: object) -> tuple[finetune.Parts, dict]:
     """A run's parts after the checks, and its first examples as a batch."""
-    options = {"train_file": str(GOLDEN / "regex_rows.jsonl"), "model_name": str(GOLDEN / "models" / model),
-               "dry_run": 4, "predictors": 1, "lm_labels": "all", "layout": "packed"}  # fmt: skip
+    options = {"train_file": str(DATA), "model_name": str(model), "dry_run": 4, "predictors": 1, "lm_labels": "all",
+               "layout": "packed"}  # fmt: skip
     parts = finetune.prepare(finetune.Settings(**options | flags), finetune.PartialState(cpu=True))
     parts.inspect(half=False)
     return parts, parts.collator(parts.train_set.items)
