@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 MODELS = ("llama3", "chatml", "google_gemma")
+MODEL = GOLDEN / "models" / "llama3"
 JEPA = ("--predictors", 2, "--lbd", 1)
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are too small for a second thread to gain anything

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import GOLDEN, JEPA, ROOT, column, interrupted, make_model, message_row, same_weights, weights, write_rows
+from conftest import JEPA, MODEL, ROOT, column, interrupted, make_model, message_row, same_weights, weights, write_rows
 from ranks import Ranks
 
 from llm_jepa.files import read_json, write_json
@@ -23,7 +23,6 @@ EXAMPLES = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 5)) 
 STEPS = 6  # two epochs
 CHECKPOINTS = ("--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
 TERMS = ("--jepa_loss", "clip", "--negatives_queue", 99, "--nitp", "--sigreg", 0.05)
-MODEL = GOLDEN / "models" / "llama3"
 
 
 @pytest.fixture(scope="module")

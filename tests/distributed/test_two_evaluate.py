@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, call, message_row, read_lines, write_rows
+from conftest import GOLDEN, MODEL, call, message_row, read_lines, write_rows
 from ranks import Ranks
 
 from llm_jepa.evaluation import generation
 
 USERS = [f"lines with the number {i}" + " or a vowel" * (i * 5 % 7) for i in range(11)]
-FLAGS = ("--model_name", GOLDEN / "models" / "llama3", "--batch_size", 2, "--max_new_tokens", 6, "--dtype", "float32")
+FLAGS = ("--model_name", MODEL, "--batch_size", 2, "--max_new_tokens", 6, "--dtype", "float32")
 # Process 0 is killed in its second batch, after the first ones of both processes are written.
 KILLED = """
 import os, signal

@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, ROOT, column, make_model, message_row, metrics, same_weights, write_rows
+from conftest import MODEL, ROOT, column, make_model, message_row, metrics, same_weights, write_rows
 from ranks import Ranks
 
 from llm_jepa.files import read_json
 
-MODEL = GOLDEN / "models" / "llama3"
 JEPA = ("--predictors", 1, "--lbd", 1)
 # 13 examples in steps of 8: the second step has 5, so one process gets a short micro-batch with --batch_size 4, and
 # empty ones with --batch_size 1 --grad_accum 4.

@@ -11,19 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    EXAMPLES,
-    JEPA,
-    call,
-    column,
-    dry_run,
-    make_model,
-    message_row,
-    random_model,
-    start,
-    train,
-    write_rows,
-)
+from conftest import JEPA, call, column, dry_run, make_model, message_row, random_model, start, train, write_rows
 from transformers import AutoConfig, modeling_utils
 from transformers.modeling_utils import AttentionInterface
 
@@ -163,7 +151,7 @@ def test_dense_mask_is_refused_if_any_row_is_longer_than_the_window(kind, tmp_pa
 
 def test_window_that_no_layer_uses_is_not_refused(tmp_path):
     sizes = SIZE | {"head_dim": 8, "sliding_window": 8, "layer_types": ["full_attention"] * 2}
-    data = write_rows(tmp_path / "rows.jsonl", [*EXAMPLES[:3], LONG])
+    data = write_rows(tmp_path / "rows.jsonl", [message_row("a", "b"), LONG] * 2)
     same_figures(data, make_model(tmp_path / "model", "gemma3_text", **sizes), "additive")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EXAMPLES, GOLDEN, JEPA, column, interrupted, same_weights, start, train, write_rows
+from conftest import EXAMPLES, JEPA, MODEL, column, interrupted, same_weights, start, train, write_rows
 
 from llm_jepa.data import streaming
 from llm_jepa.data.batching import SegmentDataset
@@ -22,7 +22,6 @@ from llm_jepa.files import read_json
 from llm_jepa.model import load_tokenizer
 from llm_jepa.run_folder import mark_checkpoint
 
-MODEL = GOLDEN / "models" / "llama3"
 TOKENIZER = load_tokenizer(str(MODEL))
 KEEP = Draws(seed=42)
 

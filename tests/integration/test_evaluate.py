@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, call, changed_copy, half_token, message_row, read_lines, snapshot, weights, write_rows
+from conftest import MODEL, call, changed_copy, half_token, message_row, read_lines, snapshot, weights, write_rows
 from safetensors.torch import save_file
 
 import evaluate
@@ -20,7 +20,6 @@ from llm_jepa.model import check_name
 from llm_jepa.scoring.tasks import wilson
 
 STEPS = 16
-MODEL = GOLDEN / "models" / "llama3"
 USERS = ["strings with a vowel", "x", "any character or a vowel, 6 times or more, " * 6, "naïve café — 你好 🙂",
          "words that hold a number", "strings that start with the word 'cat'", "  spaces around  ", "a", "two\nlines",
          "lines with [0-9]+ and (a|b)*", "strings with at least 2 of the word 'blue'"]  # fmt: skip
@@ -350,7 +349,7 @@ WRONG_FLAGS = [  # the settings besides the input file, the number of processes,
     ({"score_only": "p", "spider_path": "x", "output_file": "a/metrics.json"}, 1,
      ["--spider_path", "--output_file a/metrics.json"]),
     ({"score_only": "p", "output_file": "./synth_test.jsonl"}, 1, ["--output_file"]),
-    ({"input_file": str(GOLDEN), "score_only": str(GOLDEN)}, 1, [f"--input_file {GOLDEN}", f"--score_only {GOLDEN}"]),
+    ({"input_file": str(MODEL), "score_only": str(MODEL)}, 1, [f"--input_file {MODEL}", f"--score_only {MODEL}"]),
     ({"input_file": "a/synth/rows.jsonl", "score_only": "p"}, 1, ["--task"]),  # the base name decides
     ({"model_name": str(MODEL), "output_file": "p", "engine": "vllm", "load_in_8bit": True, "batch_size": 2,
       "tensor_parallel_size": 0}, 2,

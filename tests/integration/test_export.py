@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, GOLDEN, JEPA, call, read_lines
+from conftest import EXAMPLES, JEPA, MODEL, call, read_lines
 from safetensors import safe_open
 
 from llm_jepa.files import read_json
@@ -54,7 +54,7 @@ def sha256(text: str) -> str:
 
 def test_results_have_the_scores_and_samples_in_the_format_of_lm_eval(data, tmp_path):
     flags = ("--input_file", data, "--task", "synth", "--max_new_tokens", 3, "--max_examples", 20)
-    folder, model = tmp_path / "words", GOLDEN / "models" / "llama3"
+    folder, model = tmp_path / "words", MODEL
     assert call("evaluate", "--model_name", model, "--output_file", folder / "p.jsonl", *flags).code == 0
     metrics, rows = read_json(folder / "metrics.json"), read_lines(folder / "p.jsonl")
     done = call("llm_jepa.export", "lm_eval", folder, tmp_path / "out")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, MODELS, changed_copy, half_token, random_model
+from conftest import GOLDEN, MODEL, MODELS, changed_copy, half_token, random_model
 
 import evaluate
 from llm_jepa.cli import UsageError
@@ -257,13 +257,13 @@ def test_tokenizer_that_adds_bos_adds_no_second_one(tmp_path):
         "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}},
     }
-    folder = changed_copy(GOLDEN / "models" / "llama3", tmp_path / "bos", tokenizer={"post_processor": processor})
+    folder = changed_copy(MODEL, tmp_path / "bos", tokenizer={"post_processor": processor})
     assert load(folder)[1].tokenizer("a").input_ids[0] == 0
     assert [(ids[0], ids.count(0)) for ids in prompts_of(folder, EXAMPLES)] == [(0, 1)] * len(EXAMPLES)
 
 
 def test_held_out_generations_are_as_long_as_the_longest_answer(monkeypatch):
-    model, renderer = load(GOLDEN / "models" / "llama3")
+    model, renderer = load(MODEL)
     limits, answer = [], "a word " * 200
     examples = [Example(None, "x", text, "data:1", i) for i, text in enumerate(("a", answer))]
     found = [[(example, generation.Generation("", "stop")) for example in examples]]

@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import huggingface_hub
 import pytest
-from conftest import GOLDEN, ROOT, call, message_row, train, write_rows
+from conftest import MODEL, ROOT, call, message_row, train, write_rows
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import filter_repo_objects
@@ -22,7 +22,6 @@ from llm_jepa.data.rendering import Renderer
 from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
 from llm_jepa.model import load_tokenizer
 
-MODEL = GOLDEN / "models" / "llama3"
 TEST, TRAIN = "eval/mine_test/metrics.json", "eval/mine_train/metrics.json"
 
 

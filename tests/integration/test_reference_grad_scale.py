@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, column, message_row, train, weights, write_rows
+from conftest import MODEL, column, message_row, train, weights, write_rows
 from transformers import set_seed
 
 from llm_jepa.data.batching import MicroBatches, SegmentDataset
@@ -18,7 +18,6 @@ from llm_jepa.forward import LMHeadSelector
 from llm_jepa.layouts import Collator
 from llm_jepa.model import load_model, load_tokenizer
 
-MODEL = str(GOLDEN / "models" / "llama3")
 RATE, LBD = 1e-2, 2.0
 LONG = [message_row(f"lines with {'a letter and ' * (i % 5)}{i}", f"({i}){'.*' * (i % 4)}") for i in range(10)]
 # SGD at a constant rate: the parameters show the gradients.
@@ -28,9 +27,9 @@ SGD = ("--lbd", LBD, "--batch_size", 2, "--grad_accum", 4, "--optim", "sgd", "--
 
 def by_hand(data: Path, lm_labels: str) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """(parameters, gradient norm of each step, loss of each step) for the sum of the micro-batches' mean losses."""
-    tokenizer = load_tokenizer(MODEL)
+    tokenizer = load_tokenizer(str(MODEL))
     set_seed(42)  # embeddings of added tokens are random
-    model = load_model(MODEL, None, tokenizer).train()
+    model = load_model(str(MODEL), None, tokenizer).train()
     selector, encoder = LMHeadSelector(model), Encoder(Renderer(tokenizer), lm_labels)
     items = SegmentDataset(read_examples(str(data), Problems()), encoder, Problems(), Draws(42)).items
     micro_batches = [part for _, part in MicroBatches(items.lengths, 42, True, batch_size=2)]

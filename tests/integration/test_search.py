@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import EXAMPLES, GOLDEN, JEPA, call, message_row, weights, write_rows
+from conftest import EXAMPLES, JEPA, MODEL, call, message_row, weights, write_rows
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from synthetic_runs import change
@@ -154,7 +154,7 @@ def test_index_has_the_place_that_was_given_and_sides_have_their_own(run, data, 
 
 
 def test_model_that_is_no_run_gets_no_index_by_itself(data, tmp_path):
-    model = shutil.copytree(GOLDEN / "models" / "llama3", tmp_path / "model")
+    model = shutil.copytree(MODEL, tmp_path / "model")
     before = sorted(model.rglob("*"))
     assert len(run_search(model, "--corpus", data, "--top", 2, "q").lines) == 2
     assert sorted(model.rglob("*")) == before

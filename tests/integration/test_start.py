@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import GOLDEN, ROOT, message_row, metrics, start, train, write_rows
+from conftest import MODEL, ROOT, message_row, metrics, start, train, write_rows
 
 import finetune
 from llm_jepa import distributed
@@ -85,7 +85,7 @@ def test_console_without_unicode(tmp_path):
     data = write_rows(tmp_path / "t.jsonl", [message_row(text, "b")])
     console = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
     with contextlib.redirect_stdout(console):
-        flags = ["--train_file", str(data), "--model_name", str(GOLDEN / "models/llama3"), "--dry_run", "1"]
+        flags = ["--train_file", str(data), "--model_name", str(MODEL), "--dry_run", "1"]
         assert finetune.main(flags) == 0
     assert text in json.loads(console.buffer.getvalue().decode("ascii"))["first_row"]["chat"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, GOLDEN, JEPA, column, dry_run, make_model, message_row, start, train, write_rows
+from conftest import EXAMPLES, GOLDEN, JEPA, MODEL, column, dry_run, make_model, message_row, start, train, write_rows
 from torch._inductor import cpp_builder
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,7 +15,7 @@ import finetune
 from llm_jepa.losses import Term
 from llm_jepa.training.flops import FlopCounter
 
-DATA, MODEL = GOLDEN / "regex_rows.jsonl", GOLDEN / "models" / "llama3"
+DATA = GOLDEN / "regex_rows.jsonl"
 
 
 def test_attention_kernel_changes_no_number():

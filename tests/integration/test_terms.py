@@ -10,19 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from conftest import (
-    EXAMPLES,
-    GOLDEN,
-    JEPA,
-    column,
-    make_model,
-    metrics,
-    same_weights,
-    start,
-    train,
-    weights,
-    write_rows,
-)
+from conftest import EXAMPLES, JEPA, MODEL, column, make_model, metrics, same_weights, start, train, weights, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -32,7 +20,6 @@ from llm_jepa.layouts import LAYOUTS
 from llm_jepa.losses import Term, jepa_loss, nitp_loss, sigreg_loss, stp_loss
 from llm_jepa.training.diagnostics import gradient_statistics
 
-MODEL = GOLDEN / "models" / "llama3"
 NITP = ("--regular", "--nitp")
 SIGREG = (*JEPA, "--sigreg", 0.3)
 # One step of SGD with rate 1: the parameters show the gradient.

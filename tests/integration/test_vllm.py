@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, ROOT, call, changed_copy, half_token, message_row, read_lines, write_rows
+from conftest import MODEL, ROOT, call, changed_copy, half_token, message_row, read_lines, write_rows
 
 import evaluate
 from llm_jepa.cli import UsageError
@@ -71,7 +71,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def replies(data) -> dict[str, list[int]]:
     """The tokens that the model generates after each prompt, without a stop token."""
-    model, encoder = evaluate.load(str(GOLDEN / "models" / "llama3"), EvaluationSettings(dtype="float32"))
+    model, encoder = evaluate.load(str(MODEL), EvaluationSettings(dtype="float32"))
     examples = read_examples(str(data), Problems())
     _, prompts = generation.encode_prompts(model.config, encoder.renderer, examples, Problems())
     rows = generation.generate_tokens(model, 0, [], prompts, STEPS, generation.Plan())
@@ -83,7 +83,7 @@ def model(replies, tmp_path_factory) -> Path:
     """A model with a stop token that about half of its responses contain."""
     config = {"eos_token_id": [4, half_token(list(replies.values()))]}
     target = tmp_path_factory.mktemp("models") / "stops"
-    return changed_copy(GOLDEN / "models" / "llama3", target, generation_config=config)
+    return changed_copy(MODEL, target, generation_config=config)
 
 
 @pytest.fixture

@@ -18,14 +18,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, ROOT, call
+from conftest import GOLDEN, MODEL, ROOT, call
 
 from llm_jepa.data.examples import Example, Problems, read_examples
 from llm_jepa.scoring.tasks import TASKS, score_text
 
 VALUES = Path(__file__).with_name("values.json")
 EXACT, WRITE = (os.environ.get(f"LLM_JEPA_{name}") == "1" for name in ("EXACT", "WRITE"))
-MODEL = GOLDEN / "models" / "llama3"
 EXAMPLES = 22  # not a multiple of the batch size: the last step of an epoch is short
 KEPT_STEPS = (1, 5, 10, 15, 20)
 TIMING = ("runtime", "per_second")

@@ -15,16 +15,7 @@ from conftest import message_row, write_rows
 from huggingface_hub.errors import HTTPError
 from pyarrow import parquet
 
-from llm_jepa.data.examples import (
-    Example,
-    ExampleError,
-    Fields,
-    Problems,
-    data_sha256,
-    dataset_name,
-    is_hub,
-    read_examples,
-)
+from llm_jepa.data.examples import ExampleError, Fields, Problems, data_sha256, dataset_name, is_hub, read_examples
 
 # Commas, quotes, a line break in a cell, text beyond ASCII, a line separator, and a cell over csv's own limit.
 PAIRS = [("q, 1", "a1"), ('say "q2"', "a\n2"), ("Frage süß", "答え\u2028x"), ("q" * 200_000, "a4")]
@@ -44,8 +35,8 @@ def write(path, pairs):
     return path
 
 
-def read(path, fields: Fields | None = FIELDS, problems: Problems | None = None) -> list[Example]:
-    return read_examples(str(path), problems or Problems(), fields)
+def read(path, fields: Fields | None = FIELDS) -> list:
+    return read_examples(str(path), Problems(), fields)
 
 
 @pytest.mark.parametrize("name", ["mine.jsonl", "mine.txt", "mine.csv", "mine.parquet", "mine.json", "mine.tsv",

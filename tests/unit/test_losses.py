@@ -1,4 +1,4 @@
-"""The losses against their formulas, their weights in the objective, the queue of pairs, and zero cases.
+"""The losses against their formulas, the queue of pairs, and zero cases.
 
 test_terms.py compares a training step of each term with these losses, and the logged loss with the weighted sum.
 """

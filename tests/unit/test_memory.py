@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, call
+from conftest import MODEL, call
 from safetensors.torch import load_file
 from templates import LLAMA_1B, LLAMA_8B
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -53,7 +53,7 @@ def test_parameters_of_published_models(tmp_path, values, parameters):
 
 @pytest.mark.parametrize("rows", [531, 525, 540])  # of the embedding; the tokenizer has 531 tokens
 def test_adapter_has_the_parameters_of_the_training(rows, tmp_path):
-    model = str(shutil.copytree(GOLDEN / "models/llama3", tmp_path / "model"))
+    model = str(shutil.copytree(MODEL, tmp_path / "model"))
     config = AutoConfig.from_pretrained(model, vocab_size=rows)
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     s = finetune.Settings(model_name=model, lora=True, lora_rank=6, predictors=2)
@@ -253,6 +253,6 @@ def test_network_limits_small_micro_batches_only():
 
 
 def test_command_prints_the_step_time_for_each_number_of_gpus():
-    done = call("llm_jepa.large.step_time", "--model_name", GOLDEN / "models" / "llama3", "--gpus", "8,64")
+    done = call("llm_jepa.large.step_time", "--model_name", MODEL, "--gpus", "8,64")
     assert done.code == 0 and [line.split()[0] for line in done.out.splitlines()[-2:]] == ["8", "64"]
     assert call("llm_jepa.large.step_time", "--gpus", "8,x").code == 2

@@ -13,13 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, call
+from conftest import MODEL, call
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_jepa import preflight
 from llm_jepa.preflight import Preflight
 
-MODEL = GOLDEN / "models/llama3"
 GIB = 2**30
 
 

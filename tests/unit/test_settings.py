@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from conftest import GOLDEN, ROOT, call
+from conftest import GOLDEN, MODEL, ROOT, call
 from safetensors.torch import load_file, save_file
 
 import finetune
@@ -188,7 +188,7 @@ FOLDERS = {
 
 @pytest.mark.parametrize("missing", FOLDERS)
 def test_incomplete_model_folder_is_refused(missing, tmp_path):
-    model = shutil.copytree(GOLDEN / "models" / "llama3", tmp_path / "model")
+    model = shutil.copytree(MODEL, tmp_path / "model")
     path = model / "model.safetensors"
     if missing == "folder":
         shutil.rmtree(model)
