@@ -61,10 +61,8 @@ def test_run_folder_names(project, arguments, variables, name):
 def test_run_folder_names_of_several_runs(project):
     flags = ["--", "--weight_decay", "0.1", "--", "--jepa_ratio", "0.5"]
     done = project.run("compare", *flags, ARMS="regular jepa", **ONE)
-    assert done.runs == [
-        "runs/synth-tiny-regular-lr1e-3-e2-s4-xd14d0b09",
-        "runs/synth-tiny-jepa-lr1e-3-lbd1-k1-e2-s4-xd25239c1",
-    ]
+    names = ("regular-lr1e-3-e2-s4-xd14d0b09", "jepa-lr1e-3-lbd1-k1-e2-s4-xd25239c1")
+    assert done.runs == [f"runs/synth-tiny-{name}" for name in names]
     assert [resolved(argv)["jepa_ratio"] for argv in done.trained] == [1.0, 0.5]
 
 
@@ -328,9 +326,8 @@ def test_a_failing_run_ends_a_sweep_and_the_same_command_resumes_it(project):
 
 
 def test_steps_of_run_pretrain(project):
-    done = project.run(
-        "run_pretrain", "org/big", "8e-5", "1", "-", "2", "82,23", "0.5", FINETUNE_EPOCHS="3", ARM="jepa"
-    )
+    arguments = "run_pretrain org/big 8e-5 1 - 2 82,23 0.5".split()
+    done = project.run(*arguments, FINETUNE_EPOCHS="3", ARM="jepa")
     assert len(done.trained) == 6
     base, *after = map(resolved, done.trained[:3])
     assert base["pretrain"] and base["plain"] and base["train_all"] and not base["regular"]
@@ -404,10 +401,8 @@ def test_run_regular_from_the_shell_equals_a_run_in_this_process(project):
 
 def test_run_pretrain_learns_a_classification(project):
     words = ["lake", "ring", "truck", "dog", "wood", "stone", "sand", "moss"]
-    pairs = [
-        message_row(f"the {a} is near the {b}", f"the {b} has the {a} near it", None) for a in words for b in words
-    ]
-    write_rows(Path("datasets/paraphrase_train.jsonl"), pairs)
+    pairs = [(f"the {a} is near the {b}", f"the {b} has the {a} near it") for a in words for b in words]
+    write_rows(Path("datasets/paraphrase_train.jsonl"), [message_row(*pair, None) for pair in pairs])
     examples = [message_row(f"a {word} film, {c.lower()}", c, "Rate it.") for word in words for c in ("Good", "Bad")]
     for part, count in (("train", 16), ("test", 9)):
         write_rows(Path(f"datasets/rotten_tomatoes_{part}.jsonl"), examples[:count])

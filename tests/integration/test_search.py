@@ -42,10 +42,8 @@ def run(trained, tmp_path) -> Path:
 def units(run: Path, data: Path, *flags: object) -> list[np.ndarray]:
     """The Text and the Code views of a file, of length 1, as evaluate.py exports them."""
     path = run.parent / "views.safetensors"
-    done = call(
-        "evaluate", "--model_name", run, "--input_file", data, "--export_embeddings", path, "--overwrite", *flags
-    )
-    assert done.code == 0, done.err
+    flags = ("--input_file", data, "--export_embeddings", path, "--overwrite", *flags)
+    call("evaluate", "--model_name", run, *flags, code=0)
     with safe_open(path, "np") as file:
         views = [file.get_tensor(name) for name in ("text", "code")]
     return [x / np.linalg.norm(x, axis=1, keepdims=True) for x in views]

@@ -207,10 +207,6 @@ def test_no_token_reaches_from_the_prompt_into_the_answer(name, header, answer, 
     assert decode(e, chat.ids[slice(*chat.user)]).strip() == "(two) words"
 
 
-def test_last_token_outside_the_view_is_refused():
-    assert all(isinstance(x, ValueError) for x in encoder("llama3", last_token=-99).views([FIRST])[0])
-
-
 def test_system_text_precedes_user_text_if_template_refuses_or_drops_it():
     dropping = with_template("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}<|im_end|>{% endfor %}")
     for renderer in (encoder("google_gemma").renderer, encoder("mistral_nemo").renderer, dropping.renderer):

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import snapshot
 from synthetic_runs import FEW, JEPA, METRICS, REGULAR, add_learning, change, export_views, log_steps, one_arm, two_arms
 from test_comparison import BETTER, EXACT
 
@@ -18,10 +19,6 @@ FILES = ["report.html", "report.json", "report.md"]
 @pytest.fixture
 def out(tmp_path) -> Path:
     return tmp_path / "made" / "report"
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def paragraphs(folder: Path) -> list[str]:
