@@ -225,6 +225,15 @@ def trained(data, tmp_path_factory) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture(scope="module")
+def ranks(request):
+    """Jobs of several processes of the test module's SCRIPT."""
+    from ranks import Ranks
+
+    with contextlib.closing(Ranks(request.module.SCRIPT)) as started:
+        yield started
+
+
 @pytest.fixture(autouse=True)
 def _restore_signal_handlers():
     before = signal.getsignal(signal.SIGTERM)

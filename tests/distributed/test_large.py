@@ -20,16 +20,9 @@ from llm_jepa.files import read_json, write_json
 
 # 22 examples in steps of 8: the last step of an epoch has 6, so some of four processes have one example or none.
 EXAMPLES = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 5)) for i in range(22)]
-STEPS = 6  # two epochs
+SCRIPT, STEPS = "finetune8bh200", 6  # two epochs
 CHECKPOINTS = ("--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
 TERMS = ("--jepa_loss", "clip", "--negatives_queue", 99, "--nitp", "--sigreg", 0.05)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    started = Ranks("finetune8bh200")
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from ranks import Ranks
 
 from llm_jepa.files import read_json
 
-JEPA = ("--predictors", 1, "--lbd", 1)
+SCRIPT, JEPA = "finetune", ("--predictors", 1, "--lbd", 1)
 # 13 examples in steps of 8: the second step has 5, so one process gets a short micro-batch with --batch_size 4, and
 # empty ones with --batch_size 1 --grad_accum 4.
 EXAMPLES = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 3)) for i in range(13)]
@@ -25,13 +25,6 @@ import glob
 threads = [open(name).read().strip() for name in glob.glob("/proc/self/task/*/comm")]
 assert not [t for t in threads if "gloo" in t], threads
 """
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    started = Ranks("finetune")
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
