@@ -81,8 +81,7 @@ class Project:
                     log.write_text("first line\rout of memory\n")
                 return code, ""
             if real:
-                done = call(script, *argv)
-                assert done.code == 0, done.err
+                done = call(script, *argv, code=0)
                 return 0, done.out
             return 0, pretend(script, argv, score)
 

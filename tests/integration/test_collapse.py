@@ -23,8 +23,7 @@ def begin(data: Path, out: Path, method: str) -> str:
     jepa = () if "--regular" in METHODS[method] else ("--lbd", 1)
     done = start(data, out, "--pretrain", "--max_steps", STEPS, "--learning_rate", "3e-3", "--batch_size", 8,
                  "--grad_accum", 1, "--save_strategy", "steps", "--save_steps", 25, "--save_total_limit", 9,
-                 "--keep_checkpoints", *jepa, *METHODS[method])  # fmt: skip
-    assert done.code == 0, done.err
+                 "--keep_checkpoints", *jepa, *METHODS[method], code=0)  # fmt: skip
     return said(done.err)
 
 
@@ -76,8 +75,7 @@ def test_resumed_run_says_the_same_and_nothing_twice(runs, tmp_path, step):
     run, text = runs["cosine"]
     again = interrupted(run, step, tmp_path / "again")
     change(again, "run.json", learned=...)
-    done = call("finetune", "--resume", again)
-    assert done.code == 0, done.err
+    done = call("finetune", "--resume", again, code=0)
     assert said(done.err) == (text if step == 25 else "")
     assert announced(again) == announced(run) and learned(again) == learned(run)
 

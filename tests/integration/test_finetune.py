@@ -240,8 +240,7 @@ def test_place_of_other_files_is_refused_and_kept(data, tmp_path):
     file.parent.mkdir()
     file.write_text("mine")
     for out in (file.parent, file, file / "run"):
-        done = start(data, out, "--regular", "--overwrite")
-        assert done.code == 2 and f"--output_dir {out}" in done.err, done.err
+        assert f"--output_dir {out}" in start(data, out, "--regular", "--overwrite", code=2).err
     assert file.read_text() == "mine"
 
 

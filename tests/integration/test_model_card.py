@@ -40,8 +40,7 @@ def finished(tmp_path_factory) -> Path:
     test = write_rows(folder / "mine_test.jsonl", [message_row("lines with 9", "9"), message_row("lines with 8", "8")])
     for file in (test, folder / "mine_train.jsonl"):
         flags = ("--output_file", run / "eval" / file.stem / "predictions.jsonl", "--max_new_tokens", 4)
-        done = call("evaluate", "--model_name", run, "--input_file", file, "--task", "text", *flags)
-        assert done.code == 0, done.err
+        call("evaluate", "--model_name", run, "--input_file", file, "--task", "text", *flags, code=0)
     return run
 
 
@@ -62,8 +61,7 @@ def run(finished, tmp_path) -> Path:
 
 
 def write(run: Path, *flags: object) -> ModelCard:
-    done = call("llm_jepa.model_card", run, *flags)
-    assert done.code == 0, done.err
+    done = call("llm_jepa.model_card", run, *flags, code=0)
     assert done.out.splitlines()[0] == str(run / "README.md")
     return ModelCard.load(run / "README.md")
 
@@ -276,8 +274,7 @@ def test_only_listed_files_are_uploaded(run, server):
     for name in ("checkpoint-9/config.json", "checkpoint-9/model.safetensors", "secrets.json", ".env", "notes.txt",
                  "optimizer.pt", "eval/mine_test/untuned.json", "merged.safetensors"):  # fmt: skip
         (run / name).write_text("secret")
-    done = call("llm_jepa.model_card", run, *PUSH)
-    assert done.code == 0, done.err
+    done = call("llm_jepa.model_card", run, *PUSH, code=0)
     assert done.out.splitlines() == [str(run / "README.md"), "https://hub.test/me/run"]
     assert uploaded(server) == {TEST, TRAIN} | set(
         "README.md args.json run.json metrics.jsonl config.json generation_config.json model.safetensors "

@@ -232,10 +232,9 @@ def vllm_is_installed() -> bool:
 def test_vllm_gives_the_predictions_of_the_transformers_engine(tmp_path):
     words = "dog cat ring blue truck number vowel letter string dogs x rings".split()
     train = write_rows(tmp_path / "train.jsonl", [message_row(f"lines with {w}", f".*{w}.*") for w in words * 4])
-    done = call("finetune", "--model_name", ROOT / "models" / "tiny", "--pretrain", "--train_file", train,
-                "--predictors", 1, "--learning_rate", 1e-3, "--num_epochs", 12, "--grad_accum", 1,
-                "--save_strategy", "no", "--output_dir", tmp_path / "run")  # fmt: skip
-    assert done.code == 0, done.err
+    call("finetune", "--model_name", ROOT / "models" / "tiny", "--pretrain", "--train_file", train,
+         "--predictors", 1, "--learning_rate", 1e-3, "--num_epochs", 12, "--grad_accum", 1,
+         "--save_strategy", "no", "--output_dir", tmp_path / "run", code=0)  # fmt: skip
     rows = [message_row(f"lines with {w}" + " or a vowel" * (i % 4), f".*{w}.*") for i, w in enumerate(words)]
     data = write_rows(tmp_path / "synth_test.jsonl", rows)
     for engine in ("transformers", "vllm"):
