@@ -1,7 +1,5 @@
 """Fixtures shared by all tests: golden models, small data files, the scripts run in-process."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import importlib

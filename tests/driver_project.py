@@ -1,7 +1,5 @@
 """A project folder in which llm_jepa/driver.py runs in this process, with real or recorded commands."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

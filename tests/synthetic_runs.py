@@ -1,7 +1,5 @@
 """Run folders as finetune.py and evaluate.py write them, with made-up scores."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

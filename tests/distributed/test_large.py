@@ -1,7 +1,5 @@
 """finetune8bh200.py: FSDP2 over two and four gloo processes gives the results of one process."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Two gloo processes write the same predictions as one, and either resumes what the other left."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

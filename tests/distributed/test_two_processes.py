@@ -1,7 +1,5 @@
 """Two gloo processes train to what one process trains to."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

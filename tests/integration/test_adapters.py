@@ -1,7 +1,5 @@
 """What an adapter reaches and stores, rows of new tokens, saved settings, and models that are refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

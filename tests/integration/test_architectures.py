@@ -1,7 +1,5 @@
 """Other architectures than Llama's: which hidden states are read, and what is refused in one line before training."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

@@ -1,7 +1,5 @@
 """python -m llm_jepa.chat: prompts as in training, known examples, a terminal with pasted text, errors."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Multiple choice by likelihood, and quantized models: against complete forward passes, for any batch."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """A run says whether its auxiliary terms have learned: on the console, in metrics.jsonl and in run.json."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

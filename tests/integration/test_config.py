@@ -1,7 +1,5 @@
 """--config: YAML files, run folders, bad files, and the recipes."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shlex

@@ -1,7 +1,5 @@
 """Different ways to the same micro-batches: stored tokens, several processes, token budgets, streams."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

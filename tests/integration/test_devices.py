@@ -3,8 +3,6 @@
 The tests marked gpu also run on the CPU with REHEARSE=1, to try them out (benchmarks/gpu.sh).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import weakref

@@ -1,7 +1,5 @@
 """run.sh and llm_jepa/driver.py: run folders, settings, refusals, skipped and resumed steps, exit codes, signals."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Embeddings of views are what training reads, for any model, template, batch and order; and evaluate.py's files."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

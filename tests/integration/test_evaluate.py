@@ -1,7 +1,5 @@
 """evaluate.py from the command line: scores, files, resume, refusals, run folders."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

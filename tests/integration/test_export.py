@@ -1,7 +1,5 @@
 """python -m llm_jepa.export: sentence-transformers gives the run's embeddings, and lm_eval's format has its scores."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Runs of finetune.py: the saved parameters, metrics.jsonl, run folders and exit codes."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

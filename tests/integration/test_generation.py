@@ -1,7 +1,5 @@
 """Generation: batches, rounds and the shared prefix change no response, and prompts are those of training."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

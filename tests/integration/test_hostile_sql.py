@@ -3,8 +3,6 @@ r"""Hostile queries as predictions: each fails for an allowed reason, no file ch
 `{t}` and `{c}` in a query are a table and a column of it, `{dir}` is a folder that is watched.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """--text_view in_chat: the Text view is read in the chat and changes nothing else in it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import GOLDEN, MODEL, MODELS, call, dry_run, message_row, write_rows

@@ -1,7 +1,5 @@
 """Evaluations during a training: the task's scores, samples, the best model, early stopping, trackers."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

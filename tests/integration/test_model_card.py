@@ -1,7 +1,5 @@
 """python -m llm_jepa.model_card: the card has the run's figures, and only the listed files are uploaded."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

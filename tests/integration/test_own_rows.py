@@ -1,7 +1,5 @@
 """Data with field names of its own, from the command line of finetune.py and evaluate.py."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

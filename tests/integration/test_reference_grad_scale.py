@@ -1,7 +1,5 @@
 """--reference_grad_scale: each micro-batch is normalized by its own counts, as in the published trainer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """run8bh200.sh and run8bh200.sbatch: a node's variables, the preflight, and what each node runs."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 

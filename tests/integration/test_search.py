@@ -1,7 +1,5 @@
 """python -m llm_jepa.search: the nearest entries, the stored index, questions from stdin, errors."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

@@ -1,7 +1,5 @@
 """How commands start: flags before slow imports, interrupts, variables of launchers, consoles, the model's origin."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

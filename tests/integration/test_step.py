@@ -1,7 +1,5 @@
 """The cost of a training step: logits in memory, waits for the device, shapes that a compiler gets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

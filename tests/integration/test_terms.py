@@ -1,7 +1,5 @@
 """The auxiliary losses in training: their gradients by hand, their weights, their projectors, and their figures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

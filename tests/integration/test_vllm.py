@@ -1,7 +1,5 @@
 """evaluate.py --engine vllm: with a substitute that speaks vllm_worker.py's protocol, and with vLLM if installed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """What must not change the numbers: the layout, padding and order; and which text must not affect which output."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

@@ -7,8 +7,6 @@ comparisons on one machine. To store new values after an intended change of the 
     LLM_JEPA_WRITE=1 python -m pytest -n 0 tests/regression
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

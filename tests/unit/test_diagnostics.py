@@ -1,7 +1,5 @@
 """The statistics that show whether an auxiliary loss learns: against their formulas and on hand-made views."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Data in other formats: two fields of JSONL, CSV, Parquet or hub data."""
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Which modules import which: nothing slow before the flags are parsed, no cycle, no script from the package."""
 
-from __future__ import annotations
-
 import ast
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """Which rows the segments are placed in, what a batch contains, and which examples form micro-batches."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

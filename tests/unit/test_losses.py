@@ -3,8 +3,6 @@
 test_terms.py compares a training step of each term with these losses, and the logged loss with the weighted sum.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The memory plan: counts compared with known models and peft, bytes with allocated tensors. The step time by hand."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

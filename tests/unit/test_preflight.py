@@ -1,7 +1,5 @@
 """The preflight: every problem is caused, and must be reported."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

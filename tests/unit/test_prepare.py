@@ -1,7 +1,5 @@
 """prepare.py: examples and splits of every dataset, files, own data, errors, and `check`."""
 
-from __future__ import annotations
-
 import functools
 import io
 import json

@@ -1,7 +1,5 @@
 """MBPP: which part of a response is the program, and which programs pass the tests."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 

@@ -1,7 +1,5 @@
 """Chats, views, label scopes and view tokens for every chat template."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import shutil

@@ -1,7 +1,5 @@
 """The run folder: complete checkpoints, atomic files, provenance, one process at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno

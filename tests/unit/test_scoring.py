@@ -1,7 +1,5 @@
 """What every task counts as correct, and the interval of a score."""
 
-from __future__ import annotations
-
 from decimal import Decimal
 
 import pytest

@@ -1,7 +1,5 @@
 """Flags: stable names, defaults, default folders, and refusals that mention every wrong flag at once."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

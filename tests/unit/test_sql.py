@@ -1,7 +1,5 @@
 """Execution match: which results are equal, which queries give none, and where the databases are."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import sqlite3
