@@ -213,6 +213,12 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def eight(tmp_path_factory) -> Path:
+    """The first eight of EXAMPLES."""
+    return write_rows(tmp_path_factory.mktemp("eight") / "rows.jsonl", EXAMPLES[:8])
+
+
+@pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> Callable[..., Path]:
     """A function from flags to a run folder, which a test must not change. Each set of flags is trained once."""
 

@@ -42,9 +42,8 @@ def base_model(folder: Path, kind: str = "llama", rows: int = 531, tokens: tuple
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_rows(
-        tmp_path_factory.mktemp("data") / "rows.jsonl", [message_row(f"word {i}", "a" * i) for i in (1, 3, 5, 7)]
-    )
+    rows = [message_row(f"word {i}", "a" * i) for i in (1, 3, 5, 7)]
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +51,8 @@ def without_rows(data, tmp_path_factory) -> tuple[Path, Path]:
     """A base that lacks the rows of its turn tokens and the run of an adapter on it."""
     folder = tmp_path_factory.mktemp("rows")
     base = base_model(folder / "base", tokens=("<|begin|>", "<|stop|>"), use_cache=True)
-    return base, train(
-        data, folder / "run", *JEPA, "--lora", "--merge", "--keep_checkpoints", "--max_steps", 2, model=base
-    )
+    flags = (*JEPA, "--lora", "--merge", "--keep_checkpoints", "--max_steps", 2)
+    return base, train(data, folder / "run", *flags, model=base)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -202,15 +200,13 @@ def test_new_tokens_in_spare_rows_start_at_the_mean(flags, data, tmp_path):
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     tiny = ("--plain", "--learning_rate", "1e-9", "--max_steps", 1)
     run = train(data, tmp_path / "run", *JEPA, *tiny, *flags, model=base)
-    new = AutoTokenizer.from_pretrained(run).convert_tokens_to_ids(
-        ["<|perception|>", *(f"<|predictor_{i}|>" for i in range(1, 3 if flags else 11))]
-    )
+    tokens = ["<|perception|>", *(f"<|predictor_{i}|>" for i in range(1, 3 if flags else 11))]
+    new = AutoTokenizer.from_pretrained(run).convert_tokens_to_ids(tokens)
     assert min(new) >= known
     after, old = weights(run / "merged" if flags else run), weights(base)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        torch.testing.assert_close(
-            after[name][new], old[name][:known].mean(dim=0).expand(len(new), -1), rtol=0, atol=1e-5
-        )
+        mean = old[name][:known].mean(dim=0).expand(len(new), -1)
+        torch.testing.assert_close(after[name][new], mean, rtol=0, atol=1e-5)
         rest = [i for i in range(known, 540) if i not in new]
         assert after[name][rest].abs().max() < 1e-6  # of other tokens and of predictor tokens that are not in use
 

@@ -1,12 +1,12 @@
 """A run says whether its auxiliary terms have learned: on the console, in metrics.jsonl and in run.json."""
 
-import json
 from pathlib import Path
 
 import pytest
 from conftest import call, interrupted, metrics, start
 from synthetic_runs import change
 
+from llm_jepa.files import read_json
 from llm_jepa.training.diagnostics import MARGIN, MIN_COUNT, announcements, judge
 
 STEPS = 60
@@ -30,7 +30,7 @@ def said(err: str) -> str:
 
 
 def learned(run: Path) -> dict:
-    return json.loads((run / "run.json").read_text())["learned"]
+    return read_json(run / "run.json")["learned"]
 
 
 def announced(run: Path) -> list[tuple[int, str]]:
@@ -53,9 +53,8 @@ def test_a_term_that_has_not_learned_is_announced_once_and_others_never(runs, me
     if method in COLLAPSED:
         ((step, key),) = announced(run)
         assert STEPS / 2 <= step < STEPS and key == f"{term}_collapsed" and term.upper() in text
-    assert {name: found["collapsed"] for name, found in learned(run).items()} == (
-        {} if method == "regular" else {term: method in COLLAPSED}
-    )
+    expected = {} if method == "regular" else {term: method in COLLAPSED}
+    assert {name: found["collapsed"] for name, found in learned(run).items()} == expected
 
 
 def test_final_judgement_is_that_of_the_last_lines(runs):

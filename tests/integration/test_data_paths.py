@@ -1,31 +1,26 @@
 """Different ways to the same micro-batches: stored tokens, several processes, token budgets, streams."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EXAMPLES, JEPA, MODEL, column, interrupted, same_weights, start, train, write_rows
+import templates
+from conftest import EXAMPLES, JEPA, column, interrupted, same_weights, start, train, write_rows
 
 from llm_jepa.data import streaming
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Example, ExampleError, Problems, read_examples
-from llm_jepa.data.rendering import Renderer
-from llm_jepa.data.segments import Encoder
 from llm_jepa.data.spans import Draws
 from llm_jepa.data.streaming import SegmentStream
 from llm_jepa.files import read_json
-from llm_jepa.model import load_tokenizer
 from llm_jepa.run_folder import mark_checkpoint
 
-TOKENIZER = load_tokenizer(str(MODEL))
 KEEP = Draws(seed=42)
-
-
-def encoder(predictors: int = 1, **flags: object) -> Encoder:
-    return Encoder(Renderer(TOKENIZER, predictors=predictors), **flags)
+encoder = functools.partial(templates.encoder, "llama3", predictors=1)
 
 
 def stream_of(path: Path, **options: object) -> SegmentStream:

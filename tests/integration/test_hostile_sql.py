@@ -158,9 +158,8 @@ for text in json.load(sys.stdin):
 print(json.dumps(reasons))
 """
     before = listing(folder)
-    texts = [
-        query for query, _ in queries(folder, "writes", "writes to the schema", "schema", "other files", "pragmas")
-    ]
+    groups = ("writes", "writes to the schema", "schema", "other files", "pragmas")
+    texts = [query for query, _ in queries(folder, *groups)]
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder / "database" / "music" / "music.sqlite")], input=json.dumps(texts),
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,

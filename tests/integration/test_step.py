@@ -1,10 +1,9 @@
 """The cost of a training step: logits in memory, waits for the device, shapes that a compiler gets."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import EXAMPLES, GOLDEN, JEPA, MODEL, column, dry_run, make_model, message_row, start, train, write_rows
+from test_terms import prepared
 from torch._inductor import cpp_builder
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -26,11 +25,9 @@ def test_attention_kernel_changes_no_number():
 # ---------------------------------------------------------------------------------------------------------- logits
 
 
-def loaded(model: Path = MODEL, **flags: object) -> tuple[finetune.Parts, dict]:
+def loaded(**flags: object) -> tuple[finetune.Parts, dict]:
     """A run's parts after the checks, and its first examples as a batch."""
-    options = {"train_file": str(DATA), "model_name": str(model), "dry_run": 4, "predictors": 1, "lm_labels": "all",
-               "layout": "packed"}  # fmt: skip
-    parts = finetune.prepare(finetune.Settings(**options | flags), finetune.PartialState(cpu=True))
+    parts = prepared(DATA, dry_run=4, predictors=1, lm_labels="all", **flags)
     parts.inspect(half=False)
     return parts, parts.collator(parts.train_set.items)
 
@@ -60,7 +57,7 @@ def test_model_that_changes_logits_after_the_output_layer_gets_all_of_them(tmp_p
     sizes = {"vocab_size": 531, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16,
              "num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 0.5}  # fmt: skip
     make_model(tmp_path, "gemma2", "google_gemma", **sizes)
-    parts, batch = loaded(tmp_path)
+    parts, batch = loaded(model_name=str(tmp_path))
     before = parts.selector.lm_sum(parts.model, batch)[0]
     parts.selector.max_logits = 1000
     assert not parts.selector.slices and parts.selector.lm_sum(parts.model, batch)[0].equal(before)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from conftest import EXAMPLES, JEPA, MODEL, column, make_model, metrics, same_weights, start, train, weights, write_rows
+from conftest import JEPA, MODEL, column, make_model, metrics, same_weights, start, train, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -101,11 +101,6 @@ BY_HAND = {
     "nitp": (CHATS | {"nitp": True, "nitp_lbd": 3}, nitp),
     "nitp-layer-1": (CHATS | {"nitp": True, "nitp_lbd": 3, "nitp_layer": 1}, lambda r: nitp(r, 1)),
 }
-
-
-@pytest.fixture(scope="module")
-def eight(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("eight") / "rows.jsonl", EXAMPLES[:8])
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -209,9 +204,7 @@ def test_pass_for_the_moments_computes_no_more_than_one_row_of_logits(data, tmp_
         return states
 
     monkeypatch.setattr(finetune.LMHeadSelector, "read", reported)
-    train(
-        data, tmp_path / "run", *SIGREG, "--batch_size", 2, "--grad_accum", 2, "--max_steps", 1, "--save_strategy", "no"
-    )
+    train(data, tmp_path / "run", *SIGREG, "--batch_size", 2, "--grad_accum", 2, "--max_steps", 1)
     assert rows[False][-2:] == [1, 1] and min(rows[True]) > 1
 
 

@@ -102,9 +102,8 @@ def test_bytes_of_eight_bit_moments(tmp_path):
 def test_bytes_of_four_bit_weights(tmp_path):
     values = TINY | {"hidden_size": 128, "intermediate_size": 256}
     LlamaForCausalLM(LlamaConfig(**values)).save_pretrained(tmp_path)
-    quantized = AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
-    )
+    four = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **four)
     real = sum(p.nbytes for p in quantized.parameters())
     real += sum(p.quant_state.absmax.nbytes for p in quantized.parameters() if hasattr(p, "quant_state"))
     found = plan(str(tmp_path), lora=True, load_in_4bit=True)

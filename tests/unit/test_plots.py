@@ -51,9 +51,8 @@ def test_result_shows_differences_and_which_are_significant(tmp_path, figures):
     assert [t.get_text() for t in axes.get_yticklabels()] == ["JEPA λ=1, k=1", "NITP λ=0.8"]
     (seeds, interval, mean), (_, narrow, other) = axes.collections[:3], axes.collections[3:]
     assert sorted(seeds.get_offsets()[:, 0]) == pytest.approx([-2.0, 1.0, 2.0])
-    assert mean.get_offsets()[0, 0] == pytest.approx(1 / 3) and other.get_offsets()[0, 0] == pytest.approx(
-        2.0363, abs=1e-3
-    )
+    means = [collection.get_offsets()[0, 0] for collection in (mean, other)]
+    assert means == pytest.approx([1 / 3, 2.0363], abs=1e-3)
     low, high = interval.get_segments()[0][:, 0]
     assert low < -4 and high > 5 and 1.8 < narrow.get_segments()[0][0, 0] < 2.0363
     fills = [tuple(m.get_facecolor()[0]) == tuple(m.get_edgecolor()[0]) for m in (mean, other)]
