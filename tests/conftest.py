@@ -163,6 +163,12 @@ def predictions(model: Path, data: Path, out: Path, *flags: object) -> list[str]
     return [row["prediction"] for row in read_lines(out / "predictions.jsonl")]
 
 
+def is_running(pid: int | str) -> bool:
+    """Whether a process exists and is no zombie."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def skip_without_isolation() -> None:
     """Skips the test if bubblewrap does not work here."""
     command = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]

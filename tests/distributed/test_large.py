@@ -211,9 +211,6 @@ def test_shard_that_cannot_be_written_is_reported_in_one_line(ranks, tmp_path, d
     assert read_json(run / "run.json")["status"] == "failed"
 
 
-# ---------------------------------------------------------------------------------------------------------- restarts
-
-
 def contents(run: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
 

@@ -237,9 +237,6 @@ def test_tokenizer_without_eos_and_padding_token(special, data, tmp_path):
         assert done.code == 2 and "pad_token" in done.err and "Traceback" not in done.err
 
 
-# ------------------------------------------------------------------------------------------------ saved settings
-
-
 def test_saved_settings_are_those_of_the_base(without_rows, data, tmp_path):
     base, adapter = without_rows
     run = train(data, tmp_path / "run", *JEPA, "--max_steps", 1, "--keep_checkpoints", model=base)

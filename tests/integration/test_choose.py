@@ -127,9 +127,6 @@ def test_likelihoods_that_are_not_finite_are_an_error(tmp_path):
     assert not rows and not (tmp_path / "metrics.json").exists()
 
 
-# -------------------------------------------------------------------------------------------------- quantized models
-
-
 @pytest.fixture(scope="module")
 def model64(tmp_path_factory) -> Path:
     """A Llama whose layer sizes are multiples of 64, as 4-bit kernels need."""

@@ -34,9 +34,6 @@ def tokens(items: list) -> list[str]:
     return [str([[np.asarray(getattr(x, name)).tolist() for name in fields] for x in item]) for item in items]
 
 
-# ---------------------------------------------------------------------------------------------------------- tokens
-
-
 @pytest.mark.parametrize("flags", [{}, {"jepa": False}, {"text_view": "in_chat"}, {"locate_user": True}], ids=str)
 def test_stored_segments_equal_encoded_segments_in_any_number_of_processes(data, flags):
     examples = read_examples(str(data), Problems())
@@ -49,18 +46,12 @@ def test_stored_segments_equal_encoded_segments_in_any_number_of_processes(data,
         assert items.lengths.tolist() == [sum(len(x.ids) for x in item) for item in encoded if item]
 
 
-# --------------------------------------------------------------------------------------------------------- budgets
-
-
 def test_token_budget_changes_only_which_examples_share_a_micro_batch(trained):
     one = trained(*JEPA, "--batch_size", 24, "--grad_accum", 1, "--max_steps", 3)
     budget = trained(*JEPA, "--tokens_per_batch", 400, "--max_steps", 3, "--grad_accum", 99)
     same_weights(one, budget, rtol=1e-3, atol=2e-4)  # Adam magnifies rounding errors of tiny gradients
     assert column(budget, "loss") == pytest.approx(column(one, "loss"), rel=1e-5)
     assert column(budget, "tokens") == column(one, "tokens")
-
-
-# --------------------------------------------------------------------------------------------------------- streams
 
 
 def test_stream_trains_on_the_same_examples_as_memory_with_and_without_workers(trained):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, column, message_row, same_weights, write_rows
+from conftest import ROOT, column, is_running, message_row, same_weights, write_rows
 from driver_project import VARIABLES, Project, flag, resolved
 
 from llm_jepa import driver
@@ -452,11 +452,6 @@ def started(count: int) -> list[list[str]]:
     raise TimeoutError
 
 
-def running(pid: str) -> bool:
-    path = Path("/proc", pid, "stat")
-    return path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 @pytest.mark.parametrize(
     ("number", "variables"), [(signal.SIGINT, {}), (signal.SIGTERM, {"JOBS": "1"}), (signal.SIGINT, {"STUBBORN": "1"})]
 )
@@ -467,7 +462,7 @@ def test_a_signal_ends_all_processes(project, number, variables):
     begin = time.monotonic()
     err = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + number and "stopped" in err and time.monotonic() - begin < 15
-    assert not any(running(pid) for line in found for pid in line[:2])
+    assert not any(is_running(pid) for line in found for pid in line[:2])
     assert len(started(len(found))) == len(found), "nothing else is started"
 
 
@@ -480,4 +475,4 @@ def test_a_failing_job_ends_the_others_and_jobs_share_the_cores(project):
     os.kill(int(first[0]), signal.SIGKILL)  # makes room for the third job, or is itself the failure
     err = process.communicate(timeout=30)[1]
     assert process.returncode and "runs/.logs/" in err
-    assert not any(running(pid) for line in (first, second) for pid in line[:1])
+    assert not any(is_running(pid) for line in (first, second) for pid in line[:1])

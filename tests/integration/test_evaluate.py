@@ -156,9 +156,6 @@ def test_scores_of_sql_have_the_checksum_of_the_databases(tmp_path):
     assert (metrics_of(tmp_path)["exact"], len(metrics_of(tmp_path)["databases_sha256"])) == (1, 64)
 
 
-# -------------------------------------------------------------------------------------------------------- retrieval
-
-
 @pytest.mark.parametrize("flags", [(), ("--predictors", 1, "--text_view", "in_chat")], ids=str)
 def test_retrieval_is_that_of_the_views_as_training_reads_them(flags, data, tmp_path):
     run = trained(tmp_path / "run", "--train_file", data, *flags) if flags else MODEL
@@ -446,9 +443,6 @@ def test_note_counts_the_examples_that_the_run_was_trained_on(tmp_path, monkeypa
     monkeypatch.chdir(run)  # predictions without a model are not those of a run that happens to be here
     score_file(gold_predictions(tmp_path / "gold.jsonl", data), data, "--overwrite")
     assert metrics_of(tmp_path)["notes"] == []
-
-
-# ------------------------------------------------------------------------------------- what is refused first, lengths
 
 
 @pytest.mark.parametrize("flag", ["--output_file", "--export_embeddings"])

@@ -430,9 +430,6 @@ def test_bfloat16_changes_little_and_is_recorded(trained):
     assert found == [usual, usual | {"autocast": "bfloat16"}]
 
 
-# ----------------------------------------------------------------------------------------------------- usage errors
-
-
 def test_example_over_the_context_is_reported_by_line_or_skipped_and_counted(tmp_path):
     gpt2 = make_model(tmp_path / "gpt2", "gpt2", vocab_size=531, n_positions=96, n_embd=16, n_layer=1, n_head=2)
     data = write_rows(tmp_path / "data.jsonl", [*EXAMPLES[:4], message_row("long " * 60, "x")])

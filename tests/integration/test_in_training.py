@@ -130,9 +130,6 @@ def test_examples_that_the_task_cannot_score_are_reported_before_anything_is_wri
     assert f"{data}:1: " in start(data, tmp_path / "run", *flags, code=2).err and not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- trackers
-
-
 def test_trackers_get_settings_curves_and_tables_of_generations(data, tmp_path, monkeypatch):
     import mlflow
     import wandb

@@ -70,9 +70,6 @@ def refused(*argv: object, code: int = 2) -> str:
     return done.err
 
 
-# ------------------------------------------------------------------------------------------------------------ card
-
-
 def test_front_matter_has_the_scores_of_every_evaluation(run):
     data = write(run, "--license", "apache-2.0").data
     found = {(r.dataset_type, r.metric_type): (r.metric_value, r.metric_args["ci95"]) for r in data.eval_results}

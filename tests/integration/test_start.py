@@ -68,9 +68,6 @@ def test_console_without_unicode(tmp_path):
     assert text in json.loads(console.buffer.getvalue().decode("ascii"))["first_row"]["chat"]
 
 
-# ------------------------------------------------------------------------------------------------- environment
-
-
 @pytest.fixture
 def environment(monkeypatch):
     """A function that sets variables, and no others of launchers; what the code removes comes back after the test."""

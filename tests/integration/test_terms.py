@@ -244,8 +244,6 @@ def test_stp_adds_no_forward_pass_and_no_token(trained):
         assert column(run, key) == column(without, key) and len(column(run, key)) == 2
 
 
-# ------------------------------------------------------------------------------- checkpoints and the models they give
-
 SAVED = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MODEL, ROOT, call, changed_copy, half_token, message_row, read_lines, write_rows
+from conftest import MODEL, ROOT, call, changed_copy, half_token, is_running, message_row, read_lines, write_rows
 
 import evaluate
 from llm_jepa.cli import UsageError
@@ -109,15 +109,10 @@ def vllm(model: object, data: object, output: object, *flags: object):
 
 def all_ended(stub: Path) -> bool:
     """Whether the substitute and the process that it started have ended."""
-
-    def runs(pid: int) -> bool:
-        status = Path(f"/proc/{pid}/stat")
-        return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-    deadline = time.monotonic() + 5
-    while any(map(runs, read_json(stub / "pids.json"))) and time.monotonic() < deadline:
+    pids, deadline = read_json(stub / "pids.json"), time.monotonic() + 5
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return not any(map(runs, read_json(stub / "pids.json")))
+    return not any(map(is_running, pids))
 
 
 def test_predictions_and_scores_equal_those_of_the_transformers_engine(model, data, stub, tmp_path):

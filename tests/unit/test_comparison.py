@@ -143,9 +143,6 @@ def test_allow_accepts_groups_but_no_parts_of_names(tmp_path, report):
     assert code == 2 and "--allow dev:" in err
 
 
-# ------------------------------------------------------------------------------------------------------ reference
-
-
 def test_two_regular_arms_need_a_reference(tmp_path, report):
     runs = two_arms(tmp_path) + one_arm(tmp_path, "other", REGULAR | {"learning_rate": 2e-3}, FEW)
     code, found, err = report(runs)

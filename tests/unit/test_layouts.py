@@ -80,9 +80,6 @@ def test_empty_micro_batch_has_one_row(layout):
     assert batch["label_ids"].shape == (0,) and batch["view_at"].shape == (2, 2, 0)
 
 
-# -------------------------------------------------------------------------------------------------- micro-batches
-
-
 @pytest.mark.parametrize("tokens", [0, 60])
 def test_micro_batches_depend_on_seed_and_epoch_and_contain_every_example_once(tokens):
     lengths = np.array([8, 9, 30, 4, 5, 6, 17, 8, 12, 3])

@@ -223,9 +223,6 @@ def test_queued_pairs_of_the_same_text_or_code_are_no_negatives():
     assert others.not_negatives[:, 2:].tolist() == [[False, False, True, False], [True, False, False, False]]
 
 
-# ------------------------------------------------------------------------------------------------------- zero cases
-
-
 # Each loss of one tensor, and the tensor's shape with 0 for what is counted.
 LOSSES = {
     **{f"jepa {name}": (lambda x, n=name: jepa_loss(x, n), (2, 0, 7)) for name in JEPA_LOSSES},

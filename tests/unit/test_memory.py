@@ -228,8 +228,6 @@ def test_wrong_flags_are_reported(tmp_path):
     assert done.code == 2 and "--optim sgd" in done.err
 
 
-# ---------------------------------------------------------------------------------------------------- step time
-
 SHAPE = {"parameters": 8e9, "in_layers": 7e9, "in_head": 5e8, "layers": 32, "size": 4096, "labels": 0.5}
 
 

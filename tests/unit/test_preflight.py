@@ -210,9 +210,6 @@ def test_command_reports_the_problems_of_other_nodes(tmp_path, check, port):
     assert done.code == 1 and own == "node 0: a" and other.startswith("node 1: lost.jsonl")
 
 
-# ---------------------------------------------------------------------------------------------------- the all-reduce
-
-
 def test_all_reduce():
     assert preflight.collective_problems(2, "cpu", 100.0) == []
 

@@ -322,7 +322,3 @@ def test_token_that_joins_view_and_template_text_is_refused():
     joined = dataclasses.replace(FIRST, system=None, user="q", assistant="nd more")
     assert e.renderer.tokenizer.tokenize("a" + joined.assistant)[0] != "a", "choose a text that the tokenizer joins"
     assert isinstance(e.views([joined])[0][1], ValueError) and not isinstance(e.chats([joined])[0], ValueError)
-
-
-def test_train_all_labels_every_token():
-    assert encoder("llama3", plain=True, train_all=True, lm_labels="all").chats([FIRST])[0].labels.all()
