@@ -73,14 +73,12 @@ def same_as_merged(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "flags", "reached", "left"),
-    [
-        ("glm4_moe", (), "q_proj shared_experts.gate_proj layers.0.mlp.down_proj experts.base_layer", "gate.weight"),
-        ("laguna", (), "q_proj mlp.experts", "shared_experts.up_proj"),  # which PEFT would not load again
-        ("mamba", ("--layout", "separate"), "in_proj x_proj", "out_proj dt_proj conv1d"),
-        ("phi3", (), "qkv_proj o_proj gate_up_proj down_proj", ""),
-        ("nemotron_h", ("--layout", "separate"), "in_proj q_proj o_proj", "out_proj conv1d"),
-    ],
-)
+    [("glm4_moe", (), "q_proj shared_experts.gate_proj layers.0.mlp.down_proj experts.base_layer", "gate.weight"),
+     ("laguna", (), "q_proj mlp.experts", "shared_experts.up_proj"),  # which PEFT would not load again
+     ("mamba", ("--layout", "separate"), "in_proj x_proj", "out_proj dt_proj conv1d"),
+     ("phi3", (), "qkv_proj o_proj gate_up_proj down_proj", ""),
+     ("nemotron_h", ("--layout", "separate"), "in_proj q_proj o_proj", "out_proj conv1d")],
+)  # fmt: skip
 def test_adapter_reaches_what_peft_can_and_records_the_rest(kind, flags, reached, left, data, tmp_path):
     base = base_model(tmp_path / "base", kind)
     run = train(data, tmp_path / "run", *JEPA, *flags, "--lora", "--lora_rank", 2, "--merge", "--learning_rate", 0.01,

@@ -80,9 +80,7 @@ def test_resumed_run_says_the_same_and_nothing_twice(runs, tmp_path, step):
 # ------------------------------------------------------------------------------------------------------- judgement
 
 
-def history(
-    effects: list[float], every: int = 1, pairs: int = 8, sd: float = 0.1, retrieval: float = 0.9
-) -> list[dict]:
+def history(effects: list, every: int = 1, pairs: int = 8, sd: float = 0.1, retrieval: float = 0.9) -> list[dict]:
     """Lines of a training with c − s = effect · σ in each line."""
     fixed = {"label_tokens": 9, "cosine_shuffled": 0.2, "cosine_shuffled_sd": sd, "retrieval": retrieval,
              "pairs": pairs, "retrieval_chance": 1 / pairs, "effective_rank": 5.0}  # fmt: skip

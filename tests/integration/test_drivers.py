@@ -250,14 +250,12 @@ def test_compare_trains_five_arms_that_differ_only_in_the_method(project):
 
 @pytest.mark.parametrize(
     ("variables", "arms"),
-    [
-        ({"ARMS": "clip,regular"}, "clip-lr1e-3-lbd0.1-k1 regular-lr1e-3"),
-        ({"ARMS": "regular clip:.3 clip nitp:2 jepa", "LBD": "4"},
-         "regular-lr1e-3 clip-lr1e-3-lbd.3-k1 clip-lr1e-3-lbd0.1-k1 nitp-lr1e-3-lbd2 jepa-lr1e-3-lbd4-k1"),
-        ({"ARMS": "regular clip clip:0.1 regular", "PREDICTORS": "0"}, "regular-lr1e-3 clip-lr1e-3-lbd0.1-k0"),
-        ({"ARMS": "regular clip:.3 placebo:.5"}, "regular-lr1e-3 clip-lr1e-3-lbd.3-k1 placebo-lr1e-3-lbd.5-k1"),
-        ({"PROTOCOL": "paper"}, "regular-lr1e-3 jepa-lr1e-3-lbd1-k1"),
-    ],
+    [({"ARMS": "clip,regular"}, "clip-lr1e-3-lbd0.1-k1 regular-lr1e-3"),
+     ({"ARMS": "regular clip:.3 clip nitp:2 jepa", "LBD": "4"},
+      "regular-lr1e-3 clip-lr1e-3-lbd.3-k1 clip-lr1e-3-lbd0.1-k1 nitp-lr1e-3-lbd2 jepa-lr1e-3-lbd4-k1"),
+     ({"ARMS": "regular clip clip:0.1 regular", "PREDICTORS": "0"}, "regular-lr1e-3 clip-lr1e-3-lbd0.1-k0"),
+     ({"ARMS": "regular clip:.3 placebo:.5"}, "regular-lr1e-3 clip-lr1e-3-lbd.3-k1 placebo-lr1e-3-lbd.5-k1"),
+     ({"PROTOCOL": "paper"}, "regular-lr1e-3 jepa-lr1e-3-lbd1-k1")],
 )  # fmt: skip
 def test_arms_chooses_and_orders_the_arms_and_their_weights(project, variables, arms):
     done = project.run("compare", **ONE | variables)

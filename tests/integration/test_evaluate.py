@@ -122,17 +122,15 @@ def test_stop_rate_needs_a_stop_reason_in_every_row(data, tmp_path):
 
 @pytest.mark.parametrize(
     "bad, expected",
-    [
-        (b'{"prediction": "x"}', "p.jsonl:3"),
-        (b'{"id": true, "prediction": "x"}', "p.jsonl:3"),
-        (b'{"id": 3, "prediction": "\\ud800"}', "p.jsonl:3"),
-        (b'{"id": 3, "prediction": "x", "stop_reason": "eos"}', "p.jsonl:3"),
-        (b'{"id": 3, "prediction": "\xff"}', "p.jsonl:3"),
-        (b'{"id": 2, "prediction": "x"}', "p.jsonl:3"),
-        (b"", ": 3 …"),
-        (b'{"id": 3, "prediction": "x"}\n{"id": 99, "prediction": "x"}', ": 99 …"),
-    ],
-)
+    [(b'{"prediction": "x"}', "p.jsonl:3"),
+     (b'{"id": true, "prediction": "x"}', "p.jsonl:3"),
+     (b'{"id": 3, "prediction": "\\ud800"}', "p.jsonl:3"),
+     (b'{"id": 3, "prediction": "x", "stop_reason": "eos"}', "p.jsonl:3"),
+     (b'{"id": 3, "prediction": "\xff"}', "p.jsonl:3"),
+     (b'{"id": 2, "prediction": "x"}', "p.jsonl:3"),
+     (b"", ": 3 …"),
+     (b'{"id": 3, "prediction": "x"}\n{"id": 99, "prediction": "x"}', ": 99 …")],
+)  # fmt: skip
 def test_score_only_refuses_predictions_for_other_examples(bad, expected, data, tmp_path):
     given = gold_predictions(tmp_path / "p.jsonl", data)
     rows = given.read_bytes().splitlines()

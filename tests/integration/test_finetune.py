@@ -52,17 +52,15 @@ def tied(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("base", "zero"),
-    [
-        (("--regular",), ("--predictors", 2, "--lbd", 0)),
-        (("--regular", "--lora"), ("--predictors", 2, "--lbd", 0, "--lora")),
-        (("--regular",), (*JEPA, "--jepa_ratio", 0)),
-        (("--regular",), ("--lbd", 0, "--jepa_loss", "clip", "--negatives_queue", 8)),
-        (("--regular",), ("--lbd", 0, "--sigreg", 0.1)),
-        (("--regular",), ("--lbd", 0, "--shuffle_pairs", "--center", "--stop_gradient", "text")),
-        (("--regular",), ("--regular", "--nitp", "--nitp_lbd", 0, "--stp", "patch", "--stp_lbd", 0)),
-        (JEPA, (*JEPA, "--stp", "patch", "--stp_lbd", 0)),
-    ],
-)
+    [(("--regular",), ("--predictors", 2, "--lbd", 0)),
+     (("--regular", "--lora"), ("--predictors", 2, "--lbd", 0, "--lora")),
+     (("--regular",), (*JEPA, "--jepa_ratio", 0)),
+     (("--regular",), ("--lbd", 0, "--jepa_loss", "clip", "--negatives_queue", 8)),
+     (("--regular",), ("--lbd", 0, "--sigreg", 0.1)),
+     (("--regular",), ("--lbd", 0, "--shuffle_pairs", "--center", "--stop_gradient", "text")),
+     (("--regular",), ("--regular", "--nitp", "--nitp_lbd", 0, "--stp", "patch", "--stp_lbd", 0)),
+     (JEPA, (*JEPA, "--stp", "patch", "--stp_lbd", 0))],
+)  # fmt: skip
 def test_zero_weight_or_ratio_changes_nothing_bit_for_bit(trained, tied, base, zero):
     model = tied if "--lora" in base else MODEL
     usual, other = (trained(*flags, "--max_steps", 3, model=model) for flags in (base, zero))
@@ -74,12 +72,10 @@ def test_zero_weight_or_ratio_changes_nothing_bit_for_bit(trained, tied, base, z
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        (*JEPA, "--jepa_ratio", 0.5, "--stp", "geodesic", "--stp_lbd", 0.5, "--stp_spans", 2, "--nitp"),
-        (*JEPA, "--sigreg", 0.3, "--nitp", "--nitp_layer", 1),
-    ],
+    [(*JEPA, "--jepa_ratio", 0.5, "--stp", "geodesic", "--stp_lbd", 0.5, "--stp_spans", 2, "--nitp"),
+     (*JEPA, "--sigreg", 0.3, "--nitp", "--nitp_layer", 1)],
     ids=["dropout-stp-nitp", "sigreg-nitp"],
-)
+)  # fmt: skip
 @pytest.mark.parametrize(("source", "size"), [((), (5, 2)), ((), (1, 10)), (("--streaming",), (2, 5))])
 def test_micro_batch_size_and_accumulation_change_nothing(trained, flags, source, size):
     """Also not in the short last step of an epoch: 4 of the 24 examples."""
@@ -143,13 +139,11 @@ STATES = ("projectors.safetensors", "queue.safetensors")  # besides those of the
 
 @pytest.mark.parametrize(
     ("flags", "step", "files"),
-    [
-        (JEPA, 6, 0),  # interrupted between the last checkpoint and the final model
-        ((*JEPA, *DROPOUT, "--sigreg", 0.3, "--nitp"), 2, 1),
-        ((*JEPA, "--jepa_loss", "clip", "--negatives_queue", 20, "--nitp", "--streaming"), 4, 2),
-    ],
+    [(JEPA, 6, 0),  # interrupted between the last checkpoint and the final model
+     ((*JEPA, *DROPOUT, "--sigreg", 0.3, "--nitp"), 2, 1),
+     ((*JEPA, "--jepa_loss", "clip", "--negatives_queue", 20, "--nitp", "--streaming"), 4, 2)],
     ids=["last-step", "dropout-stp-sigreg", "queue-streaming"],
-)
+)  # fmt: skip
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(data, trained, tmp_path, flags, step, files):
     """Evaluations turn dropout off until the next step."""
     flags = (*flags, *SAVED, "--eval_file", data, "--eval_strategy", "steps", "--eval_steps", 2)

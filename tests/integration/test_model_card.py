@@ -152,13 +152,11 @@ def test_a_run_from_before_the_newer_flags_has_a_card(run):
 
 @pytest.mark.parametrize(
     ("settings", "base", "text"),
-    [
-        ({"model_name": "Qwen/Qwen3-0.6B", "revision": "abc"}, "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B at abc |"),
-        ({"model_name": "/somewhere/private/mine"}, None, "| mine ("),
-        ({"model_name": "Qwen/Qwen3-0.6B", "pretrain": True}, None, "| random weights"),
-    ],
+    [({"model_name": "Qwen/Qwen3-0.6B", "revision": "abc"}, "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B at abc |"),
+     ({"model_name": "/somewhere/private/mine"}, None, "| mine ("),
+     ({"model_name": "Qwen/Qwen3-0.6B", "pretrain": True}, None, "| random weights")],
     ids=["hub", "folder", "random weights"],
-)
+)  # fmt: skip
 def test_base_model_is_one_of_the_hub_or_none(run, settings, base, text):
     change(run, "args.json", **settings)
     card = write(run)

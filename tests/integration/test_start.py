@@ -31,20 +31,17 @@ sys.meta_path.insert(0, Finder())
 
 def python(*argv: object, **variables: str) -> subprocess.CompletedProcess:
     """Python in a process of its own, in the project's folder."""
-    return subprocess.run(
-        [sys.executable, *map(str, argv)], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
-    )
+    command = [sys.executable, *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
     ("command", "module"),
-    [
-        ("finetune.py --train_file datasets/synth_test.jsonl --model_name models/tiny", "numpy"),
-        ("evaluate.py --score_gold --input_file datasets/synth_test.jsonl", "torch"),
-        ("finetune8bh200.py --train_file datasets/synth_test.jsonl --model_name models/tiny", "transformers"),
-        ("-m llm_jepa.report runs/none", "llm_jepa.reports.comparison"),
-    ],
-)
+    [("finetune.py --train_file datasets/synth_test.jsonl --model_name models/tiny", "numpy"),
+     ("evaluate.py --score_gold --input_file datasets/synth_test.jsonl", "torch"),
+     ("finetune8bh200.py --train_file datasets/synth_test.jsonl --model_name models/tiny", "transformers"),
+     ("-m llm_jepa.report runs/none", "llm_jepa.reports.comparison")],
+)  # fmt: skip
 def test_an_interrupt_during_imports_is_one_line(command, module, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HOOK)
     done = python(*command.split(), INTERRUPT_AT=module, PYTHONPATH=str(tmp_path))

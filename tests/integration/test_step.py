@@ -166,13 +166,11 @@ def test_step_waits_for_the_device_once(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        (*JEPA, "--jepa_ratio", 0.5, "--lora", "--eval_generate", 1),
-        ("--regular", "--stp", "geodesic", "--stp_lbd", 1, "--stp_layer", 1, "--gradient_checkpointing"),
-        (*JEPA, "--nitp", "--nitp_layer", 1, "--jepa_loss", "clip", "--negatives_queue", 9, "--sigreg", 0.1),
-    ],
+    [(*JEPA, "--jepa_ratio", 0.5, "--lora", "--eval_generate", 1),
+     ("--regular", "--stp", "geodesic", "--stp_lbd", 1, "--stp_layer", 1, "--gradient_checkpointing"),
+     (*JEPA, "--nitp", "--nitp_layer", 1, "--jepa_loss", "clip", "--negatives_queue", 9, "--sigreg", 0.1)],
     ids=["lora", "stp-checkpointing", "nitp-clip-sigreg"],
-)
+)  # fmt: skip
 def test_compiler_gets_few_graphs_and_changes_no_number(tmp_path, monkeypatch, flags):
     """12 steps with other numbers of rows, tokens, labels, pairs and spans, evaluated after each half."""
     rows = [message_row("q" * (1 + 37 * i % 101), f"({'a' * (1 + 17 * i % 53)})") for i in range(18)]

@@ -64,11 +64,9 @@ FLOOR = dict.fromkeys(FEW, 0.0)
 
 @pytest.mark.parametrize(
     ("regular", "jepa", "k2", "expected"),
-    [
-        (EXACT, GAIN, BETTER, ["1 of 2 arms differs", "JEPA λ=1, k=1 +2.10 points [1.90, 2.30]."]),
-        (FLOOR, FLOOR, FEW, ["no arm", "k=2 +85.00 points", "nothing can show: JEPA λ=1, k=1 (0 %)."]),
-    ],
-)
+    [(EXACT, GAIN, BETTER, ["1 of 2 arms differs", "JEPA λ=1, k=1 +2.10 points [1.90, 2.30]."]),
+     (FLOOR, FLOOR, FEW, ["no arm", "k=2 +85.00 points", "nothing can show: JEPA λ=1, k=1 (0 %)."])],
+)  # fmt: skip
 def test_headline_lists_arms_that_differ_or_cannot(tmp_path, out, regular, jepa, k2, expected):
     runs = two_arms(tmp_path, regular, jepa) + one_arm(tmp_path, "k2", JEPA | {"predictors": 2}, k2)
     assert main([*runs, "--output_dir", str(out)]) == 0

@@ -127,13 +127,11 @@ def test_listed_answers_replace_the_parts_of_the_joined_text():
 
 @pytest.mark.parametrize(
     "task, answer, failure",
-    [
-        *(("gsm8k", answer, "gold_syntax") for answer in ("18", "#### eighteen", "", "####")),
-        *(("hellaswag", answer, "gold_class") for answer in ("E", "c", "", "C)", "AB")),
-        *(("rotten_tomatoes", answer, "gold_class") for answer in ("Mediocre", "Very Good", "")),
-        ("nq_open", "/", "gold_empty"),
-    ],
-)
+    [*(("gsm8k", answer, "gold_syntax") for answer in ("18", "#### eighteen", "", "####")),
+     *(("hellaswag", answer, "gold_class") for answer in ("E", "c", "", "C)", "AB")),
+     *(("rotten_tomatoes", answer, "gold_class") for answer in ("Mediocre", "Very Good", "")),
+     ("nq_open", "/", "gold_empty")],
+)  # fmt: skip
 def test_answer_that_the_task_cannot_use_is_reported(task, answer, failure):
     assert scored(task, answer, answer) == dict.fromkeys(TASKS[task].scores, False) | {"failure": failure}
 

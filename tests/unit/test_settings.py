@@ -159,13 +159,11 @@ def test_all_mistakes_are_reported_at_once_with_exit_code_2(tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "mentioned"),
-    [
-        ("--learning-rate 1", "--learning-rate --learning_rate"),
-        ("--lora_rnk 8 --epochs 2", "--lora_rnk --lora_rank --epochs --num_epochs"),
-        ("--zzz", "--zzz --help"),
-        ("--layout pakced", "--layout pakced packed"),
-    ],
-)
+    [("--learning-rate 1", "--learning-rate --learning_rate"),
+     ("--lora_rnk 8 --epochs 2", "--lora_rnk --lora_rank --epochs --num_epochs"),
+     ("--zzz", "--zzz --help"),
+     ("--layout pakced", "--layout pakced packed")],
+)  # fmt: skip
 def test_unknown_flag_or_value_is_one_line_with_similar_flags(flags, mentioned):
     done = call("finetune", *flags.split())
     assert done.code == 2 and done.err.count("\n") == 1
