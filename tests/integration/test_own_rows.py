@@ -121,6 +121,5 @@ def test_task_file_scores_in_training_and_in_evaluation(files, runs, tmp_path):
         tasks.file_task.cache_clear()
         done = call("evaluate", "--score_gold", "--input_file", files["chats"], "--task", task, code=2)
         assert str(task) in done.err and message in done.err, done.err
-    assert (
-        "rename" in call("evaluate", "--score_gold", "--input_file", files["chats"], "--task", "score.py", code=2).err
-    )
+    flags = ("--score_gold", "--input_file", files["chats"], "--task", "score.py")
+    assert "rename" in call("evaluate", *flags, code=2).err
