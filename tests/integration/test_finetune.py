@@ -62,8 +62,8 @@ def tied(tmp_path_factory) -> Path:
      (JEPA, (*JEPA, "--stp", "patch", "--stp_lbd", 0))],
 )  # fmt: skip
 def test_zero_weight_or_ratio_changes_nothing_bit_for_bit(trained, tied, base, zero):
-    model = tied if "--lora" in base else "llama3"
-    usual, other = (trained(*flags, "--max_steps", 3, model=model) for flags in (base, zero))
+    model = {"model": tied} if "--lora" in base else {}
+    usual, other = (trained(*flags, "--max_steps", 3, **model) for flags in (base, zero))
     same_weights(usual, other)
     assert metrics(other)[0].keys() == metrics(usual)[0].keys()
     for key in ("loss", "tokens"):
