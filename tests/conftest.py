@@ -1,7 +1,5 @@
 """Fixtures shared by all tests: golden models, small data files, the scripts run in-process."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import importlib
@@ -30,12 +28,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 MODELS = ("llama3", "chatml", "google_gemma")
+MODEL = GOLDEN / "models" / "llama3"
 JEPA = ("--predictors", 2, "--lbd", 1)
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are too small for a second thread to gain anything
 
 import finetune  # noqa: E402, F401
-from llm_jepa.files import read_json  # noqa: E402
+from llm_jepa.files import read_json, write_json  # noqa: E402
 from llm_jepa.run_folder import complete_checkpoints  # noqa: E402
 
 # Each run of a script collects garbage; without the freeze most of a short run's time goes to the libraries' objects.
@@ -83,6 +82,11 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """The contents of all files in a folder, by their path in it."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def read_lines(path: Path) -> list[dict]:
     """The objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -109,8 +113,7 @@ def changed_copy(source: Path, target: Path, **changes: dict) -> Path:
     """A copy of a folder without its evaluations, with changes to JSON files, by their names without ending."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("eval"))
     for name, values in changes.items():
-        path = target / f"{name}.json"
-        path.write_text(json.dumps(read_json(path) | values))
+        write_json(target / f"{name}.json", read_json(target / f"{name}.json") | values)
     return target
 
 
@@ -120,45 +123,50 @@ def half_token(responses: list[list[int]], *others: int) -> int:
     return min(counts, key=lambda t: (abs(2 * counts[t] - len(responses)), t))
 
 
-def call(script: str, *argv: object) -> SimpleNamespace:
-    """Runs finetune.main or evaluate.main in this process: its exit code, stdout and stderr."""
+def call(script: str, *argv: object, code: int | None = None) -> SimpleNamespace:
+    """Runs the main function of a script in this process: its exit code, which must be `code`, stdout and stderr."""
     module = importlib.import_module(script)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = module.main([str(a) for a in argv])
+            got = module.main([str(a) for a in argv])
         except SystemExit as exit_:
-            code = exit_.code
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+            got = exit_.code
+    assert code is None or got == code, err.getvalue()
+    return SimpleNamespace(code=got, out=out.getvalue(), err=err.getvalue())
 
 
 def dry_run(*argv: object) -> dict:
     """The JSON object of `finetune.py --dry_run`."""
-    done = call("finetune", *argv)
-    assert done.code == 0, done.err
-    return json.loads(done.out)
+    return json.loads(call("finetune", *argv, code=0).out)
 
 
-def start(data: Path, out: Path, *flags: object, model: str | Path = "llama3") -> SimpleNamespace:
-    """Runs finetune.py on a golden model (or a model folder): its exit code, stdout and stderr."""
+def start(
+    data: Path, out: Path, *flags: object, model: str | Path = "llama3", code: int | None = None
+) -> SimpleNamespace:
+    """Runs finetune.py on a golden model (or a model folder), as `call` does."""
     size = () if "--tokens_per_batch" in flags else ("--batch_size", 4)
     return call("finetune", "--train_file", data, "--model_name", GOLDEN / "models" / model, "--output_dir", out,
-                *size, "--grad_accum", 2, "--learning_rate", "1e-3", *flags)  # fmt: skip
+                *size, "--grad_accum", 2, "--learning_rate", "1e-3", *flags, code=code)  # fmt: skip
 
 
 def train(data: Path, out: Path, *flags: object, model: str | Path = "llama3", code: int = 0) -> Path:
-    """The same; returns the run folder and asserts the exit code."""
-    done = start(data, out, *flags, model=model)
-    assert done.code == code, done.err
+    """The same; returns the run folder."""
+    start(data, out, *flags, model=model, code=code)
     return out
 
 
 def predictions(model: Path, data: Path, out: Path, *flags: object) -> list[str]:
     """The predictions of evaluate.py in at most 8 tokens."""
-    done = call("evaluate", "--model_name", model, "--input_file", data, "--task", "text", "--max_new_tokens", 8,
-                "--output_file", out / "predictions.jsonl", *flags)  # fmt: skip
-    assert done.code == 0, done.err
-    return [json.loads(line)["prediction"] for line in (out / "predictions.jsonl").read_text().splitlines()]
+    call("evaluate", "--model_name", model, "--input_file", data, "--task", "text", "--max_new_tokens", 8,
+         "--output_file", out / "predictions.jsonl", *flags, code=0)  # fmt: skip
+    return [row["prediction"] for row in read_lines(out / "predictions.jsonl")]
+
+
+def is_running(pid: int | str) -> bool:
+    """Whether a process exists and is no zombie."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def skip_without_isolation() -> None:
@@ -170,7 +178,7 @@ def skip_without_isolation() -> None:
 
 def metrics(run: Path, key: str = "loss") -> list[dict]:
     """The lines of metrics.jsonl that have a key."""
-    return [x for x in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if key in x]
+    return [x for x in read_lines(run / "metrics.jsonl") if key in x]
 
 
 def column(run: Path, key: str) -> list[float]:
@@ -200,8 +208,7 @@ def interrupted(run: Path, step: int, folder: Path) -> Path:
             shutil.rmtree(checkpoint)
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    record = read_json(folder / "run.json") | {"status": "running"}
-    (folder / "run.json").write_text(json.dumps(record))
+    write_json(folder / "run.json", read_json(folder / "run.json") | {"status": "running"})
     return folder
 
 
@@ -209,6 +216,12 @@ def interrupted(run: Path, step: int, folder: Path) -> Path:
 def data(tmp_path_factory) -> Path:
     """EXAMPLES as a file, which a test must not change."""
     return write_rows(tmp_path_factory.mktemp("data") / "words_train.jsonl", EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory) -> Path:
+    """The first eight of EXAMPLES."""
+    return write_rows(tmp_path_factory.mktemp("eight") / "rows.jsonl", EXAMPLES[:8])
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +235,13 @@ def trained(data, tmp_path_factory) -> Callable[..., Path]:
     return run
 
 
-@pytest.fixture
-def regex_rows() -> Path:
-    return GOLDEN / "regex_rows.jsonl"
+@pytest.fixture(scope="module")
+def ranks(request):
+    """Jobs of several processes of the test module's SCRIPT."""
+    from ranks import Ranks
+
+    with contextlib.closing(Ranks(request.module.SCRIPT)) as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)

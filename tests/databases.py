@@ -1,7 +1,5 @@
 """A small SQLite database, and helpers for the tests of SQL queries."""
 
-from __future__ import annotations
-
 import contextlib
 import sqlite3
 from pathlib import Path

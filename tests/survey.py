@@ -6,8 +6,6 @@
 Each architecture has a child process with a time limit. PAGE describes what is done.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import os

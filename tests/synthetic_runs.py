@@ -1,7 +1,5 @@
 """Run folders as finetune.py and evaluate.py write them, with made-up scores."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -42,7 +40,7 @@ def synthetic_run(
     return folder
 
 
-def synthetic_arm(root: Path, name: str, settings: dict, exact: dict[int, float], **changes: object) -> list[str]:
+def one_arm(root: Path, name: str, settings: dict, exact: dict[int, float], **changes: object) -> list[str]:
     """A run for each seed of `exact`, which maps it to the score in percent."""
     return [str(synthetic_run(root / f"{name}-s{s}", settings, s, {"exact": e}, **changes)) for s, e in exact.items()]
 
@@ -59,7 +57,7 @@ def pretrained_run(root: Path, name: str, pretraining: dict, seed: int, exact: f
 def two_arms(root: Path, exact: dict = FEW, better: dict | None = None, **changes: object) -> list[str]:
     """Run folders of a regular and a JEPA arm, which scores 1 point more; `changes` replace settings of the latter."""
     better = better or {seed: value + 1 for seed, value in exact.items()}
-    return synthetic_arm(root, "regular", REGULAR, exact) + synthetic_arm(root, "jepa", JEPA | changes, better)
+    return one_arm(root, "regular", REGULAR, exact) + one_arm(root, "jepa", JEPA | changes, better)
 
 
 def change(run: Path | str, file: str, **changes: object) -> None:

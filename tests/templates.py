@@ -1,7 +1,5 @@
 """Tokenizers, encoders and models for every chat template that the tests cover."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from functools import cache
 from typing import Any

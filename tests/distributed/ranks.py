@@ -7,8 +7,6 @@ Starting Python and importing the libraries in each process takes ten times as l
 torchrun itself is tested elsewhere.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

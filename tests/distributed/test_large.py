@@ -1,7 +1,5 @@
 """finetune8bh200.py: FSDP2 over two, four and eight gloo processes gives the results of one process."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -13,24 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import GOLDEN, JEPA, ROOT, column, interrupted, make_model, message_row, same_weights, weights, write_rows
+from conftest import JEPA, MODEL, ROOT, column, interrupted, make_model, message_row, same_weights, weights, write_rows
 from ranks import Ranks
 
 from llm_jepa.files import read_json, write_json
 
 # 22 examples in steps of 8: the last step of an epoch has 6, so some of four processes have one example or none.
 EXAMPLES = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 5)) for i in range(22)]
-STEPS = 6  # two epochs
+SCRIPT, STEPS = "finetune8bh200", 6  # two epochs
 CHECKPOINTS = ("--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
 TERMS = ("--jepa_loss", "clip", "--negatives_queue", 99, "--nitp", "--sigreg", 0.05)
-MODEL = GOLDEN / "models" / "llama3"
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    started = Ranks("finetune8bh200")
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +71,15 @@ def same_run(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "count", "batch", "more"),
-    [
-        ((*JEPA, "--jepa_ratio", 0.3, "--stp", "geodesic"), 8, 1, ()),
-        (("--regular", "--nitp", "--nitp_layer", 1), 2, 1, ()),
-        (JEPA, 2, 1, ("--sharding", "ddp")),
-        # Each pair has the same negatives only if the micro-batches of all processes together are the same.
-        ((*JEPA, *TERMS, "--jepa_ratio", 0.5), 4, 2, ()),
-        ((*JEPA, "--jepa_loss", "vicreg", "--center", "--layout", "additive"), 2, 4, ()),
-        ((*JEPA, "--model_name", "tied"), 2, 1, ()),
-    ],
+    [((*JEPA, "--jepa_ratio", 0.3, "--stp", "geodesic"), 8, 1, ()),
+     (("--regular", "--nitp", "--nitp_layer", 1), 2, 1, ()),
+     (JEPA, 2, 1, ("--sharding", "ddp")),
+     # Each pair has the same negatives only if the micro-batches of all processes together are the same.
+     ((*JEPA, *TERMS, "--jepa_ratio", 0.5), 4, 2, ()),
+     ((*JEPA, "--jepa_loss", "vicreg", "--center", "--layout", "additive"), 2, 4, ()),
+     ((*JEPA, "--model_name", "tied"), 2, 1, ())],
     ids=["few-pairs", "nitp", "ddp", "clip-sigreg", "vicreg", "tied"],
-)
+)  # fmt: skip
 def test_several_processes_train_as_one(ranks, tmp_path, data, tied, flags, count, batch, more):
     flags = tuple(tied if flag == "tied" else flag for flag in flags)
     one = train(ranks, 1, tmp_path / "one", data, *flags, *sizes(1, 8))
@@ -130,14 +118,12 @@ def test_resume_with_half_the_processes(ranks, tmp_path, data):
 
 @pytest.mark.parametrize(
     ("model", "sharding", "more"),
-    [
-        ("tied", "ddp", ("--use_rslora", "--lora_alpha", 4)),
-        ("llama3", "fsdp2", ("--plain", "--nitp")),
-        ("llama3", "fsdp2", ("--use_dora", "--init_lora_weights", "gaussian", "--modules_to_save", "lm_head")),
-        ("mixtral", "fsdp2", ()),
-    ],
+    [("tied", "ddp", ("--use_rslora", "--lora_alpha", 4)),
+     ("llama3", "fsdp2", ("--plain", "--nitp")),
+     ("llama3", "fsdp2", ("--use_dora", "--init_lora_weights", "gaussian", "--modules_to_save", "lm_head")),
+     ("mixtral", "fsdp2", ())],
     ids=["ddp", "output-rows", "dora", "experts"],
-)
+)  # fmt: skip
 def test_adapters_of_several_processes_train_as_one(ranks, tmp_path, data, tied, model, sharding, more):
     if model == "mixtral":
         base = variant(tmp_path / "m", model, num_local_experts=4, eos_token_id=0, use_cache=True)
@@ -177,14 +163,12 @@ def test_four_bit_weights(ranks, tmp_path, data):
 
 @pytest.mark.parametrize(
     ("processes", "flags", "mentioned"),
-    [
-        (1, ("--sharding", "ddp"), "--sharding: "),
-        (1, ("--param_dtype", "bfloat16", "--dtype", "float32"), "--dtype float32: not with --param_dtype"),
-        (2, ("--optim", "adamw_bnb_8bit"), "--optim adamw_bnb_8bit: not with --sharding fsdp2"),
-        (2, ("--gradient_stats", 5), "--gradient_stats: not with --sharding fsdp2"),
-        (2, ("--lora", "--load_in_4bit", "--sharding", "fsdp2"), "--sharding fsdp2: "),
-    ],
-)
+    [(1, ("--sharding", "ddp"), "--sharding: "),
+     (1, ("--param_dtype", "bfloat16", "--dtype", "float32"), "--dtype float32: not with --param_dtype"),
+     (2, ("--optim", "adamw_bnb_8bit"), "--optim adamw_bnb_8bit: not with --sharding fsdp2"),
+     (2, ("--gradient_stats", 5), "--gradient_stats: not with --sharding fsdp2"),
+     (2, ("--lora", "--load_in_4bit", "--sharding", "fsdp2"), "--sharding fsdp2: ")],
+)  # fmt: skip
 def test_contradictory_flags_are_refused(ranks, tmp_path, data, processes, flags, mentioned):
     codes, errors = start(ranks, processes, tmp_path / "run", data, *flags)
     assert 2 in codes and all(codes) and f"error: {mentioned}" in errors
@@ -219,9 +203,6 @@ def test_shard_that_cannot_be_written_is_reported_in_one_line(ranks, tmp_path, d
     codes, errors = start(ranks, 2, run, data, *JEPA, *sizes(2), before=limit)
     assert all(codes) and str(run) in errors and "Traceback" not in errors, errors
     assert read_json(run / "run.json")["status"] == "failed"
-
-
-# ---------------------------------------------------------------------------------------------------------- restarts
 
 
 def contents(run: Path) -> dict[Path, bytes]:

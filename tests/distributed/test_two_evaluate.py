@@ -1,18 +1,16 @@
 """Two gloo processes write the same predictions as one, and either resumes what the other left."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, call, message_row, read_lines, write_rows
-from ranks import Ranks
+from conftest import GOLDEN, MODEL, call, message_row, read_lines, write_rows
 
 from llm_jepa.evaluation import generation
 
+SCRIPT = "evaluate"
 USERS = [f"lines with the number {i}" + " or a vowel" * (i * 5 % 7) for i in range(11)]
-FLAGS = ("--model_name", GOLDEN / "models" / "llama3", "--batch_size", 2, "--max_new_tokens", 6, "--dtype", "float32")
+FLAGS = ("--model_name", MODEL, "--batch_size", 2, "--max_new_tokens", 6, "--dtype", "float32")
 # Process 0 is killed in its second batch, after the first ones of both processes are written.
 KILLED = """
 import os, signal
@@ -25,13 +23,6 @@ def stop(*args):
     return generate(*args)
 generation.generate_batch = stop
 """
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    started = Ranks("evaluate")
-    yield started
-    started.close()
 
 
 def flags_of(data: Path, folder: Path) -> tuple[object, ...]:

@@ -1,7 +1,5 @@
 """Two gloo processes train to what one process trains to."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
@@ -10,13 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, ROOT, column, make_model, message_row, metrics, same_weights, write_rows
+from conftest import MODEL, ROOT, column, make_model, message_row, metrics, same_weights, write_rows
 from ranks import Ranks
 
 from llm_jepa.files import read_json
 
-MODEL = GOLDEN / "models" / "llama3"
-JEPA = ("--predictors", 1, "--lbd", 1)
+SCRIPT, JEPA = "finetune", ("--predictors", 1, "--lbd", 1)
 # 13 examples in steps of 8: the second step has 5, so one process gets a short micro-batch with --batch_size 4, and
 # empty ones with --batch_size 1 --grad_accum 4.
 EXAMPLES = [message_row(f"lines with the number {i}", f"({i}).*" * (1 + i % 3)) for i in range(13)]
@@ -27,13 +24,6 @@ import glob
 threads = [open(name).read().strip() for name in glob.glob("/proc/self/task/*/comm")]
 assert not [t for t in threads if "gloo" in t], threads
 """
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    started = Ranks("finetune")
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +53,11 @@ def one_and_two(ranks: Ranks, data: Path, folder: Path, flags: tuple, sizes: lis
 
 @pytest.mark.parametrize(
     ("flags", "batch", "accum"),
-    [
-        (("--jepa_ratio", 0.5, "--stp", "geodesic", "--stp_lbd", 1, "--stp_spans", 2, "--stp_layer", 1), 1, 4),
-        (("--sigreg", 0.3, "--nitp", "--nitp_layer", 1), 1, 4),
-        (("--sigreg", 0.3, "--jepa_loss", "clip", "--jepa_ratio", 0.3, "--nitp"), 4, 1),
-    ],
+    [(("--jepa_ratio", 0.5, "--stp", "geodesic", "--stp_lbd", 1, "--stp_spans", 2, "--stp_layer", 1), 1, 4),
+     (("--sigreg", 0.3, "--nitp", "--nitp_layer", 1), 1, 4),
+     (("--sigreg", 0.3, "--jepa_loss", "clip", "--jepa_ratio", 0.3, "--nitp"), 4, 1)],
     ids=["dropout-stp", "sigreg-nitp", "sigreg-clip-dropout"],
-)
+)  # fmt: skip
 def test_two_processes_equal_one(ranks, data, tmp_path, flags, batch, accum):
     flags = (*flags, "--num_epochs", 2, "--eval_file", data, "--eval_generate", 1)  # one process generates nothing
     one, two = one_and_two(ranks, data, tmp_path, flags, [(8, 1), (batch, accum)])
@@ -105,13 +93,11 @@ def test_processes_agree_on_generations_the_best_model_and_the_last_step(ranks, 
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        ("clip", "--negatives_queue", 99, "--gradient_stats", 1),
-        ("infonce", "--jepa_ratio", 0.3, "--negatives_queue", 99),
-        ("vicreg", "--jepa_ratio", 0.5, "--center", "--stop_gradient", "text", "--gradient_checkpointing"),
-    ],
+    [("clip", "--negatives_queue", 99, "--gradient_stats", 1),
+     ("infonce", "--jepa_ratio", 0.3, "--negatives_queue", 99),
+     ("vicreg", "--jepa_ratio", 0.5, "--center", "--stop_gradient", "text", "--gradient_checkpointing")],
     ids=["clip-queue-measured", "infonce-queue-dropout", "vicreg-center-dropout"],
-)
+)  # fmt: skip
 def test_pairs_of_all_processes_are_contrasted_as_those_of_one_micro_batch(ranks, data, tmp_path, flags):
     flags = ("--num_epochs", 3, "--gamma", 0, "--eval_file", data, "--jepa_loss", *flags)
     one, two = one_and_two(ranks, data, tmp_path, flags, [(8, 1), (4, 1)])
@@ -147,13 +133,11 @@ LlamaMLP.forward = routed
 
 @pytest.mark.parametrize(
     ("kind", "config", "before", "flags"),
-    [
-        ("deepseek_v32", INDEXER, "", ("--gradient_checkpointing",)),
-        ("opt", LAYER_DROP, "", ("--layout", "separate", "--gamma", 0)),
-        ("llama", SMALL | {"intermediate_size": 48}, EXPERTS, ("--jepa_ratio", 0.5)),
-    ],
+    [("deepseek_v32", INDEXER, "", ("--gradient_checkpointing",)),
+     ("opt", LAYER_DROP, "", ("--layout", "separate", "--gamma", 0)),
+     ("llama", SMALL | {"intermediate_size": 48}, EXPERTS, ("--jepa_ratio", 0.5))],
     ids=["never-used", "layer-drop", "experts"],
-)
+)  # fmt: skip
 def test_parameters_that_a_step_does_not_use_change_nothing(ranks, data, tmp_path, kind, config, before, flags):
     model = make_model(tmp_path / "model", kind, "llama3", std=0.2, **config)
     flags = ("--model_name", model, *flags, "--num_epochs", 3, "--optim", "adamw_torch")

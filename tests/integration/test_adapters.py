@@ -1,7 +1,5 @@
 """What an adapter reaches and stores, rows of new tokens, saved settings, and models that are refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -44,9 +42,8 @@ def base_model(folder: Path, kind: str = "llama", rows: int = 531, tokens: tuple
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_rows(
-        tmp_path_factory.mktemp("data") / "rows.jsonl", [message_row(f"word {i}", "a" * i) for i in (1, 3, 5, 7)]
-    )
+    rows = [message_row(f"word {i}", "a" * i) for i in (1, 3, 5, 7)]
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +51,8 @@ def without_rows(data, tmp_path_factory) -> tuple[Path, Path]:
     """A base that lacks the rows of its turn tokens and the run of an adapter on it."""
     folder = tmp_path_factory.mktemp("rows")
     base = base_model(folder / "base", tokens=("<|begin|>", "<|stop|>"), use_cache=True)
-    return base, train(
-        data, folder / "run", *JEPA, "--lora", "--merge", "--keep_checkpoints", "--max_steps", 2, model=base
-    )
+    flags = (*JEPA, "--lora", "--merge", "--keep_checkpoints", "--max_steps", 2)
+    return base, train(data, folder / "run", *flags, model=base)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -77,14 +73,12 @@ def same_as_merged(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "flags", "reached", "left"),
-    [
-        ("glm4_moe", (), "q_proj shared_experts.gate_proj layers.0.mlp.down_proj experts.base_layer", "gate.weight"),
-        ("laguna", (), "q_proj mlp.experts", "shared_experts.up_proj"),  # which PEFT would not load again
-        ("mamba", ("--layout", "separate"), "in_proj x_proj", "out_proj dt_proj conv1d"),
-        ("phi3", (), "qkv_proj o_proj gate_up_proj down_proj", ""),
-        ("nemotron_h", ("--layout", "separate"), "in_proj q_proj o_proj", "out_proj conv1d"),
-    ],
-)
+    [("glm4_moe", (), "q_proj shared_experts.gate_proj layers.0.mlp.down_proj experts.base_layer", "gate.weight"),
+     ("laguna", (), "q_proj mlp.experts", "shared_experts.up_proj"),  # which PEFT would not load again
+     ("mamba", ("--layout", "separate"), "in_proj x_proj", "out_proj dt_proj conv1d"),
+     ("phi3", (), "qkv_proj o_proj gate_up_proj down_proj", ""),
+     ("nemotron_h", ("--layout", "separate"), "in_proj q_proj o_proj", "out_proj conv1d")],
+)  # fmt: skip
 def test_adapter_reaches_what_peft_can_and_records_the_rest(kind, flags, reached, left, data, tmp_path):
     base = base_model(tmp_path / "base", kind)
     run = train(data, tmp_path / "run", *JEPA, *flags, "--lora", "--lora_rank", 2, "--merge", "--learning_rate", 0.01,
@@ -204,15 +198,13 @@ def test_new_tokens_in_spare_rows_start_at_the_mean(flags, data, tmp_path):
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     tiny = ("--plain", "--learning_rate", "1e-9", "--max_steps", 1)
     run = train(data, tmp_path / "run", *JEPA, *tiny, *flags, model=base)
-    new = AutoTokenizer.from_pretrained(run).convert_tokens_to_ids(
-        ["<|perception|>", *(f"<|predictor_{i}|>" for i in range(1, 3 if flags else 11))]
-    )
+    tokens = ["<|perception|>", *(f"<|predictor_{i}|>" for i in range(1, 3 if flags else 11))]
+    new = AutoTokenizer.from_pretrained(run).convert_tokens_to_ids(tokens)
     assert min(new) >= known
     after, old = weights(run / "merged" if flags else run), weights(base)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        torch.testing.assert_close(
-            after[name][new], old[name][:known].mean(dim=0).expand(len(new), -1), rtol=0, atol=1e-5
-        )
+        mean = old[name][:known].mean(dim=0).expand(len(new), -1)
+        torch.testing.assert_close(after[name][new], mean, rtol=0, atol=1e-5)
         rest = [i for i in range(known, 540) if i not in new]
         assert after[name][rest].abs().max() < 1e-6  # of other tokens and of predictor tokens that are not in use
 
@@ -241,9 +233,6 @@ def test_tokenizer_without_eos_and_padding_token(special, data, tmp_path):
         assert GenerationConfig.from_pretrained(tmp_path / "run").eos_token_id == [6]
     else:
         assert done.code == 2 and "pad_token" in done.err and "Traceback" not in done.err
-
-
-# ------------------------------------------------------------------------------------------------ saved settings
 
 
 def test_saved_settings_are_those_of_the_base(without_rows, data, tmp_path):

@@ -1,7 +1,5 @@
 """python -m llm_jepa.chat: prompts as in training, known examples, a terminal with pasted text, errors."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -125,18 +123,16 @@ def test_run_trained_on_csv_knows_the_examples_of_a_csv(tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "stdin", "said"),
-    [
-        (("--task", "text"), b"a", "--input_file"),
-        (("--input_file", "ROWS", "--task", "texts"), b"a", "--task texts"),
-        (("--input_file", "missing.jsonl", "--task", "text"), b"a", "missing.jsonl"),
-        (("--max_new_tokens", 0), b"a", "--max_new_tokens 0"),
-        (("--system", "\udcff"), b"a", "the system turn"),
-        ((), b"\n", "the prompt"),
-        ((), b"\xff", "UTF-8"),
-        ((), b"a <|eot_id|>", "<|eot_id|>"),
-        ((), b"word " * 3000, "context"),
-    ],
-)
+    [(("--task", "text"), b"a", "--input_file"),
+     (("--input_file", "ROWS", "--task", "texts"), b"a", "--task texts"),
+     (("--input_file", "missing.jsonl", "--task", "text"), b"a", "missing.jsonl"),
+     (("--max_new_tokens", 0), b"a", "--max_new_tokens 0"),
+     (("--system", "\udcff"), b"a", "the system turn"),
+     ((), b"\n", "the prompt"),
+     ((), b"\xff", "UTF-8"),
+     ((), b"a <|eot_id|>", "<|eot_id|>"),
+     ((), b"word " * 3000, "context")],
+)  # fmt: skip
 def test_bad_input_is_one_line_with_exit_code_2(memorized, rows, flags, stdin, said):
     done = run_chat(memorized, *(rows if f == "ROWS" else f for f in flags), stdin=stdin)
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done.err

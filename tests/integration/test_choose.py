@@ -1,7 +1,5 @@
 """Multiple choice by likelihood, and quantized models: against complete forward passes, for any batch."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, MODELS, call, make_model, message_row, read_lines, weights, write_rows
+from conftest import GOLDEN, MODEL, MODELS, call, make_model, message_row, read_lines, weights, write_rows
 from safetensors.torch import save_file
 
 import evaluate
@@ -96,21 +94,21 @@ def evaluated(model: Path, folder: Path, *flags: object):
 
 
 def test_hellaswag_from_the_command_line(tmp_path):
-    done, rows = evaluated(GOLDEN / "models" / "llama3", tmp_path, "--batch_size", 2)
+    done, rows = evaluated(MODEL, tmp_path, "--batch_size", 2)
     assert done.code == 0, done.err
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     right = [row["prediction"] == LETTERS[e.id % 4] for row, e in zip(rows, EXAMPLES, strict=True)]
     assert [row["choice"] for row in rows] == right and set(rows[0]["log_likelihoods"]) == set(LETTERS)
     assert (metrics["score"], metrics["n"], metrics["stop_rate"]) == ("choice", 7, None)
     assert metrics["choice"] == sum(right) / 7 and "stop_rate" not in done.out
-    done, _ = evaluated(GOLDEN / "models" / "llama3", tmp_path, "--max_new_tokens", 5, "--overwrite")
+    done, _ = evaluated(MODEL, tmp_path, "--max_new_tokens", 5, "--overwrite")
     assert done.code == 2 and "--max_new_tokens" in done.err
 
 
 def test_choices_of_half_precision_are_compared_by_float32_logits(tmp_path, monkeypatch):
     def likelihoods(name: str) -> list[float]:
         (tmp_path / name).mkdir()
-        done, rows = evaluated(GOLDEN / "models" / "llama3", tmp_path / name, "--dtype", "bfloat16")
+        done, rows = evaluated(MODEL, tmp_path / name, "--dtype", "bfloat16")
         assert done.code == 0, done.err
         return [value for row in rows for value in row["log_likelihoods"].values()]
 
@@ -121,17 +119,12 @@ def test_choices_of_half_precision_are_compared_by_float32_logits(tmp_path, monk
 
 
 def test_likelihoods_that_are_not_finite_are_an_error(tmp_path):
-    model = GOLDEN / "models" / "llama3"
-    folder = shutil.copytree(model, tmp_path / "broken")
-    tensors = weights(model)
+    folder, tensors = shutil.copytree(MODEL, tmp_path / "broken"), weights(MODEL)
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     done, rows = evaluated(folder, tmp_path)
     assert done.code == 2 and "--dtype float32" in done.err
     assert not rows and not (tmp_path / "metrics.json").exists()
-
-
-# -------------------------------------------------------------------------------------------------- quantized models
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """A run says whether its auxiliary terms have learned: on the console, in metrics.jsonl and in run.json."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 
 import pytest
 from conftest import call, interrupted, metrics, start
 from synthetic_runs import change
 
+from llm_jepa.files import read_json
 from llm_jepa.training.diagnostics import MARGIN, MIN_COUNT, announcements, judge
 
 STEPS = 60
@@ -23,8 +21,7 @@ def begin(data: Path, out: Path, method: str) -> str:
     jepa = () if "--regular" in METHODS[method] else ("--lbd", 1)
     done = start(data, out, "--pretrain", "--max_steps", STEPS, "--learning_rate", "3e-3", "--batch_size", 8,
                  "--grad_accum", 1, "--save_strategy", "steps", "--save_steps", 25, "--save_total_limit", 9,
-                 "--keep_checkpoints", *jepa, *METHODS[method])  # fmt: skip
-    assert done.code == 0, done.err
+                 "--keep_checkpoints", *jepa, *METHODS[method], code=0)  # fmt: skip
     return said(done.err)
 
 
@@ -33,7 +30,7 @@ def said(err: str) -> str:
 
 
 def learned(run: Path) -> dict:
-    return json.loads((run / "run.json").read_text())["learned"]
+    return read_json(run / "run.json")["learned"]
 
 
 def announced(run: Path) -> list[tuple[int, str]]:
@@ -56,9 +53,8 @@ def test_a_term_that_has_not_learned_is_announced_once_and_others_never(runs, me
     if method in COLLAPSED:
         ((step, key),) = announced(run)
         assert STEPS / 2 <= step < STEPS and key == f"{term}_collapsed" and term.upper() in text
-    assert {name: found["collapsed"] for name, found in learned(run).items()} == (
-        {} if method == "regular" else {term: method in COLLAPSED}
-    )
+    expected = {} if method == "regular" else {term: method in COLLAPSED}
+    assert {name: found["collapsed"] for name, found in learned(run).items()} == expected
 
 
 def test_final_judgement_is_that_of_the_last_lines(runs):
@@ -76,8 +72,7 @@ def test_resumed_run_says_the_same_and_nothing_twice(runs, tmp_path, step):
     run, text = runs["cosine"]
     again = interrupted(run, step, tmp_path / "again")
     change(again, "run.json", learned=...)
-    done = call("finetune", "--resume", again)
-    assert done.code == 0, done.err
+    done = call("finetune", "--resume", again, code=0)
     assert said(done.err) == (text if step == 25 else "")
     assert announced(again) == announced(run) and learned(again) == learned(run)
 
@@ -85,9 +80,7 @@ def test_resumed_run_says_the_same_and_nothing_twice(runs, tmp_path, step):
 # ------------------------------------------------------------------------------------------------------- judgement
 
 
-def history(
-    effects: list[float], every: int = 1, pairs: int = 8, sd: float = 0.1, retrieval: float = 0.9
-) -> list[dict]:
+def history(effects: list, every: int = 1, pairs: int = 8, sd: float = 0.1, retrieval: float = 0.9) -> list[dict]:
     """Lines of a training with c − s = effect · σ in each line."""
     fixed = {"label_tokens": 9, "cosine_shuffled": 0.2, "cosine_shuffled_sd": sd, "retrieval": retrieval,
              "pairs": pairs, "retrieval_chance": 1 / pairs, "effective_rank": 5.0}  # fmt: skip

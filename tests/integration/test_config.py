@@ -1,7 +1,5 @@
 """--config: YAML files, run folders, bad files, and the recipes."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shlex
@@ -64,20 +62,18 @@ def test_settings_of_a_run_folder_are_those_of_its_resume_and_defaults_of_anothe
 @pytest.mark.parametrize("script", ["finetune", "finetune8bh200", "evaluate"])
 @pytest.mark.parametrize(
     ("line", "parts"),
-    [
-        ("modelname: m", "run.yaml:2 modelname model_name"),
-        ("attn_implementation: [a, b]", "run.yaml:2 attn_implementation"),
-        ("batch_size: two", "run.yaml:2 batch_size two"),
-        ("batch_size: 1.5", "run.yaml:2 batch_size 1.5"),
-        ("plain: 5", "run.yaml:2 plain 5"),
-        ("dtype: int8", "run.yaml:2 dtype int8"),
-        ("config: other.yaml", "run.yaml:2 config"),
-        ("batch_size: 2\nbatch_size: 3", "run.yaml:3 batch_size"),
-        ("- batch_size", "run.yaml"),
-        ("batch_size: {", "run.yaml"),
-    ],
+    [("modelname: m", "run.yaml:2 modelname model_name"),
+     ("attn_implementation: [a, b]", "run.yaml:2 attn_implementation"),
+     ("batch_size: two", "run.yaml:2 batch_size two"),
+     ("batch_size: 1.5", "run.yaml:2 batch_size 1.5"),
+     ("plain: 5", "run.yaml:2 plain 5"),
+     ("dtype: int8", "run.yaml:2 dtype int8"),
+     ("config: other.yaml", "run.yaml:2 config"),
+     ("batch_size: 2\nbatch_size: 3", "run.yaml:3 batch_size"),
+     ("- batch_size", "run.yaml"),
+     ("batch_size: {", "run.yaml")],
     ids=str,
-)
+)  # fmt: skip
 def test_error_names_file_line_and_key(script, line, parts, tmp_path):
     (tmp_path / "run.yaml").write_text(f"# a run\n{line}\n")
     done = call(script, "--config", tmp_path / "run.yaml")

@@ -1,34 +1,26 @@
 """Different ways to the same micro-batches: stored tokens, several processes, token budgets, streams."""
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EXAMPLES, GOLDEN, JEPA, column, interrupted, same_weights, start, train, write_rows
+import templates
+from conftest import EXAMPLES, JEPA, column, interrupted, same_weights, start, train, write_rows
 
 from llm_jepa.data import streaming
 from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.examples import Example, ExampleError, Problems, read_examples
-from llm_jepa.data.rendering import Renderer
-from llm_jepa.data.segments import Encoder
 from llm_jepa.data.spans import Draws
 from llm_jepa.data.streaming import SegmentStream
 from llm_jepa.files import read_json
-from llm_jepa.model import load_tokenizer
 from llm_jepa.run_folder import mark_checkpoint
 
-MODEL = GOLDEN / "models" / "llama3"
-TOKENIZER = load_tokenizer(str(MODEL))
 KEEP = Draws(seed=42)
-
-
-def encoder(predictors: int = 1, **flags: object) -> Encoder:
-    return Encoder(Renderer(TOKENIZER, predictors=predictors), **flags)
+encoder = functools.partial(templates.encoder, "llama3", predictors=1)
 
 
 def stream_of(path: Path, **options: object) -> SegmentStream:
@@ -40,9 +32,6 @@ def tokens(items: list) -> list[str]:
     """All that an encoded example consists of, comparable."""
     fields = ("kind", "ids", "labels", "view", "stem", "branch", "user", "answer", "paired")
     return [str([[np.asarray(getattr(x, name)).tolist() for name in fields] for x in item]) for item in items]
-
-
-# ---------------------------------------------------------------------------------------------------------- tokens
 
 
 @pytest.mark.parametrize("flags", [{}, {"jepa": False}, {"text_view": "in_chat"}, {"locate_user": True}], ids=str)
@@ -57,18 +46,12 @@ def test_stored_segments_equal_encoded_segments_in_any_number_of_processes(data,
         assert items.lengths.tolist() == [sum(len(x.ids) for x in item) for item in encoded if item]
 
 
-# --------------------------------------------------------------------------------------------------------- budgets
-
-
 def test_token_budget_changes_only_which_examples_share_a_micro_batch(trained):
     one = trained(*JEPA, "--batch_size", 24, "--grad_accum", 1, "--max_steps", 3)
     budget = trained(*JEPA, "--tokens_per_batch", 400, "--max_steps", 3, "--grad_accum", 99)
     same_weights(one, budget, rtol=1e-3, atol=2e-4)  # Adam magnifies rounding errors of tiny gradients
     assert column(budget, "loss") == pytest.approx(column(one, "loss"), rel=1e-5)
     assert column(budget, "tokens") == column(one, "tokens")
-
-
-# --------------------------------------------------------------------------------------------------------- streams
 
 
 def test_stream_trains_on_the_same_examples_as_memory_with_and_without_workers(trained):
@@ -104,8 +87,7 @@ def test_stream_is_not_resumed_by_another_number_of_processes(data, trained, tmp
     place = run / "checkpoint-2" / "stream-0.json"
     place.write_text(json.dumps({"place": [0, 0, 3], "processes": 2}))
     mark_checkpoint(place.parent)  # otherwise it counts as incomplete
-    done = start(data, run, *flags, "--resume")
-    assert done.code == 2 and "2 processes" in done.err
+    assert "2 processes" in start(data, run, *flags, "--resume", code=2).err
 
 
 def test_processes_share_each_epoch_of_a_stream_in_another_order(data, monkeypatch):

@@ -3,8 +3,6 @@
 The tests marked gpu also run on the CPU with REHEARSE=1, to try them out (benchmarks/gpu.sh).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import weakref
@@ -14,7 +12,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
-from conftest import EXAMPLES, JEPA, ROOT, column, interrupted, message_row, train, write_rows
+from conftest import JEPA, ROOT, column, interrupted, message_row, train, write_rows
 from templates import LLAMA_1B, LLAMA_8B
 from test_terms import ARMS, prepared
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -44,11 +42,6 @@ def on_gpu(test):
     """A test that needs a GPU."""
     missing = not (REHEARSE or torch.cuda.is_available())
     return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs a GPU")(test))
-
-
-@pytest.fixture(scope="module")
-def eight(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("eight") / "rows.jsonl", EXAMPLES[:8])
 
 
 def step_of(eight, arm: str, text_view: str, layout: str, **flags: object) -> tuple[finetune.Parts, dict]:

@@ -1,7 +1,5 @@
 """run.sh and llm_jepa/driver.py: run folders, settings, refusals, skipped and resumed steps, exit codes, signals."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -13,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, column, message_row, same_weights, write_rows
+from conftest import ROOT, column, is_running, message_row, same_weights, write_rows
 from driver_project import VARIABLES, Project, flag, resolved
 
 from llm_jepa import driver
@@ -61,10 +59,8 @@ def test_run_folder_names(project, arguments, variables, name):
 def test_run_folder_names_of_several_runs(project):
     flags = ["--", "--weight_decay", "0.1", "--", "--jepa_ratio", "0.5"]
     done = project.run("compare", *flags, ARMS="regular jepa", **ONE)
-    assert done.runs == [
-        "runs/synth-tiny-regular-lr1e-3-e2-s4-xd14d0b09",
-        "runs/synth-tiny-jepa-lr1e-3-lbd1-k1-e2-s4-xd25239c1",
-    ]
+    names = ("regular-lr1e-3-e2-s4-xd14d0b09", "jepa-lr1e-3-lbd1-k1-e2-s4-xd25239c1")
+    assert done.runs == [f"runs/synth-tiny-{name}" for name in names]
     assert [resolved(argv)["jepa_ratio"] for argv in done.trained] == [1.0, 0.5]
 
 
@@ -259,14 +255,12 @@ def test_compare_trains_five_arms_that_differ_only_in_the_method(project):
 
 @pytest.mark.parametrize(
     ("variables", "arms"),
-    [
-        ({"ARMS": "clip,regular"}, "clip-lr1e-3-lbd0.1-k1 regular-lr1e-3"),
-        ({"ARMS": "regular clip:.3 clip nitp:2 jepa", "LBD": "4"},
-         "regular-lr1e-3 clip-lr1e-3-lbd.3-k1 clip-lr1e-3-lbd0.1-k1 nitp-lr1e-3-lbd2 jepa-lr1e-3-lbd4-k1"),
-        ({"ARMS": "regular clip clip:0.1 regular", "PREDICTORS": "0"}, "regular-lr1e-3 clip-lr1e-3-lbd0.1-k0"),
-        ({"ARMS": "regular clip:.3 placebo:.5"}, "regular-lr1e-3 clip-lr1e-3-lbd.3-k1 placebo-lr1e-3-lbd.5-k1"),
-        ({"PROTOCOL": "paper"}, "regular-lr1e-3 jepa-lr1e-3-lbd1-k1"),
-    ],
+    [({"ARMS": "clip,regular"}, "clip-lr1e-3-lbd0.1-k1 regular-lr1e-3"),
+     ({"ARMS": "regular clip:.3 clip nitp:2 jepa", "LBD": "4"},
+      "regular-lr1e-3 clip-lr1e-3-lbd.3-k1 clip-lr1e-3-lbd0.1-k1 nitp-lr1e-3-lbd2 jepa-lr1e-3-lbd4-k1"),
+     ({"ARMS": "regular clip clip:0.1 regular", "PREDICTORS": "0"}, "regular-lr1e-3 clip-lr1e-3-lbd0.1-k0"),
+     ({"ARMS": "regular clip:.3 placebo:.5"}, "regular-lr1e-3 clip-lr1e-3-lbd.3-k1 placebo-lr1e-3-lbd.5-k1"),
+     ({"PROTOCOL": "paper"}, "regular-lr1e-3 jepa-lr1e-3-lbd1-k1")],
 )  # fmt: skip
 def test_arms_chooses_and_orders_the_arms_and_their_weights(project, variables, arms):
     done = project.run("compare", **ONE | variables)
@@ -333,9 +327,8 @@ def test_a_failing_run_ends_a_sweep_and_the_same_command_resumes_it(project):
 
 
 def test_steps_of_run_pretrain(project):
-    done = project.run(
-        "run_pretrain", "org/big", "8e-5", "1", "-", "2", "82,23", "0.5", FINETUNE_EPOCHS="3", ARM="jepa"
-    )
+    arguments = "run_pretrain org/big 8e-5 1 - 2 82,23 0.5".split()
+    done = project.run(*arguments, FINETUNE_EPOCHS="3", ARM="jepa")
     assert len(done.trained) == 6
     base, *after = map(resolved, done.trained[:3])
     assert base["pretrain"] and base["plain"] and base["train_all"] and not base["regular"]
@@ -409,10 +402,8 @@ def test_run_regular_from_the_shell_equals_a_run_in_this_process(project):
 
 def test_run_pretrain_learns_a_classification(project):
     words = ["lake", "ring", "truck", "dog", "wood", "stone", "sand", "moss"]
-    pairs = [
-        message_row(f"the {a} is near the {b}", f"the {b} has the {a} near it", None) for a in words for b in words
-    ]
-    write_rows(Path("datasets/paraphrase_train.jsonl"), pairs)
+    pairs = [(f"the {a} is near the {b}", f"the {b} has the {a} near it") for a in words for b in words]
+    write_rows(Path("datasets/paraphrase_train.jsonl"), [message_row(*pair, None) for pair in pairs])
     examples = [message_row(f"a {word} film, {c.lower()}", c, "Rate it.") for word in words for c in ("Good", "Bad")]
     for part, count in (("train", 16), ("test", 9)):
         write_rows(Path(f"datasets/rotten_tomatoes_{part}.jsonl"), examples[:count])
@@ -464,11 +455,6 @@ def started(count: int) -> list[list[str]]:
     raise TimeoutError
 
 
-def running(pid: str) -> bool:
-    path = Path("/proc", pid, "stat")
-    return path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 @pytest.mark.parametrize(
     ("number", "variables"), [(signal.SIGINT, {}), (signal.SIGTERM, {"JOBS": "1"}), (signal.SIGINT, {"STUBBORN": "1"})]
 )
@@ -479,7 +465,7 @@ def test_a_signal_ends_all_processes(project, number, variables):
     begin = time.monotonic()
     err = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + number and "stopped" in err and time.monotonic() - begin < 15
-    assert not any(running(pid) for line in found for pid in line[:2])
+    assert not any(is_running(pid) for line in found for pid in line[:2])
     assert len(started(len(found))) == len(found), "nothing else is started"
 
 
@@ -492,4 +478,4 @@ def test_a_failing_job_ends_the_others_and_jobs_share_the_cores(project):
     os.kill(int(first[0]), signal.SIGKILL)  # makes room for the third job, or is itself the failure
     err = process.communicate(timeout=30)[1]
     assert process.returncode and "runs/.logs/" in err
-    assert not any(running(pid) for line in (first, second) for pid in line[:1])
+    assert not any(is_running(pid) for line in (first, second) for pid in line[:1])

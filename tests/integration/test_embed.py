@@ -1,7 +1,5 @@
 """Embeddings of views are what training reads, for any model, template, batch and order; and evaluate.py's files."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, MODELS, ROOT, call, message_row, train, write_rows
+from conftest import GOLDEN, MODEL, MODELS, ROOT, call, message_row, train, write_rows
 from safetensors import safe_open
 
 import evaluate
@@ -33,10 +31,8 @@ WORDS = (
     "two\nlines",
     "a",
 )
-EXAMPLES = [
-    Example("Write it.", user, f"(.*{user[::-1]}.*)" * (1 + i % 3), f"data:{i}", i)
-    for i, user in enumerate(WORDS, start=1)
-]
+EXAMPLES = [Example("Write it.", user, f"(.*{user[::-1]}.*)" * (1 + i % 3), f"data:{i}", i)
+            for i, user in enumerate(WORDS, start=1)]  # fmt: skip
 PLACES = {
     "k=0": {},
     "front_pred": {"predictors": 2, "front_pred": True},
@@ -173,8 +169,7 @@ def test_views_are_exported_and_measured_as_the_run_was_trained(name, rows, tmp_
         model = train(rows, tmp_path / "run", "--max_steps", 1, *flags, model=base)
     flags = ["--dtype", "float32", "--similarity", "--embedding_layer", 1, "--embedding_pooling", "last"]
     files = ["--output_file", tmp_path / "similarity.json", "--export_embeddings", tmp_path / "v.safetensors"]
-    done = call("evaluate", "--model_name", model, "--input_file", rows, *flags, *files)
-    assert done.code == 0, done.err
+    call("evaluate", "--model_name", model, "--input_file", rows, *flags, *files, code=0)
     tokenizer = load_tokenizer(str(model), predictors=False)
     encoder = encoder_of(tokenizer, **RUNS[name])
     examples = read_examples(str(rows), Problems())
@@ -185,14 +180,12 @@ def test_views_are_exported_and_measured_as_the_run_was_trained(name, rows, tmp_
     assert (figures["layer"], figures["pooling"], figures["n"], figures["dims"]) == (1, "last", len(ROWS), 48)
     for key, value in embeddings.similarity(*views, seed=42).items():
         assert figures[key] == value, key
-    again = call("evaluate", "--model_name", model, "--input_file", rows, "--similarity", *files)
-    assert again.code == 2 and "--overwrite" in again.err
+    assert "--overwrite" in call("evaluate", "--model_name", model, "--input_file", rows, *flags, *files, code=2).err
 
 
 def test_t_sne_of_paraphrases_writes_an_image_and_its_groups(rows, tmp_path):
     flags = ["--t_sne", "--t_sne_type", "paraphrase", "--dtype", "float32", "--input_file", rows]
-    done = call("evaluate", "--model_name", GOLDEN / "models" / "chatml", *flags, "--output_file", tmp_path / "s.json")
-    assert done.code == 0, done.err
+    call("evaluate", "--model_name", MODEL, *flags, "--output_file", tmp_path / "s.json", code=0)
     record = json.loads((tmp_path / "t_sne_paraphrase.json").read_text())
     assert (tmp_path / "t_sne_paraphrase.png").read_bytes()[:4] == b"\x89PNG" and record["seed"] == 42
     assert {name: len(xy) for name, xy in record["groups"].items()} == {"set 0": 5, "set 1": 5, "set 2": 4}
@@ -201,5 +194,5 @@ def test_t_sne_of_paraphrases_writes_an_image_and_its_groups(rows, tmp_path):
 def test_examples_without_a_set_of_paraphrases_are_refused_by_line(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [*ROWS, message_row("a film", "Good") | {"group": 3}])
     flags = ["--input_file", rows, "--output_file", tmp_path / "s.json", "--t_sne", "--t_sne_type", "paraphrase"]
-    done = call("evaluate", "--model_name", GOLDEN / "models" / "chatml", *flags)
-    assert done.code == 2 and "rows.jsonl:15:" in done.err and not (tmp_path / "t_sne_paraphrase.png").exists()
+    assert "rows.jsonl:15:" in call("evaluate", "--model_name", MODEL, *flags, code=2).err
+    assert not (tmp_path / "t_sne_paraphrase.png").exists()

@@ -1,15 +1,11 @@
 """evaluate.py from the command line: scores, files, resume, refusals, run folders."""
 
-from __future__ import annotations
-
-import hashlib
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, call, changed_copy, half_token, message_row, read_lines, weights, write_rows
+from conftest import MODEL, call, changed_copy, half_token, message_row, read_lines, snapshot, weights, write_rows
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,33 +15,29 @@ from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Problems, read_examples, split_examples
 from llm_jepa.evaluation import embeddings, generation
 from llm_jepa.evaluation.settings import EvaluationSettings, check_evaluation_settings
+from llm_jepa.files import read_json, sha256, write_json
 from llm_jepa.model import check_name
 from llm_jepa.scoring.tasks import interval
 
 STEPS = 16
-MODEL = GOLDEN / "models" / "llama3"
 USERS = ["strings with a vowel", "x", "any character or a vowel, 6 times or more, " * 6, "naïve café — 你好 🙂",
          "words that hold a number", "strings that start with the word 'cat'", "  spaces around  ", "a", "two\nlines",
          "lines with [0-9]+ and (a|b)*", "strings with at least 2 of the word 'blue'"]  # fmt: skip
 
 
-def score(model: object, data: object, output: object, *flags: object):
+def score(model: object, data: object, output: object, *flags: object, code: int | None = None):
     """evaluate.py with a model, three examples in a batch unless `flags` say otherwise."""
     sizes = () if "--tokens_per_batch" in flags else ("--batch_size", 3)
     return call("evaluate", "--model_name", model, "--input_file", data, "--output_file", output, "--max_new_tokens",
-                STEPS, "--dtype", "float32", *sizes, *flags)  # fmt: skip
+                STEPS, "--dtype", "float32", *sizes, *flags, code=code)  # fmt: skip
 
 
-def score_file(predictions: object, data: object, *flags: object):
-    return call("evaluate", "--score_only", predictions, "--input_file", data, *flags)
+def score_file(predictions: object, data: object, *flags: object, code: int = 0):
+    return call("evaluate", "--score_only", predictions, "--input_file", data, *flags, code=code)
 
 
 def metrics_of(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return read_json(folder / "metrics.json")
 
 
 def gold_predictions(path: Path, data: Path, ids: list[int] | None = None) -> Path:
@@ -84,9 +76,7 @@ def data(tmp_path_factory, model) -> Path:
 def finished(model, data, tmp_path_factory) -> tuple[Path, object]:
     """(folder of an uninterrupted evaluation, what it printed)"""
     folder = tmp_path_factory.mktemp("finished")
-    done = score(model, data, folder / "p.jsonl")
-    assert done.code == 0, done.err
-    return folder, done
+    return folder, score(model, data, folder / "p.jsonl", code=0)
 
 
 # ----------------------------------------------------------------------------------------------------------- scores
@@ -110,7 +100,7 @@ def test_metrics_and_table_summarize_the_predictions(model, data, finished):
         assert metrics[name] == count / n and metrics["ci95"][name] == pytest.approx([low, high])
         assert words[1:] == [f"{100 * count / n:.2f}", f"[{100 * low:.2f},", f"{100 * high:.2f}]"]
     assert (metrics["task"], metrics["n"], metrics["score"]) == ("synth", n, "dfa_equal")
-    assert metrics["data_sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
+    assert metrics["data_sha256"] == sha256(data)
     assert metrics["settings"]["max_new_tokens"] == STEPS and metrics["settings"]["model_name"] == str(model)
     assert metrics["versions"]["torch"] == torch.__version__ and "git_commit" in metrics
     assert sorted(p.name for p in folder.iterdir()) == ["metrics.json", "p.jsonl"]
@@ -118,8 +108,7 @@ def test_metrics_and_table_summarize_the_predictions(model, data, finished):
 
 def test_score_only_gives_the_scores_of_the_evaluation(data, finished, tmp_path):
     folder, _ = finished
-    done = score_file(folder / "p.jsonl", data, "--output_file", tmp_path / "p.jsonl")
-    assert done.code == 0, done.err
+    score_file(folder / "p.jsonl", data, "--output_file", tmp_path / "p.jsonl")
     ours, theirs = metrics_of(tmp_path), metrics_of(folder)
     for name in ("task", "n", "score", "exact", "startswith", "stop_rate", "ci95", "data_sha256"):
         assert ours[name] == theirs[name]
@@ -129,58 +118,51 @@ def test_score_only_gives_the_scores_of_the_evaluation(data, finished, tmp_path)
 def test_stop_rate_needs_a_stop_reason_in_every_row(data, tmp_path):
     rows = read_lines(gold_predictions(tmp_path / "p.jsonl", data))
     rows = [row | {"stop_reason": "stop" if i else None} for i, row in enumerate(rows)]
-    assert score_file(write_rows(tmp_path / "p.jsonl", rows), data).code == 0
+    score_file(write_rows(tmp_path / "p.jsonl", rows), data)
     assert metrics_of(tmp_path)["stop_rate"] is None
 
 
 @pytest.mark.parametrize(
     "bad, expected",
-    [
-        (b'{"prediction": "x"}', "p.jsonl:3"),
-        (b'{"id": true, "prediction": "x"}', "p.jsonl:3"),
-        (b'{"id": 3, "prediction": "\\ud800"}', "p.jsonl:3"),
-        (b'{"id": 3, "prediction": "x", "stop_reason": "eos"}', "p.jsonl:3"),
-        (b'{"id": 3, "prediction": "\xff"}', "p.jsonl:3"),
-        (b'{"id": 2, "prediction": "x"}', "p.jsonl:3"),
-        (b"", ": 3 …"),
-        (b'{"id": 3, "prediction": "x"}\n{"id": 99, "prediction": "x"}', ": 99 …"),
-    ],
-)
+    [(b'{"prediction": "x"}', "p.jsonl:3"),
+     (b'{"id": true, "prediction": "x"}', "p.jsonl:3"),
+     (b'{"id": 3, "prediction": "\\ud800"}', "p.jsonl:3"),
+     (b'{"id": 3, "prediction": "x", "stop_reason": "eos"}', "p.jsonl:3"),
+     (b'{"id": 3, "prediction": "\xff"}', "p.jsonl:3"),
+     (b'{"id": 2, "prediction": "x"}', "p.jsonl:3"),
+     (b"", ": 3 …"),
+     (b'{"id": 3, "prediction": "x"}\n{"id": 99, "prediction": "x"}', ": 99 …")],
+)  # fmt: skip
 def test_score_only_refuses_predictions_for_other_examples(bad, expected, data, tmp_path):
     given = gold_predictions(tmp_path / "p.jsonl", data)
     rows = given.read_bytes().splitlines()
     given.write_bytes(b"\n".join([*rows[:2], bad, *rows[3:]]) + b"\n")
     before = snapshot(tmp_path)
-    done = score_file(given, data)
-    assert done.code == 2 and expected in done.err and str(given) in done.err
+    done = score_file(given, data, code=2)
+    assert expected in done.err and str(given) in done.err
     assert snapshot(tmp_path) == before
 
 
 def test_score_gold_refuses_data_of_another_task(tmp_path):
     good = write_rows(tmp_path / "synth_test.jsonl", [message_row("a", "x&y"), message_row("b", ".*")])
-    done = call("evaluate", "--score_gold", "--input_file", good)
-    assert done.code == 0 and "100.00" in done.out
-    done = call("evaluate", "--score_gold", "--input_file", good, "--task", "gsm8k")
-    assert done.code == 2 and str(good) in done.err
+    assert "100.00" in call("evaluate", "--score_gold", "--input_file", good, code=0).out
+    assert str(good) in call("evaluate", "--score_gold", "--input_file", good, "--task", "gsm8k", code=2).err
     assert [p.name for p in tmp_path.iterdir()] == [good.name]
 
 
 def test_scores_of_sql_have_the_checksum_of_the_databases(tmp_path):
     data = write_rows(tmp_path / "spider_test.jsonl", [message_row("For db_id:[town_library]\n\nWhich?", "SELECT 1")])
-    assert score_file(gold_predictions(tmp_path / "p.jsonl", data), data).code == 0
+    score_file(gold_predictions(tmp_path / "p.jsonl", data), data)
     assert (metrics_of(tmp_path)["exact"], len(metrics_of(tmp_path)["databases_sha256"])) == (1, 64)
-
-
-# -------------------------------------------------------------------------------------------------------- retrieval
 
 
 @pytest.mark.parametrize("flags", [(), ("--predictors", 1, "--text_view", "in_chat")], ids=str)
 def test_retrieval_is_that_of_the_views_as_training_reads_them(flags, data, tmp_path):
     run = trained(tmp_path / "run", "--train_file", data, *flags) if flags else MODEL
-    done = score(run, data, tmp_path / "p.jsonl", "--max_new_tokens", 1, "--max_examples", 8)
+    done = score(run, data, tmp_path / "p.jsonl", "--max_new_tokens", 1, "--max_examples", 8, code=0)
     views = ("--similarity", "--dtype", "float32", "--max_examples", 8, "--output_file", tmp_path / "s.json")
-    assert call("evaluate", "--model_name", run, "--input_file", data, *views).code == done.code == 0, done.err
-    figures, found = json.loads((tmp_path / "s.json").read_text()), metrics_of(tmp_path)["retrieval"]
+    call("evaluate", "--model_name", run, "--input_file", data, *views, code=0)
+    figures, found = read_json(tmp_path / "s.json"), metrics_of(tmp_path)["retrieval"]
     assert found["n"] == 8 and found["chance"]["r1"] == 1 / 8 and "retrieval, n = 8\n" in done.out
     for name in ("text_to_code", "code_to_text", "chance", "cosine", "cosine_shuffled"):
         assert found[name] == pytest.approx(figures[name], abs=1e-6), name
@@ -198,13 +180,12 @@ def test_scores_without_retrieval_have_a_note_that_says_why(why, model, data, tm
         monkeypatch.setitem(embeddings.POOLINGS, "last", nan)
     file = write_rows(tmp_path / f"{'hellaswag' if why == 'choices' else 'synth'}_test.jsonl", rows)
     flags = ("--model_name", model, "--input_file", file, "--output_file", tmp_path / "p.jsonl")
-    done = call("evaluate", *flags)
+    done, metrics = call("evaluate", *flags, code=0), metrics_of(tmp_path)
     place = {"long view": f"{file}:3:", "overflow": "float32", "choices": "hellaswag"}[why]
-    metrics = metrics_of(tmp_path)
-    assert done.code == 0 and place in metrics["notes"][0] and metrics["notes"][0] in done.err
+    assert place in metrics["notes"][0] and metrics["notes"][0] in done.err
     assert "retrieval" not in metrics and metrics["n"] == len(read_lines(tmp_path / "p.jsonl")) == 4
     if why == "long view":
-        assert call("evaluate", *flags, "--skip_bad_examples", "--overwrite").code == 0
+        call("evaluate", *flags, "--skip_bad_examples", "--overwrite", code=0)
         assert (metrics_of(tmp_path)["n"], metrics_of(tmp_path)["retrieval"]["n"]) == (4, 3)
 
 
@@ -228,7 +209,7 @@ def watch_batches(monkeypatch, batches: int = -1) -> list[int]:
 def interrupted(model, data, path, monkeypatch, batches: int = 2, *flags: object) -> None:
     with monkeypatch.context() as patch:
         watch_batches(patch, batches)
-        assert score(model, data, path, *flags).code == 130
+        score(model, data, path, *flags, code=130)
 
 
 @pytest.mark.parametrize(("batches", "cut"), [(0, 0), (3, 0), (2, 1), (2, 9)])
@@ -326,11 +307,9 @@ def test_examples_over_the_context_are_skipped_on_request(kind, model, tmp_path)
     data = write_rows(tmp_path / ("hellaswag_test.jsonl" if kind == "choose" else "synth_test.jsonl"), rows)
     flags = ["--model_name", folder, "--input_file", data, "--output_file", tmp_path / "out" / "p.jsonl"]
     flags += {"embed": ["--similarity"], "generate": ["--max_new_tokens", 2], "choose": []}[kind]
-    done = call("evaluate", *flags)
-    assert done.code == 2 and f"{data.name}:2:" in done.err and not (tmp_path / "out").exists()
-    done = call("evaluate", *flags, "--skip_bad_examples")
-    assert done.code == 0 and f"{data}:2:" in done.err
-    written = json.loads((tmp_path / "out" / ("p.jsonl" if kind == "embed" else "metrics.json")).read_text())
+    assert f"{data.name}:2:" in call("evaluate", *flags, code=2).err and not (tmp_path / "out").exists()
+    assert f"{data}:2:" in call("evaluate", *flags, "--skip_bad_examples", code=0).err
+    written = read_json(tmp_path / "out" / ("p.jsonl" if kind == "embed" else "metrics.json"))
     assert (written["n"], written["skipped_examples"]) == (1, 1)
 
 
@@ -366,7 +345,7 @@ WRONG_FLAGS = [  # the settings besides the input file, the number of processes,
     ({"score_only": "p", "spider_path": "x", "output_file": "a/metrics.json"}, 1,
      ["--spider_path", "--output_file a/metrics.json"]),
     ({"score_only": "p", "output_file": "./synth_test.jsonl"}, 1, ["--output_file"]),
-    ({"input_file": str(GOLDEN), "score_only": str(GOLDEN)}, 1, [f"--input_file {GOLDEN}", f"--score_only {GOLDEN}"]),
+    ({"input_file": str(MODEL), "score_only": str(MODEL)}, 1, [f"--input_file {MODEL}", f"--score_only {MODEL}"]),
     ({"input_file": "a/synth/rows.jsonl", "score_only": "p"}, 1, ["--task"]),  # the base name decides
     ({"model_name": str(MODEL), "output_file": "p", "engine": "vllm", "load_in_8bit": True, "batch_size": 2,
       "tensor_parallel_size": 0}, 2,
@@ -387,9 +366,8 @@ def test_wrong_flags_are_refused_together(flags, processes, mentioned):
 
 def trained(folder: Path, *flags: object) -> Path:
     method = () if "--predictors" in flags else ("--regular",)
-    done = call("finetune", "--model_name", MODEL, *method, "--max_steps", 1, "--grad_accum", 1, "--learning_rate",
-                0.05, "--save_strategy", "no", "--output_dir", folder, *flags)  # fmt: skip
-    assert done.code == 0, done.err
+    call("finetune", "--model_name", MODEL, *method, "--max_steps", 1, "--grad_accum", 1, "--learning_rate", 0.05,
+         "--save_strategy", "no", "--output_dir", folder, *flags, code=0)  # fmt: skip
     return folder
 
 
@@ -404,8 +382,8 @@ def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, fini
     assert len(read_lines(out / "untuned" / "p.jsonl")) == 3
     with monkeypatch.context() as patch:
         sizes = watch_batches(patch)
-        done = score(model, data, out / "p.jsonl", *flags)
-    assert done.code == 0 and sum(sizes) == len(USERS) - 3, done.err
+        done = score(model, data, out / "p.jsonl", *flags, code=0)
+    assert sum(sizes) == len(USERS) - 3
     metrics, tuned, untuned = metrics_of(out), read_lines(out / "p.jsonl"), read_lines(out / "untuned" / "p.jsonl")
     assert [row["prediction"] for row in untuned] == [row["prediction"] for row in responses]
     assert [row["prediction"] for row in tuned] == [row["prediction"] for row in read_lines(finished[0] / "p.jsonl")]
@@ -440,26 +418,24 @@ def test_run_and_its_checkpoint_are_evaluated_in_their_own_format_and_part(data,
     run = trained(tmp_path / "run", *flags, "--save_steps", 1)
     checkpoint, results = run / "checkpoint-1", []
     for folder in (run, checkpoint):
-        done = score(folder, data, tmp_path / "no" / "p.jsonl")
-        assert done.code == 2 and str(folder) in done.err and "--plain" in done.err
-        done = score(folder, rows, tmp_path / "no" / "p.jsonl", "--plain")
-        assert done.code == 2 and "--process_split test" in done.err and "--nosplit_data" in done.err
+        done = score(folder, data, tmp_path / "no" / "p.jsonl", code=2)
+        assert str(folder) in done.err and "--plain" in done.err
+        done = score(folder, rows, tmp_path / "no" / "p.jsonl", "--plain", code=2)
+        assert "--process_split test" in done.err and "--nosplit_data" in done.err
         out = tmp_path / folder.name
-        assert score(folder, rows, out / "p.jsonl", "--plain", "--process_split", "test").code == 0
+        score(folder, rows, out / "p.jsonl", "--plain", "--process_split", "test", code=0)
         results.append([(out / "p.jsonl").read_text(), *(metrics_of(out)[name] for name in ("notes", "retrieval"))])
     assert results[0] == results[1] and not (tmp_path / "no").exists()
     assert score(run, rows, tmp_path / "all" / "p.jsonl", "--plain", "--nosplit_data").code == 0
     assert (metrics_of(out)["n"], metrics_of(tmp_path / "all")["n"]) == (2, 10)
     chat = changed_copy(run, tmp_path / "chat", args={"plain": False})
-    done = score(chat, data, tmp_path / "no" / "p.jsonl", "--plain")
-    assert done.code == 2 and "--plain" in done.err
-    record = json.loads((run / "run.json").read_text()) | {"status": "interrupted"}
-    (run / "run.json").write_text(json.dumps(record))
+    assert "--plain" in score(chat, data, tmp_path / "no" / "p.jsonl", "--plain", code=2).err
+    write_json(run / "run.json", read_json(run / "run.json") | {"status": "interrupted"})
     monkeypatch.chdir(checkpoint)  # the folder is known by whatever name
-    assert score(".", data, tmp_path / "here" / "p.jsonl", "--plain", "--max_examples", 1).code == 0
+    score(".", data, tmp_path / "here" / "p.jsonl", "--plain", "--max_examples", 1, code=0)
     (run / "config.json").unlink()  # it is saved at the end
-    done = score("..", data, tmp_path / "there" / "p.jsonl", "--plain")
-    assert done.code == 2 and "the run is interrupted" in done.err and not (tmp_path / "there").exists()
+    assert "interrupted" in score("..", data, tmp_path / "there" / "p.jsonl", "--plain", code=2).err
+    assert not (tmp_path / "there").exists()
 
 
 def test_note_counts_the_examples_that_the_run_was_trained_on(tmp_path, monkeypatch):
@@ -467,27 +443,22 @@ def test_note_counts_the_examples_that_the_run_was_trained_on(tmp_path, monkeypa
     flags = ("--train_file", data, "--val_fraction", 0.3, "--split_seed", 5, "--eval_strategy", "no")
     run = trained(tmp_path / "run", *flags)
     held_out = [e.id for e in split_examples(read_examples(str(data), Problems()), 0.3, 5)[1]]
-    notes = {}
-    for name, extra in {"all": ["--nosplit_data"], "test": ["--process_split", "test"],
-                        "train": ["--process_split", "train"]}.items():  # fmt: skip
-        out = tmp_path / name
-        assert score(run, data, out / "p.jsonl", *extra).code == 0  # by the run's own split
-        notes[name] = metrics_of(out)["notes"]
-        if name == "test":
-            assert [row["id"] for row in read_lines(out / "p.jsonl")] == sorted(held_out)
-            assert (metrics_of(out)["settings"]["test_size"], metrics_of(out)["settings"]["split_seed"]) == (0.3, 5)
-    assert notes["test"] == [] and "7 of these 10" in notes["all"][0] and "7 of these 7" in notes["train"][0]
-    done = score(run, data, tmp_path / "other" / "p.jsonl", "--process_split", "test", "--test_size", 0.5)
-    assert done.code == 2 and "--test_size 0.3 --split_seed 5" in done.err
-    part = ("--process_split", "test", "--test_size", 0.3, "--split_seed", 5)  # as finetune.py splits, without a run
-    assert score_file(gold_predictions(tmp_path / "gold.jsonl", data, held_out), data, *part).code == 0
+    parts = {"all": ["--nosplit_data"], **{name: ["--process_split", name] for name in ("test", "train")}}
+    for name, part in parts.items():  # by the run's own split
+        score(run, data, tmp_path / name / "p.jsonl", *part, code=0)
+    found = {name: metrics_of(tmp_path / name) for name in parts}
+    assert [row["id"] for row in read_lines(tmp_path / "test" / "p.jsonl")] == sorted(held_out)
+    assert [found["test"]["settings"][name] for name in ("test_size", "split_seed")] == [0.3, 5]
+    assert found["test"]["notes"] == [] and "7 of these 7" in found["train"]["notes"][0]
+    assert "7 of these 10" in found["all"]["notes"][0]
+    done = score(run, data, tmp_path / "other" / "p.jsonl", *parts["test"], "--test_size", 0.5, code=2)
+    assert "--test_size 0.3 --split_seed 5" in done.err
+    same = ("--test_size", 0.3, "--split_seed", 5)  # as finetune.py splits, without a run
+    score_file(gold_predictions(tmp_path / "gold.jsonl", data, held_out), data, *parts["test"], *same)
     assert metrics_of(tmp_path)["n"] == 3
     monkeypatch.chdir(run)  # predictions without a model are not those of a run that happens to be here
-    assert score_file(gold_predictions(tmp_path / "gold.jsonl", data), data, "--overwrite").code == 0
+    score_file(gold_predictions(tmp_path / "gold.jsonl", data), data, "--overwrite")
     assert metrics_of(tmp_path)["notes"] == []
-
-
-# ------------------------------------------------------------------------------------- what is refused first, lengths
 
 
 @pytest.mark.parametrize("flag", ["--output_file", "--export_embeddings"])
@@ -505,9 +476,8 @@ def test_default_length_fits_the_longest_answer_and_cut_responses_are_counted(fi
     rows = read_lines(data)
     rows[0]["messages"][2]["content"] = "a word " * 200
     long = write_rows(tmp_path / "synth_test.jsonl", rows)
-    done = call("evaluate", "--model_name", MODEL, "--input_file", long, "--output_file", tmp_path / "p.jsonl",
-                "--dtype", "float32", "--max_examples", 3)  # fmt: skip
-    assert done.code == 0, done.err
+    output = ("--output_file", tmp_path / "p.jsonl", "--max_examples", 3)
+    call("evaluate", "--model_name", MODEL, "--input_file", long, *output, code=0)
     tokenizer = evaluate.load(str(MODEL), EvaluationSettings())[1].renderer.tokenizer
     length = len(tokenizer("a word " * 200).input_ids)
     assert 128 < length < metrics_of(tmp_path)["settings"]["max_new_tokens"] < length + 128

@@ -1,7 +1,5 @@
 """python -m llm_jepa.export: sentence-transformers gives the run's embeddings, and lm_eval's format has its scores."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -10,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, GOLDEN, JEPA, call, read_lines, write_rows
+from conftest import EXAMPLES, JEPA, MODEL, call, read_lines, write_rows
 from safetensors import safe_open
 
 from llm_jepa.files import read_json
@@ -27,18 +25,18 @@ FLAGS = {
 def test_retriever_gives_the_embeddings_of_the_run(name, trained, data, tmp_path):
     st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     run, plain = trained(*FLAGS[name]), ["--plain"] if name == "plain" else []
-    done = call("llm_jepa.export", "retriever", run, tmp_path / "out")
-    assert done.code == 0 and done.out.split() == [str(tmp_path / "out" / side) for side in ("text", "code")], done.err
+    done = call("llm_jepa.export", "retriever", run, tmp_path / "out", code=0)
+    assert done.out.split() == [str(tmp_path / "out" / side) for side in ("text", "code")]
     flags = ("--input_file", data, "--export_embeddings", tmp_path / "v.safetensors", *plain)
-    assert call("evaluate", "--model_name", run, *flags).code == 0
+    call("evaluate", "--model_name", run, *flags, code=0)
     with safe_open(tmp_path / "v.safetensors", "pt") as file:
         for side, turn in (("text", 1), ("code", 2)):
             model = st.SentenceTransformer(str(tmp_path / "out" / side), device="cpu")
             for encode in (model.encode, model.encode_query, model.encode_document):
                 got = encode([row["messages"][turn]["content"] for row in EXAMPLES], convert_to_tensor=True)
                 torch.testing.assert_close(got, file.get_tensor(side), rtol=1e-4, atol=1e-4)
-    again = call("llm_jepa.export", "retriever", run, tmp_path / "out")
-    assert again.code == 2 and str(tmp_path / "out" / "text") in again.err
+    again = call("llm_jepa.export", "retriever", run, tmp_path / "out", code=2)
+    assert str(tmp_path / "out" / "text") in again.err
 
 
 def test_adapter_and_folder_without_evaluation_are_refused(trained, tmp_path):
@@ -54,12 +52,10 @@ def sha256(text: str) -> str:
 
 def test_results_have_the_scores_and_samples_in_the_format_of_lm_eval(data, tmp_path):
     flags = ("--input_file", data, "--task", "synth", "--max_new_tokens", 3, "--max_examples", 20)
-    folder, model = tmp_path / "words", GOLDEN / "models" / "llama3"
+    folder, model = tmp_path / "words", MODEL
     assert call("evaluate", "--model_name", model, "--output_file", folder / "p.jsonl", *flags).code == 0
     metrics, rows = read_json(folder / "metrics.json"), read_lines(folder / "p.jsonl")
-    done = call("llm_jepa.export", "lm_eval", folder, tmp_path / "out")
-    assert done.code == 0, done.err
-    file, sample_file = map(Path, done.out.split())
+    file, sample_file = map(Path, call("llm_jepa.export", "lm_eval", folder, tmp_path / "out", code=0).out.split())
     date = file.name.removeprefix("results_").removesuffix(".json")
     assert sample_file.name == f"samples_words_{date}.jsonl" and file.parent.name == str(model).replace("/", "__")
     found, samples = read_json(file), read_lines(sample_file)
@@ -67,9 +63,8 @@ def test_results_have_the_scores_and_samples_in_the_format_of_lm_eval(data, tmp_
     assert {name: found["results"]["words"][f"{name},none"] for name in scores} == {n: metrics[n] for n in scores}
     p = metrics["stop_rate"]
     assert found["results"]["words"]["stop_rate_stderr,none"] == pytest.approx((p * (1 - p) / 19) ** 0.5)
-    assert (found["n-samples"], found["versions"], found["n-shot"]) == (
-        {"words": {"original": 24, "effective": 20}}, {"words": 1}, {"words": 0},
-    )  # fmt: skip
+    assert found["n-samples"] == {"words": {"original": 24, "effective": 20}}
+    assert (found["versions"], found["n-shot"]) == ({"words": 1}, {"words": 0})
     assert found["higher_is_better"]["words"] == dict.fromkeys(scores, True)
     assert found["configs"]["words"]["output_type"] == "generate_until"
     assert found["config"]["model_args"]["pretrained"] == found["model_name"] == str(model)
@@ -82,10 +77,8 @@ def test_results_have_the_scores_and_samples_in_the_format_of_lm_eval(data, tmp_
         prompt = sample["arguments"]["gen_args_0"]["arg_0"]
         assert system in prompt and user in prompt and answer not in prompt.rpartition(user)[2]
         assert sample["arguments"]["gen_args_0"]["arg_1"]["max_gen_toks"] == 3
-        assert [sample[name] for name in sample["metrics"]] == [
-            *(row[n] for n in scores[:3]),
-            row["stop_reason"] == "stop",
-        ]
+        values = [row[name] for name in scores[:3]] + [row["stop_reason"] == "stop"]
+        assert [sample[name] for name in sample["metrics"]] == values
         doc = json.dumps(sample["doc"], indent=2, ensure_ascii=False)
         assert [sample[f"{n}_hash"] for n in ("doc", "prompt", "target")] == [sha256(x) for x in (doc, prompt, answer)]
     together = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
@@ -93,8 +86,7 @@ def test_results_have_the_scores_and_samples_in_the_format_of_lm_eval(data, tmp_
     changed = shutil.copy(data, tmp_path / "words_test.jsonl")
     record = metrics["settings"] | {"input_file": str(changed)}
     (folder / "metrics.json").write_text(json.dumps(metrics | {"settings": record, "data_sha256": "other"}))
-    done = call("llm_jepa.export", "lm_eval", folder, tmp_path / "out")
-    assert done.code == 2 and str(changed) in done.err
+    assert str(changed) in call("llm_jepa.export", "lm_eval", folder, tmp_path / "out", code=2).err
 
 
 def test_results_of_a_task_file_are_exported_from_a_moved_run(trained, data, tmp_path):
@@ -103,14 +95,12 @@ def test_results_of_a_task_file_are_exported_from_a_moved_run(trained, data, tmp
     run, data = trained(*JEPA), tmp_path / "words_test.jsonl"
     write_rows(data, [x for row in EXAMPLES for x in ({"text": "t", "code": "c"}, row)])  # half of them without a chat
     flags = ("--input_file", data, "--task", task, "--max_new_tokens", 2, "--process_split", "test", "--test_size", 0.5)
-    assert call("evaluate", "--model_name", run, *flags).code == 0
-    done = call("llm_jepa.export", "lm_eval", run.rename(tmp_path / "moved"), tmp_path / "out")
-    assert done.code == 0, done.err
+    call("evaluate", "--model_name", run, *flags, code=0)
+    done = call("llm_jepa.export", "lm_eval", run.rename(tmp_path / "moved"), tmp_path / "out", code=0)
     file, samples = map(Path, done.out.split())
     (found,), values = read_json(file)["results"].values(), [row["half"] for row in read_lines(samples)]
     assert found["half,none"] == pytest.approx(statistics.fmean(values)) and len({*values}) == 3
     assert found["half_stderr,none"] == pytest.approx(statistics.stdev(values) / len(values) ** 0.5)
     assert read_json(file)["n-samples"] == {"words": {"original": len(values), "effective": len(values)}}
     task.write_text("def score(generation, example):\n    return 1\n")
-    done = call("llm_jepa.export", "lm_eval", tmp_path / "moved", tmp_path / "out")
-    assert done.code == 2 and str(task) in done.err
+    assert str(task) in call("llm_jepa.export", "lm_eval", tmp_path / "moved", tmp_path / "out", code=2).err

@@ -1,13 +1,11 @@
 """Generation: batches, rounds and the shared prefix change no response, and prompts are those of training."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, MODELS, changed_copy, half_token, random_model
+from conftest import GOLDEN, MODEL, MODELS, changed_copy, half_token, random_model
 
 import evaluate
 from llm_jepa.cli import UsageError
@@ -235,13 +233,11 @@ def test_response_ends_at_the_context_length(max_new_tokens, stopping, tmp_path)
 
 @pytest.mark.parametrize(
     "config",
-    [
-        {"do_sample": True, "temperature": 5.0, "top_k": 50, "top_p": 0.9, "num_return_sequences": 2},
-        {"num_beams": 3, "repetition_penalty": 5.0, "suppress_tokens": list(range(100, 400))},
-        {"min_new_tokens": STEPS, "max_length": 3, "max_new_tokens": 2},
-    ],
+    [{"do_sample": True, "temperature": 5.0, "top_k": 50, "top_p": 0.9, "num_return_sequences": 2},
+     {"num_beams": 3, "repetition_penalty": 5.0, "suppress_tokens": list(range(100, 400))},
+     {"min_new_tokens": STEPS, "max_length": 3, "max_new_tokens": 2}],
     ids=lambda config: next(iter(config)),
-)
+)  # fmt: skip
 def test_generation_config_of_a_model_does_not_change_greedy_responses(config, stopping, tmp_path):
     folder, _ = stopping["llama3"]
     odd = changed_copy(folder, tmp_path / "odd", generation_config=config)
@@ -251,19 +247,15 @@ def test_generation_config_of_a_model_does_not_change_greedy_responses(config, s
 def test_tokenizer_that_adds_bos_adds_no_second_one(tmp_path):
     bos = "<|begin_of_text|>"
     single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    processor = {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}},
-    }
-    folder = changed_copy(GOLDEN / "models" / "llama3", tmp_path / "bos", tokenizer={"post_processor": processor})
+    pair, special_tokens = [*single, {"Sequence": {"id": "B", "type_id": 1}}], {"id": bos, "ids": [0], "tokens": [bos]}
+    processor = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {bos: special_tokens}}
+    folder = changed_copy(MODEL, tmp_path / "bos", tokenizer={"post_processor": processor})
     assert load(folder)[1].tokenizer("a").input_ids[0] == 0
     assert [(ids[0], ids.count(0)) for ids in prompts_of(folder, EXAMPLES)] == [(0, 1)] * len(EXAMPLES)
 
 
 def test_held_out_generations_are_as_long_as_the_longest_answer(monkeypatch):
-    model, renderer = load(GOLDEN / "models" / "llama3")
+    model, renderer = load(MODEL)
     limits, answer = [], "a word " * 200
     examples = [Example(None, "x", text, "data:1", i) for i, text in enumerate(("a", answer))]
     found = [[(example, generation.Generation("", "stop")) for example in examples]]

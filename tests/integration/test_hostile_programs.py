@@ -3,8 +3,6 @@
 Each program is bounded, so that it does little harm even if the isolation is broken.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import os

@@ -3,8 +3,6 @@ r"""Hostile queries as predictions: each fails for an allowed reason, no file ch
 `{t}` and `{c}` in a query are a table and a column of it, `{dir}` is a folder that is watched.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -160,9 +158,8 @@ for text in json.load(sys.stdin):
 print(json.dumps(reasons))
 """
     before = listing(folder)
-    texts = [
-        query for query, _ in queries(folder, "writes", "writes to the schema", "schema", "other files", "pragmas")
-    ]
+    groups = ("writes", "writes to the schema", "schema", "other files", "pragmas")
+    texts = [query for query, _ in queries(folder, *groups)]
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder / "database" / "music" / "music.sqlite")], input=json.dumps(texts),
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,

@@ -1,10 +1,8 @@
 """--text_view in_chat: the Text view is read in the chat and changes nothing else in it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from conftest import GOLDEN, MODELS, call, dry_run, message_row, write_rows
+from conftest import GOLDEN, MODEL, MODELS, call, dry_run, message_row, write_rows
 from templates import dataset, encoder, model, tokenizer
 
 from llm_jepa.data.examples import Problems, read_examples
@@ -76,6 +74,6 @@ def test_dropped_pairs_have_neither_view_nor_predictors():
 def test_example_with_a_text_view_of_its_own_is_refused_by_line(tmp_path):
     row = message_row("which?", "A") | {"text": [{"role": "user", "content": "the context"}]}
     data = write_rows(tmp_path / "rows.jsonl", [row])
-    flags = ("--train_file", data, "--model_name", GOLDEN / "models" / "llama3", "--dry_run", 1)
+    flags = ("--train_file", data, "--model_name", MODEL, "--dry_run", 1)
     done = call("finetune", *flags, "--text_view", "in_chat")
     assert done.code == 2 and f"{data}:1: " in done.err and "--text_view in_chat" in done.err

@@ -1,7 +1,5 @@
 """python -m llm_jepa.model_card: the card has the run's figures, and only the listed files are uploaded."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -10,7 +8,7 @@ from unittest.mock import MagicMock
 
 import huggingface_hub
 import pytest
-from conftest import GOLDEN, ROOT, call, message_row, train, write_rows
+from conftest import MODEL, ROOT, call, message_row, train, write_rows
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import filter_repo_objects
@@ -22,7 +20,6 @@ from llm_jepa.data.rendering import Renderer
 from llm_jepa.losses import JEPA_LOSSES, NITP_FORMULA, STP_LOSSES
 from llm_jepa.model import load_tokenizer
 
-MODEL = GOLDEN / "models" / "llama3"
 TEST, TRAIN = "eval/mine_test/metrics.json", "eval/mine_train/metrics.json"
 
 
@@ -41,8 +38,7 @@ def finished(tmp_path_factory) -> Path:
     test = write_rows(folder / "mine_test.jsonl", [message_row("lines with 9", "9"), message_row("lines with 8", "8")])
     for file in (test, folder / "mine_train.jsonl"):
         flags = ("--output_file", run / "eval" / file.stem / "predictions.jsonl", "--max_new_tokens", 4)
-        done = call("evaluate", "--model_name", run, "--input_file", file, "--task", "text", *flags)
-        assert done.code == 0, done.err
+        call("evaluate", "--model_name", run, "--input_file", file, "--task", "text", *flags, code=0)
     return run
 
 
@@ -63,8 +59,7 @@ def run(finished, tmp_path) -> Path:
 
 
 def write(run: Path, *flags: object) -> ModelCard:
-    done = call("llm_jepa.model_card", run, *flags)
-    assert done.code == 0, done.err
+    done = call("llm_jepa.model_card", run, *flags, code=0)
     assert done.out.splitlines()[0] == str(run / "README.md")
     return ModelCard.load(run / "README.md")
 
@@ -73,9 +68,6 @@ def refused(*argv: object, code: int = 2) -> str:
     done = call("llm_jepa.model_card", *argv)
     assert (done.code, done.out, done.err.count("\n")) == (code, "", 1), done.err
     return done.err
-
-
-# ------------------------------------------------------------------------------------------------------------ card
 
 
 def test_front_matter_has_the_scores_of_every_evaluation(run):
@@ -163,13 +155,11 @@ def test_a_run_from_before_the_newer_flags_has_a_card(run):
 
 @pytest.mark.parametrize(
     ("settings", "base", "text"),
-    [
-        ({"model_name": "Qwen/Qwen3-0.6B", "revision": "abc"}, "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B at abc |"),
-        ({"model_name": "/somewhere/private/mine"}, None, "| mine ("),
-        ({"model_name": "Qwen/Qwen3-0.6B", "pretrain": True}, None, "| random weights"),
-    ],
+    [({"model_name": "Qwen/Qwen3-0.6B", "revision": "abc"}, "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B at abc |"),
+     ({"model_name": "/somewhere/private/mine"}, None, "| mine ("),
+     ({"model_name": "Qwen/Qwen3-0.6B", "pretrain": True}, None, "| random weights")],
     ids=["hub", "folder", "random weights"],
-)
+)  # fmt: skip
 def test_base_model_is_one_of_the_hub_or_none(run, settings, base, text):
     change(run, "args.json", **settings)
     card = write(run)
@@ -280,8 +270,7 @@ def test_only_listed_files_are_uploaded(run, server):
     for name in ("checkpoint-9/config.json", "checkpoint-9/model.safetensors", "secrets.json", ".env", "notes.txt",
                  "optimizer.pt", "eval/mine_test/untuned.json", "merged.safetensors"):  # fmt: skip
         (run / name).write_text("secret")
-    done = call("llm_jepa.model_card", run, *PUSH)
-    assert done.code == 0, done.err
+    done = call("llm_jepa.model_card", run, *PUSH, code=0)
     assert done.out.splitlines() == [str(run / "README.md"), "https://hub.test/me/run"]
     assert uploaded(server) == {TEST, TRAIN} | set(
         "README.md args.json run.json metrics.jsonl config.json generation_config.json model.safetensors "

@@ -1,7 +1,5 @@
 """examples/own_pairs.ipynb runs from the CSV file to the verdict."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

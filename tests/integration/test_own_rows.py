@@ -1,22 +1,17 @@
 """Data with field names of its own, from the command line of finetune.py and evaluate.py."""
 
-from __future__ import annotations
-
 import csv
-import json
 from pathlib import Path
 
 import datasets
 import pytest
 from conftest import (
-    GOLDEN,
     JEPA,
     ROOT,
     call,
     column,
     dry_run,
     message_row,
-    metrics,
     predictions,
     read_lines,
     same_weights,
@@ -62,31 +57,21 @@ def test_own_fields_train_to_the_same_weights_as_chats(kind, files, runs, tmp_pa
     assert list(checksums) == [name] and (kind == "hub" or checksums[name] == sha256(name))
 
 
-def test_without_system_flag_there_is_no_system_turn(files):
-    flags = ("--train_file", files["csv"], "--model_name", GOLDEN / "models" / "llama3", "--dry_run", 2)
-    own, bare = (dry_run(*flags, *more)["first_row"] for more in (OWN, FIELDS))
-    assert SYSTEM in own["chat"] and SYSTEM not in bare["chat"] and own["text_view"] == bare["text_view"]
-
-
-def test_predictions_for_own_fields_are_those_for_chats(files, runs, tmp_path):
-    chats, own = (predictions(runs["chats"], files[k], tmp_path / k, *f) for k, f in (("chats", ()), ("csv", OWN)))
-    assert own == chats and len(chats) == len(PAIRS)
-
-
-def test_system_turn_other_than_in_training_is_refused_or_noted(files, runs, tmp_path):
+def test_own_fields_give_the_predictions_of_chats_and_another_system_turn_is_refused_or_noted(files, runs, tmp_path):
     for run, flags in (("csv", FIELDS), ("bare", OWN)):
-        done = call("evaluate", "--model_name", runs[run], "--input_file", files["csv"], "--task", "text", *flags)
-        assert done.code == 2 and "--system" in done.err
-    other = write_rows(tmp_path / "other.jsonl", [message_row("a", "b", None)])
+        fields = ("--input_file", files["csv"], "--task", "text", *flags)
+        assert "--system" in call("evaluate", "--model_name", runs[run], *fields, code=2).err
+    other, found = write_rows(tmp_path / "other.jsonl", [message_row("a", "b", None)]), {}
     for name, file, flags, expected in (
         ("same", files["chats"], (), "trained on"),
         ("fields", files["csv"], OWN, None),
         ("other", other, (), "system turn"),
         ("without", files["csv"], FIELDS, "system turn"),
     ):
-        predictions(runs["chats"], file, tmp_path / name, *flags)
-        notes = json.loads((tmp_path / name / "metrics.json").read_text())["notes"]
+        found[name] = predictions(runs["chats"], file, tmp_path / name, *flags)
+        notes = read_json(tmp_path / name / "metrics.json")["notes"]
         assert [expected in note for note in notes] == ([True] if expected else []), name
+    assert found["fields"] == found["same"] and len(found["same"]) == len(PAIRS)
 
 
 def test_file_of_chats_pairs_and_answers_trains_and_is_evaluated(tmp_path):
@@ -96,8 +81,8 @@ def test_file_of_chats_pairs_and_answers_trains_and_is_evaluated(tmp_path):
     data = write_rows(tmp_path / "mixed_train.jsonl", rows)
     sizes = ("--batch_size", 9, "--grad_accum", 1, "--num_epochs", 1, "--eval_file", data, "--eval_generate", 9)
     run = train(data, tmp_path / "run", *JEPA, *sizes, "--jepa_ratio", 0.5, "--task", "text")
-    (step,) = metrics(run)
-    assert 0 < step["pairs"] < 8 and metrics(run, "eval_exact")
+    (pairs_of_step,) = column(run, "pairs")
+    assert 0 < pairs_of_step < 8 and column(run, "eval_exact")
     regular = train(data, tmp_path / "regular", "--regular", *sizes)
     assert column(regular, "label_tokens") == column(run, "label_tokens")
     predictions(run, data, tmp_path / "out")
@@ -110,18 +95,15 @@ def test_file_of_chats_pairs_and_answers_trains_and_is_evaluated(tmp_path):
     assert sorted(line.split("\t")[1:] for line in found.out.splitlines()) == [["2", "c 1"], ["3", "c 2"]]
     first = write_rows(tmp_path / "first.jsonl", [*pairs, *pairs, *rows])  # views only come first
     assert dry_run("--train_file", first, "--model_name", run, "--regular", "--dry_run", 5)["label_tokens"]
-    done = call(
-        "finetune", "--train_file", data, "--eval_file", views, "--model_name", run, "--output_dir", tmp_path / "x"
-    )
-    assert done.code == 2 and "chat" in done.err and not (tmp_path / "x").exists()
+    files = ("--train_file", data, "--eval_file", views, "--output_dir", tmp_path / "x")
+    assert "chat" in call("finetune", "--model_name", run, *files, code=2).err and not (tmp_path / "x").exists()
 
 
 def test_task_file_scores_in_training_and_in_evaluation(files, runs, tmp_path):
     task = ROOT / "examples" / "edit_similarity.py"
     flags = ("--eval_file", files["chats"], "--eval_generate", 12, "--task", task)
     run = train(files["chats"], tmp_path / "run", *FLAGS, *flags)
-    done = call("evaluate", "--model_name", run, "--input_file", files["chats"], "--task", task)
-    assert done.code == 0, done.err
+    call("evaluate", "--model_name", run, "--input_file", files["chats"], "--task", task, code=0)
     found, name = read_json(run / "eval" / "chats" / "metrics.json"), "edit_similarity"
     values = [row[name] for row in read_lines(run / "eval" / "chats" / "predictions.jsonl")]
     assert found["task"] == found["score"] == name and found["scores"] == [name] and len(set(values)) > 2
@@ -137,7 +119,7 @@ def test_task_file_scores_in_training_and_in_evaluation(files, runs, tmp_path):
     ):  # fmt: skip
         task.write_text(text)
         tasks.file_task.cache_clear()
-        done = call("evaluate", "--score_gold", "--input_file", files["chats"], "--task", task)
-        assert done.code == 2 and str(task) in done.err and message in done.err, done.err
-    done = call("evaluate", "--score_gold", "--input_file", files["chats"], "--task", "score.py")
-    assert done.code == 2 and "rename" in done.err
+        done = call("evaluate", "--score_gold", "--input_file", files["chats"], "--task", task, code=2)
+        assert str(task) in done.err and message in done.err, done.err
+    flags = ("--score_gold", "--input_file", files["chats"], "--task", "score.py")
+    assert "rename" in call("evaluate", *flags, code=2).err

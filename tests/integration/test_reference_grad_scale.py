@@ -1,24 +1,14 @@
 """--reference_grad_scale: each micro-batch is normalized by its own counts, as in the published trainer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, column, message_row, train, weights, write_rows
-from transformers import set_seed
+from conftest import column, message_row, train, weights, write_rows
+from test_terms import prepared
 
-from llm_jepa.data.batching import MicroBatches, SegmentDataset
-from llm_jepa.data.examples import Problems, read_examples
-from llm_jepa.data.rendering import Renderer
-from llm_jepa.data.segments import Encoder
-from llm_jepa.data.spans import Draws
-from llm_jepa.forward import LMHeadSelector
-from llm_jepa.layouts import Collator
-from llm_jepa.model import load_model, load_tokenizer
+from llm_jepa.data.batching import MicroBatches
 
-MODEL = str(GOLDEN / "models" / "llama3")
 RATE, LBD = 1e-2, 2.0
 LONG = [message_row(f"lines with {'a letter and ' * (i % 5)}{i}", f"({i}){'.*' * (i % 4)}") for i in range(10)]
 # SGD at a constant rate: the parameters show the gradients.
@@ -28,18 +18,14 @@ SGD = ("--lbd", LBD, "--batch_size", 2, "--grad_accum", 4, "--optim", "sgd", "--
 
 def by_hand(data: Path, lm_labels: str) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """(parameters, gradient norm of each step, loss of each step) for the sum of the micro-batches' mean losses."""
-    tokenizer = load_tokenizer(MODEL)
-    set_seed(42)  # embeddings of added tokens are random
-    model = load_model(MODEL, None, tokenizer).train()
-    selector, encoder = LMHeadSelector(model), Encoder(Renderer(tokenizer), lm_labels)
-    items = SegmentDataset(read_examples(str(data), Problems()), encoder, Problems(), Draws(42)).items
+    parts, norms, totals = prepared(data, lbd=LBD, lm_labels=lm_labels), [], []
+    model, items = parts.model.train(), parts.train_set.items
     micro_batches = [part for _, part in MicroBatches(items.lengths, 42, True, batch_size=2)]
-    collator, norms, totals = Collator("packed", tokenizer.pad_token_id, 256), [], []
     for step in (micro_batches[:4], micro_batches[4:]):
         totals.append(0.0)
         for part in step:
-            batch = collator([items[i] for i in part])
-            states = selector.read(model, batch)
+            batch = parts.collator([items[i] for i in part])
+            states = parts.selector.read(model, batch)
             loss = torch.nn.functional.cross_entropy(states.logits.float(), batch["label_ids"])
             loss = loss + LBD * (1 - torch.nn.functional.cosine_similarity(*states.views)).mean()
             loss.backward()

@@ -1,7 +1,5 @@
 """run8bh200.sh and run8bh200.sbatch: a node's variables, the preflight, and what each node runs."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 
@@ -40,15 +38,13 @@ def only(done, script: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
-    [
-        ({}, {"MODEL": LLAMA, "ARMS": "regular jepa", "PREDICTORS": "0", "NPROC": "4", "NODE_RANK": "0"}),
-        ({"CUDA_VISIBLE_DEVICES": "2,3,5"}, {"NPROC": "3"}),
-        ({"CUDA_VISIBLE_DEVICES": ""}, {"NPROC": "8"}),
-        (SLURM, {"NNODES": "2", "NODE_RANK": "1", "--master_addr": "c3", "--master_port": "23456"}),
-        (SLURM | {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "c9"},
-         {"NNODES": "3", "NODE_RANK": "2", "--master_addr": "c9"}),
-        (TWO | {"NODE_RANK": "1", "DEVICE": "cpu", "JOIN_LIMIT": "5"}, {"--device": "cpu", "--join_limit": "5"}),
-    ],
+    [({}, {"MODEL": LLAMA, "ARMS": "regular jepa", "PREDICTORS": "0", "NPROC": "4", "NODE_RANK": "0"}),
+     ({"CUDA_VISIBLE_DEVICES": "2,3,5"}, {"NPROC": "3"}),
+     ({"CUDA_VISIBLE_DEVICES": ""}, {"NPROC": "8"}),
+     (SLURM, {"NNODES": "2", "NODE_RANK": "1", "--master_addr": "c3", "--master_port": "23456"}),
+     (SLURM | {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "c9"},
+      {"NNODES": "3", "NODE_RANK": "2", "--master_addr": "c9"}),
+     (TWO | {"NODE_RANK": "1", "DEVICE": "cpu", "JOIN_LIMIT": "5"}, {"--device": "cpu", "--join_limit": "5"})],
 )  # fmt: skip
 def test_variables_of_a_node(node, variables, expected):
     lines, values = templates("run8bh200.sh", tuple(sorted(variables.items())))
@@ -105,16 +101,14 @@ def test_every_node_trains_and_the_first_one_evaluates(node, rank):
 
 @pytest.mark.parametrize(
     ("variables", "mentioned"),
-    [
-        ({"JOBS": "2"}, "JOBS"),
-        ({"NNODES": "two"}, "NNODES"),
-        (TWO | {"NODE_RANK": "2"}, "NODE_RANK"),
-        (TWO, "NODE_RANK"),
-        ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR"),
-        ({"TRAINER": "other.py"}, "other.py"),
-        ({"DEVICE": "tpu"}, "tpu"),
-    ],
-)
+    [({"JOBS": "2"}, "JOBS"),
+     ({"NNODES": "two"}, "NNODES"),
+     (TWO | {"NODE_RANK": "2"}, "NODE_RANK"),
+     (TWO, "NODE_RANK"),
+     ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR"),
+     ({"TRAINER": "other.py"}, "other.py"),
+     ({"DEVICE": "tpu"}, "tpu")],
+)  # fmt: skip
 def test_wrong_variables_are_refused(node, variables, mentioned):
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES} | variables
     done = subprocess.run(["bash", ROOT / "run8bh200.sh"], env=environment, capture_output=True, text=True)

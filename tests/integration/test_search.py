@@ -1,7 +1,5 @@
 """python -m llm_jepa.search: the nearest entries, the stored index, questions from stdin, errors."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
@@ -10,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import EXAMPLES, GOLDEN, JEPA, call, message_row, weights, write_rows
+from conftest import EXAMPLES, JEPA, MODEL, call, message_row, weights, write_rows
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from synthetic_runs import change
@@ -42,10 +40,8 @@ def run(trained, tmp_path) -> Path:
 def units(run: Path, data: Path, *flags: object) -> list[np.ndarray]:
     """The Text and the Code views of a file, of length 1, as evaluate.py exports them."""
     path = run.parent / "views.safetensors"
-    done = call(
-        "evaluate", "--model_name", run, "--input_file", data, "--export_embeddings", path, "--overwrite", *flags
-    )
-    assert done.code == 0, done.err
+    flags = ("--input_file", data, "--export_embeddings", path, "--overwrite", *flags)
+    call("evaluate", "--model_name", run, *flags, code=0)
     with safe_open(path, "np") as file:
         views = [file.get_tensor(name) for name in ("text", "code")]
     return [x / np.linalg.norm(x, axis=1, keepdims=True) for x in views]
@@ -163,7 +159,7 @@ def test_index_has_the_place_that_was_given_and_sides_have_their_own(run, data, 
 
 
 def test_model_that_is_no_run_gets_no_index_by_itself(data, tmp_path):
-    model = shutil.copytree(GOLDEN / "models" / "llama3", tmp_path / "model")
+    model = shutil.copytree(MODEL, tmp_path / "model")
     before = sorted(model.rglob("*"))
     assert len(run_search(model, "--corpus", data, "--top", 2, "q").lines) == 2
     assert sorted(model.rglob("*")) == before

@@ -1,7 +1,5 @@
 """setup.sh: what it accepts, and when an environment is complete. Only CI runs a real installation."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """spider_data.zip is consistent, and every gold query of it equals itself."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 import zipfile

@@ -1,12 +1,9 @@
 """The cost of a training step: logits in memory, waits for the device, shapes that a compiler gets."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import EXAMPLES, GOLDEN, JEPA, column, dry_run, make_model, message_row, start, train, write_rows
+from conftest import EXAMPLES, GOLDEN, JEPA, MODEL, column, dry_run, make_model, message_row, start, train, write_rows
+from test_terms import prepared
 from torch._inductor import cpp_builder
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,9 +12,11 @@ import finetune
 from llm_jepa.losses import Term
 from llm_jepa.training.flops import FlopCounter
 
+DATA = GOLDEN / "regex_rows.jsonl"
 
-def test_attention_kernel_changes_no_number(regex_rows):
-    flags = ("--train_file", regex_rows, "--model_name", GOLDEN / "models" / "llama3", "--dry_run", 8, *JEPA)
+
+def test_attention_kernel_changes_no_number():
+    flags = ("--train_file", DATA, "--model_name", MODEL, "--dry_run", 8, *JEPA)
     usual, eager = dry_run(*flags), dry_run(*flags, "--attn_implementation", "eager")
     for key in ("lm_loss", "jepa_loss", "total_loss", "grad_norm"):
         assert eager[key] == pytest.approx(usual[key], rel=1e-4)
@@ -26,11 +25,9 @@ def test_attention_kernel_changes_no_number(regex_rows):
 # ---------------------------------------------------------------------------------------------------------- logits
 
 
-def loaded(model: str | Path = "llama3", **flags: object) -> tuple[finetune.Parts, dict]:
+def loaded(**flags: object) -> tuple[finetune.Parts, dict]:
     """A run's parts after the checks, and its first examples as a batch."""
-    options = {"train_file": str(GOLDEN / "regex_rows.jsonl"), "model_name": str(GOLDEN / "models" / model),
-               "dry_run": 4, "predictors": 1, "lm_labels": "all", "layout": "packed"}  # fmt: skip
-    parts = finetune.prepare(finetune.Settings(**options | flags), finetune.PartialState(cpu=True))
+    parts = prepared(DATA, dry_run=4, predictors=1, lm_labels="all", **flags)
     parts.inspect(half=False)
     return parts, parts.collator(parts.train_set.items)
 
@@ -60,7 +57,7 @@ def test_model_that_changes_logits_after_the_output_layer_gets_all_of_them(tmp_p
     sizes = {"vocab_size": 531, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16,
              "num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 0.5}  # fmt: skip
     make_model(tmp_path, "gemma2", "google_gemma", **sizes)
-    parts, batch = loaded(tmp_path)
+    parts, batch = loaded(model_name=str(tmp_path))
     before = parts.selector.lm_sum(parts.model, batch)[0]
     parts.selector.max_logits = 1000
     assert not parts.selector.slices and parts.selector.lm_sum(parts.model, batch)[0].equal(before)
@@ -169,13 +166,11 @@ def test_step_waits_for_the_device_once(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        (*JEPA, "--jepa_ratio", 0.5, "--lora", "--eval_generate", 1),
-        ("--regular", "--stp", "geodesic", "--stp_lbd", 1, "--stp_layer", 1, "--gradient_checkpointing"),
-        (*JEPA, "--nitp", "--nitp_layer", 1, "--jepa_loss", "clip", "--negatives_queue", 9, "--sigreg", 0.1),
-    ],
+    [(*JEPA, "--jepa_ratio", 0.5, "--lora", "--eval_generate", 1),
+     ("--regular", "--stp", "geodesic", "--stp_lbd", 1, "--stp_layer", 1, "--gradient_checkpointing"),
+     (*JEPA, "--nitp", "--nitp_layer", 1, "--jepa_loss", "clip", "--negatives_queue", 9, "--sigreg", 0.1)],
     ids=["lora", "stp-checkpointing", "nitp-clip-sigreg"],
-)
+)  # fmt: skip
 def test_compiler_gets_few_graphs_and_changes_no_number(tmp_path, monkeypatch, flags):
     """12 steps with other numbers of rows, tokens, labels, pairs and spans, evaluated after each half."""
     rows = [message_row("q" * (1 + 37 * i % 101), f"({'a' * (1 + 17 * i % 53)})") for i in range(18)]
@@ -202,8 +197,7 @@ def test_compiler_gets_few_graphs_and_changes_no_number(tmp_path, monkeypatch, f
 
 def test_compiling_without_a_compiler_is_refused(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-compiler",))
-    done = start(data, tmp_path / "run", "--torch_compile")
-    assert done.code == 2 and "--torch_compile" in done.err
+    assert "--torch_compile" in start(data, tmp_path / "run", "--torch_compile", code=2).err
 
 
 def test_flash_kernels_get_the_boundaries_of_segments():

@@ -1,7 +1,5 @@
 """tests/survey.py: the table of architectures."""
 
-from __future__ import annotations
-
 import importlib.util
 
 from conftest import ROOT

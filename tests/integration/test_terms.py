@@ -1,7 +1,5 @@
 """The auxiliary losses in training: their gradients by hand, their weights, their projectors, and their figures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,19 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from conftest import (
-    EXAMPLES,
-    GOLDEN,
-    JEPA,
-    column,
-    make_model,
-    metrics,
-    same_weights,
-    start,
-    train,
-    weights,
-    write_rows,
-)
+from conftest import JEPA, MODEL, column, make_model, metrics, same_weights, start, train, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -32,7 +18,6 @@ from llm_jepa.layouts import LAYOUTS
 from llm_jepa.losses import Term, jepa_loss, nitp_loss, sigreg_loss, stp_loss
 from llm_jepa.training.diagnostics import gradient_statistics
 
-MODEL = GOLDEN / "models" / "llama3"
 NITP = ("--regular", "--nitp")
 SIGREG = (*JEPA, "--sigreg", 0.3)
 # One step of SGD with rate 1: the parameters show the gradient.
@@ -116,11 +101,6 @@ BY_HAND = {
     "nitp": (CHATS | {"nitp": True, "nitp_lbd": 3}, nitp),
     "nitp-layer-1": (CHATS | {"nitp": True, "nitp_lbd": 3, "nitp_layer": 1}, lambda r: nitp(r, 1)),
 }
-
-
-@pytest.fixture(scope="module")
-def eight(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("eight") / "rows.jsonl", EXAMPLES[:8])
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -224,9 +204,7 @@ def test_pass_for_the_moments_computes_no_more_than_one_row_of_logits(data, tmp_
         return states
 
     monkeypatch.setattr(finetune.LMHeadSelector, "read", reported)
-    train(
-        data, tmp_path / "run", *SIGREG, "--batch_size", 2, "--grad_accum", 2, "--max_steps", 1, "--save_strategy", "no"
-    )
+    train(data, tmp_path / "run", *SIGREG, "--batch_size", 2, "--grad_accum", 2, "--max_steps", 1)
     assert rows[False][-2:] == [1, 1] and min(rows[True]) > 1
 
 
@@ -265,8 +243,6 @@ def test_stp_adds_no_forward_pass_and_no_token(trained):
     for key in ("tokens", "flops"):
         assert column(run, key) == column(without, key) and len(column(run, key)) == 2
 
-
-# ------------------------------------------------------------------------------- checkpoints and the models they give
 
 SAVED = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9, "--keep_checkpoints")
 

@@ -1,7 +1,5 @@
 """Losses, gradients and texts against numbers computed with the reference implementation (tests/golden/README.md)."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """What must not change the numbers: the layout, padding and order; and which text must not affect which output."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np
@@ -76,9 +74,8 @@ def test_examples_without_a_pair_or_a_chat_count_for_one_loss_only(distance):
     chats = items_of("llama3", MIXED[:4], **flags, jepa=False)
     pairs = items_of("llama3", MIXED[:3] + MIXED[4:], **flags)
     dropped = dataset(MIXED, encoder("llama3", predictors=1, **flags), Draws(0, 0.0))[0, range(5)]
-    mixed, of_chats, of_pairs, without = (
-        score("llama3", x, "packed", 90, distance) for x in (items, chats, pairs, dropped)
-    )
+    parts = (items, chats, pairs, dropped)
+    mixed, of_chats, of_pairs, without = (score("llama3", part, "packed", 90, distance) for part in parts)
     assert mixed["counts"][1] == len(pairs)
     for loss, alone in (("lm", of_chats), ("jepa", of_pairs), ("lm", without)):
         torch.testing.assert_close(mixed[loss], alone[loss], rtol=1e-5, atol=1e-6)

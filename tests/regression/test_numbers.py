@@ -7,8 +7,6 @@ comparisons on one machine. To store new values after an intended change of the 
     LLM_JEPA_WRITE=1 python -m pytest -n 0 tests/regression
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -18,14 +16,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, ROOT, call
+from conftest import GOLDEN, MODEL, ROOT, call
 
 from llm_jepa.data.examples import Example, Problems, read_examples
 from llm_jepa.scoring.tasks import TASKS, score_text
 
 VALUES = Path(__file__).with_name("values.json")
 EXACT, WRITE = (os.environ.get(f"LLM_JEPA_{name}") == "1" for name in ("EXACT", "WRITE"))
-MODEL = GOLDEN / "models" / "llama3"
 EXAMPLES = 22  # not a multiple of the batch size: the last step of an epoch is short
 KEPT_STEPS = (1, 5, 10, 15, 20)
 TIMING = ("runtime", "per_second")
@@ -72,8 +69,7 @@ def train(name: str, folder: Path) -> dict[str, list[float]]:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     else:
-        done = call("finetune", *argv)
-        assert done.code == 0, done.err
+        call("finetune", *argv, code=0)
     columns: dict[str, list[float]] = {}
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         for key, value in line.items():

@@ -3,8 +3,6 @@
 Each tokenizer has the structure of a model family's tokenizer, and a small vocabulary trained on the golden examples.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

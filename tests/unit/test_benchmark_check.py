@@ -1,7 +1,5 @@
 """benchmarks/check.py names the measures that are worse than their baselines."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

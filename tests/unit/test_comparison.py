@@ -4,18 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from synthetic_runs import (
-    ENVIRONMENT,
-    FEW,
-    JEPA,
-    METRICS,
-    REGULAR,
-    change,
-    pretrained_run,
-    synthetic_arm,
-    synthetic_run,
-    two_arms,
-)
+from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, one_arm, pretrained_run, synthetic_run, two_arms
 
 from llm_jepa.report import main
 from llm_jepa.reports import writer
@@ -46,9 +35,8 @@ def test_arms_are_paired_by_seed_with_the_regular_arm(tmp_path, report):
     assert code == 0 and list(found["synth"]["arms"]) == ["regular", "JEPA λ=1, k=1"]
     exact, startswith, stop_rate = found["synth"]["comparisons"]
     assert [c["score"] for c in (exact, startswith, stop_rate)] == ["exact", "startswith", "stop_rate"]
-    assert dict(zip(exact["seeds"], exact["differences"], strict=True)) == pytest.approx(
-        {s: BETTER[s] - EXACT[s] for s in EXACT}
-    )
+    differences = dict(zip(exact["seeds"], exact["differences"], strict=True))
+    assert differences == pytest.approx({s: BETTER[s] - EXACT[s] for s in EXACT})
     assert exact["interval"] == pytest.approx([-1.26, 2.76], abs=0.005)
     assert (exact["mean"], exact["family"], exact["p_holm"]) == (pytest.approx(0.75), 1, exact["p_two_sided"])
     assert {(c["family"], c["p_two_sided"]) for c in (startswith, stop_rate)} == {(0, None)}
@@ -71,9 +59,9 @@ def test_arms_without_a_common_seed_are_not_compared(tmp_path, report):
 
 
 def test_holm_corrects_per_data_set(tmp_path, report):
-    runs = two_arms(tmp_path, EXACT, BETTER) + synthetic_arm(tmp_path, "k2", JEPA | {"predictors": 2}, BETTER)
+    runs = two_arms(tmp_path, EXACT, BETTER) + one_arm(tmp_path, "k2", JEPA | {"predictors": 2}, BETTER)
     for name, settings in (("regular", REGULAR), ("jepa", JEPA)):
-        runs += synthetic_arm(tmp_path, f"turk-{name}", settings, FEW, dataset="turk")
+        runs += one_arm(tmp_path, f"turk-{name}", settings, FEW, dataset="turk")
     _, found, _ = report(runs)
     families = {name: [c["family"] for c in d["comparisons"]] for name, d in found.items()}
     assert families == {"synth": [2, 0, 0] * 2, "turk": [1, 0, 0]}
@@ -89,9 +77,9 @@ METHODS = [
 
 
 def test_arms_may_differ_in_the_method(tmp_path, report):
-    runs = synthetic_arm(tmp_path, "regular", REGULAR, {82: 90.0})
+    runs = one_arm(tmp_path, "regular", REGULAR, {82: 90.0})
     for i, method in enumerate(METHODS):
-        runs += synthetic_arm(tmp_path, f"jepa{i}", JEPA | method, {82: 91.0})
+        runs += one_arm(tmp_path, f"jepa{i}", JEPA | method, {82: 91.0})
     for run in runs[-2:]:  # --same_flop trains other numbers of steps
         change(run, "run.json", steps=800 if "same_flop" in Path(run, "args.json").read_text() else 2000)
     code, found, err = report(runs)
@@ -101,7 +89,7 @@ def test_arms_may_differ_in_the_method(tmp_path, report):
 
 # What else runs may differ in: the file, its new value and how the report shows both values.
 OTHER = {
-    "git_commit": ("run.json", {"git_commit": "4d5f"}, f"'{ENVIRONMENT['git_commit']}'", "'4d5f'"),
+    "git_commit": ("run.json", {"git_commit": "4d5f"}, "'df01d15302ad41e7a9a4b4abdfa05be1820da814'", "'4d5f'"),
     "versions.torch": ("run.json", {"versions": {"python": "3.11.7", "torch": "2.12"}}, "'2.13.0+cpu'", "'2.12'"),
     "device": ("run.json", {"device": "NVIDIA H100"}, "'x86_64'", "'NVIDIA H100'"),
     "steps": ("run.json", {"steps": 1999}, "2000", "1999"),
@@ -155,20 +143,17 @@ def test_allow_accepts_groups_but_no_parts_of_names(tmp_path, report):
     assert code == 2 and "--allow dev:" in err
 
 
-# ------------------------------------------------------------------------------------------------------ reference
-
-
 def test_two_regular_arms_need_a_reference(tmp_path, report):
-    runs = two_arms(tmp_path) + synthetic_arm(tmp_path, "other", REGULAR | {"learning_rate": 2e-3}, FEW)
+    runs = two_arms(tmp_path) + one_arm(tmp_path, "other", REGULAR | {"learning_rate": 2e-3}, FEW)
     code, found, err = report(runs)
     assert code == 2 and not found and "regular; regular, learning_rate=0.002" in err and "--against" in err
-    code, found, err = report(runs + synthetic_arm(tmp_path, "turk", REGULAR, FEW, dataset="turk"))
+    code, found, err = report(runs + one_arm(tmp_path, "turk", REGULAR, FEW, dataset="turk"))
     assert code == 1 and list(found) == ["turk"] and "synth: " in err  # other datasets are reported
 
 
 @pytest.mark.parametrize("against", ["k=1", "jepa-s82", "./jepa-s82/"])
 def test_against_selects_the_reference_by_label_run_name_or_path(tmp_path, report, against, monkeypatch):
-    runs = two_arms(tmp_path) + synthetic_arm(tmp_path, "more", JEPA | {"predictors": 2}, FEW)
+    runs = two_arms(tmp_path) + one_arm(tmp_path, "more", JEPA | {"predictors": 2}, FEW)
     monkeypatch.chdir(tmp_path)
     _, found, _ = report(runs, "--against", against)
     assert found["synth"]["reference"] == next(iter(found["synth"]["arms"])) == "JEPA λ=1, k=1"
@@ -178,7 +163,7 @@ def test_against_selects_the_reference_by_label_run_name_or_path(tmp_path, repor
 
 @pytest.mark.parametrize(("against", "count"), [("nothing", 0), ("JEPA", 2)])
 def test_against_must_match_one_arm(tmp_path, report, against, count):
-    runs = two_arms(tmp_path) + synthetic_arm(tmp_path, "more", JEPA | {"predictors": 2}, FEW)
+    runs = two_arms(tmp_path) + one_arm(tmp_path, "more", JEPA | {"predictors": 2}, FEW)
     code, found, err = report(runs, "--against", against)
     assert code == 2 and not found and f"--against {against} matches {count} " in err
 
@@ -188,7 +173,7 @@ def test_labels_have_the_losses_and_the_placebo_and_one_arm_is_regular(tmp_path,
     nitp = {"nitp": True, "nitp_lbd": 1.0}
     arms = [REGULAR, REGULAR | nitp, JEPA, clip, clip | {"shuffle_pairs": True}, clip | nitp,
             REGULAR | stp, JEPA | stp]  # fmt: skip
-    runs = [run for i, arm in enumerate(arms) for run in synthetic_arm(tmp_path, f"a{i}", arm, {82: 90.0})]
+    runs = [run for i, arm in enumerate(arms) for run in one_arm(tmp_path, f"a{i}", arm, {82: 90.0})]
     assert list(report(runs)[1]["synth"]["arms"]) == [
         "regular", "NITP λ=1", "JEPA λ=1, k=1", "JEPA clip λ=1, k=1", "JEPA clip (shuffled pairs) λ=1, k=1",
         "JEPA clip λ=1, k=1 + NITP λ=1", "STP geodesic λ=0.02", "JEPA λ=1, k=1 + STP geodesic λ=0.02",
@@ -199,15 +184,14 @@ NEW_FLAGS = {"jepa_loss": "cosine", "temperature": None, "shuffle_pairs": False,
 
 
 def test_runs_without_the_newer_flags_are_of_the_same_arm(tmp_path, report):
-    old = two_arms(tmp_path, {82: 90.0}) + synthetic_arm(tmp_path, "l2", JEPA | {"jepa_l2": True}, {82: 91.0})
+    old = two_arms(tmp_path, {82: 90.0}) + one_arm(tmp_path, "l2", JEPA | {"jepa_l2": True}, {82: 91.0})
     new = []
     for name, settings in (("r", REGULAR), ("j", JEPA), ("n", JEPA | {"jepa_l2": False})):
         flags = NEW_FLAGS | ({"jepa_loss": "l2"} if name == "n" else {})
-        new += synthetic_arm(tmp_path, name, settings | flags, {23: 92.0})
+        new += one_arm(tmp_path, name, settings | flags, {23: 92.0})
     code, found, _ = report(old + new)
-    assert code == 0 and {arm: len(runs) for arm, runs in found["synth"]["arms"].items()} == {
-        "regular": 2, "JEPA λ=1, k=1": 2, "JEPA l2 λ=1, k=1": 2,
-    }  # fmt: skip
+    sizes = {arm: len(runs) for arm, runs in found["synth"]["arms"].items()}
+    assert code == 0 and sizes == {"regular": 2, "JEPA λ=1, k=1": 2, "JEPA l2 λ=1, k=1": 2}
 
 
 def test_order_of_the_data_files_does_not_matter(tmp_path, report):
@@ -220,8 +204,8 @@ def test_order_of_the_data_files_does_not_matter(tmp_path, report):
 
 def test_an_arm_is_compared_with_its_own_placebo_without_correction(tmp_path, report):
     clip = JEPA | {"jepa_loss": "clip"}
-    runs = two_arms(tmp_path, EXACT) + synthetic_arm(tmp_path, "clip", clip, BETTER)
-    runs += synthetic_arm(tmp_path, "placebo", clip | {"shuffle_pairs": True}, EXACT)
+    runs = two_arms(tmp_path, EXACT) + one_arm(tmp_path, "clip", clip, BETTER)
+    runs += one_arm(tmp_path, "placebo", clip | {"shuffle_pairs": True}, EXACT)
     synth = report(runs)[1]["synth"]
     (placebo,) = synth["placebos"]
     assert (placebo["arm"], placebo["reference"]) == ("JEPA clip λ=1, k=1", "JEPA clip (shuffled pairs) λ=1, k=1")
@@ -238,5 +222,5 @@ def test_pretrained_arms_are_compared_by_their_pretraining(tmp_path, report):
     runs += [pretrained_run(tmp_path, "jepa", jepa, seed, exact + 2) for seed, exact in FEW.items()]
     first = report(runs)[1]["synth"]["comparisons"][0]
     assert first["mean"] == 2.0 and "pretraining.lbd=0.5" in first["arm"]
-    code, _, err = report([*runs[:2], *synthetic_arm(tmp_path, "jepa", JEPA, FEW)])
+    code, _, err = report([*runs[:2], *one_arm(tmp_path, "jepa", JEPA, FEW)])
     assert code == 1 and "pretrained True in" in err and "pretraining." not in err

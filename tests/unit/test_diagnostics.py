@@ -1,7 +1,5 @@
 """The statistics that show whether an auxiliary loss learns: against their formulas and on hand-made views."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -22,14 +20,12 @@ def means(text: torch.Tensor, code: torch.Tensor, not_negatives: torch.Tensor | 
 
 @pytest.mark.parametrize(
     ("text", "code", "cosine", "shuffled", "retrieved"),
-    [
-        (torch.arange(1.0, 5)[:, None] * torch.ones(3), torch.ones(4, 3), 1, 1, 0.25),
-        (torch.eye(4), torch.eye(4), 1, 0, 1),
-        (torch.eye(4), -torch.eye(4), -1, 0, 0),
-        (torch.eye(4)[[0, 0, 1, 1]], torch.eye(4)[[0, 0, 1, 1]], 1, 1 / 3, 0.5),
-    ],
+    [(torch.arange(1.0, 5)[:, None] * torch.ones(3), torch.ones(4, 3), 1, 1, 0.25),
+     (torch.eye(4), torch.eye(4), 1, 0, 1),
+     (torch.eye(4), -torch.eye(4), -1, 0, 0),
+     (torch.eye(4)[[0, 0, 1, 1]], torch.eye(4)[[0, 0, 1, 1]], 1, 1 / 3, 0.5)],
     ids=["one-direction", "learned", "opposite", "equal-in-twos"],
-)
+)  # fmt: skip
 def test_pair_statistics_of_hand_made_views(text, code, cosine, shuffled, retrieved):
     got = means(text, code)
     assert (got["cosine"], got["shuffled"]) == (pytest.approx(cosine, abs=1e-6), pytest.approx(shuffled, abs=1e-6))
@@ -65,13 +61,11 @@ def test_too_few_pairs_to_contrast_have_a_cosine_only(p):
 
 @pytest.mark.parametrize(
     ("vectors", "rank"),
-    [
-        (torch.cat([torch.eye(5), -torch.eye(5)]), 5),
-        (torch.cat([torch.eye(5)[:2], -torch.eye(5)[:2]]) + 100, 2),
-        (random(1, 5).expand(7, 5), 0),
-    ],
+    [(torch.cat([torch.eye(5), -torch.eye(5)]), 5),
+     (torch.cat([torch.eye(5)[:2], -torch.eye(5)[:2]]) + 100, 2),
+     (random(1, 5).expand(7, 5), 0)],
     ids=["isotropic", "a-plane-off-the-origin", "equal-up-to-rounding"],
-)
+)  # fmt: skip
 def test_effective_rank_counts_the_directions(vectors, rank):
     assert effective_rank(vectors) == pytest.approx(rank, abs=1e-3)
 

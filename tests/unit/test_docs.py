@@ -1,7 +1,5 @@
 """README.md and docs/: commands, flags, files, links, tasks, datasets and figures agree with the repository."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import importlib

@@ -1,7 +1,5 @@
 """Figures about embeddings, each against another way to compute it; exported files; t-SNE."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Reading JSONL in the project's own format: bad lines are reported by file and line."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

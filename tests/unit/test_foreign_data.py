@@ -1,7 +1,5 @@
 """Data in other formats: two fields of JSONL, CSV, Parquet or hub data."""
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import json
@@ -15,16 +13,7 @@ from conftest import message_row, write_rows
 from huggingface_hub.errors import HTTPError
 from pyarrow import parquet
 
-from llm_jepa.data.examples import (
-    Example,
-    ExampleError,
-    Fields,
-    Problems,
-    data_sha256,
-    dataset_name,
-    is_hub,
-    read_examples,
-)
+from llm_jepa.data.examples import ExampleError, Fields, Problems, data_sha256, dataset_name, is_hub, read_examples
 
 # Commas, quotes, a line break in a cell, text beyond ASCII, a line separator, and a cell over csv's own limit.
 PAIRS = [("q, 1", "a1"), ('say "q2"', "a\n2"), ("Frage süß", "答え\u2028x"), ("q" * 200_000, "a4")]
@@ -44,8 +33,8 @@ def write(path, pairs):
     return path
 
 
-def read(path, fields: Fields | None = FIELDS, problems: Problems | None = None) -> list[Example]:
-    return read_examples(str(path), problems or Problems(), fields)
+def read(path, fields: Fields | None = FIELDS) -> list:
+    return read_examples(str(path), Problems(), fields)
 
 
 @pytest.mark.parametrize("name", ["mine.jsonl", "mine.txt", "mine.csv", "mine.parquet", "mine.json", "mine.tsv",
@@ -64,25 +53,23 @@ def test_fields_become_turns_and_views(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "place"),
-    [
-        ("mine.csv", b"question,code\na\n", ":2"),
-        ("mine.csv", b'question,code\n"a,b\n', ""),
-        ("mine.parquet", b"PAR1 not really", ""),
-        ("mine.jsonl", json.dumps({"question": "q", "code": 7}).encode(), ":1: .*'code'"),
-        ("mine.csv", b'question,code\n"a\nb"," "\n', ":3: .*'code'"),
-        ("mine.json", b'[{"question": "q", "code": "c"}, {"question": "q", "code": ""}]', ": entry 2: .*'code'"),
-        ("mine.csv", 'question,code\na,b\n"c\nd",é\n'.encode("latin-1"), ":4: .*UTF-8"),
-        ("mine.csv", "question,code\na,b\n".encode("utf-16"), ": .*UTF-8"),
-        ("mine.json", '[\n{"question": "é"}]'.encode("latin-1"), ": .*UTF-8.*line 2"),
-        ("mine.json", b'[\n{"question": "a"},\n{"code": }]', ": .*line 3"),
-        ("mine.json", b'{\n"rows": []}', ":1: .*array"),
-        ("mine.xlsx", b"PK\3\4\xff\xff", ":1: .*csv"),
-        ("mine.json.gz", gzip.compress(b"[1, 2]" * 99, mtime=0)[:20], ""),
-        ("mine.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + zlib.compress(b"x") + b"12345678", ""),
-        ("mine.csv", b"question,code,note\nq1,SELECT a\nFROM b,n3\n", ":2"),
-        ("mine.csv", b"question,code,question\nq1,SELECT a,q2\n", ":1"),
-    ],
-)
+    [("mine.csv", b"question,code\na\n", ":2"),
+     ("mine.csv", b'question,code\n"a,b\n', ""),
+     ("mine.parquet", b"PAR1 not really", ""),
+     ("mine.jsonl", json.dumps({"question": "q", "code": 7}).encode(), ":1: .*'code'"),
+     ("mine.csv", b'question,code\n"a\nb"," "\n', ":3: .*'code'"),
+     ("mine.json", b'[{"question": "q", "code": "c"}, {"question": "q", "code": ""}]', ": entry 2: .*'code'"),
+     ("mine.csv", 'question,code\na,b\n"c\nd",é\n'.encode("latin-1"), ":4: .*UTF-8"),
+     ("mine.csv", "question,code\na,b\n".encode("utf-16"), ": .*UTF-8"),
+     ("mine.json", '[\n{"question": "é"}]'.encode("latin-1"), ": .*UTF-8.*line 2"),
+     ("mine.json", b'[\n{"question": "a"},\n{"code": }]', ": .*line 3"),
+     ("mine.json", b'{\n"rows": []}', ":1: .*array"),
+     ("mine.xlsx", b"PK\3\4\xff\xff", ":1: .*csv"),
+     ("mine.json.gz", gzip.compress(b"[1, 2]" * 99, mtime=0)[:20], ""),
+     ("mine.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + zlib.compress(b"x") + b"12345678", ""),
+     ("mine.csv", b"question,code,note\nq1,SELECT a\nFROM b,n3\n", ":2"),
+     ("mine.csv", b"question,code,question\nq1,SELECT a,q2\n", ":1")],
+)  # fmt: skip
 def test_damaged_file_is_reported_by_place(name, content, place, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ExampleError, match=f"{name}{place}"):
@@ -133,13 +120,11 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize(
     ("path", "call"),
-    [
-        ("owner/films:test", ("owner/films", None, "test", None)),
-        ("owner/films:main:train@0a1b2c", ("owner/films", "main", "train", "0a1b2c")),
-        ("owner/films:train@refs/pr/3", ("owner/films", None, "train", "refs/pr/3")),
-        ("owner/films:main:train[:9]+test[5:]@user/a@b", ("owner/films", "main", "train[:9]+test[5:]", "user/a@b")),
-    ],
-)
+    [("owner/films:test", ("owner/films", None, "test", None)),
+     ("owner/films:main:train@0a1b2c", ("owner/films", "main", "train", "0a1b2c")),
+     ("owner/films:train@refs/pr/3", ("owner/films", None, "train", "refs/pr/3")),
+     ("owner/films:main:train[:9]+test[5:]@user/a@b", ("owner/films", "main", "train[:9]+test[5:]", "user/a@b"))],
+)  # fmt: skip
 def test_hub_dataset_is_given_by_name_config_split_and_revision(path, call, hub):
     examples = read(path, Fields("comment", "label"))
     assert hub == [call]

@@ -1,7 +1,5 @@
 """Which rows the segments are placed in, what a batch contains, and which examples form micro-batches."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -80,9 +78,6 @@ def test_empty_micro_batch_has_one_row(layout):
     batch = Collator(layout, pad_id=3, tokens_per_row=16)([(), ()])
     assert batch["input_ids"].shape == (1, 1)
     assert batch["label_ids"].shape == (0,) and batch["view_at"].shape == (2, 2, 0)
-
-
-# -------------------------------------------------------------------------------------------------- micro-batches
 
 
 @pytest.mark.parametrize("tokens", [0, 60])

@@ -1,27 +1,22 @@
-"""The losses against their formulas, their weights in the objective, the queue of pairs, and zero cases.
+"""The losses against their formulas, the queue of pairs, and zero cases.
 
-test_terms.py compares a training step of each term with these losses.
+test_terms.py compares a training step of each term with these losses, and the logged loss with the weighted sum.
 """
-
-from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
 
-from llm_jepa.forward import States
 from llm_jepa.losses import (
     JEPA_LOSSES,
     KNOTS,
     STP_LOSSES,
     ContrastSet,
-    Term,
     find_not_negatives,
     jepa_loss,
     lm_loss,
     moments,
     nitp_loss,
-    objective,
     sigreg_loss,
     stp_loss,
 )
@@ -80,17 +75,6 @@ def expected_loss(name: str, others: ContrastSet, temperature: float | None, cen
 CENTER = pytest.mark.parametrize("center", [False, True], ids=["as-is", "center"])
 
 
-@CENTER
-@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
-def test_loss_of_pairs_equals_its_formula_and_has_gradient_in_both_views(name, center):
-    views = random(2, 5, 7)
-    total, count = jepa_loss(views, name, center=center)
-    expected = expected_loss(name, ContrastSet(views, torch.eye(5, dtype=torch.bool)), None, center)
-    assert total.item() == pytest.approx(expected, rel=1e-5) and count == 5
-    total.backward()
-    assert (views.grad.abs().sum(dim=-1) > 0).all()  # (2, P)
-
-
 # Ten pairs, of which the last two are of the queue: 0 has the Text of 4, 9 the Code of 3.
 IDS = torch.tensor([[4, 1, 2, 3, 4, 5, 6, 7, 8, 9], *2 * [[20, 21, 22, 23, 24, 25, 26, 27, 28, 23]]])
 EQUAL = torch.eye(8, 10, dtype=torch.bool)
@@ -111,11 +95,14 @@ def test_the_code_that_a_shuffled_text_has_in_the_data_is_no_negative():
 @CENTER
 @pytest.mark.parametrize("temperature", [None, 0.5])
 @pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
-def test_loss_of_pairs_contrasts_with_the_others_that_have_another_text_and_code(name, temperature, center):
+def test_loss_of_pairs_equals_its_formula_and_has_gradient_in_both_views(name, temperature, center):
+    """Pairs are contrasted with those of the queue, too, except with an equal Text or Code."""
     options = {"temperature": temperature, "center": center}
     others = ContrastSet(random(2, 10, 7), EQUAL)
     total, count = jepa_loss(others.views[:, :8], name, others, **options)
     assert total.item() == pytest.approx(expected_loss(name, others, temperature, center), rel=1e-5) and count == 8
+    (gradient,) = torch.autograd.grad(total, others.views)
+    assert (gradient[:, :8].abs().sum(dim=-1) > 0).all()  # (2, P)
     if JEPA_LOSSES[name].temperature:
         unmasked = ContrastSet(others.views, torch.eye(8, 10, dtype=torch.bool))
         assert total < jepa_loss(others.views[:, :8], name, unmasked, **options)[0]
@@ -176,14 +163,6 @@ def test_next_latent_loss_equals_its_formula_without_gradient_in_the_target():
     assert (predicted.grad.abs().sum(dim=-1) > 0).all() and target.grad is None
 
 
-def test_lm_loss_is_summed_cross_entropy():
-    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
-    total, count = lm_loss(logits, torch.tensor([0, 2]))
-    expected = -np.log(np.exp(2) / (np.exp(2) + 1 + np.exp(-1))) + np.log(3)
-    assert total.item() == pytest.approx(expected, rel=1e-6)
-    assert count == 2
-
-
 # Variants of --stp, points and their loss.
 STP_VALUES = {
     "straight": ("geodesic", ((0, 0), (1, 1), (3, 3)), 0),
@@ -201,40 +180,6 @@ def test_stp_loss_of_points_on_a_path(name):
     variant, points, expected = STP_VALUES[name]
     total, count = stp_loss(torch.tensor(points)[:, None], variant)
     assert (total.item(), count) == (pytest.approx(expected, abs=1e-6), 1)
-
-
-def test_objective_weighs_each_term_and_divides_by_its_count_in_the_step():
-    """The counts are those of a step of which this micro-batch has a share."""
-    lm_sum, views, path, predicted = random(1).sum(), random(2, 4, 3), random(3, 5, 3), random(6, 3)
-    states = States(torch.zeros(0, 1), views, path, predicted, random(6, 3, seed=1), directions=torch.eye(3))
-    losses = {
-        "jepa": (("views",), "pairs", jepa_loss),
-        "sigreg": (("views", "directions", "rest_of_step"), "pairs", sigreg_loss),
-        "stp": (("path",), "spans", lambda x: stp_loss(x, "geodesic")),
-        "nitp": (("predicted", "target"), "next_tokens", nitp_loss),
-    }
-    weights, counts = (0.3, 0.2, 0.7, 1.5), {"labels": 10.0, "pairs": 8.0, "spans": 15.0, "next_tokens": 12.0}
-    terms = [(Term(name, *loss, 0), weight) for (name, loss), weight in zip(losses.items(), weights, strict=True)]
-    loss, sums, shares = objective(lm_sum, states, torch.tensor(list(counts.values())), 0.5, terms)
-    inputs, expected = [lm_sum, views, path, predicted], [torch.tensor(0.05), 0, 0, 0]
-    assert shares["lm"].item() == pytest.approx(0.05 * lm_sum.item()) and [*shares] == ["lm", *losses]
-    for (name, (reads, divisor, function)), weight in zip(losses.items(), weights, strict=True):
-        alone, _ = function(*(getattr(states, field) for field in reads))
-        assert sums[name].item() == alone.item()
-        assert shares[name].item() == pytest.approx(weight * alone.item() / counts[divisor])
-        for i, gradient in enumerate(torch.autograd.grad(alone, inputs, allow_unused=True, retain_graph=True)):
-            expected[i] = expected[i] + (0 if gradient is None else weight / counts[divisor] * gradient)
-    assert loss.item() == pytest.approx(sum(shares.values()).item())
-    for got, want in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize(
-    ("warmup", "start", "expected"), [(0, 0, [2, 2, 2]), (4, 0, [0.5, 1, 2]), (0.2, 1, [1.5, 2, 2])]
-)
-def test_weight_warms_up_linearly(warmup, start, expected):
-    term = Term("stp", ("path",), "spans", len, 2.0, warmup, start)
-    assert [term.weight_at(step, 10) for step in (1, 2, 10)] == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------------------------------------- queue of pairs
@@ -276,9 +221,6 @@ def test_queued_pairs_of_the_same_text_or_code_are_no_negatives():
     ids = torch.tensor([[2, 7], [107, 100], [107, 100]])  # the Text of pair 2, the Code of pair 0
     others = contrast(views[:, :2], ids, training=True)
     assert others.not_negatives[:, 2:].tolist() == [[False, False, True, False], [True, False, False, False]]
-
-
-# ------------------------------------------------------------------------------------------------------- zero cases
 
 
 # Each loss of one tensor, and the tensor's shape with 0 for what is counted.

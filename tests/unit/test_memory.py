@@ -1,7 +1,5 @@
 """The memory plan: counts compared with known models and peft, bytes with allocated tensors. The step time by hand."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil
@@ -9,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, call
+from conftest import MODEL, call
 from safetensors.torch import load_file
 from templates import LLAMA_1B, LLAMA_8B
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -53,7 +51,7 @@ def test_parameters_of_published_models(tmp_path, values, parameters):
 
 @pytest.mark.parametrize("rows", [531, 525, 540])  # of the embedding; the tokenizer has 531 tokens
 def test_adapter_has_the_parameters_of_the_training(rows, tmp_path):
-    model = str(shutil.copytree(GOLDEN / "models/llama3", tmp_path / "model"))
+    model = str(shutil.copytree(MODEL, tmp_path / "model"))
     config = AutoConfig.from_pretrained(model, vocab_size=rows)
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     s = finetune.Settings(model_name=model, lora=True, lora_rank=6, predictors=2)
@@ -104,9 +102,8 @@ def test_bytes_of_eight_bit_moments(tmp_path):
 def test_bytes_of_four_bit_weights(tmp_path):
     values = TINY | {"hidden_size": 128, "intermediate_size": 256}
     LlamaForCausalLM(LlamaConfig(**values)).save_pretrained(tmp_path)
-    quantized = AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
-    )
+    four = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **four)
     real = sum(p.nbytes for p in quantized.parameters())
     real += sum(p.quant_state.absmax.nbytes for p in quantized.parameters() if hasattr(p, "quant_state"))
     found = plan(str(tmp_path), lora=True, load_in_4bit=True)
@@ -231,8 +228,6 @@ def test_wrong_flags_are_reported(tmp_path):
     assert done.code == 2 and "--optim sgd" in done.err
 
 
-# ---------------------------------------------------------------------------------------------------- step time
-
 SHAPE = {"parameters": 8e9, "in_layers": 7e9, "in_head": 5e8, "layers": 32, "size": 4096, "labels": 0.5}
 
 
@@ -253,7 +248,7 @@ def test_network_limits_small_micro_batches_only():
 
 
 def test_command_prints_the_step_time_for_each_number_of_gpus():
-    done = call("llm_jepa.large.step_time", "--model_name", GOLDEN / "models" / "llama3", "--gpus", "8,64")
+    done = call("llm_jepa.large.step_time", "--model_name", MODEL, "--gpus", "8,64")
     assert done.code == 0 and [line.split()[0] for line in done.out.splitlines()[-2:]] == ["8", "64"]
-    assert f"{plan(GOLDEN / 'models' / 'llama3')['tokens']} tokens" in done.out
+    assert f"{plan(MODEL)['tokens']} tokens" in done.out
     assert call("llm_jepa.large.step_time", "--gpus", "8,x").code == 2

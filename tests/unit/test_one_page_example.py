@@ -1,7 +1,5 @@
 """The files in examples/: the method in one page gives the loss of finetune.py, and the Python API works."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from synthetic_runs import FEW, JEPA, REGULAR, export_views, log_steps, synthetic_arm, two_arms
+from synthetic_runs import FEW, JEPA, REGULAR, export_views, log_steps, one_arm, two_arms
 
 from llm_jepa.report import main
 from llm_jepa.reports import plots
@@ -45,15 +45,14 @@ def draw(plot, runs: list[str]) -> plots.Drawn:
 def test_result_shows_differences_and_which_are_significant(tmp_path, figures):
     exact = {23: 80.0, 82: 90.0, 4: 70.0}
     better = {seed: value + 2 + seed / 1000 for seed, value in exact.items()}
-    runs = two_arms(tmp_path, exact, {23: 81.0, 82: 88.0, 4: 72.0}) + synthetic_arm(tmp_path, "nitp", NITP, better)
+    runs = two_arms(tmp_path, exact, {23: 81.0, 82: 88.0, 4: 72.0}) + one_arm(tmp_path, "nitp", NITP, better)
     draw(plots.plot_differences, runs)
     (axes,) = figures["differences"][0]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["JEPA λ=1, k=1", "NITP λ=0.8"]
     (seeds, interval, mean), (_, narrow, other) = axes.collections[:3], axes.collections[3:]
     assert sorted(seeds.get_offsets()[:, 0]) == pytest.approx([-2.0, 1.0, 2.0])
-    assert mean.get_offsets()[0, 0] == pytest.approx(1 / 3) and other.get_offsets()[0, 0] == pytest.approx(
-        2.0363, abs=1e-3
-    )
+    means = [collection.get_offsets()[0, 0] for collection in (mean, other)]
+    assert means == pytest.approx([1 / 3, 2.0363], abs=1e-3)
     low, high = interval.get_segments()[0][:, 0]
     assert low < -4 and high > 5 and 1.8 < narrow.get_segments()[0][0, 0] < 2.0363
     fills = [tuple(m.get_facecolor()[0]) == tuple(m.get_edgecolor()[0]) for m in (mean, other)]
@@ -77,7 +76,7 @@ def test_training_curves_are_block_means(tmp_path, figures):
 
 
 def test_repeated_step_counts_once_and_damaged_file_is_reported(tmp_path):
-    runs = synthetic_arm(tmp_path, "a", JEPA, FEW)
+    runs = one_arm(tmp_path, "a", JEPA, FEW)
     logged = ((1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5))
     rows = [{"step": step, "lm_loss": loss, "loss": 9.0, "label_tokens": 8} for step, loss in logged]
     text = "".join(json.dumps(row) + "\n" for row in [*rows, {"step": 3, "eval_lm_loss": 7.0}])
@@ -103,10 +102,10 @@ def test_costs_show_wall_time_and_counted_flops(tmp_path, figures):
 
 
 def test_grid_shows_means_at_their_k_and_lambda(tmp_path, figures):
-    runs = synthetic_arm(tmp_path, "regular", REGULAR, FEW)
+    runs = one_arm(tmp_path, "regular", REGULAR, FEW)
     for k, lbd in [(2, 1.0), (0, 0.5), (2, 0.5), (0, 1.0), (1, 1.0)]:
         exact = {seed: value + k + 3 * lbd for seed, value in FEW.items()}
-        runs += synthetic_arm(tmp_path, f"k{k}-lbd{lbd}", JEPA | {"predictors": k, "lbd": lbd}, exact)
+        runs += one_arm(tmp_path, f"k{k}-lbd{lbd}", JEPA | {"predictors": k, "lbd": lbd}, exact)
     drawn = draw(plots.plot_grid, runs)
     (axes,), caption = figures["grid"]
     means = axes.images[0].get_array().filled(np.nan)

@@ -1,7 +1,5 @@
 """The preflight: every problem is caused, and must be reported."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil
@@ -13,14 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, call
+from conftest import MODEL, call
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llm_jepa import preflight
 from llm_jepa.preflight import Preflight
 
-MODEL = GOLDEN / "models/llama3"
 GIB = 2**30
 
 
@@ -223,9 +220,6 @@ def test_command_reports_the_problems_of_other_nodes(tmp_path, check, port):
     first.join(60)
     own, other = (line.partition(" missing: ")[2] for line in missing(done))
     assert done.code == 1 and own == "node 0: a" and other.startswith("node 1: lost.jsonl")
-
-
-# ---------------------------------------------------------------------------------------------------- the all-reduce
 
 
 def test_all_reduce():

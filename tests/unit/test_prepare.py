@@ -1,7 +1,5 @@
 """prepare.py: examples and splits of every dataset, files, own data, errors, and `check`."""
 
-from __future__ import annotations
-
 import functools
 import io
 import json
@@ -346,14 +344,12 @@ def test_split_of_own_examples_has_no_prompt_on_both_sides(tmp_path, out):
 
 @pytest.mark.parametrize(
     "flags, messages",
-    [
-        (("--name", "gsm8k"), ["--name"]),
-        (("--name", "m", "--text_field", "ask"), ["--text_field", "--code_field"]),
-        (("--name", "m", "--test_file", "x.csv", "--test_size", "0.5"), ["--test_file", "--test_size"]),
-        (("--name", "m", "--text_field", "ask", "--code_field", "note"), ["mine.csv:3: ", "'note'"]),
-        (("--name", "m", *FIELDS, "--test_size", "1"), ["mine.csv"]),
-    ],
-)
+    [(("--name", "gsm8k"), ["--name"]),
+     (("--name", "m", "--text_field", "ask"), ["--text_field", "--code_field"]),
+     (("--name", "m", "--test_file", "x.csv", "--test_size", "0.5"), ["--test_file", "--test_size"]),
+     (("--name", "m", "--text_field", "ask", "--code_field", "note"), ["mine.csv:3: ", "'note'"]),
+     (("--name", "m", *FIELDS, "--test_size", "1"), ["mine.csv"])],
+)  # fmt: skip
 def test_wrong_own_flags_or_data_are_reported(flags, messages, tmp_path, out):
     path = write_csv(tmp_path / "mine.csv", '"two\nlines",a, ', "q,b,n")
     done = run("own", "--train_file", path, "--out_dir", out, *flags)

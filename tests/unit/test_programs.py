@@ -1,7 +1,5 @@
 """MBPP: which part of a response is the program, and which programs pass the tests."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 
@@ -17,19 +15,17 @@ DOUBLE = "def double(x):\n    return 2 * x"
 
 @pytest.mark.parametrize(
     "response, code",
-    [
-        (f" {DOUBLE}\n", DOUBLE),
-        (f"```python\n{DOUBLE}\n```", f"{DOUBLE}\n"),
-        (f"Sure:\n\n``` Python \r\n{DOUBLE}\r\n```\nIt uses `*`.", f"{DOUBLE}\n"),
-        (f"```\n{DOUBLE}", f"{DOUBLE}\n"[:-1]),
-        ("```bash\npip install x\n```\n```py\na\n```\n```py\nb\n```", "a\n"),
-        ("```\na\n```\n```text\nb\n```", "a\n"),
-        ("1. Code:\n   ```python\n   def f():\n       pass\n   ```", "def f():\n    pass\n"),
-        ("<think>\n```python\nwrong\n```\n</think>\n```python\nright\n```", "right\n"),
-        ("x = '```'", "x = '```'"),
-        ("", ""),
-    ],
-)
+    [(f" {DOUBLE}\n", DOUBLE),
+     (f"```python\n{DOUBLE}\n```", f"{DOUBLE}\n"),
+     (f"Sure:\n\n``` Python \r\n{DOUBLE}\r\n```\nIt uses `*`.", f"{DOUBLE}\n"),
+     (f"```\n{DOUBLE}", f"{DOUBLE}\n"[:-1]),
+     ("```bash\npip install x\n```\n```py\na\n```\n```py\nb\n```", "a\n"),
+     ("```\na\n```\n```text\nb\n```", "a\n"),
+     ("1. Code:\n   ```python\n   def f():\n       pass\n   ```", "def f():\n    pass\n"),
+     ("<think>\n```python\nwrong\n```\n</think>\n```python\nright\n```", "right\n"),
+     ("x = '```'", "x = '```'"),
+     ("", "")],
+)  # fmt: skip
 def test_program_is_the_first_python_block_or_the_complete_response(response, code):
     assert extract_code(response) == code
 

@@ -1,7 +1,5 @@
 """DFA-equality of regular expressions: the syntax, the languages, and the limits."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 

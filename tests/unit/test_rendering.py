@@ -1,7 +1,5 @@
 """Chats, views, label scopes and view tokens for every chat template."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import shutil
@@ -207,10 +205,6 @@ def test_no_token_reaches_from_the_prompt_into_the_answer(name, header, answer, 
     assert decode(e, chat.ids[slice(*chat.user)]).strip() == "(two) words"
 
 
-def test_last_token_outside_the_view_is_refused():
-    assert all(isinstance(x, ValueError) for x in encoder("llama3", last_token=-99).views([FIRST])[0])
-
-
 def test_system_text_precedes_user_text_if_template_refuses_or_drops_it():
     dropping = with_template("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}<|im_end|>{% endfor %}")
     for renderer in (encoder("google_gemma").renderer, encoder("mistral_nemo").renderer, dropping.renderer):
@@ -328,7 +322,3 @@ def test_token_that_joins_view_and_template_text_is_refused():
     joined = dataclasses.replace(FIRST, system=None, user="q", assistant="nd more")
     assert e.renderer.tokenizer.tokenize("a" + joined.assistant)[0] != "a", "choose a text that the tokenizer joins"
     assert isinstance(e.views([joined])[0][1], ValueError) and not isinstance(e.chats([joined])[0], ValueError)
-
-
-def test_train_all_labels_every_token():
-    assert encoder("llama3", plain=True, train_all=True, lm_labels="all").chats([FIRST])[0].labels.all()

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from synthetic_runs import FEW, JEPA, METRICS, change, pretrained_run, synthetic_arm, synthetic_run
+from synthetic_runs import FEW, JEPA, METRICS, change, one_arm, pretrained_run, synthetic_run
 
 from llm_jepa import run_folder
 from llm_jepa.report import main
@@ -28,7 +28,7 @@ def tables(capsys):
 
 def test_table_has_mean_and_sample_sd(tmp_path, tables):
     # 50, 60, 70: mean 60, sd √((100 + 0 + 100) / 2) = 10; 145, 142, 142 s: mean 143, sd √((4 + 1 + 1) / 2) = 1.73
-    ((title, *rows),) = tables(synthetic_arm(tmp_path, "jepa", JEPA, {82: 50.0, 23: 60.0, 37: 70.0}))
+    ((title, *rows),) = tables(one_arm(tmp_path, "jepa", JEPA, {82: 50.0, 23: 60.0, 37: 70.0}))
     assert title == ["synth (2000 examples), models/tiny, JEPA λ=1, k=1"]
     assert rows == [
         ["seed", "exact %", "startswith %", "stop_rate %", "train s"],
@@ -58,7 +58,7 @@ OTHER_INPUTS = {
 
 @pytest.mark.parametrize(("file", "changes"), OTHER_INPUTS.values(), ids=OTHER_INPUTS)
 def test_runs_with_other_inputs_are_not_averaged(tmp_path, tables, file, changes):
-    runs = synthetic_arm(tmp_path, "jepa", JEPA, FEW)
+    runs = one_arm(tmp_path, "jepa", JEPA, FEW)
     change(runs[1], file, **changes)
     assert [table[-1][0] for table in tables(runs)] == ["mean (n = 1)"] * 2
 
@@ -87,7 +87,7 @@ def test_runs_from_models_pretrained_with_different_seeds_are_one_arm(tmp_path, 
 
 
 def test_runs_with_other_batches_and_paths_are_averaged(tmp_path, tables):
-    runs = synthetic_arm(tmp_path, "jepa", JEPA, FEW)
+    runs = one_arm(tmp_path, "jepa", JEPA, FEW)
     for run, path in zip(runs, ("datasets/a.jsonl", "/home/me/datasets/a.jsonl"), strict=True):
         change(run, "args.json", train_file=path, model_name=path, resume=run == runs[0])
         change(run, "run.json", data_sha256={path: "b0a8"}, model="models/tiny", base=None)
@@ -135,7 +135,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("reason", DAMAGE)
 def test_damaged_run_is_reported_and_skipped(tmp_path, capsys, reason):
-    runs = synthetic_arm(tmp_path, "jepa", JEPA, {82: 50.0, 23: 60.0, 37: 70.0})
+    runs = one_arm(tmp_path, "jepa", JEPA, {82: 50.0, 23: 60.0, 37: 70.0})
     DAMAGE[reason](Path(runs[1]))
     assert main(runs) == 1
     out, err = capsys.readouterr()
@@ -144,14 +144,14 @@ def test_damaged_run_is_reported_and_skipped(tmp_path, capsys, reason):
 
 
 def test_each_seed_counts_once(tmp_path, capsys):
-    runs = synthetic_arm(tmp_path, "jepa", JEPA, FEW) + synthetic_arm(tmp_path, "copy", JEPA, {82: 10.0})
+    runs = one_arm(tmp_path, "jepa", JEPA, FEW) + one_arm(tmp_path, "copy", JEPA, {82: 10.0})
     assert main(runs) == 1
     out, err = capsys.readouterr()
     assert runs[2] in err and runs[0] in err and "mean ± sd (n = 2)  85.00 ± 7.07" in out
 
 
 def test_line_and_table_have_scores_failures_and_notes(tmp_path, capsys):
-    (run,) = synthetic_arm(tmp_path, "jepa", JEPA | {"shuffle_pairs": True}, {82: 57.294})
+    (run,) = one_arm(tmp_path, "jepa", JEPA | {"shuffle_pairs": True}, {82: 57.294})
     change(run, METRICS, failures={"timeout": 3, "states": 1}, notes=["a note of evaluate.py"])
     (result,) = read_run(Path(run))
     scores = "exact 57.29 %  startswith 90.00 %  stop_rate 100.00 %  train 145.00 s"
@@ -164,5 +164,5 @@ def test_line_and_table_have_scores_failures_and_notes(tmp_path, capsys):
 @pytest.mark.parametrize("flags", [["--against", "x"], ["--allow", "n"]], ids=str)
 def test_flags_without_effect_are_refused(tmp_path, flags):
     with pytest.raises(SystemExit) as stopped:
-        main([*synthetic_arm(tmp_path, "a", JEPA, {82: 50.0}), *flags])
+        main([*one_arm(tmp_path, "a", JEPA, {82: 50.0}), *flags])
     assert stopped.value.code == 2

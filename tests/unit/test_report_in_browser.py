@@ -7,7 +7,7 @@ import subprocess
 from html import escape
 
 import pytest
-from synthetic_runs import FEW, JEPA, REGULAR, add_learning, export_views, log_steps, synthetic_arm, two_arms
+from synthetic_runs import FEW, JEPA, REGULAR, add_learning, export_views, log_steps, one_arm, two_arms
 
 from llm_jepa.report import main
 
@@ -34,8 +34,8 @@ MEASURE = """<!doctype html><body>{frames}<script>addEventListener("load", () =>
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     placebo = JEPA | {"jepa_loss": "clip", "shuffle_pairs": True, "system": "a_long_name_without_a_space" * 3}
-    runs = two_arms(folder, FEW, jepa_loss="clip") + synthetic_arm(folder, "placebo", placebo, FEW)
-    runs += synthetic_arm(folder, "nitp", REGULAR | {"nitp": True}, FEW)
+    runs = two_arms(folder, FEW, jepa_loss="clip") + one_arm(folder, "placebo", placebo, FEW)
+    runs += one_arm(folder, "nitp", REGULAR | {"nitp": True}, FEW)
     for run in runs:
         log_steps(run, 20)
         export_views(run, 10)

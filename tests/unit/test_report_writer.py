@@ -7,18 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from synthetic_runs import (
-    FEW,
-    JEPA,
-    METRICS,
-    REGULAR,
-    add_learning,
-    change,
-    export_views,
-    log_steps,
-    synthetic_arm,
-    two_arms,
-)
+from conftest import snapshot
+from synthetic_runs import FEW, JEPA, METRICS, REGULAR, add_learning, change, export_views, log_steps, one_arm, two_arms
 from test_comparison import BETTER, EXACT
 
 from llm_jepa.report import main
@@ -29,10 +19,6 @@ FILES = ["report.html", "report.json", "report.md"]
 @pytest.fixture
 def out(tmp_path) -> Path:
     return tmp_path / "made" / "report"
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def paragraphs(folder: Path) -> list[str]:
@@ -78,21 +64,19 @@ FLOOR = dict.fromkeys(FEW, 0.0)
 
 @pytest.mark.parametrize(
     ("regular", "jepa", "k2", "expected"),
-    [
-        (EXACT, GAIN, BETTER, ["1 of 2 arms differs", "JEPA λ=1, k=1 +2.10 points [1.90, 2.30]."]),
-        (FLOOR, FLOOR, FEW, ["no arm", "k=2 +85.00 points", "nothing can show: JEPA λ=1, k=1 (0 %)."]),
-    ],
-)
+    [(EXACT, GAIN, BETTER, ["1 of 2 arms differs", "JEPA λ=1, k=1 +2.10 points [1.90, 2.30]."]),
+     (FLOOR, FLOOR, FEW, ["no arm", "k=2 +85.00 points", "nothing can show: JEPA λ=1, k=1 (0 %)."])],
+)  # fmt: skip
 def test_headline_lists_arms_that_differ_or_cannot(tmp_path, out, regular, jepa, k2, expected):
-    runs = two_arms(tmp_path, regular, jepa) + synthetic_arm(tmp_path, "k2", JEPA | {"predictors": 2}, k2)
+    runs = two_arms(tmp_path, regular, jepa) + one_arm(tmp_path, "k2", JEPA | {"predictors": 2}, k2)
     assert main([*runs, "--output_dir", str(out)]) == 0
     headline = paragraphs(out)[1]
     assert headline.startswith(f"synth, exact: {expected[0]}") and all(text in headline for text in expected), headline
 
 
 def test_headline_and_table_say_what_the_terms_have_learned(tmp_path, out):
-    runs = two_arms(tmp_path) + synthetic_arm(tmp_path, "clip", JEPA | {"jepa_loss": "clip", "nitp": True}, FEW)
-    runs += synthetic_arm(tmp_path, "nitp", REGULAR | {"nitp": True}, FEW)
+    runs = two_arms(tmp_path) + one_arm(tmp_path, "clip", JEPA | {"jepa_loss": "clip", "nitp": True}, FEW)
+    runs += one_arm(tmp_path, "nitp", REGULAR | {"nitp": True}, FEW)
     for run, cosine in zip(runs[2:6], (0.1, 0.1, 0.8, 0.1), strict=True):
         add_learning(run, cosine, r1=cosine / 2)
     add_learning(runs[6], 0.8, r1=0.0, term="nitp")
@@ -114,7 +98,7 @@ def test_headline_and_table_say_what_the_terms_have_learned(tmp_path, out):
 
 
 def test_an_arm_and_its_placebo_are_in_the_report(tmp_path, out):
-    runs = two_arms(tmp_path, EXACT, BETTER) + synthetic_arm(tmp_path, "p", JEPA | {"shuffle_pairs": True}, EXACT)
+    runs = two_arms(tmp_path, EXACT, BETTER) + one_arm(tmp_path, "p", JEPA | {"shuffle_pairs": True}, EXACT)
     assert main([*runs, "--output_dir", str(out)]) == 0
     placebo = json.loads((out / "report.json").read_text())["datasets"][0]["placebos"][0]["verdict"]
     (line,) = [text for text in paragraphs(out) if "minus its placebo" in text]
@@ -156,7 +140,7 @@ def test_skipped_runs_are_in_all_files(tmp_path, out, capsys):
 
 
 def test_nothing_is_written_without_runs_and_no_comparison_with_one_arm(tmp_path, out):
-    (run,) = synthetic_arm(tmp_path, "a", REGULAR, {82: 50.0})
+    (run,) = one_arm(tmp_path, "a", REGULAR, {82: 50.0})
     assert main([run, "--output_dir", str(out)]) == 0
     assert json.loads((out / "report.json").read_text())["datasets"][0]["reference"] is None
     assert "learn" not in (out / "report.md").read_text().split("## How to read")[0]  # there is no term
@@ -165,10 +149,10 @@ def test_nothing_is_written_without_runs_and_no_comparison_with_one_arm(tmp_path
 
 
 def test_page_is_self_contained_and_has_every_figure(tmp_path, out):
-    runs = synthetic_arm(tmp_path, "regular", REGULAR, FEW)
+    runs = one_arm(tmp_path, "regular", REGULAR, FEW)
     for k in (1, 2):
         for lbd in (1.0, 2.0):
-            runs += synthetic_arm(tmp_path, f"{k}-{lbd}", JEPA | {"predictors": k, "lbd": lbd}, FEW)
+            runs += one_arm(tmp_path, f"{k}-{lbd}", JEPA | {"predictors": k, "lbd": lbd}, FEW)
     for i, run in enumerate(runs):
         log_steps(run, 60, seed=i)
     export_views(runs[0], 20), export_views(runs[2], 20)

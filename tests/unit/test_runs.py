@@ -1,7 +1,5 @@
 """The run folder: complete checkpoints, atomic files, provenance, one process at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno
@@ -120,14 +118,12 @@ def test_run_with_the_old_name_of_its_loss_is_resumed(tmp_path, monkeypatch, fla
         RunFolder(str(tmp_path / "run"), now | {"jepa_loss": "vicreg"}).check(resume=True, overwrite=False)
 
 
-@pytest.mark.parametrize(("loss", "processes", "batch_size", "grad_accum", "mentioned"), [
+@pytest.mark.parametrize(("loss", "processes", "batch", "accum", "mentioned"), [
     ("cosine", 4, 4, 1, None), ("clip", 4, 2, 2, None), ("clip", 4, 4, 1, "--batch_size 2 --grad_accum 2"),
     ("vicreg", 1, 4, 4, "--batch_size 8 --grad_accum 2"), ("cosine", 4, 4, 2, "--batch_size"),
 ])  # fmt: skip
-def test_another_number_of_processes_keeps_the_step_and_the_negatives(
-    tmp_path, monkeypatch, loss, processes, batch_size, grad_accum, mentioned
-):
-    settings = unfinished_run(tmp_path / "run", jepa_loss=loss) | {"batch_size": batch_size, "grad_accum": grad_accum}
+def test_other_processes_keep_the_step_and_negatives(tmp_path, monkeypatch, loss, processes, batch, accum, mentioned):
+    settings = unfinished_run(tmp_path / "run", jepa_loss=loss) | {"batch_size": batch, "grad_accum": accum}
     monkeypatch.setattr("llm_jepa.run_folder.processes", lambda: processes)
     with pytest.raises(UsageError, match=mentioned) if mentioned else contextlib.nullcontext():
         RunFolder(str(tmp_path / "run"), settings).check(resume=True, overwrite=False)

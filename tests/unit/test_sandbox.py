@@ -1,7 +1,5 @@
 """The sandbox's limits on time, memory, files and replies, and what happens when its child process dies."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

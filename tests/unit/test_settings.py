@@ -1,12 +1,10 @@
 """Flags: stable names, defaults, default folders, and refusals that mention every wrong flag at once."""
 
-from __future__ import annotations
-
 import json
 import shutil
 
 import pytest
-from conftest import GOLDEN, ROOT, call
+from conftest import GOLDEN, MODEL, ROOT, call
 from safetensors.torch import load_file, save_file
 
 import finetune
@@ -161,13 +159,11 @@ def test_all_mistakes_are_reported_at_once_with_exit_code_2(tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "mentioned"),
-    [
-        ("--learning-rate 1", "--learning-rate --learning_rate"),
-        ("--lora_rnk 8 --epochs 2", "--lora_rnk --lora_rank --epochs --num_epochs"),
-        ("--zzz", "--zzz --help"),
-        ("--layout pakced", "--layout pakced packed"),
-    ],
-)
+    [("--learning-rate 1", "--learning-rate --learning_rate"),
+     ("--lora_rnk 8 --epochs 2", "--lora_rnk --lora_rank --epochs --num_epochs"),
+     ("--zzz", "--zzz --help"),
+     ("--layout pakced", "--layout pakced packed")],
+)  # fmt: skip
 def test_unknown_flag_or_value_is_one_line_with_similar_flags(flags, mentioned):
     done = call("finetune", *flags.split())
     assert done.code == 2 and done.err.count("\n") == 1
@@ -188,7 +184,7 @@ FOLDERS = {
 
 @pytest.mark.parametrize("missing", FOLDERS)
 def test_incomplete_model_folder_is_refused(missing, tmp_path):
-    model = shutil.copytree(GOLDEN / "models" / "llama3", tmp_path / "model")
+    model = shutil.copytree(MODEL, tmp_path / "model")
     path = model / "model.safetensors"
     if missing == "folder":
         shutil.rmtree(model)

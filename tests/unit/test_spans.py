@@ -1,7 +1,5 @@
 """The spans of --stp: which are drawn, where they lie, and what decides the draws."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from unittest.mock import Mock

@@ -6,13 +6,11 @@ import re
 import numpy as np
 import pytest
 import scipy.stats
+from test_comparison import BETTER, EXACT
 
 from llm_jepa.reports import stats
 from llm_jepa.reports.stats import LEVEL, Comparison, compare, conclude, detectable, holm
 
-SEEDS = (82, 23, 37, 84, 4)
-REGULAR = dict(zip(SEEDS, (92.15, 79.45, 92.90, 95.00, 78.90), strict=True))  # RESULTS.md, exact match
-JEPA = dict(zip(SEEDS, (95.50, 79.90, 91.90, 95.95, 78.90), strict=True))
 GAIN, NOISE, STOPS = [2.0, 2.2, 1.9, 2.1, 2.3], [0.1, -0.1, 0.2, -0.2, 0.05], [2.1, 2.0, 1.8, 2.2, 2.5]
 
 
@@ -53,13 +51,11 @@ def test_sign_flip_counts_all_signs_and_is_sampled_above_sixteen_pairs():
 
 @pytest.mark.parametrize(
     ("ps", "corrected"),
-    [
-        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # ×3; ×1 = 0.04, but not below the third's; ×2; ×4
-        ([0.01, 0.02, 0.03], [0.03, 0.04, 0.04]),
-        ([0.9, 0.6, 0.7], [1.0, 1.0, 1.0]),
-        ([], []),
-    ],
-)
+    [([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # ×3; ×1 = 0.04, but not below the third's; ×2; ×4
+     ([0.01, 0.02, 0.03], [0.03, 0.04, 0.04]),
+     ([0.9, 0.6, 0.7], [1.0, 1.0, 1.0]),
+     ([], [])],
+)  # fmt: skip
 def test_holm_by_hand(ps, corrected):
     assert holm(ps) == pytest.approx(corrected)
 
@@ -118,7 +114,7 @@ def test_verdicts_of_gain_and_loss():
 
 
 def test_verdict_without_difference_has_the_detectable_difference():
-    (c,) = concluded(compare("JEPA", "regular", "exact", JEPA, REGULAR))
+    (c,) = concluded(compare("JEPA", "regular", "exact", BETTER, EXACT))
     assert c.verdict.startswith("no significant difference: +0.75 points [−1.26, 2.76], n = 5, p = 0.36")
     assert f"{detectable(c.sd, 5):.2f} points" in c.verdict
     noncentral = scipy.stats.nct(4, c.detectable * np.sqrt(5) / c.sd)
@@ -142,14 +138,12 @@ def test_correction_decides_and_sets_the_level_of_the_detectable_difference():
 
 @pytest.mark.parametrize(
     ("gain", "start", "stop", "is_stopping"),
-    [
-        (GAIN, NOISE, STOPS, True),
-        (GAIN, NOISE, [2.0] * 5, True),  # the same on every seed, so without a t test
-        (GAIN, GAIN, STOPS, False),  # the beginnings are better too
-        (GAIN, NOISE, NOISE, False),
-        ([-d for d in GAIN], NOISE, STOPS, False),
-    ],
-)
+    [(GAIN, NOISE, STOPS, True),
+     (GAIN, NOISE, [2.0] * 5, True),  # the same on every seed, so without a t test
+     (GAIN, GAIN, STOPS, False),  # the beginnings are better too
+     (GAIN, NOISE, NOISE, False),
+     ([-d for d in GAIN], NOISE, STOPS, False)],
+)  # fmt: skip
 def test_gain_in_stopping_is_noted(gain, start, stop, is_stopping):
     other_arm = comparison(STOPS, "stop_rate", "other")
     c, *others = concluded(comparison(gain), comparison(start, "startswith"), comparison(stop, "stop_rate"), other_arm)

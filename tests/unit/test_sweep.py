@@ -1,7 +1,5 @@
 """llm_jepa/sweep.py: which cell is picked, and the contents of sweep.json."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import ROOT, snapshot
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer
@@ -43,6 +43,4 @@ def test_make_tiny_writes_the_committed_files(tmp_path):
     command = [sys.executable, str(ROOT / "models" / "make_tiny.py"), "--out_dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
-        path.name: path.read_bytes() for path in TINY.iterdir()
-    }
+    assert snapshot(tmp_path) == snapshot(TINY)
