@@ -11,7 +11,7 @@ command resumes, in any clone. `python experiments/tables.py` prints the tables 
     terms     plans/terms.md: which losses learn the pairs, and at what price
     jobs      plans/jobs.md: generation and retrieval with one model
     datasets  plans/datasets.md: NITP on the other datasets
-    smollm    plans/smollm.md: a pretrained model, on the datasets whose learning rates were picked
+    smollm    plans/smollm.md: a pretrained model on three datasets
 
 `pick_jobs`, `pick_datasets` and `pick_smollm` pick the settings of plans/jobs.md, plans/datasets.md and plans/smollm.md
 on held-out training examples.
@@ -165,28 +165,26 @@ def jobs() -> Iterator[Run]:
 
 def pick_smollm() -> Iterator[Run]:
     """The learning rate of each arm with a pretrained model."""
-    for data in ("synth", "turk", "spider"):
-        for rate in SMOLLM_RATES:
-            for arm in SMOLLM_ARMS:
-                yield Run("pick_smollm", arm, 500, 42, 1, "held_out", data, 300, rate)
+    for rate in SMOLLM_RATES:
+        for arm in SMOLLM_ARMS:
+            yield Run("pick_smollm", arm, 500, 42, 1, "held_out", tested=300, learning_rate=rate)
 
 
 def smollm() -> Iterator[Run]:
     """Each arm with its picked learning rate: that of the best primary score, of equal ones the smallest."""
     picks = ROOT / "experiments/results/pick_smollm.jsonl"
-    lines = [json.loads(line) for line in picks.read_text().splitlines()] if picks.exists() else []
-    tried_by_data = {run.data: [line for line in lines if line["data"] == run.data] for run in pick_smollm()}
-    complete = {d: t for d, t in tried_by_data.items() if len(t) == len(SMOLLM_ARMS) * len(SMOLLM_RATES)}
-    if not complete:
-        raise UsageError("no dataset has all runs of pick_smollm; run that first")
-    print("smollm: datasets with all runs of pick_smollm:", *complete)
-    for data, tried in complete.items():
-        test, score = "fresh" if data == "synth" else "test", TASKS[data].primary
+    tried = [json.loads(line) for line in picks.read_text().splitlines()] if picks.exists() else []
+    if len(tried) != len([*pick_smollm()]):
+        raise UsageError("runs of pick_smollm are missing; run that first")
+    rates = {}
+    for arm in SMOLLM_ARMS:
+        own = [line for line in tried if line["arm"] == arm]
+        best = max(own, key=lambda line: (line[TASKS["synth"].primary], -line["learning_rate"]))
+        rates[arm] = best["learning_rate"]
+    for data, test in (("synth", "fresh"), ("turk", "test"), ("spider", "test")):
         for seed in range(51, 56):
-            for arm in SMOLLM_ARMS:
-                own = [line for line in tried if line["arm"] == arm]
-                best = max(own, key=lambda line: (line[score], -line["learning_rate"]))
-                yield Run("smollm", arm, 500, seed, 1, test, data, 300, best["learning_rate"])
+            for arm, rate in rates.items():
+                yield Run("smollm", arm, 500, seed, 1, test, data, 300, rate)
 
 
 def pick_datasets() -> Iterator[Run]:
