@@ -210,6 +210,7 @@ def evaluate_predictions(
         for name, scores in found.items():
             print(f"\nexamples the untuned model got {name}: " + score_table(scores))
     write_json(path.with_name("metrics.json"), metrics | record)
+    print(f"evaluate.py: written: {path}, metrics.json", file=sys.stderr)
     for file in (path, untuned_path):
         predictions.settings_file(file).unlink(missing_ok=True)
 

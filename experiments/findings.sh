@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the experiments of RESULTS.md on labels, stopping, less data and a pretrained model. Finished runs are skipped, interrupted runs are resumed.
+# Runs the experiments of RESULTS.md on labels, stopping, less data and a pretrained model. Finished runs are skipped,
+# interrupted runs are resumed.
 #
 #     bash experiments/findings.sh EXPERIMENT…
 #

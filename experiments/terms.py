@@ -164,7 +164,7 @@ def jobs() -> Iterator[Run]:
 
 
 def pick_smollm() -> Iterator[Run]:
-    """The learning rate of each arm with a pretrained model."""
+    """The learning rate of each arm with a pretrained model, on SYNTH."""
     for rate in SMOLLM_RATES:
         for arm in SMOLLM_ARMS:
             yield Run("pick_smollm", arm, 500, 42, 1, "held_out", tested=300, learning_rate=rate)

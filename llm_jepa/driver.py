@@ -227,7 +227,7 @@ class Run:
         evaluation = evaluation_flags(self.settings.eval_flags)
         lists = {"defaults": self.default_flags(), "flags": list(self.flags)}
         for name, given, flags in (("fields", self.given, FIELD_FLAGS), ("scoring", evaluation, SCORING_FLAGS)):
-            values = {flag: given[flag] for flag in flags if flag in given}
+            values = {flag: given[flag] for flag in flags if given.get(flag) not in (None, False)}
             lists[name] = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in values.items()]
         lists["arm"] = fill(self.arm.flags, vars(self.settings) | {"lbd": self.arm.lbd})
         lists["eval_flags"] = shlex.split(self.settings.eval_flags)
@@ -313,11 +313,12 @@ class Driver:
             raise UsageError(f"unknown function '{self.command}', expected one of {', '.join(commands)} (see --help)")
         given, rest = partition(words)
         self.flags, self.later = map(tuple, partition(rest))
-        self.rest = self.flags + (("--", *self.later) if self.later else ())  # as in the command line
+        self.rest = self.flags + (("--", *self.later) if self.later else ())  # as on the command line
         self.compares = self.command in ("compare", "sweep")
         limit = 2 if self.compares else 9
         if len(given) > limit:
-            raise UsageError(f"too many arguments: {self.command} accepts {limit}, the next is '{given[limit]}'")
+            hint = "; flags follow ' -- '" if given[limit].startswith("-") else ""
+            raise UsageError(f"too many arguments: {self.command} accepts {limit}, the next is '{given[limit]}'{hint}")
         if "--" in rest and self.command.removeprefix("run_") in self.table:
             raise UsageError("a second -- is only for run_pretrain, compare and sweep")
         if wrong := misspelled(script, VARIABLES, os.environ):

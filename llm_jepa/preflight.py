@@ -101,7 +101,7 @@ def model_problems(s: Any) -> list[str]:
 
     name, revision = s.base
     try:
-        check_name(name)
+        check_name(name, "model_name" if name == s.model_name else f"model_name {s.model_name}, an adapter of")
     except UsageError as error:
         return [str(error)]
     folder = model_folder(name, revision)

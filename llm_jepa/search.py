@@ -71,9 +71,9 @@ def search(run: str, corpus: str, question: str | None, side: str, top: int, ind
     def encode(examples: list[Example], kind: str) -> list[Any]:
         code = kind == "code"  # the other side is not read, so that its length does not matter
         turns = [("a", e.code or e.assistant) if code else (e.text or e.user, "a") for e in examples]
-        alone = [dataclasses.replace(e, user=user, assistant=answer, text=None, code=None)
-                 for e, (user, answer) in zip(examples, turns, strict=True)]  # fmt: skip
-        return [pair[code] for pair in encode_views(model, encoder, alone, Problems())[1]]
+        one_sided = [dataclasses.replace(e, user=user, assistant=answer, text=None, code=e.code if code else None)
+                     for e, (user, answer) in zip(examples, turns, strict=True)]  # fmt: skip
+        return [pair[code] for pair in encode_views(model, encoder, one_sided, Problems())[1]]
 
     record, trained = run_settings(run) or ({}, {})
     system, texts = record.get("system_turn"), Path(corpus.removesuffix(".gz")).suffix != ".jsonl"

@@ -71,7 +71,7 @@ class Settings:
     lora_alpha: int | None = flag(None, "scale of the adapter; default: twice the rank", MODEL)
     lora_dropout: float | None = flag(
         None,
-        "dropout before the adapter, none for fused experts; default: 0.1, or that of a continued adapter without them",
+        "dropout before the adapter; default: 0.1, or that of a continued adapter. Fused experts have no dropout",
         MODEL,
     )
     target_modules: str | None = flag(
@@ -150,7 +150,7 @@ class Settings:
     nitp_layer: int = flag(0, "--nitp: layer of the target z; 0: the embeddings, -1: the last layer", METHOD)
     nitp_targets: Literal["states", "random", "shuffled"] = flag(
         "states",
-        "--nitp: states: those of --nitp_layer; controls: random: a fixed vector per token; shuffled: of other tokens",
+        "--nitp: its targets; states: of --nitp_layer; controls: a fixed random vector per token, shuffled states",
         METHOD,
     )
     gradient_stats: int = flag(100, "log size and direction of auxiliary gradients every N steps; 0: never", RUN)
@@ -495,7 +495,7 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.only_if(not s.dry_run, "resume overwrite", "not with --dry_run, which writes nothing")
     for tracker in s.report_to.split(","):
         known = tracker in ("none", *TRACKERS)
-        r.refuse(not known, f"--report_to {tracker} is not known")
+        r.refuse(not known, f"--report_to {tracker} is not one of none, {', '.join(TRACKERS)}")
         missing = known and tracker != "none" and importlib.util.find_spec(tracker) is None
         r.refuse(missing, f"--report_to {tracker}: install the package {tracker} first")
     r.only_if(s.report_to != "none", "run_name project", "only with --report_to")

@@ -101,7 +101,7 @@ class Renderer:
             try:
                 template = self._fixed(template, thinking)
             except (TemplateError, ValueError) as error:
-                what = f"the chat template cannot be used ({first_line(error)})"
+                what = f"{self.tokenizer.name_or_path}: the chat template cannot be used ({first_line(error)})"
                 raise UsageError(f"{what}; give --plain or another --chat_template") from None
         self.tokenizer.chat_template = templates | {"default": template} if isinstance(templates, dict) else template
         self.folds, self.assistant_first = FOLD in template, self._shows([{"role": "assistant", "content": CONTENT}])

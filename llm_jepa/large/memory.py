@@ -45,7 +45,7 @@ def meta_model(s: LargeSettings, tokenizer: Any) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **options)
     except (*LOADING_ERRORS, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UsageError(f"--model_name {name} cannot be loaded: {first_line(error)}") from None
+        raise UsageError(f"{name} cannot be loaded: {first_line(error)}") from None
     model.new_rows = new
     return model
 
@@ -195,7 +195,7 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
         trained_model.projectors = torch.nn.ModuleList(Projector(size) for _ in s.projectors)
     table = parameter_table(model, trained_model, s)
     trained, saved = table[table.trained], table[table.unit != PROJECTORS]
-    tokens = s.tokens_per_batch or s.batch_size * s.max_length * (1 if s.regular else 2)  # views are parts of the chat
+    tokens = s.tokens
     states, mask = (len(layers) + 1) * tokens * config.hidden_size, 3 * tokens * min(tokens, 4096)
     logits = min(tokens, max(1, MAX_LOGITS // config.vocab_size)) * config.vocab_size
     working, on = max(layer_activations(model.get_decoder(), layers[-1], tokens), 16 * logits), []

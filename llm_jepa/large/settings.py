@@ -38,6 +38,11 @@ class LargeSettings(Settings):
     )
     gradient_stats: int = flag(0, "compare gradients every N steps, with a second copy of them; 0: never", RUN)
 
+    @property
+    def tokens(self) -> int:
+        """The most tokens of a micro-batch, those of the views included."""
+        return self.tokens_per_batch or self.batch_size * self.max_length * (1 if self.regular else 2)
+
 
 def choose_sharding(requested: str | None, *, lora: bool, load_in_4bit: bool, tied: bool) -> str:
     """How several processes store the weights: fsdp2 (sharded) or ddp (a full copy each).

@@ -74,19 +74,17 @@ def work(argv: list[str] | None) -> None:
         raise UsageError("give --model_name, and with --gpus positive numbers separated by commas")
     if s.ports < 1 or s.pairs < 0 or not 0 <= s.labels <= 1:
         raise UsageError("--ports is at least 1, --pairs at least 0, and --labels from 0 to 1")
-    if s.lora:
-        raise UsageError("--lora: the calculation is for full fine-tuning")
+    if s.lora or s.adapter:
+        raise UsageError("--lora, and adapters: the calculation is for full fine-tuning")
     import pandas
 
     from llm_jepa.large.memory import decoder_layers, meta_model, plan_tokenizer
 
     model = meta_model(s, plan_tokenizer(s))
     layers, head = decoder_layers(model), model.get_output_embeddings().weight
-    tokens = s.tokens_per_batch or s.batch_size * s.max_length * (1 if s.regular else 2)  # those of the views
     shape = {"parameters": model.num_parameters(), "layers": len(layers), "in_head": head.numel(),
              "in_layers": sum(p.numel() for layer in layers for p in layer.parameters()), "size": head.shape[1],
-             "tokens": tokens, "labels": s.labels, "pairs": s.pairs,
-             "ports": s.ports}  # fmt: skip
+             "tokens": s.tokens, "labels": s.labels, "pairs": s.pairs, "ports": s.ports}  # fmt: skip
     rows = []
     for n in map(int, s.gpus.split(",")):
         found = step_time(n, **shape)

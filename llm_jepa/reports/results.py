@@ -121,7 +121,9 @@ def arm_settings(settings: dict[str, Any], record: dict[str, Any]) -> dict[str, 
     settings = settings | dataclasses.asdict(read_settings(settings))
     own = {k: v for k, v in settings.items() if k not in ARM_IGNORES} | {"model_name": record["model"]}
     own |= {k: True for k in ("train_file", "data_file", "eval_file") if own.get(k)}
-    own |= {"train_data": sorted(record["data_sha256"].values()), "pretrained": record["base"] is not None}
+    held_out, checksums = settings.get("eval_file"), record["data_sha256"]
+    own |= {"train_data": [checksum for path, checksum in checksums.items() if path != held_out]}
+    own |= {"eval_data": checksums.get(held_out), "pretrained": record["base"] is not None}
     if base := record["base"]:  # the models of an arm may be pretrained with different seeds
         del own["model_name"]
         own["pretraining"] = arm_settings(base["settings"], base | {"model": base["settings"].get("model_name")})

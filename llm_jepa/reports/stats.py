@@ -164,7 +164,8 @@ def describe(c: Comparison) -> str:
     """The result of the corrected two-sided test in words; a descriptive score's difference and interval."""
     points = f"{format_points(c.mean)} points"
     if c.same is not None:
-        end = {0.0: ", the floor of the score", 100.0: ", the ceiling of the score"}.get(c.same, "")
+        end = {0.0: ", the floor of the score; train longer or use a pretrained model",
+               100.0: ", the ceiling of the score"}.get(c.same, "")  # fmt: skip
         return f"nothing can show here: every run of both arms scores {c.same:g} %{end}"
     if c.n == 1:
         return f"nothing shown: {points} on one shared seed, so there is no interval and no test"

@@ -57,7 +57,7 @@ def test_own_fields_train_to_the_same_weights_as_chats(kind, files, runs, tmp_pa
     assert list(checksums) == [name] and (kind == "hub" or checksums[name] == sha256(name))
 
 
-def test_own_fields_give_the_predictions_of_chats_and_another_system_turn_is_refused_or_noted(files, runs, tmp_path):
+def test_own_fields_predict_as_chats_and_check_the_system_turn(files, runs, tmp_path):
     for run, flags in (("csv", FIELDS), ("bare", OWN)):
         fields = ("--input_file", files["csv"], "--task", "text", *flags)
         assert "--system" in call("evaluate", "--model_name", runs[run], *fields, code=2).err

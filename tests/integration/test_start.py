@@ -133,12 +133,15 @@ from llm_jepa.cli import end_at_interrupts, run_command
 signal.signal(signal.SIGINT, signal.default_int_handler)
 end_at_interrupts("x", lambda: True)
 def work():
+    ready, started = os.pipe()
     if pid := os.fork():
+        os.read(ready, 1)
         os.kill(pid, signal.SIGINT)
         assert os.waitpid(pid, 0)[1] == 0
         os.kill(os.getpid(), signal.SIGINT)
     else:
         import time
+        os.write(started, b"1")
         time.sleep(0.5)
         os._exit(0)
 code = run_command("x", work)

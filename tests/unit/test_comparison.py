@@ -197,9 +197,12 @@ def test_runs_without_the_newer_flags_are_of_the_same_arm(tmp_path, report):
 def test_order_of_the_data_files_does_not_matter(tmp_path, report):
     runs = two_arms(tmp_path, {82: 90.0, 23: 91.0})
     for run, files in zip(map(Path, runs), (("a", "b"), ("b", "a")) * 2, strict=True):
+        change(run, "args.json", train_file="a", eval_file="b")
         change(run, "run.json", data_sha256={name: f"checksum of {name}" for name in files})
     code, found, _ = report(runs)
     assert code == 0 and [len(runs) for runs in found["synth"]["arms"].values()] == [2, 2]
+    change(runs[-1], "args.json", train_file="b", eval_file="a")
+    assert report(runs)[0] == 1, "trained on the other file"
 
 
 def test_an_arm_is_compared_with_its_own_placebo_without_correction(tmp_path, report):

@@ -45,7 +45,7 @@ def test_fields_become_turns_and_views(name, tmp_path):
     expected = [("Be brief.", q, c, i) for i, (q, c) in enumerate(PAIRS, start=1)]
     assert [(e.system, e.user, e.assistant, e.id) for e in examples] == expected
     own = read(path, dataclasses.replace(FIELDS, view_text="other", view_code="question"))
-    assert [(e.user, e.assistant, e.text, e.code) for e in own] == [(q, c, "1", q) for q, c in PAIRS]
+    assert [(e.system, e.user, e.assistant, e.text, e.code) for e in own] == [(None, q, c, "1", q) for q, c in PAIRS]
     assert dataset_name(str(path)) == "mine"
     with pytest.raises(ExampleError, match=f"{name}.*'answer'.*'code'"):
         read(path, Fields("question", "answer"))

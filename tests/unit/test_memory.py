@@ -66,6 +66,12 @@ def test_adapter_has_the_parameters_of_the_training(rows, tmp_path):
     regular = plan(model, lora=True, lora_rank=6, predictors=2, regular=True)
     assert found["trainable"] - regular["trainable"] == 2 * real.config.hidden_size
     assert regular["parameters"] == plan(model)["parameters"]
+    load_tokenizer(model).save_pretrained(tmp_path / "adapter")
+    continued = ("--model_name", tmp_path / "adapter", "--predictors", 2)
+    assert json.loads(call("llm_jepa.memory", *continued, "--lora", "--json").out)["trainable"] == found["trainable"]
+    for name in ("llm_jepa.memory", "llm_jepa.large.step_time"):
+        done = call(name, *continued)
+        assert done.code == 2 and "adapter" in done.err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
