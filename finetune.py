@@ -68,6 +68,7 @@ from llm_jepa.model import (
     tokenizer_options,
 )
 from llm_jepa.projectors import add_projectors
+from llm_jepa.reports.results import describe_learning
 from llm_jepa.run_folder import RunFolder, complete_checkpoints
 from llm_jepa.training.arguments import training_arguments, uses_bfloat16
 from llm_jepa.training.callbacks import Bar, MetricsCallback
@@ -480,6 +481,9 @@ def fine_tune(
             shown = ", ".join(f"{name} {value:.4g}" for name, value in facts["final"].items())
             best = f" (the model is that of step {facts['best']['step']})" if s.save_best else ""
             say(f"finished {facts['steps']} steps, {facts['tokens']} tokens: {shown}{best}")
+            for term, judged in facts["learned"].items():
+                if not judged["collapsed"] and any(f"{term}_collapsed" in line for line in trainer.state.log_history):
+                    say(describe_learning(term, judged))  # it had not when the run announced it
         state.wait_for_everyone()  # a process that leaves first would break the others' connections
 
 

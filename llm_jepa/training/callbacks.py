@@ -91,7 +91,9 @@ class MetricsCallback(TrainerCallback):
                 self.run.update("running", learned=learned)
                 for term in learned:
                     if f"{term}_collapsed" in line:
-                        tqdm.write(announcement(term, learned[term], self.run.settings), file=sys.stderr)
+                        place = f"step {state.global_step} of {state.max_steps}"
+                        text = announcement(term, learned[term], self.run.settings)
+                        tqdm.write(f"{place}: {text}", file=sys.stderr)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

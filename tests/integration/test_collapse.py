@@ -57,6 +57,13 @@ def test_a_term_that_has_not_learned_is_announced_once_and_others_never(runs, me
     assert {name: found["collapsed"] for name, found in learned(run).items()} == expected
 
 
+def test_run_that_learned_after_the_announcement_says_so(data, tmp_path, monkeypatch):
+    early = lambda history, line, steps: {"jepa_collapsed": 1} if line["step"] == 36 else {}  # noqa: E731
+    monkeypatch.setattr("llm_jepa.training.diagnostics.announcements", early)
+    first, last = begin(data, tmp_path / "run", "clip").splitlines()
+    assert "step 36 of 60" in first and "has learned its pairs" in last
+
+
 def test_final_judgement_is_that_of_the_last_lines(runs):
     run, _ = runs["clip"]
     found, last = learned(run)["jepa"], metrics(run)[-MIN_COUNT // 8 :]
