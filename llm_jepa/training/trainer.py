@@ -342,6 +342,19 @@ class StepTrainer(Trainer):
             best = self.best_checkpoint if self.args.load_best_model_at_end else None
             rotate_checkpoints(self.args.output_dir, self.save_total_limit + (best not in (None, folder)), best)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether this evaluation is the best one. Of equal scores, it is that of the lower eval_lm_loss."""
+        score, best, step = self.args.metric_for_best_model, self.state.best_metric, self.state.best_global_step
+        if super()._determine_best_metric(metrics, trial):
+            return True
+        if not self.args.load_best_model_at_end or metrics[score] != best:
+            return False
+        losses = {line["step"]: line["eval_lm_loss"] for line in self.state.log_history if "eval_lm_loss" in line}
+        if metrics["eval_lm_loss"] >= losses[step]:
+            return False
+        self.state.best_global_step = self.state.global_step
+        return True
+
     @property
     def best_checkpoint(self) -> Path:
         """The checkpoint of the best evaluation; the Trainer's own record has the path at the time."""

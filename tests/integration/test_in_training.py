@@ -115,6 +115,16 @@ def test_best_model_by_the_score_of_a_task_file(scripted, data, tmp_path):
     assert untimed(again) == untimed(run) and samples(again) == samples(run)
 
 
+def test_of_equal_scores_the_lowest_loss_is_the_best(scripted, data, tmp_path, monkeypatch):
+    for step in SCORES:
+        monkeypatch.setitem(SCORES, step, 0.0)
+    flags = [*STOPS[: STOPS.index("--early_stopping_patience")], "--val_fraction", 0.25, "--max_steps", 8]
+    for rate in (1e-3, 1):  # the loss falls, or rises after the first evaluations
+        run = train(data, tmp_path / f"run{rate}", "--regular", *flags, "--learning_rate", rate)
+        losses = {line["step"]: line["eval_lm_loss"] for line in metrics(run, "eval_lm_loss") if line["step"] > 0}
+        assert read_json(run / "run.json")["best"] == {"step": min(losses, key=losses.get), "eval_exact": 0.0}
+
+
 def test_best_model_without_generations_is_that_of_the_lowest_loss(data, tmp_path):
     flags = ("--regular", "--eval_file", data, "--eval_strategy", "steps", "--eval_steps", 1, "--max_steps", 9,
              "--learning_rate", 1, "--save_best", "--early_stopping_patience", 1)  # fmt: skip
