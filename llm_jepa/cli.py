@@ -99,7 +99,8 @@ def read_config(path: Path, settings: type) -> dict[str, Any]:
     known = {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
     known = {name: a for name, a in known.items() if a.dest not in ("help", "config", "resume") and name[:3] != "no-"}
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+        with path.open(encoding="utf-8") as file:
+            root = yaml.compose(file, yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path} cannot be read ({' '.join(str(error).split())})") from None
     if root is not None and not isinstance(root, yaml.MappingNode):

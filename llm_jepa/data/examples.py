@@ -376,7 +376,7 @@ def split_examples(examples: list[Example], share: float, seed: int) -> tuple[li
     try:
         parts = Dataset.from_dict({"i": range(len(examples))}).train_test_split(test_size=share, seed=seed)
     except ValueError:
-        place = f"{examples[0].source}: a share of {share}"
+        place = f"{examples[0].source.rpartition(':')[0]}: a share of {share}"
         raise ExampleError(f"{place} cannot be held out of {len(examples)} examples") from None
     return [examples[i] for i in parts["train"]["i"]], [examples[i] for i in parts["test"]["i"]]
 
