@@ -9,8 +9,7 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 #   {defaults}  flags of the tiny model, of PROTOCOL=paper and of datasets with long examples
 #   {resume}    --resume if the run folder exists
 #   {flags}     the user's flags after --
-#   {fields}    the user's flags that set how examples are read: --text_field, --code_field, --view_text_field,
-#               --view_code_field, --system, --skip_bad_examples
+#   {fields}    the user's flags that set how examples are read, such as --text_field and --skip_bad_examples
 #   {plain}     --plain if it is one of the user's flags
 #   {eval_flags} the flags of evaluate.py in EVAL_FLAGS; {scoring}: --spider_path and --allow_code_execution of them
 
