@@ -104,6 +104,7 @@ def test_metrics_and_table_summarize_the_predictions(model, data, finished):
     assert metrics["settings"]["max_new_tokens"] == STEPS and metrics["settings"]["model_name"] == str(model)
     assert metrics["versions"]["torch"] == torch.__version__ and "git_commit" in metrics
     assert sorted(p.name for p in folder.iterdir()) == ["metrics.json", "p.jsonl"]
+    assert str(folder / "p.jsonl") in done.err
 
 
 def test_score_only_gives_the_scores_of_the_evaluation(data, finished, tmp_path):

@@ -135,6 +135,10 @@ def test_continued_adapter_is_checked_by_its_base(tmp_path, check):
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(adapter)
     done = check("--lora", model_name=adapter)
     assert done.code == 0, done.err
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace(str(MODEL), f"{tmp_path}/none"))
+    done = check("--lora", model_name=adapter)
+    assert done.code == 1 and str(adapter) in missing(done)[0] and f"{tmp_path}/none" in missing(done)[0]
 
 
 def test_wrong_flags_exit_with_2(check):
