@@ -430,7 +430,7 @@ def fine_tune(
         if s.dry_run:
             found = dry_run(s, parts)
             if is_main:
-                print(json.dumps(found, ensure_ascii=False))
+                print(json.dumps(found, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
             return
 
         trainer, bar = build_trainer(s, parts, state, **trainer_options), Bar()
@@ -470,6 +470,8 @@ def fine_tune(
                 repeats = isinstance(error, (UsageError, FloatingPointError))
                 with contextlib.suppress(OSError):  # a full disk must not hide the error itself
                     run.update("interrupted" if interrupted else "failed", error=first_line(error), repeats=repeats)
+                    if interrupted:
+                        say(f"to continue this run: --resume {s.output_dir}")
             raise
         facts = final_record(trainer)
         if is_main:
@@ -480,7 +482,7 @@ def fine_tune(
                 say(parts.problems.report())
             shown = ", ".join(f"{name} {value:.4g}" for name, value in facts["final"].items())
             best = f" (the model is that of step {facts['best']['step']})" if s.save_best else ""
-            say(f"finished {facts['steps']} steps, {facts['tokens']} tokens: {shown}{best}")
+            say(f"finished {facts['steps']} steps, {facts['tokens']} tokens; last logged: {shown}{best}")
             for term, judged in facts["learned"].items():
                 if not judged["collapsed"] and any(f"{term}_collapsed" in line for line in trainer.state.log_history):
                     say(describe_learning(term, judged))  # it had not when the run announced it

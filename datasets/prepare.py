@@ -113,6 +113,8 @@ def run_check(args: argparse.Namespace) -> int:
         given = next((paths for pair in pairs if (paths := [p for p in pair if p.is_file()])), given)
     if len(given) > 2:
         raise UsageError("check accepts a name, a file, or a train and a test file")
+    if len(given) == 1 and not given[0].exists():
+        raise UsageError(f"{given[0]} is no file, and there is no {HERE.name}/{given[0]}_train.jsonl or _test.jsonl")
     lines, leak = check.check(dict(zip(("train", "test"), given, strict=False)))
     print(*lines, sep="\n")
     return int(leak)

@@ -21,10 +21,7 @@ from llm_jepa.distributed import clean_environment, is_main_process, under_torch
 from llm_jepa.files import names_file
 
 
-def run_script(
-    name: str, work: Callable[[PartialState], None], hint: str = "; a run that has started continues with --resume",
-    **group: Any,
-) -> int:  # fmt: skip
+def run_script(name: str, work: Callable[[PartialState], None], hint: str = "", **group: Any) -> int:
     """Runs `work(state)` in torchrun's process group, or without torchrun in a single process.
 
     `group`: options of `init_process_group`. Returns `run_command`'s exit code.

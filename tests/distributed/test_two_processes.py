@@ -191,5 +191,5 @@ def test_signal_to_torchrun_ends_all_processes_without_a_traceback(data, tmp_pat
         time.sleep(0.1)
     job.send_signal(sent)
     _, errors = job.communicate(timeout=60)
-    assert job.returncode == code and "Traceback" not in errors, errors
+    assert job.returncode == code and "Traceback" not in errors and f"--resume {run}" in errors, errors
     assert read_json(run / "run.json")["status"] == "interrupted"

@@ -410,7 +410,7 @@ def test_views_without_a_chat_are_a_prompt_and_an_answer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv, message", [(["none"], "none"), (["bad.jsonl"], "bad.jsonl:2: "), (["bad.jsonl"] * 3, "check")]
+    "argv, message", [(["none"], "none_train.jsonl"), (["bad.jsonl"], "bad.jsonl:2: "), (["bad.jsonl"] * 3, "check")]
 )
 def test_wrong_usage_or_data_of_check_is_exit_code_2(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
