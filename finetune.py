@@ -374,7 +374,8 @@ def build_trainer(
         chats = [example for example in parts.held_out.examples if example.has_chat]
         generate = Generations(
             parts.encoder.renderer, chats, s.scored_task, s.spider_path, scored=s.eval_generate,
-            shown=s.sample_generations, process=state.process_index, processes=state.num_processes,
+            shown=s.sample_generations, allow_code_execution=s.allow_code_execution, process=state.process_index,
+            processes=state.num_processes,
         )  # fmt: skip
     try:
         arguments = make_arguments(s, bf16=bf16, max_steps=steps, device=state.device)

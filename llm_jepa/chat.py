@@ -85,7 +85,8 @@ def chat(run: str, system: str | None, **flags: Any) -> None:
     if refusals:
         raise UsageError("\n".join(refusals))
     examples = read_examples(s.input_file, Problems(), s.fields) if s.input_file else []
-    known = {e.user.strip(): e for e in reversed(examples) if e.has_chat}  # the first one of each
+    examples = [example for example in examples if example.has_chat]
+    known = {example.user.strip(): example for example in reversed(examples)}  # the first one of each
     system = record.get("system_turn") if system is None else system
     from transformers.utils import logging as transformers_logging  # here, so that wrong flags are reported at once
 
@@ -94,7 +95,7 @@ def chat(run: str, system: str | None, **flags: Any) -> None:
     from llm_jepa.evaluation.scores import scored_row, scorer, verdicts
 
     transformers_logging.disable_progress_bar()
-    with scorer(task, s.spider_path, examples) if task else contextlib.nullcontext() as score:
+    with scorer(task, s.spider_path, examples, s.allow_code_execution) if task else contextlib.nullcontext() as score:
         model, encoder = load(run, s)
         limit = s.max_new_tokens or answer_limit(encoder.renderer, examples)
         if at_terminal := sys.stdin.isatty():
@@ -125,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input_file", metavar="FILE", help="examples whose prompts are scored")
     parser.add_argument("--task", help="how they are scored, as evaluate.py's flag")
     parser.add_argument("--spider_path", default="spider_data.zip", help="task spider: as evaluate.py's flag")
+    parser.add_argument("--allow_code_execution", action="store_true", help="task mbpp: as evaluate.py's flag")
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="maximum length of an answer (default 128)")
     return run_command("chat", lambda: chat(**vars(parser.parse_args(argv))))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_jepa.cli import Refusals, UsageError, first_line, flag
-from llm_jepa.data.examples import Fields, dataset_name
+from llm_jepa.data.examples import Fields, dataset_name, files_of
 from llm_jepa.distributed import processes
 from llm_jepa.files import read_json
 from llm_jepa.losses import CHAT_LOSSES, JEPA_LOSSES, NITP_FORMULA, STP_LOSSES, TEMPERATURES
@@ -214,6 +214,9 @@ class Settings:
         None, f"scores of generations ({TASK_NAMES}); default: by the base name of the file, else text", RUN
     )
     spider_path: str = flag("spider_data.zip", "task spider: folder or zip file of Spider with its databases", RUN)
+    allow_code_execution: bool = flag(
+        False, "task mbpp: run programs without isolation, with all your rights, if bubblewrap does not work", RUN
+    )
     save_best: bool = flag(
         False,
         "save the model of the evaluation with the best score: the first of --task with --eval_generate, else "
@@ -413,7 +416,7 @@ def check_data(s: Settings, r: Refusals) -> None:
     r.only_if(not s.save_best, "save_strategy save_steps", "not with --save_best, which saves at each evaluation")
     more = 0 < s.eval_generate < s.sample_generations
     r.refuse(more, f"--sample_generations {s.sample_generations} is above --eval_generate {s.eval_generate}")
-    r.only_if(s.generates, "task spider_path", "only with --eval_generate or --sample_generations")
+    r.only_if(s.generates, "task spider_path allow_code_execution", "only with --eval_generate or --sample_generations")
     try:
         find_task(s.task or "text")
     except UsageError as error:
@@ -563,9 +566,9 @@ def check_settings(s: Settings, given: set[str], refusals: Sequence[str] = (), s
     s = dataclasses.replace(s, output_dir=s.output_dir or default_output_dir(s))
     folder = Path(s.output_dir).resolve()
     for name in ("model_name", "train_file", "data_file", "eval_file") if s.overwrite else ():
-        path = getattr(s, name)
-        if path and folder in (Path(path).resolve(), *Path(path).resolve().parents):
-            raise UsageError(f"--overwrite would remove --{name} {path}, inside --output_dir {s.output_dir}")
+        for path in map(Path, files_of(getattr(s, name)) if getattr(s, name) else ()):
+            if folder in (path.resolve(), *path.resolve().parents):
+                raise UsageError(f"--overwrite would remove --{name} {path}, inside --output_dir {s.output_dir}")
     return s
 
 

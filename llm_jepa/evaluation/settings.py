@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_jepa.cli import Refusals, UsageError, flag
-from llm_jepa.data.examples import Example, Fields, data_sha256, dataset_name, split_examples
+from llm_jepa.data.examples import Example, Fields, data_sha256, dataset_name, files_of, split_examples
 from llm_jepa.files import read_json
 from llm_jepa.run_folder import CHECKPOINT_MARK, run_settings
 from llm_jepa.scoring.tasks import TASK_NAMES, find_task
@@ -207,7 +207,8 @@ def check_output(s: EvaluationSettings, r: Refusals) -> str | None:
         output = str(Path(s.model_name) / "eval" / dataset_name(s.input_file or "") / file)
     needed = bool(s.model_name) and (s.similarity or s.t_sne or not s.embeds)
     r.refuse(needed and not output, f"--output_file is missing: {s.model_name} is not a run folder, which has one")
-    files = [Path(path).resolve() for path in (s.input_file, s.score_only, output, s.export_embeddings) if path]
+    paths = [*files_of(s.input_file or ""), s.score_only, output, s.export_embeddings]
+    files = [Path(path).resolve() for path in paths if path]
     twice = "--input_file, --score_only, --output_file and --export_embeddings must be different files"
     r.refuse(len(set(files)) < len(files), twice)
     r.refuse(Path(output or "").name == "metrics.json", f"--output_file {output}: metrics.json is written next to it")

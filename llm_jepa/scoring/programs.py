@@ -155,7 +155,7 @@ def passes_tests(allow_code_execution: bool | None) -> contextlib.AbstractContex
         isolated = isolation()
     except OSError as error:
         if not allow_code_execution:
-            hint = "evaluate.py --allow_code_execution runs them with all your rights"
+            hint = "--allow_code_execution runs them with all your rights"
             raise UsageError(f"bubblewrap cannot isolate generated programs ({error}); {hint}") from None
         print(f"warning: generated programs run without isolation ({error})", file=sys.stderr)
         isolated = []

@@ -218,7 +218,8 @@ TASK_NAMES = ", ".join(TASKS) + " (compares the texts), or a Python file with a 
 RESERVED = {f"{name}_loss" for name in CHAT_LOSSES}.union(
     """id prediction prompt answer step failure failures exact startswith stop_rate stop_reason score scores
     task n notes ci95 cut_at_limit log_likelihoods settings model data_sha256 retrieval cosine loss lm_loss jepa_loss
-    sigreg_loss runtime""".split()
+    sigreg_loss runtime argv git_commit git_dirty code_sha256 versions device threads processes
+    skipped_examples""".split()
 )
 
 

@@ -19,7 +19,7 @@ from llm_jepa.distributed import agreed
 from llm_jepa.evaluation import generation
 from llm_jepa.evaluation.model import label_logits
 from llm_jepa.evaluation.scores import scored_row, scorer, summarize, verdicts
-from llm_jepa.scoring.tasks import find_task
+from llm_jepa.scoring.tasks import find_task, is_task_file
 from llm_jepa.training.callbacks import reopen
 from llm_jepa.training.trackers import log_table
 
@@ -35,15 +35,18 @@ class Generations:
 
     def __init__(
         self, renderer: Renderer, examples: list[Example], task: str, spider_path: str, *, scored: int, shown: int,
-        process: int = 0, processes: int = 1,
+        allow_code_execution: bool = False, process: int = 0, processes: int = 1,
     ):  # fmt: skip
         """`scored`, `shown`: of the first N examples there are scores, or samples; 0: none."""
         self.renderer, self.task, self.scored, self.shown = renderer, task, scored, shown
         self.examples = examples[: scored or shown]
         self.mine, self.limit = self.examples[process::processes], generation.answer_limit(renderer, self.examples)
-        self.scorer = partial(scorer, task, spider_path, self.mine)
+        self.scorer = partial(scorer, task, spider_path, self.mine, allow_code_execution)
         self.samples: list[dict[str, Any]] = []
-        scorer(task, spider_path, self.examples)
+        score = scorer(task, spider_path, self.examples, allow_code_execution)
+        if is_task_file(task):  # otherwise a mistake of the user's code would be found only after the first epoch
+            with score as score:
+                score(self.examples[0].assistant, self.examples[0])
 
     def _responses(self, model: Any) -> generation.Responses:
         if not (choices := find_task(self.task).choices):

@@ -29,6 +29,8 @@ def log_table(callbacks: list[Any], name: str, rows: list[dict[str, Any]], step:
     import pandas
 
     table = pandas.DataFrame(rows)
+    mixed = table.columns[table.dtypes == "object"]  # W&B refuses numbers beside True or False
+    table[mixed] = table[mixed].map(lambda value: float(value) if isinstance(value, bool) else value)
     for callback in callbacks:
         if isinstance(callback, WandbCallback):
             import wandb

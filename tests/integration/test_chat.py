@@ -59,7 +59,7 @@ def test_known_example_is_scored_and_another_prompt_is_not(memorized, rows, tmp_
     right = run_chat(*flags, stdin=f"\n{LONG}\n".encode())  # white space at the ends does not matter
     assert (right.code, right.out) == (0, "two\n  lines\n"), right.err
     assert "exact yes" in right.err and repr("two\n  lines") in right.err
-    other = write_rows(tmp_path / "x.jsonl", [message_row("short", "on", "Write.")])
+    other = write_rows(tmp_path / "x.jsonl", [message_row("short", "on", "Write."), {"text": "a", "code": "b"}])
     wrong = run_chat(memorized, "--input_file", other, "--task", "text", stdin=b"short")
     assert wrong.out == "one\n" and "exact no, startswith yes" in wrong.err
     unknown = run_chat(*flags, stdin=b"shorter")

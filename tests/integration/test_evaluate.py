@@ -470,6 +470,8 @@ def test_places_that_no_file_can_be_written_to_are_refused_first(flag, model, da
     for place in (tmp_path / "file" / "p.jsonl", tmp_path / "folder", Path("/dev/stdout")):
         done = call("evaluate", "--model_name", model, "--input_file", data, flag, place, "--overwrite")
         assert done.code == 2 and str(place.parent) in done.err and done.err.count("\n") == 1, place
+    matched = ("--input_file", tmp_path / "fi*", "--task", "text", flag, tmp_path / "file", "--overwrite")
+    assert "--input_file" in call("evaluate", "--model_name", model, *matched, code=2).err
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -381,6 +381,8 @@ def test_existing_folder_is_kept_unless_overwritten(data, tmp_path):
     bad = write_rows(tmp_path / "bad.jsonl", [*EXAMPLES[:2], {"messages": []}])
     train(bad, run, "--regular", "--overwrite", code=2)  # found before anything is lost
     assert snapshot(run) == before
+    inside = write_rows(run / "rows.jsonl", EXAMPLES)
+    assert str(inside) in start(tmp_path / "*" / "rows.jsonl", run, "--regular", "--overwrite", code=2).err
     train(data, run, "--regular", "--max_steps", 2, "--overwrite")
     assert read_json(run / "run.json")["steps"] == 2
     train(data, tmp_path / "typo", "--regular", "--resume", code=2)

@@ -152,9 +152,10 @@ def test_trackers_get_settings_curves_and_tables_of_generations(data, tmp_path, 
         monkeypatch.setenv(name, str(value))
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(f"file:{tmp_path}/mlruns")
+    (tmp_path / "mixed.py").write_text("def score(generation, example):\n    return example.id == 1 or 0.5\n")
     run = train(data, tmp_path / "run", *JEPA, "--max_steps", 2, "--eval_file", data, "--eval_strategy", "steps",
                 "--eval_steps", 1, "--sample_generations", 2, "--report_to", "tensorboard,wandb,mlflow", "--run_name",
-                "mine", "--project", "shop", *NO_CHECKPOINTS)  # fmt: skip
+                "mine", "--project", "shop", "--task", "mixed.py", *NO_CHECKPOINTS)  # fmt: skip
     wandb.finish()
     wandb.teardown()  # another run reads the environment again
     curves = {key: column(run, key) for key in ("jepa_loss", "cosine_shuffled", "eval_cosine")}

@@ -15,6 +15,7 @@ from conftest import (
     predictions,
     read_lines,
     same_weights,
+    start,
     train,
     write_rows,
 )
@@ -121,5 +122,11 @@ def test_task_file_scores_in_training_and_in_evaluation(files, runs, tmp_path):
         tasks.file_task.cache_clear()
         done = call("evaluate", "--score_gold", "--input_file", files["chats"], "--task", task, code=2)
         assert str(task) in done.err and message in done.err, done.err
-    flags = ("--score_gold", "--input_file", files["chats"], "--task", "score.py")
-    assert "rename" in call("evaluate", *flags, code=2).err
+    task.write_text("def score(generation, example):\n    return 2")
+    tasks.file_task.cache_clear()
+    done = start(files["chats"], tmp_path / "new", *FLAGS, *flags[:4], "--task", task, code=2)
+    assert "returns 2" in done.err
+    assert not (tmp_path / "new").exists()  # found before the first step
+    for name in ("score.py", "processes.py"):
+        flags = ("--score_gold", "--input_file", files["chats"], "--task", name)
+        assert "rename" in call("evaluate", *flags, code=2).err

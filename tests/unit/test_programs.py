@@ -1,10 +1,11 @@
 """MBPP: which part of a response is the program, and which programs pass the tests."""
 
 import contextlib
+import io
 import shutil
 
 import pytest
-from conftest import call, message_row, skip_without_isolation, write_rows
+from conftest import call, message_row, metrics, skip_without_isolation, start, train, write_rows
 
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example
@@ -86,6 +87,14 @@ def test_without_bubblewrap_the_task_is_refused_unless_allowed(tmp_path, monkeyp
     assert done.code == 0 and "pass_at_1" in done.out and "100.00" in done.out and "without isolation" in done.err
     done = call("evaluate", "--score_gold", "--input_file", data, "--task", "text", "--allow_code_execution")
     assert done.code == 2 and "--allow_code_execution" in done.err
+    flags = ("--regular", "--max_steps", 1, "--eval_file", data, "--eval_generate", 1)
+    assert "--allow_code_execution" in start(data, tmp_path / "run", *flags, code=2).err
+    run = train(data, tmp_path / "run", *flags, "--allow_code_execution")
+    assert metrics(run, "eval_pass_at_1")
+    flags = (run, "--input_file", data, "--task", "mbpp", "--max_new_tokens", 1)
+    assert "--allow_code_execution" in call("llm_jepa.chat", *flags, code=2).err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Double x.")))
+    assert "pass_at_1 no" in call("llm_jepa.chat", *flags, "--allow_code_execution", code=0).err
 
 
 def test_isolation_that_fails_is_refused(tmp_path, monkeypatch):
