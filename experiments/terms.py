@@ -164,24 +164,30 @@ def jobs() -> Iterator[Run]:
 
 
 def pick_smollm() -> Iterator[Run]:
-    """The learning rate of each arm with a pretrained model, on SYNTH."""
+    """The learning rate of each arm with a pretrained model, on SYNTH, and which other datasets it learns."""
     for rate in SMOLLM_RATES:
         for arm in SMOLLM_ARMS:
             yield Run("pick_smollm", arm, 500, 42, 1, "held_out", tested=300, learning_rate=rate)
+    for data in ("turk", "spider"):
+        yield Run("pick_smollm", "regular", 500, 42, 1, "held_out", data, 300, 2e-4)
 
 
 def smollm() -> Iterator[Run]:
-    """Each arm with its picked learning rate: that of the best primary score, of equal ones the smallest."""
+    """Each arm with its picked learning rate: that of the best primary score, of equal ones the smallest.
+
+    On SYNTH, and on the other datasets of which a regular run has learned at least 10 %.
+    """
     picks = ROOT / "experiments/results/pick_smollm.jsonl"
     tried = [json.loads(line) for line in picks.read_text().splitlines()] if picks.exists() else []
     if len(tried) != len([*pick_smollm()]):
         raise UsageError("runs of pick_smollm are missing; run that first")
     rates = {}
     for arm in SMOLLM_ARMS:
-        own = [line for line in tried if line["arm"] == arm]
+        own = [line for line in tried if (line["arm"], line["data"]) == (arm, "synth")]
         best = max(own, key=lambda line: (line[TASKS["synth"].primary], -line["learning_rate"]))
         rates[arm] = best["learning_rate"]
-    for data, test in (("synth", "fresh"), ("turk", "test"), ("spider", "test")):
+    learned = [line["data"] for line in tried if line["data"] != "synth" and line[TASKS[line["data"]].primary] >= 0.1]
+    for data, test in (("synth", "fresh"), *((data, "test") for data in learned)):
         for seed in range(51, 56):
             for arm, rate in rates.items():
                 yield Run("smollm", arm, 500, seed, 1, test, data, 300, rate)
