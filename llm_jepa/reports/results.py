@@ -90,13 +90,20 @@ def describe_method(s: Settings) -> str:
     if s.jepa:
         text = f"LLM-JEPA with λ = {s.lbd:g}, γ = {s.gamma:g}, k = {s.predictors} predictor tokens"
         text += f", {s.jepa_loss} loss ({JEPA_LOSSES[s.jepa_loss].formula})"
+        temperature = s.temperature or JEPA_LOSSES[s.jepa_loss].temperature
+        text += f", τ = {temperature:g}" if temperature else ""
+        text += ", of centred views" if s.center else ""
+        text += f", without a gradient into the {s.stop_gradient.title()} view" if s.stop_gradient else ""
+        text += f", with {s.negatives_queue} earlier pairs as negatives" if s.negatives_queue else ""
         text += f", on a fraction {s.jepa_ratio:g} of the examples" if s.jepa_ratio < 1 else ""
         text += ", on shuffled pairs (a placebo)" if s.shuffle_pairs else ""
+        text += f", of projected views: λ · {1 - s.sigreg:g} of it and λ · {s.sigreg:g} of SIGReg" if s.sigreg else ""
     for name in s.chat_losses:
         title, formula = CHAT_LOSSES[name]
         formula = formula if isinstance(formula, str) else formula[getattr(s, name)]
         text += f"; {title} ({formula}) with weight {getattr(s, f'{name}_lbd'):g}"
         text += f", layer {getattr(s, f'{name}_layer')}" if f"{name}_layer" in CHAT_FLAGS[name] else ""
+    text += f", {s.nitp_targets} targets (a control)" if s.has_nitp and s.nitp_targets != "states" else ""
     return text
 
 

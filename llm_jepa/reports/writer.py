@@ -93,9 +93,6 @@ def blocks(datasets: list[tuple[Table, Drawn]], left_out: list[str]) -> Iterator
     """
     yield "h1", "Comparison of runs"
     yield "lead", headline([table for table, _ in datasets])
-    for table, _ in datasets:
-        if text := learned(table):
-            yield "p", f"Auxiliary terms, {table.dataset}: {text}."
     if left_out:
         yield "details", [("h2", f"Left out of this report: {len(left_out)}"), ("list", left_out)]
     for table, drawn in datasets:
@@ -191,8 +188,12 @@ def as_html(kind: str, content: Any) -> str:
 
 
 def headline(tables: list[Table]) -> str:
-    """The result, one sentence per dataset: which arm helps and by how much."""
-    sentences = [f"{t.dataset}, {t.first.scores[0]}: {outcome(t)}." for t in tables if t.comparisons]
+    """The result, one sentence per dataset: which arm helps and by how much, and which terms have learned."""
+    sentences = []
+    for table in tables:
+        found = [outcome(table)] if table.comparisons else []
+        found += [f"auxiliary terms {text}"] if (text := learned(table)) else []
+        sentences += [f"{table.dataset}, {table.first.scores[0]}: {'; '.join(found)}."] if found else []
     return " ".join(sentences) or "No arms were compared."
 
 

@@ -67,10 +67,10 @@ def sigreg(r: Read) -> torch.Tensor:
     return (0.7 * jepa_loss(points, "cosine")[0] + 0.3 * sigreg_loss(points, F.normalize(drawn, dim=0))[0]) / 8
 
 
-def stp(r: Read) -> torch.Tensor:
+def stp(r: Read, variant: str = "geodesic") -> torch.Tensor:
     """With --stp_layer 1."""
     paths = [r.states(item[0])[1][item[0].path.T] for item in r.items]  # (3, S, D) each
-    total, count = stp_loss(torch.cat(paths, dim=1), "geodesic")
+    total, count = stp_loss(torch.cat(paths, dim=1), variant)
     return total / count
 
 
@@ -93,11 +93,15 @@ BY_HAND = {
     "stop-code": (PAIRS | {"stop_gradient": "code"}, jepa(stop_gradient=1)),
     "stop-text-reverse": (PAIRS | {"stop_gradient": "text", "reverse_pred": True}, jepa(stop_gradient=1)),
     "stop-code-reverse": (PAIRS | {"stop_gradient": "code", "reverse_pred": True}, jepa(stop_gradient=0)),
+    "l2": (PAIRS | {"jepa_loss": "l2"}, jepa("l2")),
+    "mse": (PAIRS | {"jepa_loss": "mse"}, jepa("mse")),
+    "infonce": (ONE_BATCH | {"jepa_loss": "infonce"}, jepa("infonce")),
     "clip": (ONE_BATCH | {"jepa_loss": "clip"}, jepa("clip")),
     "vicreg": (ONE_BATCH | {"jepa_loss": "vicreg"}, jepa("vicreg")),
     "center": (ONE_BATCH | {"center": True}, jepa(center=True)),
     "sigreg": (PAIRS | {"sigreg": 0.3}, sigreg),
     "stp": (CHATS | {"stp": "geodesic", "stp_layer": 1, "stp_spans": 2, "stp_lbd": 3}, stp),
+    "stp-patch": (CHATS | {"stp": "patch", "stp_layer": 1, "stp_lbd": 3}, partial(stp, variant="patch")),
     "nitp": (CHATS | {"nitp": True, "nitp_lbd": 3}, nitp),
     "nitp-layer-1": (CHATS | {"nitp": True, "nitp_lbd": 3, "nitp_layer": 1}, lambda r: nitp(r, 1)),
 }

@@ -61,6 +61,14 @@ def test_flags_of_the_reference_implementation_are_values_of_other_flags(flags, 
     assert resolve(*flags.split()) == resolve(*others.split())
 
 
+def test_description_names_what_changes_the_loss():
+    flags = "--jepa_loss clip --center --stop_gradient code --negatives_queue 9 --nitp --nitp_targets random"
+    text = describe_method(resolve(*flags.split()))
+    for part in ("τ = 0.1", "centred", "Code view", "9 earlier pairs", "random targets"):
+        assert part in text and part not in describe_method(resolve())
+    assert "λ · 0.7 of it and λ · 0.3 of SIGReg" in describe_method(resolve("--sigreg", 0.3))
+
+
 @pytest.mark.parametrize("name", CHAT_LOSSES)
 def test_loss_of_the_chat_counts_as_an_auxiliary_loss_everywhere(name):
     (title, formula), first = CHAT_LOSSES[name], CHAT_FLAGS[name][0]
