@@ -43,6 +43,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import finetune
 from llm_jepa.data.segments import Segment
+from llm_jepa.distributed import cores
 from llm_jepa.files import read_jsonl
 from llm_jepa.search import search
 
@@ -131,7 +132,7 @@ def processes(args: argparse.Namespace, folder: str) -> Sizes:
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
         lines = [line for _, line in read_jsonl(run / "metrics.jsonl") if "tokens_per_second" in line]
         seconds = [1000 * n / line["tokens_per_second"] for line in lines if line["step"] > WARM_UP]
-        found[n] = (seconds, max(1, n / os.cpu_count()))
+        found[n] = (seconds, max(1, n / cores()))
     return found
 
 
