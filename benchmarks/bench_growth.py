@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import itertools
 import os
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from bench_commands import TINY
-from bench_step import SHAPES, Arm, arm_of, settings_of, step_parser, write_shape
+from bench_step import SHAPES, Arm, arm_of, head, settings_of, step_parser, write_shape
 from matplotlib.figure import Figure
 from timing import ROOT, interleave, percentiles, report
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -67,10 +66,7 @@ def heads(args: argparse.Namespace, folder: str) -> Iterator[tuple[int, str]]:
     """(n, file with the first n examples), up to --rows."""
     for factor in FACTORS:
         n = args.rows * factor // max(FACTORS)
-        path = Path(folder) / f"{n}.jsonl"
-        with open(args.input_file, encoding="utf-8") as file:
-            path.write_text("".join(itertools.islice(file, n)), encoding="utf-8")
-        yield n, str(path)
+        yield n, head(args.input_file, n, folder)
 
 
 def rows(args: argparse.Namespace, folder: str) -> Sizes:
