@@ -105,7 +105,9 @@ def main() -> int:
         answers[name] = arms[name]()
 
     with torch.inference_mode():
-        times = interleave({name: partial(respond, name) for name in arms}, args.repeats) | ({"vLLM": vllm_seconds[1:]} if vllm_seconds else {})
+        times = interleave({name: partial(respond, name) for name in arms}, args.repeats)
+    if vllm_seconds:
+        times["vLLM"] = vllm_seconds[1:]  # as the others without the first run
     seconds = {name: percentiles(own) for name, own in times.items()}
     first = next(iter(arms))  # one at a time, if it is timed
     expected, one = answers[first], seconds[first]["p50"]

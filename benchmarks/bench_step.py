@@ -25,7 +25,6 @@ import copy
 import importlib.util
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -260,8 +259,10 @@ def settings_of(name: str, args: argparse.Namespace, folder: str) -> finetune.Se
 
 def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any]) -> Arm:
     """The arm; arms with the same `shared` train one model. Raises ImportError, or UsageError if it cannot run."""
-    if name.startswith("TRL") and importlib.util.find_spec("trl") is None:
-        raise ImportError("trl is not installed")
+    flash = args.attn_implementation == "flash_attention_2"
+    package = "trl" if name.startswith("TRL") else "flash_attn" if flash else None
+    if package and importlib.util.find_spec(package) is None:
+        raise ImportError(f"{package} is not installed")
     wanted = args.steps * args.batch_size
     few = head(args.input_file, 4 * wanted, folder)  # encoding all takes long, and some are skipped
     s = replace(settings_of(name, args, folder), train_file=few)
@@ -313,7 +314,7 @@ def write_shape(args: argparse.Namespace, folder: str, **changes: Any) -> None:
 
 def peak_memory(name: str, arm: Arm) -> float:
     """The arm's peak MB; on a CPU in a new process, whose memory no other arm has used."""
-    if DEVICE == "cuda" or os.environ.get("REHEARSE"):
+    if DEVICE == "cuda":
         return arm.peak_memory()
     command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Takes every measurement that needs a GPU (one H100 or H200), in at most 15 minutes (13 without vLLM) and without network.
+# Takes every measurement that needs a GPU (one H100 or H200), in at most 15 minutes (13 without vLLM), without network.
 #
 #     bash benchmarks/gpu.sh [OUT [STAGE…]]
 #     REHEARSE=1 bash benchmarks/gpu.sh rehearsal        # the same stages on a CPU, with small shapes
@@ -7,9 +7,9 @@
 # Stages run in the order below, the most valuable first, each under its own time limit. A finished stage has written
 # OUT/STAGE.txt (and .json; score: OUT/score/metrics.json). A stage that failed or was cut has left OUT/STAGE.part and
 # OUT/STAGE.err, with the figures of the arms that did not fail in OUT/STAGE.json, or of the rounds before the cut in
-# OUT/STAGE.json.part. The stage scratch leaves its model (5 GB), or the last checkpoint of a cut run (15 GB), which score,
-# eval and vllm then read. A rerun skips the finished stages, resumes scratch and evaluates its new
-# model. The exit code is 1 if a stage failed.
+# OUT/STAGE.json.part. The stage scratch leaves its model (5 GB), or the last checkpoint of a cut run (15 GB), which
+# score, eval and vllm then read. A rerun skips the finished stages, resumes scratch and evaluates its new model. The
+# exit code is 1 if a stage failed.
 #
 # Environment variables: TOKENIZER (a folder with Llama 3's tokenizer; by default that of models/tiny, which is enough for
 # times and memory, as the shapes keep their vocabulary), MODEL (a trained run to evaluate; by default that of the stage
@@ -23,12 +23,13 @@ export HF_HUB_OFFLINE=1 REHEARSE=${REHEARSE:-}
 if [ -n "$REHEARSE" ]; then
   slower=20 shape=5m large=5m dtype=float32 batch=${BATCH:-2} few=2 repeats=1 steps=1 kernels=(sdpa)
   brief=(--max_steps 2 --batch_size 2 --grad_accum 1 --save_steps 1) rows=4 new_tokens=8 tokens=512 large_steps=3
-  train=$out/train.jsonl
+  train=$out/train.jsonl memory=(--skip_memory)
 else
   slower=1 shape=llama-3.2-1b large=llama-3.1-8b dtype=bfloat16 batch=${BATCH:-64} repeats=${REPEATS:-5} steps=4
   few=8 # the reference computes all logits of 3 rows of 512 tokens per example, and each arm of TRL has a model of its own
-  brief=(--num_epochs "${EPOCHS:-2}" --batch_size 32 --grad_accum 4 --save_steps 48) rows=512 new_tokens=128 tokens=4096 large_steps=8
-  kernels=(flash_attention_2 flex_attention) train=datasets/synth_train.jsonl
+  brief=(--num_epochs "${EPOCHS:-2}" --batch_size 32 --grad_accum 4 --save_steps 48)
+  rows=512 new_tokens=128 tokens=4096 large_steps=8
+  kernels=(flash_attention_2 flex_attention) train=datasets/synth_train.jsonl memory=()
   "$python" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu.sh: error: no GPU")'
 fi
 mkdir -p "$out"
@@ -53,7 +54,8 @@ stage() { # name, seconds, command: writes OUT/name.txt
 
 bench_steps() { # name, seconds, flags of bench_step.py
   stage "$1" "$2" "$python" benchmarks/bench_step.py --tokenizer "$tokenizer" --shape "$shape" --dtype "$dtype" \
-    --input_file "$train" --batch_size "$batch" --steps "$steps" --repeats "$repeats" --json "$out/$1.json" "${@:3}"
+    --input_file "$train" --batch_size "$batch" --steps "$steps" --repeats "$repeats" "${memory[@]}" \
+    --json "$out/$1.json" "${@:3}"
 }
 
 with_shape() { # shape, command: runs it when OUT/shape has the shape's configuration and the tokenizer
@@ -71,7 +73,8 @@ stage tests 90 "$python" -m pytest -n 0 -q -m gpu "${files[@]}"
 bench_steps step 100 --arms "regular packed" packed "packed, in_chat" clip "clip, in_chat" "regular + nitp"
 bench_steps reference 50 --batch_size "$few" --arms "regular packed" packed "reference layout"
 stage large 120 "${with_shape[@]}" "$large" "$python" benchmarks/bench_large.py --model_name "$out/$large" \
-  --work "$out/work" --input_file "$train" --arms "lora jepa" --tokens_per_batch "$tokens" --steps "$large_steps" --json "$out/large.json"
+  --work "$out/work" --input_file "$train" --arms "lora jepa" --tokens_per_batch "$tokens" --steps "$large_steps" \
+  --json "$out/large.json"
 bench_steps trl 50 --batch_size "$few" --arms "regular packed" "TRL padded" "TRL padding-free" "TRL packed"
 bench_steps compile 50 --arms "regular packed" packed "packed, compiled"
 for kernel in "${kernels[@]}"; do
