@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from timing import flag_parser, interleave, percentiles, report
@@ -98,9 +99,15 @@ def main() -> int:
         except UsageError as error:
             del arms["vLLM"]
             skipped.append({"arm": "vLLM", "skipped": str(error)})
+    answers: dict[str, Texts] = {}
+
+    def respond(name: str) -> None:
+        answers[name] = arms[name]()
+
     with torch.inference_mode():
-        answers = {name: arm() for name, arm in arms.items()}
-        times = interleave(arms, args.repeats) | ({"vLLM": vllm_seconds[2:]} if vllm_seconds else {})
+        times = interleave({name: partial(respond, name) for name in arms}, args.repeats)
+    if vllm_seconds:
+        times["vLLM"] = vllm_seconds[1:]  # as the others without the first run
     seconds = {name: percentiles(own) for name, own in times.items()}
     first = next(iter(arms))  # one at a time, if it is timed
     expected, one = answers[first], seconds[first]["p50"]

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import itertools
 import os
 import subprocess
 import sys
@@ -36,13 +35,14 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from bench_commands import TINY
-from bench_step import SHAPES, Arm, arm_of, settings_of, step_parser, write_shape
+from bench_step import SHAPES, Arm, arm_of, head, settings_of, step_parser, write_shape
 from matplotlib.figure import Figure
 from timing import ROOT, interleave, percentiles, report
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import finetune
 from llm_jepa.data.segments import Segment
+from llm_jepa.distributed import cores
 from llm_jepa.files import read_jsonl
 from llm_jepa.search import search
 
@@ -66,10 +66,7 @@ def heads(args: argparse.Namespace, folder: str) -> Iterator[tuple[int, str]]:
     """(n, file with the first n examples), up to --rows."""
     for factor in FACTORS:
         n = args.rows * factor // max(FACTORS)
-        path = Path(folder) / f"{n}.jsonl"
-        with open(args.input_file, encoding="utf-8") as file:
-            path.write_text("".join(itertools.islice(file, n)), encoding="utf-8")
-        yield n, str(path)
+        yield n, head(args.input_file, n, folder)
 
 
 def rows(args: argparse.Namespace, folder: str) -> Sizes:
@@ -131,7 +128,7 @@ def processes(args: argparse.Namespace, folder: str) -> Sizes:
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
         lines = [line for _, line in read_jsonl(run / "metrics.jsonl") if "tokens_per_second" in line]
         seconds = [1000 * n / line["tokens_per_second"] for line in lines if line["step"] > WARM_UP]
-        found[n] = (seconds, max(1, n / os.cpu_count()))
+        found[n] = (seconds, max(1, n / cores()))
     return found
 
 

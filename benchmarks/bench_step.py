@@ -3,18 +3,19 @@
     pip install -e ".[bench]"        # for TRL's arms, which are skipped if trl is not installed
     python benchmarks/bench_step.py --input_file datasets/synth_train.jsonl --json step.json
 
-Arms: the reference implementation's method (three rows per example, padded to 512 tokens, logits and all layers' hidden
-states at every token); the additive mask, with both views of an example in one row; packed, the default of finetune.py;
-packed with the Text view in the chat; packed with --torch_compile; regular fine-tuning, packed; the auxiliary losses,
-packed; TRL's SFTTrainer, padded to the longest row, padding-free (a batch in one row) and packed. `statistics` is a
-step with what the Trainer computes for the log. In `gradient_stats 1` every step also compares gradients, so at the
-default --gradient_stats 100 the difference between these two arms is divided by 100 and by the micro-batches of a step.
-A step is collation, forward, backward, clipping and AdamW. `useful` tokens are those of chats and views without
-padding. `time` is relative to regular packed. `time/tokens` is that divided by the ratio of their useful tokens: 1 if
-the views cost as much per token as the chats; `memory/tokens` is the same for peak memory. FLOPs are torch's count for
-the forward and backward pass; `of matmul` is their rate over that of a large matrix product timed in the same run.
-`MFU` counts only 6 FLOPs per parameter of the decoder layers and useful token, and per parameter of the output layer
-and label, over the data sheet's dense bfloat16 rate of an H100 or H200.
+Arms: the reference implementation's method (three rows per example, padded to --max_length, logits and hidden states of
+all layers at every token); the additive mask, with both views of an example in one row; packed, the default; packed
+with the Text view in the chat; packed with --torch_compile; regular fine-tuning, packed; the auxiliary losses, packed;
+TRL's SFTTrainer, padded to the longest row, padding-free (a batch in one row) and packed. `statistics` is a step with
+what the Trainer computes for the log. In `gradient_stats 1` every step also compares gradients, so at the default
+--gradient_stats 100 the difference between these two arms is divided by 100 and by the micro-batches of a step. A step
+is collation, forward, backward, clipping and AdamW. `useful` tokens are those of chats and views without padding.
+`time` is relative to regular packed. `time/tokens` is that divided by the ratio of their useful tokens: 1 if the views
+cost as much per token as the chats; `memory/tokens` is the same for peak memory. FLOPs are torch's count for the
+forward and backward pass; `of matmul` is their rate over that of a large matrix product timed in the same run. `MFU`
+counts only 6 FLOPs per parameter of the decoder layers and useful token, and per parameter of the output layer and
+label, over the data sheet's dense bfloat16 rate of an H100 or H200. After each round the table so far is written to
+FILE.part of --json FILE, without memory. The exit code is 1 if an arm failed; a skipped one has not.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import send_to_device
-from timing import DEVICE, ROOT, flag_parser, interleave, matmul_rate, percentiles, report
+from timing import DEVICE, ROOT, flag_parser, interleave, matmul_rate, percentiles, report, write_results
 from transformers import AutoTokenizer, LlamaConfig
 
 import finetune
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Problems, read_examples
+from llm_jepa.files import open_data
 from llm_jepa.large.step_time import PEAK
 from llm_jepa.training.flops import FlopCounter
 from llm_jepa.training.trainer import compile_decoder
@@ -80,7 +83,6 @@ ARMS: dict[str, dict[str, Any]] = {  # name → settings
     "TRL padding-free": {"regular": True},
     "TRL packed": {"regular": True},
 }
-PADDED = 512  # tokens of each of the reference's rows
 PARTS = {  # of a step: beginnings of the names of torch's operators
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
@@ -185,11 +187,11 @@ def trainers(parts: finetune.Parts, s: finetune.Settings, bf16: bool) -> Callabl
     return loss
 
 
-def reference_loss(pad_id: int, lbd: float) -> Callable:
-    """The same loss computed as in the reference implementation, with three padded rows per example."""
+def reference_loss(pad_id: int, lbd: float, length: int) -> Callable:
+    """The same loss computed as in the reference implementation, with three rows per example, padded to a length."""
 
     def padded(values: list[np.ndarray], fill: int) -> torch.Tensor:
-        rows = [F.pad(torch.tensor(v, dtype=torch.long), (0, PADDED - len(v)), value=fill) for v in values]
+        rows = [F.pad(torch.tensor(v, dtype=torch.long), (0, length - len(v)), value=fill) for v in values]
         return torch.stack(rows).to(DEVICE)  # (3B, T)
 
     def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
@@ -222,8 +224,9 @@ def trl_arm(name: str, args: argparse.Namespace, parts: finetune.Parts, folder: 
     free = name == "TRL padding-free"
     config = SFTConfig(
         output_dir=folder, per_device_train_batch_size=1 if packing else args.batch_size, packing=packing,
-        padding_free=free, max_length=None if free else PADDED, report_to=[], bf16=bf16, use_cpu=DEVICE == "cpu",
-        gradient_checkpointing=False, completion_only_loss=True, disable_tqdm=True, seed=1, dataloader_pin_memory=False,
+        padding_free=free, max_length=None if free else args.max_length, report_to=[], bf16=bf16,
+        use_cpu=DEVICE == "cpu", gradient_checkpointing=False, completion_only_loss=True, disable_tqdm=True, seed=1,
+        dataloader_pin_memory=False,
     )  # fmt: skip
     model, tokenizer = copy.deepcopy(parts.model), parts.encoder.renderer.tokenizer
     data = Dataset.from_list([{"input_ids": x.ids, "completion_mask": x.labels.astype(int)} for x, *_ in items])
@@ -233,6 +236,14 @@ def trl_arm(name: str, args: argparse.Namespace, parts: finetune.Parts, folder: 
     model.train()
     useful = sum(len(chat.ids) for chat, *_ in items)
     return Arm(model, batches, lambda m, b: trainer.compute_loss(m, dict(b)), len(items), useful, labels(items), bf16)
+
+
+def head(file: str, n: int, folder: str) -> str:
+    """A file in the folder with the first n examples of another one."""
+    path = Path(folder) / f"{n}.jsonl"
+    with open_data(file) as lines:
+        path.write_bytes(b"".join(itertools.islice(lines, n)))
+    return str(path)
 
 
 def settings_of(name: str, args: argparse.Namespace, folder: str) -> finetune.Settings:
@@ -248,22 +259,30 @@ def settings_of(name: str, args: argparse.Namespace, folder: str) -> finetune.Se
 
 def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any]) -> Arm:
     """The arm; arms with the same `shared` train one model. Raises ImportError, or UsageError if it cannot run."""
-    if name.startswith("TRL") and importlib.util.find_spec("trl") is None:
-        raise ImportError("trl is not installed")
-    s = settings_of(name, args, folder)
+    flash = args.attn_implementation == "flash_attention_2"
+    package = "trl" if name.startswith("TRL") else "flash_attn" if flash else None
+    if package and importlib.util.find_spec(package) is None:
+        raise ImportError(f"{package} is not installed")
+    wanted = args.steps * args.batch_size
+    few = head(args.input_file, 4 * wanted, folder)  # encoding all takes long, and some are skipped
+    s = replace(settings_of(name, args, folder), train_file=few)
     if s.torch_compile:
         finetune.check_settings(s, {"torch_compile"})
-        shared = {}  # compiling changes the model
 
     def load(*given: Any) -> torch.nn.Module:
-        model = shared["model"] = shared.get("model") or finetune.load_on_device(*given)
+        if "model" not in shared:
+            with torch.device(DEVICE):  # random numbers of a GPU are fast
+                shared["model"] = finetune.load_on_device(*given)
+        model = copy.deepcopy(shared["model"]) if s.torch_compile else shared["model"]  # compiling changes it
         model._modules.pop("projectors", None)  # those of another arm
         return model.train()
 
     parts = finetune.prepare(s, PartialState(), load)
-    items = parts.train_set.items = parts.train_set.items[: args.steps * args.batch_size]
-    if len(items) < args.steps * args.batch_size:
-        raise SystemExit(f"{args.input_file} has only {len(items)} usable examples for {args.steps} steps")
+    items = parts.train_set.items = parts.train_set.items[:wanted]
+    if len(items) < wanted:
+        raise SystemExit(
+            f"{args.input_file}: only {len(items)} of the first {4 * wanted} examples are usable, {wanted} are needed"
+        )
     if name.startswith("TRL"):
         return trl_arm(name, args, parts, folder)
     if s.torch_compile:
@@ -272,7 +291,7 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
     pad = parts.encoder.renderer.tokenizer.pad_token_id
     bf16 = args.dtype == "bfloat16"
     if name == "reference layout":
-        loss = reference_loss(pad, s.lbd)
+        loss = reference_loss(pad, s.lbd, args.max_length)
     else:
         loss = trainers(parts, s, bf16) if "stat" in name else ours(parts, s)
     useful = sum(len(segment.ids) for item in items for segment in item)
@@ -295,21 +314,23 @@ def write_shape(args: argparse.Namespace, folder: str, **changes: Any) -> None:
 
 def peak_memory(name: str, arm: Arm) -> float:
     """The arm's peak MB; on a CPU in a new process, whose memory no other arm has used."""
-    if DEVICE == "cuda" or os.environ.get("REHEARSE"):
+    if DEVICE == "cuda":
         return arm.peak_memory()
     command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str, Any]]:
-    """One row of the table per arm."""
-    seconds = {name: percentiles(times) for name, times in interleave(arms, args.repeats).items()}
-    rate, medians = matmul_rate(getattr(torch, args.dtype)), {name: times["p50"] for name, times in seconds.items()}
+def compare(
+    args: argparse.Namespace, arms: dict[str, Arm], flops: Callable[[str], float], rate: float,
+    seconds: dict[str, list[float]], memory: dict[str, float],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """One row of the table per arm. `rate`: FLOP/s of a matrix product; `memory`: peak MB, {} if not measured."""
+    times = {name: percentiles(own) for name, own in seconds.items()}
+    medians = {name: own["p50"] for name, own in times.items()}
     rates = {name: arm.examples / medians[name] for name, arm in arms.items()}
     others = [name for name in ("reference layout", "TRL padded", "TRL padding-free", "TRL packed") if name in arms]
     usual, gpu = arms.get("regular packed"), torch.cuda.get_device_name() if DEVICE == "cuda" else ""
     peak = PEAK if args.dtype == "bfloat16" and any(kind in gpu for kind in ("H100", "H200")) else None
-    memory = {} if args.skip_memory else {name: peak_memory(name, arm) for name, arm in arms.items()}
     for name, arm in arms.items():
         tokens = usual and arm.useful / usual.useful
         yield {
@@ -319,11 +340,11 @@ def compare(args: argparse.Namespace, arms: dict[str, Arm]) -> Iterator[dict[str
             "time": usual and medians[name] / medians["regular packed"],
             "time/tokens": usual and medians[name] / medians["regular packed"] / tokens,
             "useful tokens/s": arm.useful / medians[name],
-            "of matmul": arm.flops() / medians[name] / rate,
+            "of matmul": flops(name) / medians[name] / rate,
             "MFU": peak and arm.model_flops() / medians[name] / peak,
             **({"peak MB": memory[name]} if memory else {}),
             **({"memory/tokens": memory[name] / memory["regular packed"] / tokens} if memory and usual else {}),
-            **{k: v / args.steps for k, v in seconds[name].items()},
+            **{k: v / args.steps for k, v in times[name].items()},
         }
 
 
@@ -336,15 +357,15 @@ def step_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="5m", help="of the randomly initialized model (default 5m)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     parser.add_argument("--batch_size", type=int, default=16, help="examples per step (default 16)")
-    parser.add_argument("--max_length", type=int, default=PADDED, help="longer examples are skipped (default 512)")
+    parser.add_argument("--max_length", type=int, default=512, help="longer examples are skipped (default 512)")
     parser.add_argument("--tokens_per_row", type=int, default=0, help="of packed rows (default: finetune.py's)")
     parser.add_argument("--attn_implementation", help="attention kernel of this project's arms")
     parser.add_argument("--repeats", type=int, default=5, help="how often each arm is timed (default 5)")
     return parser
 
 
-def main() -> None:
-    """Prints the table and writes the JSON."""
+def main() -> int:
+    """Prints the table and writes the JSON. Returns 1 if an arm failed."""
     parser = step_parser(__doc__)
     parser.add_argument("--steps", type=int, default=4, help="steps that are timed together (default 4)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
@@ -354,11 +375,13 @@ def main() -> None:
     parser.add_argument("--memory_of", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write_shape:
-        return write_shape(args, args.write_shape)
+        write_shape(args, args.write_shape)
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         write_shape(args, folder)
         if args.memory_of:
-            return print(arm_of(args.memory_of, args, folder, {}).peak_memory())
+            print(arm_of(args.memory_of, args, folder, {}).peak_memory())
+            return 0
         shared: dict[str, Any] = {}
         arms, missing = {}, []
         for name in args.arms:
@@ -368,10 +391,21 @@ def main() -> None:
                 missing.append({"arm": name, "skipped" if isinstance(error, ImportError) else "failed": str(error)})
         if args.profile:
             found = [{"arm": name, **profiled(arm)} for name, arm in arms.items()]
-            return report(args, args.input_file, [*found, *missing])
-        parameters = next((arm.model.num_parameters() for arm in arms.values()), None)
-        report(args, args.input_file, [*(compare(args, arms) if arms else ()), *missing], parameters=parameters)
+            report(args, args.input_file, [*found, *missing])
+        else:
+            parameters = next((arm.model.num_parameters() for arm in arms.values()), None)
+            flops, rate = cache(lambda name: arms[name].flops()), matmul_rate(getattr(torch, args.dtype))
+            rows = partial(compare, args, arms, flops, rate)
+
+            def save(seconds: dict[str, list[float]]) -> None:
+                found = [*rows(seconds, {}), *missing]
+                write_results(f"{args.json}.part", args, args.input_file, found, parameters=parameters)
+
+            seconds = interleave(arms, args.repeats, save if args.json else None)
+            memory = {} if args.skip_memory else {name: peak_memory(name, arm) for name, arm in arms.items()}
+            report(args, args.input_file, [*rows(seconds, memory), *missing], parameters=parameters)
+    return int(any("failed" in row for row in missing))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -51,7 +51,7 @@ def trained(quick: bool, folder: str) -> str:
 
 
 def run_table(name: str, arms: list[str], args: argparse.Namespace, folder: str) -> dict[str, dict[str, Any]]:
-    """The rows of a benchmark by arm, the last of each arm; or rows with only the reason, `skipped` or `failed`."""
+    """The rows of a benchmark by arm, the last of each arm. One without values has a reason, `skipped` or `failed`."""
     command, rehearsal = TABLES[name]
     spider, run = Path(args.spider).resolve(), args.run
     if name == "spider" and not spider.is_file():
@@ -66,16 +66,20 @@ def run_table(name: str, arms: list[str], args: argparse.Namespace, folder: str)
         subprocess.run([sys.executable, HERE / command.split()[0], *flags], cwd=ROOT, check=True)
         return {row["arm"]: row for row in read_json(file)["results"]}
     except subprocess.CalledProcessError as error:
+        rows = {row["arm"]: row for row in read_json(file)["results"]} if file.exists() else {}
+        if any("failed" in row for row in rows.values()):  # the other arms have values
+            return rows
         return dict.fromkeys(arms, {"failed": f"{Path(error.cmd[1]).name} ended with exit code {error.returncode}"})
 
 
 def value(measure: dict[str, Any], rows: dict[str, dict[str, Any]]) -> float | str:
     """The measured value, or why there is none."""
     arm, others, column = rows[measure["arm"]], [rows[name] for name in measure.get("over", [])], measure["column"]
-    there = [row for row in others if column in row]
-    if column not in arm or others and not there:
-        row = arm if column not in arm else others[0]
-        return next(f"{why}: {row[why]}" for why in ("failed", "skipped") if row.get(why))
+    there = [row for row in others if row.get(column) is not None]
+    if arm.get(column) is None or others and not there:
+        row = arm if arm.get(column) is None else others[0]
+        reasons = (f"{why}: {row[why]}" for why in ("failed", "skipped") if why in row)
+        return next(reasons, f"failed: {column} has no value, as another arm failed")
     return arm[column] / max(row[column] for row in there) if there else arm[column]
 
 

@@ -36,11 +36,13 @@ def flag_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def interleave(arms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def interleave(
+    arms: dict[str, Callable[[], Any]], repeats: int, after_round: Callable[[dict[str, list[float]]], Any] | None = None
+) -> dict[str, list[float]]:
     """Seconds of each repeat of each arm. The arms take turns, so that a slow period affects all of them.
 
     Each arm runs once untimed. Each round has another random order, because an arm after one that needs much memory is
-    slower.
+    slower. `after_round` gets the seconds so far.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     order = random.Random(0)
@@ -49,6 +51,8 @@ def interleave(arms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
     for _ in range(repeats):
         for name in order.sample(list(arms), len(arms)):
             seconds[name].append(measure(arms[name]))
+        if after_round:
+            after_round(seconds)
     return seconds
 
 
@@ -78,5 +82,13 @@ def report(args: argparse.Namespace, data: str | Path, results: list[dict[str, A
     """Prints the results as a table. Writes them to `args.json`, if given, with their provenance; `data`: a file."""
     print(pd.DataFrame(results).to_string(index=False, na_rep="", float_format="{:.4g}".format))
     if args.json:
-        record = provenance({str(data): sha256(data)}) | {"shape": vars(args) | shape, "results": results}
-        write_json(Path(args.json), record)
+        write_results(args.json, args, data, results, **shape)
+        Path(f"{args.json}.part").unlink(missing_ok=True)
+
+
+def write_results(
+    file: str, args: argparse.Namespace, data: str | Path, results: list[dict[str, Any]], **shape: Any
+) -> None:
+    """Writes the results with their provenance, atomically."""
+    record = provenance({str(data): sha256(data)}) | {"shape": vars(args) | shape, "results": results}
+    write_json(Path(file), record)

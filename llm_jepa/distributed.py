@@ -26,6 +26,11 @@ def processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
 
 
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def is_main_process() -> bool:
     """Whether this is the first process, or the only one."""
     return not under_torchrun() or os.environ["RANK"] == "0"

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from llm_jepa import sweep
 from llm_jepa.cli import UsageError, build_parser, parse_flags, run_command, strict_parser
+from llm_jepa.distributed import cores
 from llm_jepa.evaluation.settings import EvaluationSettings
 from llm_jepa.files import read_json, sha256
 from llm_jepa.reports.results import EVALUATION_IGNORES, read_runs
@@ -577,7 +578,7 @@ class Driver:
         if "llm_jepa.large.launch" in words:
             processes *= int(self.settings.nproc)
         if processes > 1:
-            variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+            variables.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
         with self.starting, open(log, "ab") if log else contextlib.nullcontext() as output:
             if self.stopping:
                 raise CommandFailed("stopped", 1)

@@ -13,6 +13,7 @@ from accelerate.utils import patch_environment
 
 from llm_jepa.data.examples import Example, ExampleError, Problems
 from llm_jepa.data.segments import Encoder, Item, Segment
+from llm_jepa.distributed import cores
 
 KINDS = ("chat", "text_view", "code_view")
 EXAMPLES_PER_PROCESS = 10_000  # fewer are not worth a process of their own
@@ -50,8 +51,7 @@ def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) ->
     data = datasets.Dataset.from_dict({"example": [json.dumps(vars(example)) for example in examples]})
     encoded = {name: datasets.LargeList(datasets.Value(kind)) for name, kind in numbers.items()} | {"error": text}
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun that share this node's cores
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, max(1, cores // local))
+    processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, max(1, cores() // local))
     no_bar = len(examples) < EXAMPLES_PER_PROCESS or os.environ.get("LOCAL_RANK", "0") != "0"  # too short for one
     with contextlib.ExitStack() as stack:
         if no_bar and datasets.is_progress_bar_enabled():

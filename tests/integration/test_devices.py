@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 from conftest import JEPA, ROOT, column, interrupted, message_row, train, write_rows
 from templates import LLAMA_1B, LLAMA_8B
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import finetune
+from llm_jepa.files import read_json
 from llm_jepa.large import memory
 from llm_jepa.large.settings import LargeSettings
 from llm_jepa.layouts import LAYOUTS
@@ -190,9 +192,11 @@ def test_kernels_in_bfloat16_are_close_to_the_cpu_in_float32(eight, kernel):
 
 @on_gpu
 def test_run_on_a_gpu_learns_resumes_and_compiles(eight, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests of this process have chosen the CPU
     flags = (*JEPA, "--num_epochs", 8, "--save_strategy", "steps", "--save_steps", 4, "--keep_checkpoints",
              "--save_total_limit", 9)  # fmt: skip
     run = train(eight, tmp_path / "run", *flags)
+    assert REHEARSE or "peak_memory_bytes" in read_json(run / "run.json"), "it ran on the CPU"
     assert column(run, "lm_loss")[-1] < column(run, "lm_loss")[0]
     cut = interrupted(run, 4, tmp_path / "cut")
     train(eight, cut, *flags, "--resume")

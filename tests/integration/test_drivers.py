@@ -15,6 +15,7 @@ from conftest import ROOT, column, is_running, message_row, same_weights, write_
 from driver_project import VARIABLES, Project, flag, resolved
 
 from llm_jepa import driver
+from llm_jepa.distributed import cores
 from llm_jepa.files import read_json
 
 ONE = {"SEEDS": "4"}
@@ -474,7 +475,7 @@ def test_a_failing_job_ends_the_others_and_jobs_share_the_cores(project):
     project.patch.delenv("OMP_NUM_THREADS")
     process = start(project, **variables)
     first, second = started(2)
-    assert first[2] == second[2] == str(max(1, os.cpu_count() // 2))
+    assert first[2] == second[2] == str(max(1, cores() // 2))
     os.kill(int(first[0]), signal.SIGKILL)  # makes room for the third job, or is itself the failure
     err = process.communicate(timeout=30)[1]
     assert process.returncode and "runs/.logs/" in err
