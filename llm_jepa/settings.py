@@ -75,7 +75,9 @@ class Settings:
         MODEL,
     )
     target_modules: str | None = flag(
-        None, "ends of the names of the weights to adapt, with commas (q_proj,v_proj); default: all that PEFT can",
+        None,
+        "ends of the names of the weights to adapt, with commas (q_proj,v_proj); all-linear: all linear layers but the "
+        "output layer; default: these and fused experts",
         MODEL, "--lora_target_modules",
     )  # fmt: skip
     modules_to_save: str | None = flag(
@@ -84,7 +86,7 @@ class Settings:
     )  # fmt: skip
     use_rslora: bool = flag(False, "rank-stabilized LoRA: alpha / √rank instead of alpha / rank", MODEL)
     use_dora: bool = flag(False, "DoRA: the adapter also trains the norm of each output", MODEL)
-    init_lora_weights: Literal["gaussian", "orthogonal", "olora", "pissa"] | None = flag(
+    init_lora_weights: Literal["gaussian", "orthogonal", "olora", "pissa", "mica"] | None = flag(
         None, "initialization of the adapter; default: PEFT's", MODEL
     )
     merge: bool = flag(False, "also write the model with the adapter merged in, to OUTPUT_DIR/merged", MODEL)
