@@ -481,7 +481,7 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.only_if(not s.plain, "chat_template", "not with --plain")
     r.only_if(s.lora, f"{' '.join(LORA_FLAGS)} lora_dropout merge", "only with --lora")
     if Path(s.model_name or "", "adapter_config.json").is_file():
-        how = "continue it with --lora, or give its merged model (finetune.py --merge)"
+        how = f"continue it with --lora, or merge it: python -m llm_jepa.export merged {s.model_name} OUT"
         r.refuse(not s.lora, f"--model_name {s.model_name} is an adapter: {how}")
         r.only_if(False, " ".join(LORA_FLAGS), f"not with the adapter {s.model_name}, which has its own")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")
