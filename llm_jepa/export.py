@@ -9,8 +9,7 @@
 `lm_eval` writes OUT/MODEL/results_DATE.json and a samples_TASK_DATE.jsonl for each evaluation of the run. RUN can also
 be the folder to which evaluate.py wrote metrics.json. DATE is when the last evaluation was finished.
 
-`merged` writes what `finetune.py --merge` writes to RUN/merged: model and tokenizer, in the precision of the frozen
-parameters.
+`merged` writes to OUT what `--merge` of the training writes to RUN/merged: model and tokenizer.
 """
 
 import argparse
