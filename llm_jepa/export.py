@@ -2,11 +2,14 @@
 
     python -m llm_jepa.export retriever runs/mine mine_retriever     two models for sentence-transformers
     python -m llm_jepa.export lm_eval runs/mine results              results in the format of lm-evaluation-harness
+    python -m llm_jepa.export merged runs/mine mine_merged           the model of a LoRA run with its adapter merged in
 
 `retriever` writes OUT/text and OUT/code, which embed texts as the run's Text and Code views.
 
 `lm_eval` writes OUT/MODEL/results_DATE.json and a samples_TASK_DATE.jsonl for each evaluation of the run. RUN can also
 be the folder to which evaluate.py wrote metrics.json. DATE is when the last evaluation was finished.
+
+`merged` writes to OUT what `--merge` of the training writes to RUN/merged: model and tokenizer.
 """
 
 import argparse
@@ -28,6 +31,7 @@ from llm_jepa.files import read_json, read_jsonl, sha256, write_json, write_text
 from llm_jepa.reports.results import score_names
 from llm_jepa.run_folder import run_settings
 from llm_jepa.scoring.tasks import find_task, is_task_file
+from llm_jepa.settings import read_settings
 
 # ------------------------------------------------------------------------------------------------------- retriever
 
@@ -106,7 +110,7 @@ def export_retriever(run: Path, output: Path) -> list[Path]:
     if found := [folder for folder in folders if folder.exists()]:
         raise UsageError(f"{found[0]} exists; remove it or choose another OUT")
     if (run / "adapter_config.json").is_file():
-        raise UsageError(f"{run} is an adapter; give the folder merged that finetune.py --merge writes in it")
+        raise UsageError(f"{run} is an adapter; merge it first: python -m llm_jepa.export merged {run} OUT")
     from llm_jepa.evaluation.model import load  # imports torch
 
     record, trained = run_settings(run) or ({}, {})
@@ -224,15 +228,47 @@ def export_results(run: Path, output: Path) -> list[Path]:
     return paths
 
 
+# ---------------------------------------------------------------------------------------------------------- merged
+
+
+def export_merged(run: Path, output: Path) -> list[Path]:
+    """Writes the model of a run with its adapter merged in. Raises UsageError if there is none or OUT is not empty."""
+    found = run_settings(run)
+    if not found or not (run / "adapter_config.json").is_file():
+        raise UsageError(f"{run} is not a run with an adapter (run.json and adapter_config.json)")
+    if output.exists() and any(output.iterdir()):
+        raise UsageError(f"{output} is not empty; remove it or choose another OUT")
+    import torch
+    from transformers import GenerationConfig, set_seed
+
+    from llm_jepa.model import load_adapter, load_model, load_tokenizer
+
+    (record, settings), adapter = found, read_json(run / "adapter_config.json")
+    s, name, revision = read_settings(settings), adapter["base_model_name_or_path"], adapter.get("revision")
+    code = {"trust_remote_code": s.trust_remote_code}
+    # finetune8bh200.py, whose settings have more flags, stores frozen parameters in the precision of the computation.
+    half = "sharding" in settings and record["computation"]["autocast"] == "bfloat16"
+    options = {"dtype": torch.bfloat16 if half else torch.float32, "predictors": s.stored_predictors} | code
+    tokenizer = load_tokenizer(str(run), predictors=False, **code)
+    set_seed(s.finetune_seed)  # rows of tokens that are not in use are drawn again
+    model = load_adapter(load_model(name, revision, tokenizer, **options), str(run)).merge_and_unload()
+    model.generation_config = GenerationConfig.from_pretrained(run)
+    for part in (model, tokenizer):
+        part.save_pretrained(output)
+    return [output]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 written, 1 failed, 2 wrong usage or run."""
-    exports = {"retriever": export_retriever, "lm_eval": export_results}
+    exports = {"retriever": export_retriever, "lm_eval": export_results, "merged": export_merged}
     parser = FlagParser(prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=exports)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder to write to")
+    out = parser.add_mutually_exclusive_group(required=True)
+    out.add_argument("output", nargs="?", default=argparse.SUPPRESS, metavar="OUT", help="folder to write to")
+    out.add_argument("--output_dir", dest="output", metavar="OUT", help="the same")
     options = parser.parse_args(argv)
-    return run_command("export", lambda: print(*exports[options.what](options.run, options.output), sep="\n"))
+    return run_command("export", lambda: print(*exports[options.what](options.run, Path(options.output)), sep="\n"))
 
 
 if __name__ == "__main__":

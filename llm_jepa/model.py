@@ -136,7 +136,9 @@ def load_config(name: str, revision: str | None = None, *, trust_remote_code: bo
     """
     check_name(name)
     if (Path(name) / "adapter_config.json").is_file():
-        raise UsageError(f"--model_name {name} is an adapter; give its merged model (finetune.py --merge)")
+        raise UsageError(
+            f"--model_name {name} is an adapter; merge it first: python -m llm_jepa.export merged {name} OUT"
+        )
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
@@ -314,7 +316,8 @@ def add_adapter(
 
     These rows are those that load_model has made, the embeddings of the `predictors` predictor tokens in use, and with
     `plain` the embeddings and output rows of the tokens that are labels. Saved are LoRA's weights, these rows, and
-    modules of which `modules_to_save` has the ends of the names, as `target_modules` of the weights to adapt.
+    modules of which `modules_to_save` has the ends of the names, as `target_modules` of the weights to adapt (or it is
+    ["all-linear"], without fused experts).
     `adapter`: a folder whose adapter is continued, with its own configuration. Raises UsageError if PEFT cannot.
     """
     from peft import LoraConfig, get_peft_model
@@ -346,6 +349,8 @@ def add_adapter(
         model = load_adapter(model, adapter, is_trainable=True, config=config)
     else:
         layers, parameters = adapter_targets(model)
+        if target_modules == ["all-linear"]:
+            target_modules, parameters = None, [n for n in parameters if model.get_parameter(n).dim() == 2]
         for end in target_modules or ():
             if not any(ends_with(name, [end]) for name in layers + parameters):
                 raise UsageError(f"--target_modules {end}: {type(model).__name__} has no such weights to adapt")
@@ -372,7 +377,7 @@ def add_adapter(
         )
         try:
             model = get_peft_model(model, config, revision=revision)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:  # the last: fused experts have no attribute weight
             raise UsageError(f"--lora: PEFT refuses these options ({first_line(error)})") from None
     for layer in model.modules() if parameters and dropout else ():
         if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper):

@@ -75,7 +75,9 @@ class Settings:
         MODEL,
     )
     target_modules: str | None = flag(
-        None, "ends of the names of the weights to adapt, with commas (q_proj,v_proj); default: all that PEFT can",
+        None,
+        "ends of the names of the weights to adapt, with commas (q_proj,v_proj); all-linear: all linear layers but the "
+        "output layer; default: these and fused experts",
         MODEL, "--lora_target_modules",
     )  # fmt: skip
     modules_to_save: str | None = flag(
@@ -84,7 +86,7 @@ class Settings:
     )  # fmt: skip
     use_rslora: bool = flag(False, "rank-stabilized LoRA: alpha / √rank instead of alpha / rank", MODEL)
     use_dora: bool = flag(False, "DoRA: the adapter also trains the norm of each output", MODEL)
-    init_lora_weights: Literal["gaussian", "orthogonal", "olora", "pissa"] | None = flag(
+    init_lora_weights: Literal["gaussian", "orthogonal", "olora", "pissa", "mica"] | None = flag(
         None, "initialization of the adapter; default: PEFT's", MODEL
     )
     merge: bool = flag(False, "also write the model with the adapter merged in, to OUTPUT_DIR/merged", MODEL)
@@ -482,7 +484,7 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.only_if(not s.plain, "chat_template", "not with --plain")
     r.only_if(s.lora, f"{' '.join(LORA_FLAGS)} lora_dropout merge", "only with --lora")
     if Path(s.model_name or "", "adapter_config.json").is_file():
-        how = "continue it with --lora, or give its merged model (finetune.py --merge)"
+        how = f"continue it with --lora, or merge it: python -m llm_jepa.export merged {s.model_name} OUT"
         r.refuse(not s.lora, f"--model_name {s.model_name} is an adapter: {how}")
         r.only_if(False, " ".join(LORA_FLAGS), f"not with the adapter {s.model_name}, which has its own")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")

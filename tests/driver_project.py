@@ -79,7 +79,8 @@ class Project:
                     log.write_text("first line\rout of memory\n")
                 return code
             if real:
-                call(script, *argv, code=0)
+                found = call(script, *argv, code=0)
+                print(found.out if stdout is None else "", end="")
                 return 0
             return pretend(script, argv, score)
 

@@ -75,9 +75,9 @@ def check_large_settings(s: LargeSettings, given: set[str], several: bool) -> La
     r.only_if(not s.lora, "param_dtype", "not with --lora, whose adapter is float32; --dtype sets the frozen weights")
     mixed = s.param_dtype == "bfloat16" and s.dtype not in ("auto", "bfloat16")
     r.refuse(mixed, f"--dtype {s.dtype}: not with --param_dtype bfloat16")
-    changes = s.init_lora_weights in ("olora", "pissa") and (s.load_in_4bit or sharding == "fsdp2")
-    where = "--load_in_4bit or --sharding fsdp2, where the base cannot change"
-    r.refuse(changes, f"--init_lora_weights {s.init_lora_weights}: not with {where}")
+    reads_base = s.init_lora_weights in ("olora", "pissa", "mica") and (s.load_in_4bit or sharding == "fsdp2")
+    where = "--load_in_4bit or --sharding fsdp2, where it cannot be calculated from the base"
+    r.refuse(reads_base, f"--init_lora_weights {s.init_lora_weights}: not with {where}")
     r.only_if(several, "sharding", "only with several processes")
     unsharded = "eval_generate sample_generations save_best same_flop torch_compile gradient_stats"
     r.only_if(sharding != "fsdp2", unsharded, "not with --sharding fsdp2, where no process has the full model")

@@ -167,6 +167,7 @@ def test_four_bit_weights(ranks, tmp_path, data):
      (1, ("--param_dtype", "bfloat16", "--dtype", "float32"), "--dtype float32: not with --param_dtype"),
      (2, ("--optim", "adamw_bnb_8bit"), "--optim adamw_bnb_8bit: not with --sharding fsdp2"),
      (2, ("--gradient_stats", 5), "--gradient_stats: not with --sharding fsdp2"),
+     (2, ("--lora", "--init_lora_weights", "mica"), "--init_lora_weights mica: not with"),
      (2, ("--lora", "--load_in_4bit", "--sharding", "fsdp2"), "--sharding fsdp2: ")],
 )  # fmt: skip
 def test_contradictory_flags_are_refused(ranks, tmp_path, data, processes, flags, mentioned):

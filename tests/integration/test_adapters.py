@@ -74,6 +74,8 @@ def same_as_merged(run: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "flags", "reached", "left"),
     [("glm4_moe", (), "q_proj shared_experts.gate_proj layers.0.mlp.down_proj experts.base_layer", "gate.weight"),
+     ("glm4_moe", ("--target_modules", "all-linear"), "q_proj shared_experts.gate_proj layers.0.mlp.down_proj",
+      "gate.weight mlp.experts"),
      ("laguna", (), "q_proj mlp.experts", "shared_experts.up_proj"),  # which PEFT would not load again
      ("mamba", ("--layout", "separate"), "in_proj x_proj", "out_proj dt_proj conv1d"),
      ("phi3", (), "qkv_proj o_proj gate_up_proj down_proj", ""),
@@ -88,7 +90,8 @@ def test_adapter_reaches_what_peft_can_and_records_the_rest(kind, flags, reached
     recorded = read_json(run / "run.json")["not_adapted"]
     assert all(part in trained for part in reached.split()), trained
     assert all(any(part in name for name in recorded) for part in left.split()), recorded
-    assert not any("mlp.experts" in name or "q_proj" in name for name in recorded)
+    assert any("mlp.experts" in name for name in recorded) == ("mlp.experts" in left)
+    assert not any("q_proj" in name for name in recorded)
     same_as_merged(run)
 
 
@@ -110,6 +113,8 @@ OPTIONS = [
     ("--use_dora", {"use_dora": True}, lambda names: any("lora_magnitude_vector" in n for n in names)),
     ("--init_lora_weights pissa", {"init_lora_weights": "pissa"}, bool),
     ("--init_lora_weights olora", {"init_lora_weights": "olora"}, bool),
+    ("--init_lora_weights orthogonal", {"init_lora_weights": "orthogonal"}, bool),
+    ("--init_lora_weights mica", {"init_lora_weights": "mica"}, bool),
     ("--modules_to_save lm_head,embed_tokens", {"trainable_token_indices": None},
      lambda names: sum("lm_head" in n or "embed_tokens" in n for n in names) == 2),
     ("--modules_to_save norm,q_proj", {"modules_to_save": ["model.layers.0.self_attn.q_proj",
@@ -154,12 +159,17 @@ def test_continued_adapter_trains_and_refuses_what_it_cannot_change(without_rows
 
 @pytest.mark.parametrize(
     ("kind", "flags"),
-    [("llama", "--target_modules q_proj,query"), ("llama", "--modules_to_save score"), ("glm4_moe", "--use_dora")],
+    [
+        ("llama", "--target_modules q_proj,query"),
+        ("llama", "--modules_to_save score"),
+        ("glm4_moe", "--use_dora"),
+        ("glm4_moe", "--init_lora_weights olora"),
+    ],
 )
 def test_options_that_do_not_fit_the_model_are_refused(kind, flags, data, tmp_path):
     base = base_model(tmp_path / "base", kind)
     done = start(data, tmp_path / "run", *JEPA, "--lora", *flags.split(), model=base)
-    named = flags.split()[0] if kind == "llama" else "use_dora"
+    named = flags.split()[0] if kind == "llama" else "--lora"
     assert done.code == 2 and named in done.err and not (tmp_path / "run").exists(), done.err
 
 

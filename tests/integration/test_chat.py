@@ -1,6 +1,7 @@
 """python -m llm_jepa.chat: prompts as in training, known examples, a terminal with pasted text, errors."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import EXAMPLES, JEPA, ROOT, call, message_row, train, write_rows
+from transformers import LlamaForCausalLM
 
 from llm_jepa import chat
 
@@ -64,6 +66,19 @@ def test_known_example_is_scored_and_another_prompt_is_not(memorized, rows, tmp_
     assert wrong.out == "one\n" and "exact no, startswith yes" in wrong.err
     unknown = run_chat(*flags, stdin=b"shorter")
     assert unknown.code == 0 and "exact" not in unknown.err
+
+
+def test_answer_is_shown_while_it_is_generated(memorized, monkeypatch):
+    forward, shown = LlamaForCausalLM.forward, []
+
+    @functools.wraps(forward)
+    def before_each_token(*args, **kwargs):
+        shown.append(sys.stdout.getvalue())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", before_each_token)
+    assert run_chat(memorized, stdin=LONG.encode()).out == "two\n  lines\n"
+    assert shown[0] == "" and shown[-1].startswith("two\n"), shown
 
 
 def test_terminal_takes_a_pasted_text_as_one_prompt(memorized, rows):

@@ -376,7 +376,10 @@ def test_compare_and_sweep_with_real_runs(project):
     allow = {"ALLOW": " ".join(names + tuple(f"evaluation.{name}" for name in names)), "EPOCHS": "1"} | ONE
     grid = {"GRID_K": "1", "GRID_LBD": "1", "LEARNING_RATES": "1e-3", "LR": "1e-3"} | allow
     done = project.run("compare", real=True, LR="1e-3", **allow)
-    assert done.code == 0 and Path(flag(done.reports[0], "--output_dir"), "report.html").exists()
+    report = Path(flag(done.reports[0], "--output_dir"))
+    verdict, written = done.out.splitlines()[-2:]
+    assert done.code == 0 and str(report / "report.html") in written
+    assert verdict.startswith("synth, dfa_equal: ") and verdict in (report / "report.html").read_text()
     settings = [read_json(Path(run, "args.json")) for run in done.runs]
     regular, jepa = settings[:2]
     assert {k for k in jepa if jepa[k] != regular[k]} == {"regular", "predictors", "lbd", "output_dir"}

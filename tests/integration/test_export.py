@@ -1,4 +1,4 @@
-"""python -m llm_jepa.export: sentence-transformers gives the run's embeddings, and lm_eval's format has its scores."""
+"""python -m llm_jepa.export: embeddings in sentence-transformers, scores in lm_eval's format, adapters merged."""
 
 import hashlib
 import json
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, JEPA, MODEL, call, read_lines, write_rows
+from conftest import EXAMPLES, JEPA, MODEL, call, changed_copy, read_lines, snapshot, train, weights, write_rows
+from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from llm_jepa.files import read_json
 
@@ -41,9 +43,31 @@ def test_retriever_gives_the_embeddings_of_the_run(name, trained, data, tmp_path
 
 def test_adapter_and_folder_without_evaluation_are_refused(trained, tmp_path):
     run = trained(*JEPA, "--lora")
-    for what, mentioned in (("retriever", "--merge"), ("lm_eval", "metrics.json")):
+    for what, mentioned in (("retriever", f"export merged {run}"), ("lm_eval", "metrics.json")):
         done = call("llm_jepa.export", what, run, tmp_path / "out")
         assert done.code == 2 and mentioned in done.err and not (tmp_path / "out").exists()
+
+
+def test_merged_adapter_is_that_of_merge_and_has_the_logits_of_the_run(data, tmp_path):
+    base, out = shutil.copytree(MODEL, tmp_path / "base"), tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(520)  # without rows of predictor tokens, of which the adapter stores two
+    model.save_pretrained(base)
+    run = train(
+        data, tmp_path / "run", *JEPA, "--lora", "--merge", "--learning_rate", 0.01, "--max_steps", 2, model=base
+    )
+    assert call("llm_jepa.export", "merged", run, "--output_dir", out, code=0).out.split() == [str(out)]
+    assert snapshot(out) == snapshot(run / "merged")
+    loaded, merged = AutoPeftModelForCausalLM.from_pretrained(run), AutoModelForCausalLM.from_pretrained(out)
+    first, second = (m.eval()(input_ids=torch.arange(5, 60)[None]).logits[..., :522] for m in (loaded, merged))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+    for refused, folder in ((run, out), (run / "merged", tmp_path / "no"), (MODEL, tmp_path / "no")):
+        done = call("llm_jepa.export", "merged", refused, folder, code=2)
+        assert str(out if folder == out else refused) in done.err and done.err.count("\n") == 1
+    # A run of finetune8bh200.py whose frozen parameters were in bfloat16.
+    half = changed_copy(run, tmp_path / "half", args={"sharding": None}, run={"computation": {"autocast": "bfloat16"}})
+    call("llm_jepa.export", "merged", half, tmp_path / "b", code=0)
+    assert {w.dtype for w in weights(tmp_path / "b").values()} == {torch.bfloat16}
 
 
 def sha256(text: str) -> str:

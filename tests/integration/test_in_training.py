@@ -40,9 +40,10 @@ def test_scores_and_samples_are_those_of_evaluate(task, tmp_path):
     data = write_rows(tmp_path / "data.jsonl", [message_row(q, learned) for q in ("one", "two")])
     rows = [message_row("one", learned), message_row("two", other), message_row("three " * 9, other)]
     held_out = write_rows(tmp_path / f"{task}_test.jsonl", rows)
-    run = train(data, tmp_path / "run", "--regular", "--learning_rate", "1e-2", "--max_steps", 30, "--batch_size", 2,
-                "--grad_accum", 1, "--eval_file", held_out, "--eval_generate", 3, "--sample_generations", 2,
-                "--eval_strategy", "steps", "--eval_steps", 30, *NO_CHECKPOINTS)  # fmt: skip
+    run = tmp_path / "run"
+    done = start(data, run, "--regular", "--learning_rate", "1e-2", "--max_steps", 30, "--batch_size", 2,
+                 "--grad_accum", 1, "--eval_file", held_out, "--eval_generate", 3, "--sample_generations", 2,
+                 "--eval_strategy", "steps", "--eval_steps", 30, *NO_CHECKPOINTS, code=0)  # fmt: skip
     assert call("evaluate", "--model_name", run, "--input_file", held_out, "--task", task).code == 0
     want = read_json(run / "eval" / task / "metrics.json")
     (line,), primary = metrics(run, "eval_exact"), want["score"]
@@ -55,6 +56,10 @@ def test_scores_and_samples_are_those_of_evaluate(task, tmp_path):
     assert own == predicted[:2]
     assert [(x["step"], x["prompt"], x["answer"]) for x in samples(run)] == [(30, "one", learned), (30, "two", other)]
     assert len({want["exact"], want["startswith"], want[primary]}) == (1 if task == "hellaswag" else 2)
+    shown = [f"{100 * value:.2f}" for value in (want[primary], *want["ci95"][primary])]
+    assert f"{primary} {shown[0]} % [{shown[1]}, {shown[2]}]" in done.err
+    assert all(f"{key} {x[name]!r}" in done.err for x in samples(run)
+               for key, name in (("prompt", "prompt"), ("answer", "answer"), ("output", "prediction")))  # fmt: skip
 
 
 SCORES = {0: 0.9, 2: 0.1, 4: 0.5, 6: 0.3, 8: 0.4}  # by step: 4 is the best of the trained models, 8 the last
@@ -127,10 +132,11 @@ def test_of_equal_scores_the_lowest_loss_is_the_best(scripted, data, tmp_path, m
 
 def test_best_model_without_generations_is_that_of_the_lowest_loss(data, tmp_path):
     flags = ("--regular", "--eval_file", data, "--eval_strategy", "steps", "--eval_steps", 1, "--max_steps", 9,
-             "--learning_rate", 1, "--save_best", "--early_stopping_patience", 1)  # fmt: skip
-    run = train(data, tmp_path / "run", *flags)
+             "--learning_rate", 1, "--early_stopping_patience", 1)  # fmt: skip
+    run, last = (train(data, tmp_path / f"run{x}", *flags, x) for x in ("--save_best", "--no-save_best"))
     losses = column(run, "eval_lm_loss")
     assert len(losses) < 9 and losses[-1] >= losses[-2] == min(losses)
+    assert column(last, "eval_lm_loss") == losses and "best" not in read_json(last / "run.json")
     assert read_json(run / "run.json")["best"] == {"step": len(losses) - 1, "eval_lm_loss": losses[-2]}
     assert not complete_checkpoints(run)
 

@@ -201,7 +201,7 @@ def test_adapter_is_refused(model, data, stub, tmp_path):
     shutil.copytree(model, tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model)}))
     done = vllm(tmp_path / "adapter", data, tmp_path / "out" / "p.jsonl")
-    assert done.code == 2 and "--merge" in done.err
+    assert done.code == 2 and "export merged" in done.err
     assert not (tmp_path / "out").exists() and not (stub / "pids.json").exists()
 
 

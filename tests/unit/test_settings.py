@@ -186,7 +186,7 @@ FOLDERS = {
     "chat_template.jinja": "--plain",
     "model.safetensors": "--pretrain",
     "a layer's parameters": "--model_name",
-    "all but the adapter": "--merge",
+    "all but the adapter": "export merged",
 }
 
 
