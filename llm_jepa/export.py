@@ -264,11 +264,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = FlagParser(prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=exports)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    out = parser.add_mutually_exclusive_group(required=True)
-    out.add_argument("output", nargs="?", default=argparse.SUPPRESS, metavar="OUT", help="folder to write to")
-    out.add_argument("--output_dir", dest="output", metavar="OUT", help="the same")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to write to")
     options = parser.parse_args(argv)
-    return run_command("export", lambda: print(*exports[options.what](options.run, Path(options.output)), sep="\n"))
+    return run_command("export", lambda: print(*exports[options.what](options.run, options.output), sep="\n"))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_merged_adapter_is_that_of_merge_and_has_the_logits_of_the_run(data, tmp
     run = train(
         data, tmp_path / "run", *JEPA, "--lora", "--merge", "--learning_rate", 0.01, "--max_steps", 2, model=base
     )
-    assert call("llm_jepa.export", "merged", run, "--output_dir", out, code=0).out.split() == [str(out)]
+    assert call("llm_jepa.export", "merged", run, out, code=0).out.split() == [str(out)]
     assert snapshot(out) == snapshot(run / "merged")
     loaded, merged = AutoPeftModelForCausalLM.from_pretrained(run), AutoModelForCausalLM.from_pretrained(out)
     first, second = (m.eval()(input_ids=torch.arange(5, 60)[None]).logits[..., :522] for m in (loaded, merged))
