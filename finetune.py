@@ -485,8 +485,8 @@ def fine_tune(
             best = f" (the model is that of step {facts['best']['step']})" if s.save_best else ""
             say(f"finished {facts['steps']} steps, {facts['tokens']} tokens; last logged: {shown}{best}")
             for term, judged in facts["learned"].items():
-                if not judged["collapsed"] and any(f"{term}_collapsed" in line for line in trainer.state.log_history):
-                    say(describe_learning(term, judged))  # it had not when the run announced it
+                if not judged["collapsed"]:  # otherwise the run has said so
+                    say(describe_learning(term, judged))
         state.wait_for_everyone()  # a process that leaves first would break the others' connections
 
 

@@ -49,7 +49,8 @@ def runs(data, tmp_path_factory) -> dict[str, tuple[Path, str]]:
 def test_a_term_that_has_not_learned_is_announced_once_and_others_never(runs, method):
     run, text = runs[method]
     term = "nitp" if "nitp" in method else "jepa"
-    assert len(text.splitlines()) == len(announced(run)) == (method in COLLAPSED)
+    assert text.count("has not learned") == len(announced(run)) == (method in COLLAPSED)
+    assert text.count("has learned") == (method not in (*COLLAPSED, "regular"))
     if method in COLLAPSED:
         ((step, key),) = announced(run)
         assert STEPS / 2 <= step < STEPS and key == f"{term}_collapsed" and term.upper() in text
