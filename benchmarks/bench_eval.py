@@ -99,6 +99,9 @@ def main() -> int:
         except UsageError as error:
             del arms["vLLM"]
             skipped.append({"arm": "vLLM", "skipped": str(error)})
+    if not arms:
+        report(args, args.input_file, skipped)
+        return 0
     answers: dict[str, Texts] = {}
 
     def respond(name: str) -> None:

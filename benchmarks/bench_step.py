@@ -15,7 +15,7 @@ cost as much per token as the chats; `memory/tokens` is the same for peak memory
 forward and backward pass; `of matmul` is their rate over that of a large matrix product timed in the same run. `MFU`
 counts only 6 FLOPs per parameter of the decoder layers and useful token, and per parameter of the output layer and
 label, over the data sheet's dense bfloat16 rate of an H100 or H200. After each round the table so far is written to
-FILE.part of --json FILE, without memory. The exit code is 1 if an arm failed; a skipped one has not.
+FILE.part of --json FILE, without memory. The exit code is 1 if an arm failed; skipped arms do not count.
 """
 
 from __future__ import annotations

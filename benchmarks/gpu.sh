@@ -82,6 +82,9 @@ for kernel in "${kernels[@]}"; do
 done
 resume=()
 [ ! -e "$out/scratch/args.json" ] || resume=(--resume)
+if [ ! -e "$out/scratch.txt" ] && grep -qs '"status": "finished"' "$out/scratch/run.json"; then
+  touch "$out/scratch.txt" # it was cut after its last step
+fi
 stage scratch 130 "${with_shape[@]}" "$shape" "$python" finetune.py --model_name "$out/$shape" --pretrain \
   --predictors 1 --lbd 1 --train_file "$train" --lm_labels reference --learning_rate 8e-5 --finetune_seed 82 \
   --save_strategy steps "${brief[@]}" --output_dir "$out/scratch" "${resume[@]}"

@@ -25,7 +25,7 @@ import check
 from convert import DATASETS, SEED, Parts, to_json
 
 from llm_jepa.cli import Refusals, UsageError, run_command
-from llm_jepa.data.examples import ExampleError, Fields, Problems, read_examples, split_examples
+from llm_jepa.data.examples import ExampleError, Fields, Problems, files_of, is_hub, read_examples, split_examples
 from llm_jepa.files import sha256, write_text
 
 HERE = Path(__file__).resolve().parent
@@ -113,7 +113,7 @@ def run_check(args: argparse.Namespace) -> int:
         given = next((paths for pair in pairs if (paths := [p for p in pair if p.is_file()])), given)
     if len(given) > 2:
         raise UsageError("check accepts a name, a file, or a train and a test file")
-    if len(given) == 1 and not given[0].exists():
+    if len(given) == 1 and not is_hub(str(given[0])) and not Path(files_of(str(given[0]))[0]).exists():
         raise UsageError(f"{given[0]} is no file, and there is no {HERE.name}/{given[0]}_train.jsonl or _test.jsonl")
     lines, leak = check.check(dict(zip(("train", "test"), given, strict=False)))
     print(*lines, sep="\n")

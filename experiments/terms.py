@@ -11,7 +11,7 @@ command resumes, in any clone. `python experiments/tables.py` prints the tables 
     terms     plans/terms.md: which losses learn the pairs, and at what price
     jobs      plans/jobs.md: generation and retrieval with one model
     datasets  plans/datasets.md: NITP on the other datasets
-    smollm    plans/smollm.md: a pretrained model on three datasets
+    smollm    plans/smollm.md: a pretrained model on SYNTH and the datasets that it learns
 
 `pick_jobs`, `pick_datasets` and `pick_smollm` pick the settings of plans/jobs.md, plans/datasets.md and plans/smollm.md
 on held-out training examples.

@@ -79,7 +79,8 @@ def chat(run: str, system: str | None, **flags: Any) -> None:
     record, trained = run_settings(run) or ({}, {})
     names = ("plain", "trust_remote_code", "text_field", "code_field", "system")
     trained = {name: trained[name] for name in names if name in trained}
-    s, refusals = EvaluationSettings(model_name=run, nosplit_data=True, **flags, **trained), Refusals(set())
+    s = EvaluationSettings(model_name=run, nosplit_data=True, **flags, **trained)
+    refusals = Refusals({"allow_code_execution"} if s.allow_code_execution else set())
     task = check_task(s, refusals)
     refusals.refuse(bool(s.task) and not s.input_file, "--task: only with --input_file")
     if refusals:

@@ -2,14 +2,15 @@
 
     python -m llm_jepa.export retriever runs/mine mine_retriever     two models for sentence-transformers
     python -m llm_jepa.export lm_eval runs/mine results              results in the format of lm-evaluation-harness
-    python -m llm_jepa.export merged runs/mine mine_merged           the model of a LoRA run with its adapter merged in
+    python -m llm_jepa.export merged runs/mine runs/mine/merged      the model of a LoRA run with its adapter merged in
 
 `retriever` writes OUT/text and OUT/code, which embed texts as the run's Text and Code views.
 
 `lm_eval` writes OUT/MODEL/results_DATE.json and a samples_TASK_DATE.jsonl for each evaluation of the run. RUN can also
 be the folder to which evaluate.py wrote metrics.json. DATE is when the last evaluation was finished.
 
-`merged` writes to OUT what `--merge` of the training writes to RUN/merged: model and tokenizer.
+`merged` writes to OUT what `--merge` of the training writes to RUN/merged: model and tokenizer. This project's programs
+find the settings of the run, such as its predictor tokens, only if OUT is RUN/merged.
 """
 
 import argparse
@@ -110,7 +111,7 @@ def export_retriever(run: Path, output: Path) -> list[Path]:
     if found := [folder for folder in folders if folder.exists()]:
         raise UsageError(f"{found[0]} exists; remove it or choose another OUT")
     if (run / "adapter_config.json").is_file():
-        raise UsageError(f"{run} is an adapter; merge it first: python -m llm_jepa.export merged {run} OUT")
+        raise UsageError(f"{run} is an adapter; merge it first: python -m llm_jepa.export merged {run} {run}/merged")
     from llm_jepa.evaluation.model import load  # imports torch
 
     record, trained = run_settings(run) or ({}, {})

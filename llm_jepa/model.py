@@ -137,7 +137,7 @@ def load_config(name: str, revision: str | None = None, *, trust_remote_code: bo
     check_name(name)
     if (Path(name) / "adapter_config.json").is_file():
         raise UsageError(
-            f"--model_name {name} is an adapter; merge it first: python -m llm_jepa.export merged {name} OUT"
+            f"--model_name {name} is an adapter; merge it first: python -m llm_jepa.export merged {name} {name}/merged"
         )
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)

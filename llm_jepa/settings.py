@@ -22,8 +22,8 @@ DATA, MODEL, METHOD, BATCH, OPTIM, RUN = "Data", "Model", "Method", "Batches", "
 # Settings that change no number: a resumed run may change them, and they do not distinguish arms. The last two set
 # lm_labels.
 VOLATILE = {"output_dir", "config", "resume", "overwrite", "dry_run", "report_to", "run_name", "project",
-            "sample_generations", "save_total_limit", "keep_checkpoints", "logging_steps", "gradient_stats",
-            "dataloader_num_workers", "preprocessing_num_workers", "use_default_data_collator",
+            "sample_generations", "allow_code_execution", "save_total_limit", "keep_checkpoints", "logging_steps",
+            "gradient_stats", "dataloader_num_workers", "preprocessing_num_workers", "use_default_data_collator",
             "unmask_assistant_special_tokens"}  # fmt: skip
 # Flags of the JEPA loss, without effect otherwise.
 JEPA_FLAGS = ("lbd predictors last_token jepa_loss jepa_l2 jepa_mse infonce temperature negatives_queue stop_gradient "
@@ -420,7 +420,8 @@ def check_data(s: Settings, r: Refusals) -> None:
     r.refuse(more, f"--sample_generations {s.sample_generations} is above --eval_generate {s.eval_generate}")
     r.only_if(s.generates, "task spider_path allow_code_execution", "only with --eval_generate or --sample_generations")
     try:
-        find_task(s.task or "text")
+        task = find_task(s.scored_task if s.generates and any(sources) and not r else s.task or "text")
+        r.only_if(task.runs_programs or not s.generates, "allow_code_execution", "only with task mbpp")
     except UsageError as error:
         r.append(str(error))
     if s.streaming:
@@ -484,7 +485,8 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.only_if(not s.plain, "chat_template", "not with --plain")
     r.only_if(s.lora, f"{' '.join(LORA_FLAGS)} lora_dropout merge", "only with --lora")
     if Path(s.model_name or "", "adapter_config.json").is_file():
-        how = f"continue it with --lora, or merge it: python -m llm_jepa.export merged {s.model_name} OUT"
+        how = f"python -m llm_jepa.export merged {s.model_name} {s.model_name}/merged"
+        how = f"continue it with --lora, or merge it: {how}"
         r.refuse(not s.lora, f"--model_name {s.model_name} is an adapter: {how}")
         r.only_if(False, " ".join(LORA_FLAGS), f"not with the adapter {s.model_name}, which has its own")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")

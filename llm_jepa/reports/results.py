@@ -92,12 +92,12 @@ def describe_method(s: Settings) -> str:
         text += f", {s.jepa_loss} loss ({JEPA_LOSSES[s.jepa_loss].formula})"
         temperature = s.temperature or JEPA_LOSSES[s.jepa_loss].temperature
         text += f", τ = {temperature:g}" if temperature else ""
-        text += ", of centred views" if s.center else ""
+        text += ", of centered views" if s.center else ""
         text += f", without a gradient into the {s.stop_gradient.title()} view" if s.stop_gradient else ""
         text += f", with {s.negatives_queue} earlier pairs as negatives" if s.negatives_queue else ""
         text += f", on a fraction {s.jepa_ratio:g} of the examples" if s.jepa_ratio < 1 else ""
         text += ", on shuffled pairs (a placebo)" if s.shuffle_pairs else ""
-        text += f", of projected views: λ · {1 - s.sigreg:g} of it and λ · {s.sigreg:g} of SIGReg" if s.sigreg else ""
+        text += f", on projected views: {1 - s.sigreg:g} λ for this loss, {s.sigreg:g} λ for SIGReg" if s.sigreg else ""
     for name in s.chat_losses:
         title, formula = CHAT_LOSSES[name]
         formula = formula if isinstance(formula, str) else formula[getattr(s, name)]

@@ -191,9 +191,9 @@ def headline(tables: list[Table]) -> str:
     """The result, one sentence per dataset: which arm helps and by how much, and which terms have learned."""
     sentences = []
     for table in tables:
-        found = [outcome(table)] if table.comparisons else []
+        found = [f"{table.first.scores[0]}: {outcome(table)}"] if table.comparisons else []
         found += [f"auxiliary terms {text}"] if (text := learned(table)) else []
-        sentences += [f"{table.dataset}, {table.first.scores[0]}: {'; '.join(found)}."] if found else []
+        sentences += [f"{table.dataset}, {'; '.join(found)}."] if found else []
     return " ".join(sentences) or "No arms were compared."
 
 

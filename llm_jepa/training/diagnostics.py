@@ -100,7 +100,8 @@ def judge_pairs(lines: list[dict[str, Any]]) -> dict[str, Any]:
     on d = (c − s) / σ. At d = 1.5 it is .55 for N = 8 and .03 for N = 2000, so a term has learned if a Text finds its
     Code among eight in more than half of the cases. Measured d of five runs from random parameters, 1000 steps of 8
     SYNTH pairs (experiments/plans/terms.md): l2 −.3 to −.1, placebo and sigreg 0, cosine .1 to .3, mse .1 to .3,
-    stop-gradient .4 to .8, center 1.0, vicreg 1.3 to 1.8 (λ = .1) and 3.0 to 3.5 (λ = 1), infonce 3.4, clip 3.9 to 4.4.
+    stop-gradient .4 to .8, center 1.0, vicreg 1.3 to 1.8 (λ = .1) and 3.0 to 3.5 (λ = 1), infonce 3.3 to 3.4, clip 3.8
+    to 4.4.
     """
     n = sum(line["pairs"] for line in lines)
 

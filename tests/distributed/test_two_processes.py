@@ -53,10 +53,11 @@ def one_and_two(ranks: Ranks, data: Path, folder: Path, flags: tuple, sizes: lis
 
 @pytest.mark.parametrize(
     ("flags", "batch", "accum"),
-    [(("--jepa_ratio", 0.5, "--stp", "geodesic", "--stp_lbd", 1, "--stp_spans", 2, "--stp_layer", 1), 1, 4),
-     (("--sigreg", 0.3, "--jepa_loss", "mse", "--nitp", "--nitp_layer", 1), 1, 4),
+    [(("--jepa_loss", "mse", "--jepa_ratio", 0.5, "--stp", "patch", "--stp_lbd", 1, "--stp_spans", 2, "--stp_layer", 1),
+      1, 4),
+     (("--sigreg", 0.3, "--nitp", "--nitp_layer", 1), 1, 4),
      (("--sigreg", 0.3, "--jepa_loss", "clip", "--jepa_ratio", 0.3, "--nitp"), 4, 1)],
-    ids=["dropout-stp", "sigreg-mse-nitp", "sigreg-clip-dropout"],
+    ids=["mse-dropout-stp", "sigreg-nitp", "sigreg-clip-dropout"],
 )  # fmt: skip
 def test_two_processes_equal_one(ranks, data, tmp_path, flags, batch, accum):
     flags = (*flags, "--num_epochs", 2, "--eval_file", data, "--eval_generate", 1)  # one process generates nothing

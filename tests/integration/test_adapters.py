@@ -169,7 +169,7 @@ def test_continued_adapter_trains_and_refuses_what_it_cannot_change(without_rows
 def test_options_that_do_not_fit_the_model_are_refused(kind, flags, data, tmp_path):
     base = base_model(tmp_path / "base", kind)
     done = start(data, tmp_path / "run", *JEPA, "--lora", *flags.split(), model=base)
-    named = flags.split()[0] if kind == "llama" else "--lora"
+    named = flags.split()[0] if kind == "llama" else "PEFT refuses"
     assert done.code == 2 and named in done.err and not (tmp_path / "run").exists(), done.err
 
 

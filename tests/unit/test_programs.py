@@ -88,7 +88,8 @@ def test_without_bubblewrap_the_task_is_refused_unless_allowed(tmp_path, monkeyp
     done = call("evaluate", "--score_gold", "--input_file", data, "--task", "text", "--allow_code_execution")
     assert done.code == 2 and "--allow_code_execution" in done.err
     flags = ("--regular", "--max_steps", 1, "--eval_file", data, "--eval_generate", 1)
-    assert "--allow_code_execution" in start(data, tmp_path / "run", *flags, code=2).err
+    for task in (), ("--task", "text", "--allow_code_execution"):
+        assert "--allow_code_execution" in start(data, tmp_path / "run", *flags, *task, code=2).err
     run = train(data, tmp_path / "run", *flags, "--allow_code_execution")
     assert metrics(run, "eval_pass_at_1")
     flags = (run, "--input_file", data, "--task", "mbpp", "--max_new_tokens", 1)

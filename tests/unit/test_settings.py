@@ -64,9 +64,9 @@ def test_flags_of_the_reference_implementation_are_values_of_other_flags(flags, 
 def test_description_names_what_changes_the_loss():
     flags = "--jepa_loss clip --center --stop_gradient code --negatives_queue 9 --nitp --nitp_targets random"
     text = describe_method(resolve(*flags.split()))
-    for part in ("τ = 0.1", "centred", "Code view", "9 earlier pairs", "random targets"):
+    for part in ("τ = 0.1", "centered", "Code view", "9 earlier pairs", "random targets"):
         assert part in text and part not in describe_method(resolve())
-    assert "λ · 0.7 of it and λ · 0.3 of SIGReg" in describe_method(resolve("--sigreg", 0.3))
+    assert "0.7 λ for this loss, 0.3 λ for SIGReg" in describe_method(resolve("--sigreg", 0.3))
 
 
 @pytest.mark.parametrize("name", CHAT_LOSSES)
