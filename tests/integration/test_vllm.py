@@ -226,7 +226,7 @@ def test_vllm_gives_the_predictions_of_the_transformers_engine(tmp_path):
     rows = [message_row(f"lines with {w}" + " or a vowel" * (i % 4), f".*{w}.*") for i, w in enumerate(words)]
     data = write_rows(tmp_path / "synth_test.jsonl", rows)
     for engine in ("transformers", "vllm"):
-        done = score(tmp_path / "run", data, tmp_path / engine / "p.jsonl", "--engine", engine, "--max_new_tokens", 8)
+        done = score(tmp_path / "run", data, tmp_path / engine / "p.jsonl", "--engine", engine, "--max_new_tokens", 6)
         assert done.code == 0, done.err
     theirs, ours = (read_lines(tmp_path / engine / "p.jsonl") for engine in ("transformers", "vllm"))
     assert ours == theirs
