@@ -485,9 +485,10 @@ def check_training(s: Settings, r: Refusals) -> None:
     r.only_if(not s.plain, "chat_template", "not with --plain")
     r.only_if(s.lora, f"{' '.join(LORA_FLAGS)} lora_dropout merge", "only with --lora")
     if Path(s.model_name or "", "adapter_config.json").is_file():
-        how = f"python -m llm_jepa.export merged {s.model_name} {s.model_name}/merged"
-        how = f"continue it with --lora, or merge it: {how}"
-        r.refuse(not s.lora, f"--model_name {s.model_name} is an adapter: {how}")
+        merge = f"python -m llm_jepa.export merged {s.model_name} {s.model_name}/merged"
+        r.refuse(
+            not s.lora, f"--model_name {s.model_name} is an adapter: continue it with --lora, or merge it: {merge}"
+        )
         r.only_if(False, " ".join(LORA_FLAGS), f"not with the adapter {s.model_name}, which has its own")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")

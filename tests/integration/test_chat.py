@@ -140,6 +140,7 @@ def test_run_trained_on_csv_knows_the_examples_of_a_csv(tmp_path):
     ("flags", "stdin", "said"),
     [(("--task", "text"), b"a", "--input_file"),
      (("--input_file", "ROWS", "--task", "texts"), b"a", "--task texts"),
+     (("--input_file", "ROWS", "--task", "text", "--allow_code_execution"), b"a", "--allow_code_execution"),
      (("--input_file", "missing.jsonl", "--task", "text"), b"a", "missing.jsonl"),
      (("--max_new_tokens", 0), b"a", "--max_new_tokens 0"),
      (("--system", "\udcff"), b"a", "the system turn"),

@@ -336,7 +336,7 @@ def test_split_of_own_examples_has_no_prompt_on_both_sides(tmp_path, out):
         [row["messages"][0]["content"] for row in read_lines(out / f"mine_{p}.jsonl")] for p in ("train", "test")
     )
     assert test and not set(train) & set(test) and sorted(train + test) == sorted(f"q{i // 2}" for i in range(20))
-    assert run("check", out / "mine").code == 0
+    assert run("check", out / "mine").code == run("check", out / "mine_tr*.jsonl").code == 0
     write_csv(path, *("q,a,n" for _ in range(9)))
     done = run(*own, "--name", "other")
     assert done.code == 2 and "mine.csv" in done.err and not (out / "other_train.jsonl").exists()
