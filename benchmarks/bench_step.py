@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import send_to_device
+from step_time import PEAK
 from timing import DEVICE, ROOT, flag_parser, interleave, matmul_rate, percentiles, report, write_results
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -46,7 +47,6 @@ import finetune
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Problems, read_examples
 from llm_jepa.files import open_data
-from llm_jepa.large.step_time import PEAK
 from llm_jepa.training.flops import FlopCounter
 from llm_jepa.training.trainer import compile_decoder
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from llm_jepa import flag_docs
 from llm_jepa.cli import parse_flags
 from llm_jepa.scoring.tasks import TASKS
 from llm_jepa.settings import Settings, check_settings
@@ -58,8 +57,8 @@ def help_text(*command: str) -> str:
 
 
 def test_page_of_flags_is_current():
-    text = flag_docs.page()
-    assert flag_docs.PAGE.read_text(encoding="utf-8") == text, "run python -m llm_jepa.flag_docs"
+    text = runpy.run_path(str(ROOT / "docs/flags.py"))["page"]()
+    assert (ROOT / "docs/flags.md").read_text(encoding="utf-8") == text, "run python docs/flags.py"
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert all(len(re.split(r"(?<!\\)\|", row)) == 5 for row in rows)
 

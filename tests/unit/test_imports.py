@@ -14,7 +14,7 @@ SCRIPTS = {"finetune", "finetune8bh200", "evaluate"}
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "pandas", "scipy", "numpy", "huggingface_hub"}
 # Imported before every command, or by the child process that runs hostile SQL and regular expressions.
 LIGHT = ("cli", "scoring.sandbox", "scoring.sql", "scoring.regexes", "scoring.programs", "report", "model_card",
-         "memory", "preflight", "search", "sweep", "chat", "flag_docs", "driver")  # fmt: skip
+         "memory", "preflight", "search", "sweep", "chat", "driver")  # fmt: skip
 TREES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
     for path in (ROOT / "llm_jepa").rglob("*.py")

@@ -1,4 +1,4 @@
-"""The memory plan: counts compared with known models and peft, bytes with allocated tensors. The step time by hand."""
+"""The memory plan: counts compared with known models and peft, bytes with allocated tensors."""
 
 import importlib.util
 import json
@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, L
 import finetune
 from llm_jepa.large import memory
 from llm_jepa.large.settings import LargeSettings
-from llm_jepa.large.step_time import step_time
 from llm_jepa.losses import nitp_loss
 from llm_jepa.model import load_tokenizer
 from llm_jepa.projectors import Projector
@@ -69,9 +68,8 @@ def test_adapter_has_the_parameters_of_the_training(rows, tmp_path):
     load_tokenizer(model).save_pretrained(tmp_path / "adapter")
     continued = ("--model_name", tmp_path / "adapter", "--predictors", 2)
     assert json.loads(call("llm_jepa.memory", *continued, "--lora", "--json").out)["trainable"] == found["trainable"]
-    for name in ("llm_jepa.memory", "llm_jepa.large.step_time"):
-        done = call(name, *continued)
-        assert done.code == 2 and "adapter" in done.err
+    done = call("llm_jepa.memory", *continued)
+    assert done.code == 2 and "adapter" in done.err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -232,29 +230,3 @@ def test_wrong_flags_are_reported(tmp_path):
     assert done.code == 2 and all(name in done.err for name in ("--model_name", "--load_in_4bit", "--gpus 8,x"))
     done = call("llm_jepa.memory", "--model_name", config_folder(tmp_path, **TINY), "--optim", "sgd")
     assert done.code == 2 and "--optim sgd" in done.err
-
-
-SHAPE = {"parameters": 8e9, "in_layers": 7e9, "in_head": 5e8, "layers": 32, "size": 4096, "labels": 0.5}
-
-
-def test_parts_of_the_step_time_by_hand():
-    one = step_time(1, **SHAPE, tokens=1000, pairs=0)
-    assert one["step"] == one["compute"] == pytest.approx(8 * 7.25e12 / (0.5 * 989.4e12))
-    assert one["network"] == one["negatives"] == 0
-    two_nodes = step_time(16, **SHAPE, tokens=1000, pairs=3, ports=2)
-    assert two_nodes["reduce-scatter"] == pytest.approx(32e9 * 15 / 16 / 80e9) == two_nodes["all-gather"]
-    assert two_nodes["latency"] == pytest.approx(96 * 1e-5)
-    assert two_nodes["negatives"] == pytest.approx(16 * 3 * 4096 * 15 / 80e9, rel=0.01)
-
-
-def test_network_limits_small_micro_batches_only():
-    few, many = (step_time(64, **SHAPE, tokens=n, pairs=0, ports=1) for n in (4096, 32768))
-    assert few["step"] == few["network"] == many["network"] and many["step"] == many["compute"] > many["network"]
-    assert many["tokens/s"] == pytest.approx(64 * 32768 / many["step"])
-
-
-def test_command_prints_the_step_time_for_each_number_of_gpus():
-    done = call("llm_jepa.large.step_time", "--model_name", MODEL, "--gpus", "8,64")
-    assert done.code == 0 and [line.split()[0] for line in done.out.splitlines()[-2:]] == ["8", "64"]
-    assert f"{plan(MODEL)['tokens']} tokens" in done.out
-    assert call("llm_jepa.large.step_time", "--gpus", "8,x").code == 2

@@ -1,6 +1,6 @@
 """Calculates the time of a training step on many GPUs from published rates. It is a calculation, not a measurement.
 
-    python -m llm_jepa.large.step_time --model_name meta-llama/Llama-3.1-8B-Instruct --tokens 4096 --gpus 8,64,512
+    python benchmarks/step_time.py --model_name meta-llama/Llama-3.1-8B-Instruct --tokens 4096 --gpus 8,64,512
 
 With FSDP2 over W GPUs in nodes of 8, a micro-batch of T tokens per GPU, N of them labels, P parameters, L of them in
 the decoder layers, H in the output layer, and `--pairs` pairs per GPU:
@@ -24,9 +24,12 @@ COMPUTE, LINK and HOP are assumptions.
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from llm_jepa.cli import UsageError, flag, parse_flags, run_command
-from llm_jepa.memory import MemoryFlags
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the repository's own modules
+
+from llm_jepa.cli import UsageError, flag, parse_flags, run_command  # noqa: E402
+from llm_jepa.memory import MemoryFlags  # noqa: E402
 
 PEAK = 989.4e12  # FLOP/s, dense bfloat16
 NVLINK = 450e9  # bytes/s in each direction; data sheets add both: 900 GB/s
