@@ -7,15 +7,16 @@ Arms: the reference implementation's method (three rows per example, padded to -
 all layers at every token); the additive mask, with both views of an example in one row; packed, the default; packed
 with the Text view in the chat; packed with --torch_compile; regular fine-tuning, packed; the auxiliary losses, packed;
 TRL's SFTTrainer, padded to the longest row, padding-free (a batch in one row) and packed. `statistics` is a step with
-what the Trainer computes for the log. In `gradient_stats 1` every step also compares gradients, so at the default
---gradient_stats 100 the difference between these two arms is divided by 100 and by the micro-batches of a step. A step
-is collation, forward, backward, clipping and AdamW. `useful` tokens are those of chats and views without padding.
-`time` is relative to regular packed. `time/tokens` is that divided by the ratio of their useful tokens: 1 if the views
-cost as much per token as the chats; `memory/tokens` is the same for peak memory. FLOPs are torch's count for the
-forward and backward pass; `of matmul` is their rate over that of a large matrix product timed in the same run. `MFU`
-counts only 6 FLOPs per parameter of the decoder layers and useful token, and per parameter of the output layer and
-label, over the data sheet's dense bfloat16 rate of an H100 or H200. After each round the table so far is written to
-FILE.part of --json FILE, without memory. The exit code is 1 if an arm failed; skipped arms do not count.
+what the Trainer computes for the log, and `log` is its share of the step's time, timed inside the step. In
+`gradient_stats 1` every step also compares gradients, so at the default --gradient_stats 100 the difference between
+these two arms is divided by 100 and by the micro-batches of a step. A step is collation, forward, backward, clipping
+and AdamW. `useful` tokens are those of chats and views without padding. `time` is relative to regular packed.
+`time/tokens` is that divided by the ratio of their useful tokens: 1 if the views cost as much per token as the chats;
+`memory/tokens` is the same for peak memory. FLOPs are torch's count for the forward and backward pass; `of matmul` is
+their rate over that of a large matrix product timed in the same run. `MFU` counts only 6 FLOPs per parameter of the
+decoder layers and useful token, and per parameter of the output layer and label, over the data sheet's dense bfloat16
+rate of an H100 or H200. After each round the table so far is written to FILE.part of --json FILE, without memory. The
+exit code is 1 if an arm failed; skipped arms do not count.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from step_time import PEAK
-from timing import DEVICE, ROOT, flag_parser, interleave, matmul_rate, percentiles, report, write_results
+from timing import DEVICE, ROOT, flag_parser, interleave, matmul_rate, measure, percentiles, report, write_results
 from transformers import AutoTokenizer, LlamaConfig
 
 import finetune
@@ -103,6 +104,7 @@ class Arm:
     useful: int  # tokens in all batches, without padding
     labels: int  # in all batches
     bf16: bool
+    log_seconds: list[float] = field(default_factory=list)  # of each batch, for what the log shows
 
     def __post_init__(self) -> None:
         self.parameters = list(self.model.parameters())  # with the arm's own projectors
@@ -175,9 +177,11 @@ def ours(parts: finetune.Parts, s: finetune.Settings) -> Callable:
     return lambda _, items: parts.objective(send_to_device(parts.collator(items), DEVICE), s.gamma)[0]
 
 
-def trainers(parts: finetune.Parts, s: finetune.Settings, bf16: bool) -> Callable:
-    """The same by the Trainer, which adds to its statistics."""
+def trainers(parts: finetune.Parts, s: finetune.Settings, bf16: bool, log_seconds: list[float]) -> Callable:
+    """The same by the Trainer, which adds to its statistics; `log_seconds` gets the time of that."""
     trainer = finetune.build_trainer(s, parts, PartialState(), bf16=bf16)
+    add = trainer.add_statistics
+    trainer.add_statistics = lambda *given: log_seconds.append(measure(add, *given))
 
     def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
         trainer.begin_step()
@@ -290,12 +294,13 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
     pad = parts.encoder.renderer.tokenizer.pad_token_id
     bf16 = args.dtype == "bfloat16"
+    log_seconds: list[float] = []
     if name == "reference layout":
         loss = reference_loss(pad, s.lbd, args.max_length)
     else:
-        loss = trainers(parts, s, bf16) if "stat" in name else ours(parts, s)
+        loss = trainers(parts, s, bf16, log_seconds) if "stat" in name else ours(parts, s)
     useful = sum(len(segment.ids) for item in items for segment in item)
-    arm = Arm(parts.model, batches, loss, len(items), useful, labels(items), bf16)
+    arm = Arm(parts.model, batches, loss, len(items), useful, labels(items), bf16, log_seconds)
     arm.optimizer.state = shared.setdefault("moments", arm.optimizer.state)  # one copy for all arms
     return arm
 
@@ -342,6 +347,7 @@ def compare(
             "useful tokens/s": arm.useful / medians[name],
             "of matmul": flops(name) / medians[name] / rate,
             "MFU": peak and arm.model_flops() / medians[name] / peak,
+            "log": arm.log_seconds and np.median(arm.log_seconds) * len(arm.batches) / medians[name] or None,
             **({"peak MB": memory[name]} if memory else {}),
             **({"memory/tokens": memory[name] / memory["regular packed"] / tokens} if memory and usual else {}),
             **{k: v / args.steps for k, v in times[name].items()},
