@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,44 +13,35 @@ import torch
 from accelerate.utils import patch_environment
 
 from llm_jepa.data.examples import Example, ExampleError, Problems
-from llm_jepa.data.segments import Encoder, Item, Segment
+from llm_jepa.data.segments import Encoder, Item
 from llm_jepa.distributed import cores
 
-KINDS = ("chat", "text_view", "code_view")
 EXAMPLES_PER_PROCESS = 10_000  # fewer are not worth a process of their own
 # For code that forks: a tokenizer's threads do not survive a fork, and the child would wait for them.
 NO_THREADS = {"tokenizers_parallelism": "false"}
 
 
-def shape_of(segment: Segment) -> tuple[int, ...]:
-    """What a segment is besides its tokens, as ten numbers."""
-    view = -1 if segment.view is None else segment.view
-    places = (view, segment.stem, segment.branch, *segment.user, *segment.answer)
-    return (KINDS.index(segment.kind), len(segment.ids), *places, segment.paired)
-
-
-def encode_columns(columns: dict[str, list], encoder: Encoder) -> dict[str, list]:
-    """Encodes a batch of `Dataset.map`: a column of examples to columns of token ids, labels, shapes and errors."""
-    rows: dict[str, list] = {"ids": [], "labels": [], "shapes": [], "error": []}
+def encode_rows(columns: dict[str, list], encoder: Encoder) -> dict[str, list]:
+    """Encodes a batch of `Dataset.map`: a column of examples to pickled items, their tokens, and errors."""
+    rows: dict[str, list] = {"item": [], "tokens": [], "longest": [], "error": []}
     for item in encoder([Example(**json.loads(example)) for example in columns["example"]]):
         error, item = (str(item), ()) if isinstance(item, ValueError) else (None, item)
-        rows["ids"].append(np.concatenate([x.ids for x in item] or [np.empty(0)]).astype(np.int32))
-        rows["labels"].append(np.concatenate([x.labels for x in item] or [np.empty(0)]).astype(np.uint8))
-        rows["shapes"].append(np.asarray([shape_of(x) for x in item], dtype=np.int32).reshape(-1))
-        rows["error"].append(error)
+        lengths = [len(segment.ids) for segment in item]
+        for name, value in zip(rows, (pickle.dumps(item), sum(lengths), max(lengths, default=0), error), strict=True):
+            rows[name].append(value)
     return rows
 
 
 def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) -> Any:
-    """A `datasets.Dataset` with the columns of `encode_columns`, one row per example.
+    """A `datasets.Dataset` with the columns of `encode_rows`, one row per example.
 
     `processes`: 0 means one for each EXAMPLES_PER_PROCESS examples, at most this process's share of the cores.
     """
     import datasets
 
-    text, numbers = datasets.Value("string"), {"ids": "int32", "labels": "uint8", "shapes": "int32"}
+    kinds = {"item": "large_binary", "tokens": "int64", "longest": "int64", "error": "string"}
+    features = datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
     data = datasets.Dataset.from_dict({"example": [json.dumps(vars(example)) for example in examples]})
-    encoded = {name: datasets.LargeList(datasets.Value(kind)) for name, kind in numbers.items()} | {"error": text}
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun that share this node's cores
     processes = processes or min(len(examples) // EXAMPLES_PER_PROCESS, max(1, cores() // local))
     no_bar = len(examples) < EXAMPLES_PER_PROCESS or os.environ.get("LOCAL_RANK", "0") != "0"  # too short for one
@@ -60,21 +52,20 @@ def encode_all(encoder: Encoder, examples: list[Example], processes: int = 0) ->
         if processes > 1:
             stack.enter_context(patch_environment(**NO_THREADS))
         return data.map(
-            encode_columns, batched=True, remove_columns="example", features=datasets.Features(encoded),
+            encode_rows, batched=True, remove_columns="example", features=features,
             fn_kwargs={"encoder": encoder}, num_proc=processes if processes > 1 else None, desc="tokenize",
             keep_in_memory=True, load_from_cache_file=False, new_fingerprint="tokens",
         )  # fmt: skip
 
 
 class Items(Sequence):
-    """Encoded examples as items, cut out of Arrow columns when they are requested."""
+    """Encoded examples as items, unpickled when they are requested: worker processes share the memory of the bytes."""
 
     def __init__(self, encoded: Any, rows: list[int]):
         """`encoded`: the return value of `encode_all`; `rows`: the usable rows."""
-        self._rows = np.asarray(rows, dtype=np.int64)
-        self._columns = [encoded.data.column(name).combine_chunks() for name in ("ids", "labels", "shapes")]
-        self.lengths = np.diff(self._columns[0].offsets.to_numpy())[self._rows]  # tokens of each example
-        self.longest = int(self._columns[2].values.to_numpy().reshape(-1, 10)[:, 1].max(initial=0))  # of a segment
+        self._rows, self._pickled = rows, encoded.data.column("item").combine_chunks()
+        self.lengths = np.array(encoded["tokens"])[rows]  # tokens of each example
+        self.longest = max(encoded["longest"], default=0)  # tokens of a segment
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -82,15 +73,7 @@ class Items(Sequence):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        ids, labels, shapes = (column[self._rows[index]].values.to_numpy() for column in self._columns)
-        segments, begin = [], 0
-        for kind, length, view, stem, branch, *turns, paired in shapes.reshape(-1, 10).tolist():
-            part = slice(begin, begin + length)
-            view = None if view < 0 else view
-            places = {"user": tuple(turns[:2]), "answer": tuple(turns[2:]), "paired": bool(paired)}
-            segments.append(Segment(KINDS[kind], ids[part], labels[part].view(bool), view, stem, branch, **places))
-            begin += length
-        return tuple(segments)
+        return pickle.loads(self._pickled[self._rows[index]].as_buffer())
 
 
 class SegmentDataset(torch.utils.data.Dataset):
@@ -105,8 +88,8 @@ class SegmentDataset(torch.utils.data.Dataset):
     ):  # fmt: skip
         """Raises ExampleError for an example that cannot be used, unless `problems` skips those."""
         encoded = encode_all(encoder, examples, processes)
-        good, sizes = [], np.diff(encoded.data.column("ids").combine_chunks().offsets.to_numpy())
-        for row, (error, size) in enumerate(zip(encoded["error"], sizes, strict=True)):
+        good = []
+        for row, (error, size) in enumerate(zip(encoded["error"], encoded["tokens"], strict=True)):
             if error is not None:
                 problems.add(examples[row].source, error)
             elif size:  # not views only in regular fine-tuning

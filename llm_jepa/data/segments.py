@@ -81,7 +81,7 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[tuple[np.ndarray, np.nda
         return []
     out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
     return [
-        (np.asarray(i, dtype=np.int64), np.asarray(o, dtype=np.int64).reshape(-1, 2))
+        (np.asarray(i, dtype=np.int32), np.asarray(o, dtype=np.int64).reshape(-1, 2))
         for i, o in zip(out["input_ids"], out["offset_mapping"], strict=True)
     ]
 
@@ -231,7 +231,7 @@ class Encoder:
         stem = turns["user"][1]
         predictors = [predictor_token(i) for i in range(self.renderer.predictors, 0, -1)]
         branch = tokenizer.convert_tokens_to_ids(predictors)
-        ids = np.concatenate([ids, np.asarray(branch, dtype=np.int64)])
+        ids = np.concatenate([ids, np.asarray(branch, dtype=ids.dtype)])
         labels = np.concatenate([labels, np.zeros(len(branch), dtype=bool)])
         return Segment("chat", ids, labels, len(ids) - 1 if branch else stem - 1, stem, len(branch), **turns)
 
