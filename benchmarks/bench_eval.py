@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import torch
 from timing import flag_parser, interleave, percentiles, report
@@ -58,8 +59,7 @@ def main() -> int:
         rows = []
         for begin in range(0, len(prompts), batch_size):
             inputs = generation.prompt_inputs(model, prompts[begin : begin + batch_size], pad, None)
-            with generation.default_generation_config(model):
-                out = model.generate(**inputs, generation_config=greedy)
+            out = generation.greedy(model, inputs, args.max_new_tokens, pad, True, eos_token_id=stops).sequences
             rows += out[:, inputs["input_ids"].shape[1] :].tolist()
         return texts(rows)
 
@@ -70,7 +70,7 @@ def main() -> int:
         small = {"num_blocks": args.batch_size * blocks, "max_batch_tokens": args.batch_size}
         sizes = ContinuousBatchingConfig(**(small if model.device.type == "cpu" else {}))
         # Its thread is not in the caller's inference mode and cannot change tensors created there.
-        with torch.inference_mode(False), generation.default_generation_config(model):
+        with torch.inference_mode(False), mock.patch.object(model, "generation_config", GenerationConfig()):
             found = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=sizes)
         return texts([answer.generated_tokens for answer in found.values()])
 

@@ -48,7 +48,7 @@ def prompts() -> Iterator[str]:
 
 def answer(model: Any, renderer: Any, example: Example, limit: int) -> Any:
     """The Generation for an example's prompt, printed as it grows. Raises ExampleError if it cannot be encoded."""
-    from transformers import GenerationConfig, TextStreamer
+    from transformers import TextStreamer
 
     from llm_jepa.evaluation import generation
 
@@ -56,11 +56,9 @@ def answer(model: Any, renderer: Any, example: Example, limit: int) -> Any:
     ids = generation.encode_prompts(model.config, renderer, [example], Problems())[1]  # of one prompt
     plan, (room,) = generation.make_plan(model, ids, pad_id), generation.max_lengths(model.config, ids, limit)
     shown = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=room, eos_token_id=stops, pad_token_id=pad_id,
-                              use_cache=plan.cache)  # fmt: skip
-    with generation.default_generation_config(model):
-        out = model.generate(**generation.prompt_inputs(model, ids, pad_id, None), generation_config=greedy,
-                             streamer=TextStreamer(renderer.tokenizer, skip_prompt=True, **shown))  # fmt: skip
+    streamer = TextStreamer(renderer.tokenizer, skip_prompt=True, **shown)
+    inputs = generation.prompt_inputs(model, ids, pad_id, None)
+    out = generation.greedy(model, inputs, room, pad_id, plan.cache, streamer, eos_token_id=stops).sequences
     return generation.to_generation(renderer, out[0, len(ids[0]) :].tolist(), stops)
 
 

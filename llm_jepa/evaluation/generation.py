@@ -241,19 +241,23 @@ def prompt_inputs(model: Any, prompts: list[list[int]], pad_id: int, prefix: Dyn
 def first_logits(model: Any, prompts: list[list[int]], pad_id: int, plan: Plan, steps: int) -> torch.Tensor:
     """Logits (S, B, V) of the first S = `steps` tokens after each prompt."""
     # By `generate`, so that positions and masks are those of every later step.
-    few = GenerationConfig(do_sample=False, max_new_tokens=steps, pad_token_id=pad_id, use_cache=plan.cache,
-                           output_logits=True, return_dict_in_generate=True)  # fmt: skip
-    with default_generation_config(model):
-        out = model.generate(**prompt_inputs(model, prompts, pad_id, plan.prefix), generation_config=few)
-    return torch.stack(out.logits).float()
+    inputs = prompt_inputs(model, prompts, pad_id, plan.prefix)
+    return torch.stack(greedy(model, inputs, steps, pad_id, plan.cache, output_logits=True).logits).float()
 
 
-@contextlib.contextmanager
-def default_generation_config(model: Any) -> Iterator[None]:
-    """Sets the model's generation config aside: `generate` would take from it whatever its arguments leave out."""
+def greedy(
+    model: Any, inputs: dict[str, Any], max_new_tokens: int, pad_id: int, cache: bool, streamer: Any = None,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """What `model.generate` returns for `prompt_inputs`, without sampling; `options` of GenerationConfig."""
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad_id, use_cache=cache,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    # `generate` would take from the model's own configuration whatever this one leaves out.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        yield
+        return model.generate(**inputs, generation_config=config, streamer=streamer)
     finally:
         model.generation_config = own
 
@@ -272,10 +276,7 @@ def generate_tokens(
     live, inputs, length = list(range(len(prompts))), prompt_inputs(model, prompts, pad_id, plan.prefix), FIRST_ROUND
     while live:
         width, least = inputs["input_ids"].shape[1], min(room[i] - len(rows[i]) for i in live)
-        greedy = GenerationConfig(do_sample=False, max_new_tokens=min(length, least), eos_token_id=stops,
-                                  pad_token_id=pad_id, use_cache=plan.cache, return_dict_in_generate=True)  # fmt: skip
-        with default_generation_config(model):
-            out = model.generate(**inputs, generation_config=greedy)
+        out = greedy(model, inputs, min(length, least), pad_id, plan.cache, eos_token_id=stops)
         for i, tokens in zip(live, out.sequences[:, width:].tolist(), strict=True):
             end = next((t + 1 for t, token in enumerate(tokens) if token in stops), None)
             rows[i] += tokens[:end]
