@@ -257,8 +257,6 @@ def _parquet_rows(path: str, columns: Sequence[str] | None) -> Rows:
 
     with parquet.ParquetFile(path) as file:
         used = _used(path, file.schema_arrow.names, columns)
-        if twice := [name for name in used if file.schema_arrow.names.count(name) > 1]:
-            raise ExampleError(f"{path}: the field {twice[0]!r} occurs twice")
         batches = (batch.select(used) for batch in file.iter_batches(columns=used))  # "a" also selects "a.b"
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         for number, row in enumerate(rows, start=1):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Environment, TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from llm_jepa.cli import UsageError, first_line
 from llm_jepa.data.examples import Example
@@ -17,6 +17,7 @@ from llm_jepa.data.examples import Example
 CONTENT = "\ue000\ue001\ue002"  # replaces a turn's content to find where the template puts it
 PERCEPTION, END_OF_TURN = "<|perception|>", "<|eot_id|>"
 PINNED_DATE = datetime(2024, 7, 26)  # the fallback date of Llama-3.x's template
+TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # transformers' function for templates
 MARK = "{# What the prompt depends on is fixed here, as LLM-JEPA trained the model. #}\n"
 THINKING, NO_THINKING = ("{% set enable_thinking = " + value + " %}\n" for value in ("true", "false"))
 PLAIN = f"{{{{ m.content + ('{PERCEPTION}' if m.role == 'user' else '{END_OF_TURN}') }}}}"
@@ -25,19 +26,6 @@ FOLD = (
     "{% if messages[0].role == 'system' %}{% set messages = [{'role': 'user', 'content': "
     "messages[0].content + '\\n\\n' + messages[1].content}] + messages[2:] %}{% endif %}\n"
 )
-
-
-def date_macro(template: str) -> str:
-    """A macro that hides transformers' strftime_now, which returns today's date: strftime of PINNED_DATE.
-
-    It replaces each directive that occurs in a string of the template, such as %d, %-d or %F.
-    """
-    strings = "".join(text for _, kind, text in Environment().lex(template) if kind == "string")
-    part = "part"
-    for directive in sorted(set(re.findall("%[-_0^#EO]*[A-Za-z]", strings))):
-        part += f".replace({directive!r}, {PINNED_DATE.strftime(directive)!r})"
-    parts = f"{{% for part in format.split('%%') %}}{{{{ ('' if loop.first else '%') + {part} }}}}{{% endfor %}}"
-    return f"{{% macro strftime_now(format) %}}{parts}{{% endmacro %}}\n"
 
 
 def predictor_token(i: int) -> str:
@@ -114,8 +102,9 @@ class Renderer:
             head += THINKING if thinking else NO_THINKING
         if "date_string" in template:
             head += f"{{% set date_string = '{PINNED_DATE:%d %b %Y}' %}}\n"
-        if "strftime_now" in template:
-            head += date_macro(template)
+        template = TODAY.sub(lambda call: call[1] + PINNED_DATE.strftime(call[2]) + call[1], template)
+        if re.search(r"strftime_now\s*\(", template):
+            raise ValueError("it does not give strftime_now the format as a literal")
         if not self._shows([user | {"content": CONTENT}, answer | {"content": "b"}], head + template):
             raise ValueError("it does not show the user turn" if template else "the tokenizer has none")
         if not self._shows([{"role": "system", "content": CONTENT}, user, answer | {"content": "b"}], head + template):
