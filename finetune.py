@@ -38,7 +38,7 @@ from typing import Any
 
 from llm_jepa.cli import UsageError, first_line, parse_flags
 from llm_jepa.data.examples import Problems, read_examples, require_files, split_examples
-from llm_jepa.distributed import agreed, processes, start
+from llm_jepa.distributed import agreed, start
 from llm_jepa.settings import Settings, check_settings, is_flash
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes are fast
@@ -46,13 +46,12 @@ if __name__ == "__main__":  # before the slow imports, so that --help and mistak
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import send_to_device
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, set_seed
 
 from llm_jepa import losses
-from llm_jepa.data.batching import MicroBatches, SegmentDataset
+from llm_jepa.data.batching import SegmentDataset
 from llm_jepa.data.rendering import Renderer
-from llm_jepa.data.segments import Encoder, Item, end_of_turn
+from llm_jepa.data.segments import Encoder, end_of_turn
 from llm_jepa.data.spans import Draws
 from llm_jepa.data.streaming import SegmentStream
 from llm_jepa.forward import LMHeadSelector, States
@@ -70,7 +69,7 @@ from llm_jepa.model import (
 from llm_jepa.projectors import add_projectors
 from llm_jepa.reports.results import describe_learning
 from llm_jepa.run_folder import RunFolder, complete_checkpoints
-from llm_jepa.training.arguments import training_arguments, uses_bfloat16
+from llm_jepa.training.arguments import training_arguments
 from llm_jepa.training.callbacks import Bar, MetricsCallback
 from llm_jepa.training.checks import inspect_model
 from llm_jepa.training.describe import final_record, first_example, last_checkpoint, start_block, start_record
@@ -79,7 +78,7 @@ from llm_jepa.training.generations import Generations, GenerationsCallback
 from llm_jepa.training.pairs import Contrast
 from llm_jepa.training.process import run_script, write_errors
 from llm_jepa.training.trackers import start_trackers
-from llm_jepa.training.trainer import StepTrainer, compile_decoder
+from llm_jepa.training.trainer import StepTrainer, compile_decoder, micro_batches
 
 # -------------------------------------------------------------------------------------------------------------- trainer
 
@@ -109,10 +108,6 @@ def add_contrast(
 class JepaTrainer(StepTrainer):
     """The Trainer with the LLM-JEPA objective, normalized over the optimizer step and all ranks by default."""
 
-    def __init__(self, *args: Any, selector: LMHeadSelector, reference_grad_scale: bool, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.selector, self.reference_grad_scale = selector, reference_grad_scale
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
         """The step's micro-batches, and their counts (4,) in the order of COUNTS over all ranks, at least 1 each."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
@@ -124,7 +119,7 @@ class JepaTrainer(StepTrainer):
         self.seen_tokens += counts[-1]
         self.follow_stream(batches)
         if "sigreg" in self.selector.projectors and (len(batches) > 1 or self.args.world_size > 1):
-            with FlopCounter() if self.track_flop else contextlib.nullcontext() as counter:
+            with FlopCounter() if self.settings.track_flop else contextlib.nullcontext() as counter:
                 self._add_moments(batches)
             self.current_flos += counter.get_total_flops() if counter else 0
         self.begin_step()
@@ -158,11 +153,11 @@ class JepaTrainer(StepTrainer):
         lm_sum, states = self.selector.lm_sum(model, inputs)
         states = add_contrast(states, inputs, self.terms, self.contrast, self.selector, self.state.global_step)
         counts, ranks = num_items_in_batch, self.args.world_size
-        if self.reference_grad_scale:
+        if self.settings.reference_grad_scale:
             counts, ranks = inputs["counts"].clamp(min=1), 1
         step = self.state.global_step + 1
         terms = [(term, term.weight_at(step, self.state.max_steps)) for term in self.terms]
-        loss, sums, shares = losses.objective(lm_sum, states, counts, self.gamma, terms)
+        loss, sums, shares = losses.objective(lm_sum, states, counts, self.settings.gamma, terms)
         self.add_statistics(shares, lm_sum, sums, states, inputs)
         return loss * ranks  # data parallelism averages gradients, but the loss is a sum over ranks
 
@@ -325,50 +320,11 @@ def dry_run(s: Settings, parts: Parts) -> dict[str, Any]:
     }
 
 
-def share_of_flop(s: Settings, parts: Parts, micro_batches: Callable, bf16: bool) -> float:
-    """The FLOPs of regular fine-tuning as a fraction of those of these settings."""
-    device, model = parts.model.device, parts.model
-    if s.gradient_checkpointing:  # what the backward pass computes again counts
-        model.activation_checkpointing_enable()
-        model.train()
-
-    plain = LMHeadSelector(model)
-    plain.projectors, plain.slices = {}, parts.selector.slices
-    reads_twice = "sigreg" in parts.selector.projectors and s.grad_accum * processes() > 1  # see _add_moments
-
-    def regular(items: list[Item]) -> torch.Tensor:
-        return plain.lm_sum(model, send_to_device(parts.collator(items), device))[0]
-
-    def loss(items: list[Item]) -> torch.Tensor:
-        batch = send_to_device(parts.collator(items), device)
-        if reads_twice:
-            with torch.no_grad():
-                parts.selector.read(model, batch | {"label_at": batch["label_at"][:, :1]})
-        return parts.objective(batch, s.gamma)[0]
-
-    sampler = micro_batches(parts.train_set.items.lengths, shuffle=True, processes=1)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        share = flop_share(parts.train_set, sampler, (regular, loss), s.jepa_ratio)
-    plain.close()
-    model.zero_grad()
-    return share
-
-
 def build_trainer(
     s: Settings, parts: Parts, state: PartialState, *, trainer_class: type = JepaTrainer,
-    make_arguments: Callable = training_arguments, bf16: bool | None = None,
+    make_arguments: Callable = training_arguments,
 ) -> JepaTrainer:  # fmt: skip
-    """The Trainer of a run. Raises UsageError if the Trainer refuses the settings.
-
-    `bf16`: whether float32 parameters are autocast to bfloat16; None follows --dtype.
-    """
-    bf16 = uses_bfloat16(s, state.device) if bf16 is None else bf16
-    micro_batches = partial(MicroBatches, seed=s.finetune_seed, batch_size=s.batch_size, tokens=s.tokens_per_batch)
-    steps = s.max_steps
-    if s.same_flop and parts.terms:
-        batches = len(micro_batches(parts.train_set.items.lengths, shuffle=False, processes=state.num_processes))
-        steps_per_epoch = math.ceil(batches // state.num_processes / s.grad_accum)
-        steps = max(1, round(steps_per_epoch * s.num_epochs * share_of_flop(s, parts, micro_batches, bf16)))
+    """The Trainer of a run. Raises UsageError if the Trainer refuses the settings."""
     generate = None
     if s.generates:
         chats = [example for example in parts.held_out.examples if example.has_chat]
@@ -378,27 +334,14 @@ def build_trainer(
             processes=state.num_processes,
         )  # fmt: skip
     try:
-        arguments = make_arguments(s, bf16=bf16, max_steps=steps, device=state.device)
+        arguments = make_arguments(s, state.device)
         Trainer.get_optimizer_cls_and_kwargs(arguments, parts.model)  # raises if the optimizer is not installed
-        trainer = trainer_class(
-            model=parts.model,
-            args=arguments,
-            train_dataset=parts.stream or parts.train_set,
-            eval_dataset=parts.held_out,
-            processing_class=parts.encoder.renderer.tokenizer,
-            collator=parts.collator,
-            micro_batches=micro_batches,
-            problems=parts.problems,
-            track_flop=s.track_flop,
-            selector=parts.selector,
-            contrast=Contrast(s.negatives_queue),
-            gradient_stats=0 if s.torch_compile or s.track_flop else s.gradient_stats,
-            gamma=s.gamma,
-            terms=parts.terms,
-            reference_grad_scale=s.reference_grad_scale,
-            save_total_limit=s.save_total_limit,
-            generate=generate,
-        )
+        if s.same_flop and parts.terms:
+            batches = len(micro_batches(s, parts.train_set, state.num_processes))
+            steps_per_epoch = math.ceil(batches // state.num_processes / s.grad_accum)
+            share = flop_share(s, parts, micro_batches(s, parts.train_set, 1), arguments.bf16)
+            arguments.max_steps = max(1, round(steps_per_epoch * s.num_epochs * share))
+        trainer = trainer_class(parts, arguments, generate)
     except (ValueError, ImportError, OverflowError) as error:
         raise UsageError(f"the Trainer refuses these settings: {first_line(error)}") from None
     trainer.remove_callback(ProgressCallback)

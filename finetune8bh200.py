@@ -30,13 +30,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, set_seed
 
 from finetune import JepaTrainer, adapted, fine_tune, load_base, load_on_device
 from llm_jepa.files import read_json
 from llm_jepa.model import load_adapter
 from llm_jepa.run_folder import launch_id
-from llm_jepa.training.arguments import training_arguments, uses_bfloat16
+from llm_jepa.training.arguments import Arguments, training_arguments, uses_bfloat16
 from llm_jepa.training.process import run_script
 
 
@@ -68,11 +68,11 @@ def load(s: LargeSettings, tokenizer: Any, device: torch.device) -> Any:
     return model if sharded or s.load_in_4bit else model.to(device)
 
 
-def sharded_arguments(s: LargeSettings, *, bf16: bool, max_steps: int, device: torch.device) -> TrainingArguments:
+def sharded_arguments(s: LargeSettings, device: torch.device, *, bf16: bool) -> Arguments:
     """The Trainer's arguments for FSDP2."""
     # The model recomputes activations itself: accelerate's way would draw other dropout the second time.
     config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
-    arguments = training_arguments(s, bf16=bf16, max_steps=max_steps, device=device, fsdp_config=config)
+    arguments = training_arguments(s, device, bf16=bf16, fsdp_config=config)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(s, device), reduce_dtype=torch.float32)
     arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
     if device.type == "cpu":  # accelerate shards only between processes that it believes to have GPUs
@@ -85,10 +85,6 @@ def sharded_arguments(s: LargeSettings, *, bf16: bool, max_steps: int, device: t
 
 class LargeTrainer(JepaTrainer):
     """JepaTrainer on a model that FSDP2 shards."""
-
-    def __init__(self, *args: Any, settings: LargeSettings, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.settings = settings
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves one complete model; within a checkpoint nothing, because that has the shards."""
@@ -152,14 +148,14 @@ def main(argv: list[str] | None = None) -> int:
             return
         sharded, dtype = s.sharding == "fsdp2" and not s.dry_run, compute_dtype(s, state.device)
         in_half = (dtype if s.lora or sharded else getattr(torch, s.param_dtype)) != torch.float32
+        autocast = uses_bfloat16(s, state.device) and s.param_dtype == "float32"
         fine_tune(
             s, state,
             load=load,
             half=in_half and not s.dry_run,
             sharded=sharded,
-            trainer_class=partial(LargeTrainer, settings=s),
-            make_arguments=sharded_arguments if sharded else training_arguments,
-            bf16=uses_bfloat16(s, state.device) and s.param_dtype == "float32",
+            trainer_class=LargeTrainer,
+            make_arguments=partial(sharded_arguments if sharded else training_arguments, bf16=autocast),
         )  # fmt: skip
 
     return run_script("finetune8bh200.py", work)

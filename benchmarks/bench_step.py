@@ -179,7 +179,8 @@ def ours(parts: finetune.Parts, s: finetune.Settings) -> Callable:
 
 def trainers(parts: finetune.Parts, s: finetune.Settings, bf16: bool, log_seconds: list[float]) -> Callable:
     """The same by the Trainer, which adds to its statistics; `log_seconds` gets the time of that."""
-    trainer = finetune.build_trainer(s, parts, PartialState(), bf16=bf16)
+    make_arguments = partial(finetune.training_arguments, bf16=bf16)
+    trainer = finetune.build_trainer(s, parts, PartialState(), make_arguments=make_arguments)
     add = trainer.add_statistics
     trainer.add_statistics = lambda *given: log_seconds.append(measure(add, *given))
 

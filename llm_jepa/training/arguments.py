@@ -27,13 +27,16 @@ class Arguments(TrainingArguments):
 
 
 def training_arguments(
-    s: Settings, *, bf16: bool, max_steps: int, device: torch.device, fsdp_config: dict[str, Any] | None = None
-) -> TrainingArguments:
-    """The TrainingArguments of a run. `fsdp_config`: for a model that is sharded over the processes."""
+    s: Settings, device: torch.device, *, bf16: bool | None = None, fsdp_config: dict[str, Any] | None = None
+) -> Arguments:
+    """The arguments of a run. `fsdp_config`: for a model that is sharded over the processes.
+
+    `bf16`: whether float32 parameters are autocast to bfloat16; None follows --dtype.
+    """
     default_workers = (1 if s.streaming else 2) if device.type == "cuda" else 0
     own_names = (
         "output_dir learning_rate weight_decay lr_scheduler_type max_grad_norm optim adam_beta2 use_liger_kernel "
-        "eval_strategy eval_steps eval_on_start save_strategy save_steps logging_steps"
+        "max_steps eval_strategy eval_steps eval_on_start save_strategy save_steps logging_steps"
     ).split()
     arguments = Arguments(
         **{name: getattr(s, name) for name in own_names},
@@ -42,11 +45,10 @@ def training_arguments(
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=s.grad_accum,
         num_train_epochs=s.num_epochs,
-        max_steps=max_steps,
         warmup_steps=s.warmup_steps if s.warmup_steps < 1 else int(s.warmup_steps),
         seed=s.finetune_seed,
         use_cpu=device.type == "cpu",
-        bf16=bf16,
+        bf16=uses_bfloat16(s, device) if bf16 is None else bf16,
         fp16=s.dtype == "float16",
         activation_checkpointing=s.gradient_checkpointing,
         fsdp=bool(fsdp_config) or None,

@@ -72,7 +72,7 @@ class MetricsCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_log |= control.should_save or control.should_evaluate or control.should_training_stop
-        if self.trainer.streaming:  # the Trainer, which does not know the length, counts a share of max_steps
+        if self.trainer.settings.streaming:  # the Trainer, which does not know the length, counts a share of max_steps
             state.epoch = self.trainer.place[0]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

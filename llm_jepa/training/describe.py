@@ -109,7 +109,7 @@ def final_record(trainer: Any) -> dict[str, Any]:
     if trainer.args.load_best_model_at_end:
         facts["best"] = {"step": best, trainer.args.metric_for_best_model: trainer.state.best_metric}
     facts["learned"] = judge(trainer.state.log_history, trainer.state.max_steps)
-    if trainer.streaming:  # each process has met the bad examples of its own share
+    if trainer.settings.streaming:  # each process has met the bad examples of its own share
         for found in gather_object([trainer.problems.found]):
             trainer.problems.found |= found
         facts["skipped_examples"] = len(trainer.problems.found)

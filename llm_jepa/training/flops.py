@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm_jepa.data.batching import MicroBatches, SegmentDataset
-from llm_jepa.data.segments import Item, without_pair
+from llm_jepa.data.batching import MicroBatches
+from llm_jepa.data.segments import without_pair
+from llm_jepa.distributed import processes
+from llm_jepa.forward import LMHeadSelector
+from llm_jepa.settings import Settings
 
 PRODUCT = re.compile(r"(mm|mv|dot|attention|linear|lstm|gru|rnn)(_|$)|conv")  # names of torch's matrix products
 NO_PRODUCT = ("prim", "prims", "profiler", "c10d", "_c10d_functional", "fsdp")  # namespaces
@@ -77,22 +81,34 @@ def attention_formula(names: list[str], query: str, key: str, value: str) -> Cal
     return flops
 
 
-def flop_share(
-    dataset: SegmentDataset, sampler: MicroBatches, losses: tuple[Callable[[list[Item]], torch.Tensor], ...],
-    jepa_ratio: float,
-) -> float:  # fmt: skip
-    """FLOPs of regular fine-tuning divided by those with auxiliary losses, counted on micro-batches of training.
+def flop_share(s: Settings, parts: Any, sampler: MicroBatches, bf16: bool) -> float:
+    """FLOPs of regular fine-tuning divided by those of these settings, counted on micro-batches of training.
 
-    `losses`: of regular fine-tuning and with auxiliary losses, from a micro-batch, whose backward pass is counted too.
+    `parts`: the Parts of a run in finetune.py. The backward pass counts, and what it computes again.
     """
-    spent = [0, 0]
-    count = 8 if jepa_ratio == 1 else 32  # which views are dropped is random
+    model, device, regular, own = parts.model, parts.model.device, 0, 0
+    if s.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+        model.train()
+    plain = LMHeadSelector(model)
+    plain.projectors, plain.slices = {}, parts.selector.slices
+    reads_twice = "sigreg" in parts.selector.projectors and s.grad_accum * processes() > 1  # JepaTrainer._add_moments
+    count = 8 if s.jepa_ratio == 1 else 32  # which views are dropped is random
     for epoch in range(math.ceil(count / len(sampler))):
         sampler.epoch = epoch
         for key in itertools.islice(sampler, count):
-            items = dataset[key]
-            for i, micro_batch in enumerate(([*map(without_pair, items)], items)):
+            items = parts.train_set[key]
+            batch, chats = (send_to_device(parts.collator(x), device) for x in (items, [*map(without_pair, items)]))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 with FlopCounter() as counter:
-                    losses[i](micro_batch).backward()
-                spent[i] += counter.get_total_flops()
-    return spent[0] / spent[1]
+                    plain.lm_sum(model, chats)[0].backward()
+                regular += counter.get_total_flops()
+                with FlopCounter() as counter:
+                    if reads_twice:
+                        with torch.no_grad():
+                            parts.selector.read(model, batch | {"label_at": batch["label_at"][:, :1]})
+                    parts.objective(batch, s.gamma)[0].backward()
+                own += counter.get_total_flops()
+    plain.close()
+    model.zero_grad()
+    return regular / own

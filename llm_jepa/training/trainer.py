@@ -16,15 +16,17 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from llm_jepa.cli import UsageError
-from llm_jepa.data.batching import MicroBatches
-from llm_jepa.data.examples import ExampleError, Problems
+from llm_jepa.data.batching import MicroBatches, SegmentDataset
+from llm_jepa.data.examples import ExampleError
 from llm_jepa.data.segments import Item
-from llm_jepa.data.streaming import Place, SegmentStream
+from llm_jepa.data.streaming import Place
 from llm_jepa.files import read_json, write_json
 from llm_jepa.losses import COUNTS, find_not_negatives, nitp_loss
 from llm_jepa.projectors import load_projectors, save_projectors, without_projectors
 from llm_jepa.run_folder import mark_checkpoint
+from llm_jepa.settings import Settings
 from llm_jepa.training import diagnostics
+from llm_jepa.training.arguments import Arguments
 from llm_jepa.training.flops import FlopCounter
 from llm_jepa.training.pairs import Contrast
 
@@ -57,6 +59,11 @@ def compile_decoder(model: torch.nn.Module) -> None:
     decoder.forward = compiled_in_training
 
 
+def micro_batches(s: Settings, dataset: SegmentDataset, processes: int, shuffle: bool = True) -> MicroBatches:
+    """The micro-batches of a data set for this number of processes."""
+    return MicroBatches(dataset.items.lengths, s.finetune_seed, shuffle, processes, s.batch_size, s.tokens_per_batch)
+
+
 def collate(collator: Callable, micro_batches: list[list[Item]]) -> dict[str, Any]:
     """For a DataLoader whose items are complete micro-batches."""
     return collator(micro_batches[0])
@@ -79,35 +86,24 @@ class StepTrainer(Trainer):
     `follow_stream`.
     """
 
-    def __init__(
-        self, *args: Any, collator: Callable, micro_batches: Callable[..., MicroBatches], problems: Problems,
-        contrast: Contrast, gamma: float, terms: list[Any], track_flop: bool, gradient_stats: int,
-        save_total_limit: int, generate: Callable[[Any], dict[str, float]] | None, **kwargs: Any,
-    ):  # fmt: skip
-        """`micro_batches(lengths, shuffle=, processes=)` groups examples; `problems` gets what a stream skips.
-
-        `gamma` and `terms`: the objective. Every `gradient_stats` steps the gradients of the terms are compared with
-        that of the language-model loss (0: never). `save_total_limit` complete checkpoints are kept, besides the best.
-        At each evaluation `generate(model)` returns more metrics.
-        """
+    def __init__(self, parts: Any, args: Arguments, generate: Callable[[Any], dict[str, float]] | None):
+        """`parts`: the Parts of a run in finetune.py. At each evaluation `generate(model)` returns more metrics."""
+        model, s = parts.model, args.settings
         # The Trainer changes both for its own purposes (use_cache, special tokens); saved is what the model had.
-        model = kwargs["model"]
         self.config, self.generation_config = copy.deepcopy((model.config, model.generation_config))
-        super().__init__(*args, data_collator=partial(collate, collator), **kwargs)
-        self.micro_batches = partial(micro_batches, processes=self.args.world_size)
-        self.collator, self.problems = collator, problems
-        self.gamma, self.terms, self.contrast = gamma, terms, contrast
-        self.track_flop, self.generate = track_flop, generate
-        self.save_total_limit = save_total_limit  # not the Trainer's argument, by which it removes more than others
+        train_set, tokenizer = parts.stream or parts.train_set, parts.encoder.renderer.tokenizer
+        super().__init__(model, args, partial(collate, parts.collator), train_set, parts.held_out, tokenizer)
+        self.settings, self.selector, self.collator = s, parts.selector, parts.collator
+        self.problems, self.terms, self.generate = parts.problems, parts.terms, generate
+        self.contrast = Contrast(s.negatives_queue)
         exact = torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        sums = ("lm", *(term.name for term in terms), "nitp_shuffled", *diagnostics.PAIR_STATISTICS)
+        sums = ("lm", *(term.name for term in self.terms), "nitp_shuffled", *diagnostics.PAIR_STATISTICS)
         self.statistics_names = (*sums, "effective_rank", "ranks", *COUNTS, *TOKENS)
         self.statistics = torch.zeros(len(self.statistics_names), dtype=exact, device=self.args.device)
-        self.gradient_stats, self._measures, self._measured = gradient_stats, False, {}
+        self._measures, self._measured = False, {}
         self._views: list[torch.Tensor] = []  # empty, or one tensor (2, ≤ VIEWS_KEPT, D)
         # Tells the Trainer that the loss is already scaled for gradient accumulation.
         self.model_accepts_loss_kwargs = True
-        self.streaming = isinstance(self.train_dataset, SegmentStream)
         self.sampler: MicroBatches | None = None
         self.place: Place | None = None  # after the last micro-batch of a stream
         self.seen_tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
@@ -119,15 +115,15 @@ class StepTrainer(Trainer):
     # -- data
 
     def _get_train_sampler(self, train_dataset: Any = None) -> MicroBatches:
-        self.sampler = self.micro_batches(self.train_dataset.items.lengths, shuffle=True)
+        self.sampler = micro_batches(self.settings, self.train_dataset, self.args.world_size)
         return self.sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> MicroBatches:
-        return self.micro_batches(eval_dataset.items.lengths, shuffle=False)
+        return micro_batches(self.settings, eval_dataset, self.args.world_size, shuffle=False)
 
     def get_train_dataloader(self) -> Any:
         """Of a stream: each process reads its own share of the examples, so accelerate distributes nothing."""
-        if not self.streaming:
+        if not self.settings.streaming:
             return super().get_train_dataloader()
         # An iterator draws one random number at its start; a resumed stream must not draw it again.
         generator = torch.Generator() if any(self.train_dataset.place) else None
@@ -139,7 +135,7 @@ class StepTrainer(Trainer):
 
     def follow_stream(self, batches: list[dict[str, Any]]) -> None:
         """Notes where the stream is after these micro-batches, and its error if there is one."""
-        for batch in batches if self.streaming else ():
+        for batch in batches if self.settings.streaming else ():
             if "error" in batch:  # the other processes learn of it in require_finite_step
                 self._error, self._step_loss = batch["error"], torch.full_like(self._step_loss, torch.nan)
                 break
@@ -150,7 +146,7 @@ class StepTrainer(Trainer):
 
     def training_step(self, *args: Any) -> torch.Tensor:
         """A micro-batch's forward and backward pass, with --track_flop under a counter."""
-        with FlopCounter() if self.track_flop else contextlib.nullcontext() as counter:
+        with FlopCounter() if self.settings.track_flop else contextlib.nullcontext() as counter:
             loss = super().training_step(*args)
         self._flops = float(counter.get_total_flops()) if counter else 0.0
         return loss
@@ -185,8 +181,9 @@ class StepTrainer(Trainer):
 
     def begin_step(self) -> None:
         """Decides whether gradients are compared in the next micro-batch that has something for each term."""
-        if self.gamma and self.terms and self.gradient_stats and self.state.global_step % self.gradient_stats == 0:
-            self._measures = True
+        s = self.settings
+        every = 0 if s.torch_compile or s.track_flop else s.gradient_stats
+        self._measures |= bool(s.gamma and self.terms and every and self.state.global_step % every == 0)
 
     def add_statistics(
         self, shares: dict[str, torch.Tensor], lm_sum: torch.Tensor, sums: dict[str, torch.Tensor], states: Any,
@@ -260,7 +257,7 @@ class StepTrainer(Trainer):
                 logs[term.divisor] = int(t[term.divisor])
                 if term.warmup:
                     logs[f"{term.name}_lbd"] = term.weight_at(self.state.global_step, self.state.max_steps)
-            if self.track_flop:
+            if self.settings.track_flop:
                 logs["flops"] = self.state.total_flos
             line = {"step": self.state.global_step} | logs
             logs |= diagnostics.announcements(self.state.log_history, line, self.state.max_steps)
@@ -283,7 +280,7 @@ class StepTrainer(Trainer):
         t = self._drain(self.statistics)
         self.statistics, self._step_loss = during_training, step_loss
         lm = t["lm"] / max(1, t["labels"])
-        metrics = {"loss": self.gamma * lm, "lm_loss": lm} | self._means(t)
+        metrics = {"loss": self.settings.gamma * lm, "lm_loss": lm} | self._means(t)
         for term in self.terms:  # at its full weight whatever the warm-up, so that evaluations are comparable
             metrics["loss"] += term.weight * metrics.get(f"{term.name}_loss", 0)
         if self.generate is not None:
@@ -329,7 +326,7 @@ class StepTrainer(Trainer):
         self.state.num_input_tokens_seen = int(self.seen_tokens)
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.streaming:
+        if self.settings.streaming:
             place = {"place": self.place, "processes": self.args.world_size, "skipped": self.problems.found}
             write_json(folder / f"stream-{self.args.process_index}.json", place)
         save_projectors(self.accelerator.unwrap_model(self.model), folder)
@@ -340,7 +337,9 @@ class StepTrainer(Trainer):
             mark_checkpoint(folder)
             # After the new one is complete, so that a kill while saving leaves one to resume.
             best = self.best_checkpoint if self.args.load_best_model_at_end else None
-            rotate_checkpoints(self.args.output_dir, self.save_total_limit + (best not in (None, folder)), best)
+            # Not by the Trainer's own argument, with which it removes others than these.
+            kept = self.settings.save_total_limit + (best not in (None, folder))
+            rotate_checkpoints(self.args.output_dir, kept, best)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether this evaluation is the best one. Of equal scores, it is that of the lower eval_lm_loss."""
@@ -365,7 +364,7 @@ class StepTrainer(Trainer):
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Trains from a complete checkpoint, or from the start. One of the last step is only loaded."""
-        if checkpoint is not None and self.streaming:
+        if checkpoint is not None and self.settings.streaming:
             self._resume_stream(checkpoint)
         if checkpoint is not None:
             self.args.eval_on_start = False
