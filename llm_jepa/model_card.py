@@ -14,27 +14,12 @@ from pathlib import Path
 
 from llm_jepa.cli import FlagParser, UsageError, first_line, run_command
 
-WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")
-UPLOADED = (*WEIGHTS, *(
-    "model-*-of-*.safetensors README.md args.json run.json metrics.jsonl eval/*/metrics.json config.json "
-    "generation_config.json adapter_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json tokenizer.model vocab.json vocab.txt merges.txt chat_template.jinja "
-    "additional_chat_templates/*.jinja".split()
-))  # fmt: skip
-
-
-def check(run: Path, repo: str) -> None:
-    """Raises UsageError if the upload cannot work: repository name, offline mode, token, model files."""
-    from huggingface_hub import constants, get_token
-
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UsageError(f"--push_to_hub {repo} is not OWNER/NAME")
-    if constants.is_offline_mode():
-        raise UsageError(f"--push_to_hub {repo}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it")
-    if get_token() is None:
-        raise UsageError(f"--push_to_hub {repo}: there is no token; set HF_TOKEN or call `hf auth login`")
-    if not any((run / name).exists() for name in WEIGHTS):
-        raise UsageError(f"{run} has no model.safetensors or adapter_model.safetensors to upload")
+UPLOADED = (
+    "model.safetensors adapter_model.safetensors model.safetensors.index.json model-*-of-*.safetensors README.md "
+    "args.json run.json metrics.jsonl eval/*/metrics.json config.json generation_config.json adapter_config.json "
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json "
+    "vocab.txt merges.txt chat_template.jinja additional_chat_templates/*.jinja"
+).split()
 
 
 def push(run: Path, repo: str, private: bool) -> str:
@@ -45,21 +30,28 @@ def push(run: Path, repo: str, private: bool) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
-    api = HfApi()
+    api = HfApi(token=True)  # an error names `hf auth login` if there is no token
     try:
         url = api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.model_info(repo).private:  # the hub ignores `private` for an existing repository
             raise UsageError(f"--private: {repo} exists and is public; nothing was uploaded")
-        api.upload_folder(
-            repo_id=repo, folder_path=run, commit_message="Upload of a run", allow_patterns=list(UPLOADED)
-        )
+        api.upload_folder(repo_id=repo, folder_path=run, commit_message="Upload of a run", allow_patterns=UPLOADED)
     except (OSError, HTTPError, RuntimeError, ValueError) as error:
         raise OSError(f"--push_to_hub {repo}: upload to {api.endpoint} failed: {first_line(error)}") from None
     return str(url)
 
 
-def work(argv: list[str] | None) -> None:
-    """Parses the flags, writes the card, uploads."""
+def write_and_push(run: Path, overwrite: bool, license: str | None, push_to_hub: str | None, private: bool) -> None:
+    """Writes the card and uploads the run, if a repository is given."""
+    from llm_jepa.reports.model_card import write_card
+
+    print(write_card(run, overwrite, license, push_to_hub))
+    if push_to_hub:
+        print(push(run, push_to_hub, private))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 written, 1 the upload failed, 2 wrong usage or run."""
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--overwrite", action="store_true", help="replace a README.md that model_card.py did not write")
@@ -67,21 +59,11 @@ def work(argv: list[str] | None) -> None:
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="also upload the run to this model repository")
     parser.add_argument("--private", action="store_true", help="--push_to_hub: the repository must be private")
     options = parser.parse_args(argv)
-    run, repo = options.run, options.push_to_hub
-    if options.private and not repo:
-        raise UsageError("--private: only with --push_to_hub")
-    if repo:
-        check(run, repo)
-    from llm_jepa.reports.model_card import write_card
-
-    print(write_card(run, options.overwrite, options.license, repo))
-    if repo:
-        print(push(run, repo, options.private))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 written, 1 the upload failed, 2 wrong usage or run."""
-    return run_command("model_card.py", lambda: work(argv))
+    if options.private and not options.push_to_hub:
+        parser.error("--private: only with --push_to_hub")
+    if options.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.push_to_hub):
+        parser.error(f"--push_to_hub {options.push_to_hub} is not OWNER/NAME")
+    return run_command("model_card.py", lambda: write_and_push(**vars(options)))
 
 
 if __name__ == "__main__":

@@ -35,29 +35,37 @@ def print_arm(dataset: str, label: str, arm: list[Result]) -> None:
     print(*(f"seed {r.seed} {text}\n" for r in arm for text in r.remarks()), sep="")
 
 
-def write_report(options: argparse.Namespace, results: list[Result], problems: list[str]) -> None:
-    """Compares the arms, writes the three files and prints the result; adds to `problems` what they leave out.
+def report(runs: list[Path], output_dir: Path | None, against: str | None, allow: list[str]) -> int:
+    """Prints the tables of the arms; with `output_dir` compares the arms and writes the three files.
 
-    Raises UsageError if the arms cannot be compared, or if the folder is a run folder or a file.
+    Returns 1 if some runs were skipped. Raises UsageError if the arms cannot be compared, or if `output_dir` is a run
+    folder or a file.
     """
-    from llm_jepa.reports.comparison import compare_arms
-    from llm_jepa.reports.writer import headline, write_files
+    from llm_jepa.reports.comparison import arms_by_dataset, compare_arms
 
-    folder = options.output_dir
-    if (folder / "args.json").exists() or folder.is_file():
-        raise UsageError(f"--output_dir {folder} is a run folder or a file")
-    if not results:
-        problems.append("no run is left to report; nothing is written")
-        return
-    tables, left_out = compare_arms(results, options.against, set(options.allow))
-    problems += left_out
-    problems += write_files(folder, tables, problems)
-    print(headline(tables))
-    print(f"written: {', '.join(str(folder / f'report.{end}') for end in ('md', 'json', 'html'))}")
+    if output_dir and ((output_dir / "args.json").exists() or output_dir.is_file()):
+        raise UsageError(f"--output_dir {output_dir} is a run folder or a file")
+    results, problems = read_runs(runs)
+    for dataset, arms in arms_by_dataset(results).items():
+        for label, arm in arms.items():
+            print_arm(dataset, label, arm)
+    try:
+        if output_dir and results:
+            from llm_jepa.reports.writer import headline, write_files
+
+            tables, left_out = compare_arms(results, against, set(allow))
+            problems += left_out
+            problems += write_files(output_dir, tables, problems)
+            print(headline(tables))
+            print(f"written: {', '.join(str(output_dir / f'report.{end}') for end in ('md', 'json', 'html'))}")
+    finally:
+        for problem in problems:
+            print(f"report.py: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
-def work(argv: list[str] | None) -> int:
-    """Parses the flags, prints and writes. Returns 1 if some runs were skipped."""
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 all runs reported, 1 some skipped, 2 wrong usage."""
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="folder for report.md, .json and .html")
@@ -69,24 +77,7 @@ def work(argv: list[str] | None) -> int:
     options = parser.parse_args(argv)
     if (options.against or options.allow) and not options.output_dir:
         parser.error("--against and --allow: only with --output_dir")
-    results, problems = read_runs(options.runs)
-    from llm_jepa.reports.comparison import arms_by_dataset
-
-    for dataset, arms in arms_by_dataset(results).items():
-        for label, arm in arms.items():
-            print_arm(dataset, label, arm)
-    try:
-        if options.output_dir:
-            write_report(options, results, problems)
-    finally:
-        for problem in problems:
-            print(f"report.py: {problem}", file=sys.stderr)
-    return 1 if problems else 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 all runs reported, 1 some skipped, 2 wrong usage."""
-    return run_command("report.py", lambda: work(argv))
+    return run_command("report.py", lambda: report(**vars(options)))
 
 
 if __name__ == "__main__":

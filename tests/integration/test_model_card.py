@@ -249,9 +249,7 @@ def server(monkeypatch) -> MagicMock:
     """The calls of the hub's client."""
     server = MagicMock(endpoint="https://hub.test")
     server.create_repo.return_value = "https://hub.test/me/run"
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: server)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_fake")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token: server)
     return server
 
 
@@ -305,12 +303,15 @@ def test_failed_upload_exits_with_1(run, server):
     assert done.code == 1 and "--push_to_hub me/run" in done.err and done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("reason", ["--private", "model.safetensors", "HF_TOKEN", "HF_HUB_OFFLINE"])
-def test_impossible_upload_is_refused_before_anything_is_written(run, server, monkeypatch, reason):
-    if reason == "model.safetensors":
-        (run / reason).unlink()
-    if reason == "HF_TOKEN":
-        monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", reason == "HF_HUB_OFFLINE")
-    assert reason in refused(run, *(reason.split() if reason.startswith("--") else PUSH))
+@pytest.mark.parametrize("flags", [["--private"], ["--push_to_hub", "run"]], ids=" ".join)
+def test_impossible_upload_is_refused_before_anything_is_written(run, server, flags):
+    assert flags[0] in refused(run, *flags)
     assert not (run / "README.md").exists() and not server.mock_calls
+
+
+@pytest.mark.parametrize(("offline", "hint"), [(False, "hf auth login"), (True, "HF_HUB_OFFLINE")])
+def test_upload_without_a_token_or_offline_exits_with_1(run, monkeypatch, offline, hint):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.utils._headers, "get_token", lambda: "hf_fake" if offline else None)
+    done = call("llm_jepa.model_card", run, *PUSH)
+    assert done.code == 1 and hint in done.err and "--push_to_hub me/run" in done.err
