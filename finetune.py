@@ -328,11 +328,7 @@ def build_trainer(
     generate = None
     if s.generates:
         chats = [example for example in parts.held_out.examples if example.has_chat]
-        generate = Generations(
-            parts.encoder.renderer, chats, s.scored_task, s.spider_path, scored=s.eval_generate,
-            shown=s.sample_generations, allow_code_execution=s.allow_code_execution, process=state.process_index,
-            processes=state.num_processes,
-        )  # fmt: skip
+        generate = Generations(s, parts.encoder.renderer, chats, state)
     try:
         arguments = make_arguments(s, state.device)
         Trainer.get_optimizer_cls_and_kwargs(arguments, parts.model)  # raises if the optimizer is not installed

@@ -188,36 +188,28 @@ def collective_problems(processes: int, device: str, limit: float) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- nodes
 
 
-def exchange(problems: list[str], s: Preflight, marker: Path) -> list[str]:
-    """The problems of all nodes. Raises DistError if one of them does not connect.
+def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
+    """Exchanges the problems of all nodes within --join_limit; what prevents that is a problem of this node.
 
-    `marker`: a file in the folder of the runs; that of node 0 must be visible to all nodes.
+    A marker in the folder of the runs, written by node 0, must be visible to all nodes.
     """
     import torch.distributed as dist
     from torch.distributed.elastic.utils.store import synchronize
 
-    limit = timedelta(seconds=s.join_limit)
-    store = dist.TCPStore(s.master_addr, s.master_port, None, s.node_rank == 0, limit, wait_for_workers=False)
-    if s.node_rank == 0:
-        store.set("marker", marker.name if marker.exists() else "")
-    elif not (marker.parent / store.get("marker").decode()).exists():
-        problems = [*problems, f"{marker.parent} is not the folder of node 0: use a folder that all nodes share"]
-    found = synchronize(store, json.dumps(problems).encode(), s.node_rank, s.nnodes, "problems", s.join_limit)
-    return [f"node {node}: {problem}" for node, own in enumerate(found) for problem in json.loads(own)]
-
-
-def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
-    """Exchanges the problems of all nodes within --join_limit; what prevents that is a problem of this node."""
-    import torch.distributed as dist
-
     address = f"MASTER_ADDR:MASTER_PORT {s.master_addr}:{s.master_port}"
     marker = Path(s.output_dir) / f".preflight-{s.node_rank}-{os.getpid()}.tmp"
-    found, reason = [], "no reply"
+    limit, found, reason = timedelta(seconds=s.join_limit), [], "no reply"
 
-    def work() -> None:
+    def exchange() -> None:
         nonlocal reason
+        own = problems
         try:
-            found.append(exchange(problems, s, marker))
+            store = dist.TCPStore(s.master_addr, s.master_port, None, s.node_rank == 0, limit, wait_for_workers=False)
+            if s.node_rank == 0:
+                store.set("marker", marker.name if marker.exists() else "")
+            elif not (marker.parent / store.get("marker").decode()).exists():
+                own = [*own, f"{marker.parent} is not the folder of node 0: use a folder that all nodes share"]
+            found.extend(synchronize(store, json.dumps(own).encode(), s.node_rank, s.nnodes, "problems", s.join_limit))
         except dist.DistError as error:
             reason = first_line(error)
 
@@ -225,18 +217,20 @@ def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
     with contextlib.suppress(OSError):  # folder_problems has reported it
         marker.touch()
     # torch waits without limit for the reply of another program at the port, so it runs in a thread.
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=exchange, daemon=True)
     try:
         thread.start()
         thread.join(s.join_limit + GRACE)
     finally:
         with contextlib.suppress(OSError):
             marker.unlink()
+    if found:
+        return [f"node {node}: {problem}" for node, own in enumerate(found) for problem in json.loads(own)]
     absent = (
         f"{s.nnodes} nodes did not connect at {address} within {s.join_limit:g} s ({reason}): run the same command on "
         "each node with its own NODE_RANK, and check that the port is open and that no other program uses it"
     )
-    return found[0] if found else [f"node {s.node_rank}: {problem}" for problem in (*problems, absent)]
+    return [f"node {s.node_rank}: {problem}" for problem in (*problems, absent)]
 
 
 # -------------------------------------------------------------------------------------------------------------- main

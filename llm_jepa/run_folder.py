@@ -163,7 +163,14 @@ class RunFolder:
     def start(self, overwrite: bool, record: dict[str, Any]) -> None:
         """Makes the folder and writes args.json and run.json with status `running`. A resumed run keeps its history."""
         folder = self.path.resolve()  # a link to a folder stays
-        self._lock(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Keeps every other process out until `close`; next to the folder, which --overwrite replaces.
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(f"--output_dir {self.path} is in use by another process") from None
+        self._lock_file = lock
         if overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
@@ -178,19 +185,6 @@ class RunFolder:
         self.record = {"status": "running", **record, "wall_seconds": self._previous_seconds, "attempts": attempts}
         write_json(self.path / "args.json", self.settings)
         write_json(self.path / "run.json", self.record)
-
-    def _lock(self, folder: Path) -> None:
-        """Keeps every other process out of the folder until `close`. Raises UsageError if one is using it.
-
-        The lock file is next to the folder, which --overwrite replaces. The lock ends with the process.
-        """
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UsageError(f"--output_dir {self.path} is in use by another process") from None
-        self._lock_file = lock
 
     def close(self) -> None:
         """Removes the lock file and releases the lock."""

@@ -349,11 +349,6 @@ def plot_embeddings(table: Table, drawn: Drawn) -> None:
     if points < T_SNE_MIN_POINTS:
         drawn.missing.append(f"no t-SNE of the views: {points} points are too few")
         return
-    plot_t_sne(views, drawn)
-
-
-def plot_t_sne(views: dict[str, tuple[int, np.ndarray, np.ndarray]], drawn: Drawn) -> None:
-    """A t-SNE plane for each arm, of both views of its first pairs; `views`: arm → seed, Text, Code."""
     panels = {}
     for arm, (seed, *pair) in views.items():
         panels[f"t-SNE of {arm}, seed {seed}"] = axes = new_axes()

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 import textwrap
 from collections.abc import Iterable, Iterator
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from llm_jepa.reports.stats import (
 )
 from llm_jepa.settings import read_settings
 
-WIDTH = 100  # characters of a line of text in report.md, which is also read in a terminal
+# Lines of text in report.md, which is also read in a terminal: paths are not broken.
+wrap = partial(textwrap.fill, width=100, break_long_words=False, break_on_hyphens=False)
 Block = tuple[str, Any]
 # Columns of the table of what the terms have learned: keys of run.json's `learned`, and of the evaluation's retrieval.
 TRAINING = {"cosine": "cosine", "shuffled": "cosine_shuffled", "retrieval": "retrieval", "rank": "effective_rank",
@@ -158,13 +160,6 @@ def as_markdown(kind: str, content: Any) -> str:
     if kind == "details":
         return "\n\n".join(as_markdown(*block) for block in content)
     return {"h1": "# ", "h2": "## ", "h3": "### "}[kind] + content if kind in ("h1", "h2", "h3") else wrap(content)
-
-
-def wrap(text: str, subsequent_indent: str = "") -> str:
-    """The text in lines of WIDTH characters; paths are not broken."""
-    return textwrap.fill(
-        text, WIDTH, subsequent_indent=subsequent_indent, break_long_words=False, break_on_hyphens=False
-    )
 
 
 def as_html(kind: str, content: Any) -> str:

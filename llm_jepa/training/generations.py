@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -19,7 +20,9 @@ from llm_jepa.distributed import agreed
 from llm_jepa.evaluation import generation
 from llm_jepa.evaluation.model import label_logits
 from llm_jepa.evaluation.scores import scored_row, scorer, summarize, verdicts
+from llm_jepa.reports.results import score_names
 from llm_jepa.scoring.tasks import find_task, is_task_file
+from llm_jepa.settings import Settings
 from llm_jepa.training.callbacks import reopen
 from llm_jepa.training.trackers import log_table
 
@@ -33,18 +36,20 @@ class Generations:
     examples in the last evaluation. Raises UsageError if the task cannot score the examples.
     """
 
-    def __init__(
-        self, renderer: Renderer, examples: list[Example], task: str, spider_path: str, *, scored: int, shown: int,
-        allow_code_execution: bool = False, process: int = 0, processes: int = 1,
-    ):  # fmt: skip
-        """`scored`, `shown`: of the first N examples there are scores, or samples; 0: none."""
-        self.renderer, self.task, self.scored, self.shown = renderer, task, scored, shown
-        self.examples = examples[: scored or shown]
-        self.mine, self.limit = self.examples[process::processes], generation.answer_limit(renderer, self.examples)
-        self.scorer = partial(scorer, task, spider_path, self.mine, allow_code_execution)
+    def __init__(self, s: Settings, renderer: Renderer, examples: list[Example], state: PartialState):
+        self.renderer, self.task, self.scored, self.shown = (
+            renderer,
+            s.scored_task,
+            s.eval_generate,
+            s.sample_generations,
+        )
+        self.examples = examples[: self.scored or self.shown]
+        self.mine = self.examples[state.process_index :: state.num_processes]
+        self.limit = generation.answer_limit(renderer, self.examples)
+        self.scorer = partial(scorer, self.task, s.spider_path, self.mine, s.allow_code_execution)
         self.samples: list[dict[str, Any]] = []
-        score = scorer(task, spider_path, self.examples, allow_code_execution)
-        if is_task_file(task):  # otherwise a mistake of the user's code would be found only after the first epoch
+        score = scorer(self.task, s.spider_path, self.examples, s.allow_code_execution)
+        if is_task_file(self.task):  # otherwise a mistake of the user's code would be found only after the first epoch
             with score as score:
                 score(self.examples[0].assistant, self.examples[0])
 
@@ -68,10 +73,9 @@ class Generations:
         if not self.scored:
             return {}
         found = summarize([row for _, row in pairs], self.task)
-        names = [n for n in (*found["scores"], "exact", "startswith", "stop_rate") if found[n] is not None]
         primary = found["score"]
         limits = dict(zip((f"{primary}_low", f"{primary}_high"), found["ci95"][primary], strict=True))
-        return {name: found[name] for name in names} | limits
+        return {name: found[name] for name in score_names(found)} | limits
 
 
 def shorten(text: str) -> str:
