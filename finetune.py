@@ -158,7 +158,7 @@ class JepaTrainer(StepTrainer):
         step = self.state.global_step + 1
         terms = [(term, term.weight_at(step, self.state.max_steps)) for term in self.terms]
         loss, sums, shares = losses.objective(lm_sum, states, counts, self.settings.gamma, terms)
-        self.add_statistics(shares, lm_sum, sums, states, inputs)
+        self.add_statistics(shares, {"lm": lm_sum} | sums, states, inputs)
         return loss * ranks  # data parallelism averages gradients, but the loss is a sum over ranks
 
 

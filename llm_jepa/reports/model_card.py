@@ -78,8 +78,10 @@ def write_card(run: Path, overwrite: bool, license: str | None = None, repo: str
     if status != "finished":
         raise UsageError(f"{run}: {status or 'damaged run.json'}, not finished")
     evaluations = {path.parent.name: read_json(path) for path in sorted(run.glob("eval/*/metrics.json"))}
-    if path.exists() and not overwrite and not is_replaceable(path.read_text(encoding="utf-8", errors="replace")):
-        raise UsageError(f"{path} exists and was not written by model_card.py; give --overwrite to replace it")
+    if path.exists() and not overwrite and MARK not in (text := path.read_text(encoding="utf-8", errors="replace")):
+        blank = ModelCard.from_template(ModelCardData()).text.strip()  # PEFT saves it with every adapter
+        if text.split("\n---\n", 1)[-1].partition("### Framework versions")[0].strip() != blank:
+            raise UsageError(f"{path} exists and was not written by model_card.py; give --overwrite to replace it")
     name, base, results = run.resolve().name, hub_id(s.model_name), evaluation_results(evaluations)
     tags = {"llm-jepa": s.jepa, "lora": s.lora}
     tags |= {CHAT_LOSSES[name][0].lower().replace(" ", "-"): True for name in s.chat_losses}
@@ -110,9 +112,3 @@ def write_card(run: Path, overwrite: bool, license: str | None = None, repo: str
     )  # fmt: skip
     write_text(path, f"{card}\n")
     return path
-
-
-def is_replaceable(text: str) -> bool:
-    """Whether a card was written here, or is the blank one that PEFT saves with every adapter."""
-    blank = ModelCard.from_template(ModelCardData()).text.strip()
-    return MARK in text or text.split("\n---\n", 1)[-1].partition("### Framework versions")[0].strip() == blank

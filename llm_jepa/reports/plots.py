@@ -88,12 +88,11 @@ def new_axes(width: float = 3.4, height: float = 2.6) -> Axes:
 
 def arm_styles(table: Table) -> dict[str, dict[str, str]]:
     """Label, color and marker of each arm: the same in every figure, and no two arms share both."""
-    styles = {}
-    for i, arm in enumerate(table.arms):
-        cycle, color = divmod(i, len(PALETTE))  # arms beyond the palette repeat its colors with another marker
-        marker = PALETTE[(color + cycle) % len(PALETTE)][1]
-        styles[arm] = {"label": escape(arm), "color": PALETTE[color][0], "marker": marker}
-    return styles
+    n = len(PALETTE)  # arms beyond the palette repeat its colors with another marker
+    return {
+        arm: {"label": escape(arm), "color": PALETTE[i % n][0], "marker": PALETTE[(i + i // n) % n][1]}
+        for i, arm in enumerate(table.arms)
+    }
 
 
 def plot_line(axes: Axes, x: np.ndarray, y: np.ndarray, style: dict[str, str], arm: int) -> None:

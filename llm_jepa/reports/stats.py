@@ -92,12 +92,7 @@ def sign_flip(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """
     values = np.asarray(differences, dtype=np.float64)
     test = scipy.stats.permutation_test(
-        (values, np.zeros_like(values)),
-        lambda x, y, axis: (x - y).mean(axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        rng=np.random.default_rng(0),
+        (values,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
     )
     return float(test.pvalue), max(2 / 2 ** len(values), 2 / (RESAMPLES + 1))
 

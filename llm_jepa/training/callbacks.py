@@ -16,7 +16,7 @@ from llm_jepa.run_folder import RunFolder
 from llm_jepa.training.diagnostics import JUDGED, judge
 
 
-def computation(trainer: Any, compiled: bool) -> dict[str, Any]:
+def computation(trainer: Any) -> dict[str, Any]:
     """What run.json records about precision, compilation and sharding."""
     state, sharded = trainer.accelerator.state, trainer.is_fsdp_enabled
     policy = state.fsdp_plugin.mixed_precision_policy if sharded else None
@@ -24,7 +24,7 @@ def computation(trainer: Any, compiled: bool) -> dict[str, Any]:
     return {
         "parameters": sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}),
         "autocast": autocast and autocast.removeprefix("torch."),
-        "compiled": compiled,
+        "compiled": trainer.settings.torch_compile,
         "sharding": f"fsdp{state.fsdp_plugin.fsdp_version}" if sharded else "ddp" if state.num_processes > 1 else None,
     }
 
@@ -64,7 +64,7 @@ class MetricsCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.file = reopen(self.run.path / "metrics.jsonl", state.global_step)  # closed in on_train_end
-        self.run.update("running", computation=computation(self.trainer, self.run.settings["torch_compile"]))
+        self.run.update("running", computation=computation(self.trainer))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.sampler is not None:  # a stream counts its own epochs

@@ -185,10 +185,7 @@ class StepTrainer(Trainer):
         every = 0 if s.torch_compile or s.track_flop else s.gradient_stats
         self._measures |= bool(s.gamma and self.terms and every and self.state.global_step % every == 0)
 
-    def add_statistics(
-        self, shares: dict[str, torch.Tensor], lm_sum: torch.Tensor, sums: dict[str, torch.Tensor], states: Any,
-        batch: dict,
-    ) -> None:  # fmt: skip
+    def add_statistics(self, shares: dict, sums: dict[str, torch.Tensor], states: Any, batch: dict) -> None:
         """Adds a micro-batch: its shares () of the step's loss, its unweighted sums (), its States and counts."""
         found = {"pairs": states.views.shape[1], "spans": states.path.shape[1]}
         something = len(batch["label_ids"]) and all(found.get(term.divisor, 1) for term in self.terms)
@@ -196,8 +193,7 @@ class StepTrainer(Trainer):
             own = [p for name, p in self.model.named_parameters() if p.requires_grad and "projectors" not in name]
             self._measured, self._measures = diagnostics.gradient_statistics(shares, own), False
         self._step_loss = self._step_loss + sum(shares.values()).detach()
-        zero = lm_sum.new_zeros(())
-        figures = dict.fromkeys(self.statistics_names, zero) | {"lm": lm_sum} | sums
+        figures = dict.fromkeys(self.statistics_names, self.statistics.new_zeros(())) | sums
         if "jepa" in sums:
             not_negatives = find_not_negatives(batch["view_ids"], batch["view_ids"]).to(states.views.device)
             sums_of_pairs = diagnostics.pair_statistics(states.views, not_negatives)
