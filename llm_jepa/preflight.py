@@ -136,16 +136,6 @@ def disk_problems(folder: str, plan: dict[str, Any], runs: int, limit: int, keep
     return [short] if free < need else []
 
 
-def folder_problems(folder: str) -> list[str]:
-    """Checks that the folder can be created and written to."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        return [f"{folder} cannot be written to ({first_line(error)}): use another folder"]
-    return []
-
-
 # -------------------------------------------------------------------------------------------------------- all-reduce
 
 
@@ -214,7 +204,7 @@ def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
             reason = first_line(error)
 
     print(f"preflight: waiting for {s.nnodes} nodes at {address}, at most {s.join_limit:g} s", file=sys.stderr)
-    with contextlib.suppress(OSError):  # folder_problems has reported it
+    with contextlib.suppress(OSError):  # local_problems has reported it
         marker.touch()
     # torch waits without limit for the reply of another program at the port, so it runs in a thread.
     thread = threading.Thread(target=exchange, daemon=True)
@@ -258,7 +248,11 @@ def local_problems(s: Preflight, trainings: list[list[str]]) -> tuple[list[str],
     for file in filter(None, s.data_files.split(",")):
         if not (Path(file).is_file() and Path(file).stat().st_size):
             problems.append(f"{file} does not exist or is empty; see datasets/README.md")
-    problems += folder_problems(s.output_dir)
+    try:
+        Path(s.output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=s.output_dir).close()
+    except OSError as error:
+        problems.append(f"{s.output_dir} cannot be written to ({first_line(error)}): use another folder")
     enough = s.device == "cpu" or torch.cuda.device_count() >= s.nproc_per_node
     if not enough:
         hint = "set NPROC (--nproc_per_node), or see nvidia-smi and CUDA_VISIBLE_DEVICES"
