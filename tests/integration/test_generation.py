@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import GOLDEN, MODEL, MODELS, changed_copy, half_token, random_model
 
 import evaluate
@@ -13,6 +14,7 @@ from llm_jepa.data.examples import Example, Problems
 from llm_jepa.data.segments import end_of_turn
 from llm_jepa.evaluation import generation
 from llm_jepa.evaluation.settings import EvaluationSettings
+from llm_jepa.settings import Settings
 from llm_jepa.training.generations import Generations
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -256,10 +258,10 @@ def test_tokenizer_that_adds_bos_adds_no_second_one(tmp_path):
 
 def test_held_out_generations_are_as_long_as_the_longest_answer(monkeypatch):
     model, renderer = load(MODEL)
-    limits, answer = [], "a word " * 200
+    s, limits, answer = Settings(train_file="data.jsonl", eval_generate=2), [], "a word " * 200
     examples = [Example(None, "x", text, "data:1", i) for i, text in enumerate(("a", answer))]
     found = [[(example, generation.Generation("", "stop")) for example in examples]]
     monkeypatch.setattr(generation, "generate", lambda *a, max_new_tokens: limits.append(max_new_tokens) or found)
     for some in (examples[:1], examples):
-        Generations(renderer, some, "text", "", scored=2, shown=0)(model)
+        Generations(s, renderer, some, PartialState())(model)
     assert limits[0] == 128 and len(renderer.tokenizer(answer).input_ids) < limits[1]
