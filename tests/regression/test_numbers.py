@@ -1,8 +1,8 @@
-"""Training runs and scores must give the stored numbers: a change that should do nothing must leave them equal.
+"""Training runs must give the stored numbers: a change that should do nothing must leave them equal.
 
-values.json stores some steps of 20-step runs on a small model and the scorers' results on the golden examples. The
-relative tolerance is 1e-6, because kernels differ between CPUs. `LLM_JEPA_EXACT=1` requires equality bit for bit, for
-comparisons on one machine. To store new values after an intended change of the numbers:
+values.json stores some steps of 20-step runs on a small model. The relative tolerance is 1e-6, because kernels differ
+between CPUs. `LLM_JEPA_EXACT=1` requires equality bit for bit, for comparisons on one machine. To store new values
+after an intended change of the numbers:
 
     LLM_JEPA_WRITE=1 python -m pytest -n 0 tests/regression
 """
@@ -10,16 +10,12 @@ comparisons on one machine. To store new values after an intended change of the 
 import json
 import math
 import os
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import GOLDEN, MODEL, ROOT, call
-
-from llm_jepa.data.examples import Example, Problems, read_examples
-from llm_jepa.scoring.tasks import TASKS, score_text
 
 VALUES = Path(__file__).with_name("values.json")
 EXACT, WRITE = (os.environ.get(f"LLM_JEPA_{name}") == "1" for name in ("EXACT", "WRITE"))
@@ -78,60 +74,17 @@ def train(name: str, folder: Path) -> dict[str, list[float]]:
     return columns
 
 
-def make_databases(folder: Path, examples: list[Example]) -> Path:
-    """Makes the databases that the SQL examples name, with 12 lines of equal and different ranks in each table."""
-    for example in examples:
-        name, table = example.user.split("[")[1].split("]")[0], example.assistant.split(" FROM ")[1].split()[0]
-        (folder / name).mkdir(exist_ok=True)
-        connection = sqlite3.connect(folder / name / f"{name}.sqlite")
-        connection.execute(f"DROP TABLE IF EXISTS {table}")
-        connection.execute(f"CREATE TABLE {table} (name TEXT, rank INTEGER)")
-        connection.executemany(f"INSERT INTO {table} VALUES (?, ?)", [(f"n{i}", i * 5 % 11) for i in range(12)])
-        connection.commit()
-        connection.close()
-    return folder
-
-
-def score(task: str, file: str, folder: Path) -> list[str]:
-    """For each example the scores of five predictions: 1 right, 0 wrong, and the reason of a failure."""
-    examples = read_examples(str(GOLDEN / file), Problems())
-    compact = []
-    with TASKS[task].start(make_databases(folder, examples) if task == "spider" else None) as scorer:
-        for number, example in enumerate(examples):
-            gold, other = example.assistant, examples[number - 1].assistant
-            same = {"spider": gold.replace(" DESC", " DESC, 1"), "synth": f"~(~({gold}))"}.get(task, f" {gold}.")
-            near = gold.replace(" >  ", " >= ").replace(" DESC", "").replace("[0-9]", "[1-9]").replace("cat", "cats")
-            verdicts = []
-            for prediction in (gold, same, near, other, gold[:-1]):
-                scores = score_text(prediction, gold) | scorer(prediction, example)
-                verdicts.append("".join(v if isinstance(v, str) else str(int(v)) for v in scores.values()))
-            compact.append(" ".join(verdicts))
-    return compact
-
-
-SCORES = {"spider": "sql_rows.jsonl", "synth": "regex_rows.jsonl", "rotten_tomatoes": "tricky_rows.jsonl"}
-
-
-def check(name: str, measured: dict[str, list]) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_training_gives_stored_numbers(name, tmp_path):
     """Compares the values of a case with the stored ones, or stores them with LLM_JEPA_WRITE=1."""
-    stored = json.loads(VALUES.read_text()) if VALUES.exists() else {}
+    measured, stored = train(name, tmp_path), json.loads(VALUES.read_text()) if VALUES.exists() else {}
+    assert len(measured["loss"]) == len(KEPT_STEPS) and all(map(math.isfinite, measured["loss"]))
     if WRITE:
-        kept = {case: stored[case] for case in (*RUNS, "scores") if case in stored} | {name: measured}
+        kept = {case: stored[case] for case in RUNS if case in stored} | {name: measured}
         lines = {c: ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in kept[c].items()) for c in kept}
         VALUES.write_text("{\n" + ",\n".join(f' "{c}": {{\n{text}\n }}' for c, text in lines.items()) + "\n}\n")
         return
     assert measured.keys() == stored[name].keys()
     for key, values in stored[name].items():
         near = pytest.approx(values, rel=1e-6, abs=1e-5 if key.endswith(BOUNDED) else 0)
-        assert measured[key] == (values if EXACT or isinstance(values[0], str) else near), key
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_training_gives_stored_numbers(name, tmp_path):
-    values = train(name, tmp_path)
-    assert len(values["loss"]) == len(KEPT_STEPS) and all(map(math.isfinite, values["loss"]))
-    check(name, values)
-
-
-def test_scorers_give_stored_results(tmp_path):
-    check("scores", {task: score(task, file, tmp_path) for task, file in SCORES.items()})
+        assert measured[key] == (values if EXACT else near), key
