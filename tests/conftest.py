@@ -43,7 +43,7 @@ gc.freeze()
 
 # `pytest -m fast`: all tests in these folders or files, except in slow ones.
 FAST = ("unit", "parity", "property")
-SLOW = ("test_preflight", "test_prepare", "test_plots", "test_programs", "test_report_in_browser", "test_any_query",
+SLOW = ("test_preflight", "test_prepare", "test_plots", "test_programs", "test_report_in_browser",
         "test_language_up_to_a_length")  # fmt: skip
 # Reasons for which CI accepts a skipped test.
 ALLOWED_SKIPS = ("GPU", "vLLM", "bitsandbytes", "network namespaces", "cannot be mounted", "bubblewrap", "Chromium")

@@ -1,10 +1,11 @@
 """Which arms the report compares, with which reference, and what it refuses."""
 
+import html
 import json
 from pathlib import Path
 
 import pytest
-from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, one_arm, pretrained_run, synthetic_run, two_arms
+from synthetic_runs import FEW, JEPA, METRICS, REGULAR, change, one_arm, pretrained_run, two_arms
 
 from llm_jepa.report import main
 from llm_jepa.reports import writer
@@ -42,17 +43,6 @@ def test_arms_are_paired_by_seed_with_the_regular_arm(tmp_path, report):
     assert {(c["family"], c["p_two_sided"]) for c in (startswith, stop_rate)} == {(0, None)}
 
 
-def test_primary_score_comes_first(tmp_path, report):
-    runs = []
-    for name, settings, gain in (("r", REGULAR, 0), ("j", JEPA, 2)):
-        for seed in (1, 2, 3):
-            scores = {"exact": 70.0, "dfa_equal": 80.0 + gain + seed / 100}
-            runs.append(str(synthetic_run(tmp_path / f"{name}{seed}", settings, seed, scores)))
-    comparisons = report(runs)[1]["synth"]["comparisons"]
-    assert [c["score"] for c in comparisons] == ["dfa_equal", "exact", "startswith", "stop_rate"]
-    assert comparisons[0]["mean"] == pytest.approx(2.0)
-
-
 def test_arms_without_a_common_seed_are_not_compared(tmp_path, report):
     code, found, err = report(two_arms(tmp_path, {82: 90.0}, {23: 80.0}))
     assert code == 1 and "no seed is in both" in err and not found["synth"]["comparisons"]
@@ -67,24 +57,33 @@ def test_holm_corrects_per_data_set(tmp_path, report):
     assert families == {"synth": [2, 0, 0] * 2, "turk": [1, 0, 0]}
 
 
-METHODS = [
-    {"lbd": 2.0}, {"last_token": -2}, {"infonce": True}, {"reverse_pred": True}, {"text_view": "in_chat"},
-    {"layout": "additive", "additive_mask": True}, {"jepa_loss": "clip", "temperature": 0.2, "negatives_queue": 64},
-    {"sigreg": 0.05}, {"regular": True, "nitp": True},
-    {"nitp": True, "nitp_lbd": 1.0, "nitp_layer": 1, "nitp_targets": "random"},
-    {"same_flop": True}, {"stp": "geodesic", "stp_lbd": 0.02},
-]  # fmt: skip
+METHODS = {  # by their labels
+    "JEPA λ=2, k=1": {"lbd": 2.0}, "JEPA λ=1, k=1, last_token=-2": {"last_token": -2},
+    "JEPA infonce λ=1, k=1": {"infonce": True}, "JEPA λ=1, k=1, reverse_pred": {"reverse_pred": True},
+    "JEPA λ=1, k=1, text_view=in_chat": {"text_view": "in_chat"}, "JEPA λ=1, k=1, sigreg=0.05": {"sigreg": 0.05},
+    "JEPA λ=1, k=1, layout=additive": {"layout": "additive", "additive_mask": True},
+    "JEPA clip λ=1, k=1, negatives_queue=64, temperature=0.2":
+        {"jepa_loss": "clip", "temperature": 0.2, "negatives_queue": 64},
+    "JEPA clip (shuffled pairs) λ=1, k=1": {"jepa_loss": "clip", "shuffle_pairs": True},
+    "JEPA clip λ=1, k=1 + NITP λ=1": {"jepa_loss": "clip", "nitp": True, "nitp_lbd": 1.0},
+    "NITP λ=0.8, nitp_layer=1, nitp_targets=random":
+        {"regular": True, "nitp": True, "nitp_layer": 1, "nitp_targets": "random"},
+    "STP geodesic λ=0.02": {"regular": True, "stp": "geodesic", "stp_lbd": 0.02},
+    "JEPA λ=1, k=1, same_flop": {"same_flop": True},
+    "JEPA λ=1, k=1 + STP geodesic λ=0.02": {"stp": "geodesic", "stp_lbd": 0.02},
+}  # fmt: skip
 
 
-def test_arms_may_differ_in_the_method(tmp_path, report):
+def test_arms_may_differ_in_the_method_and_are_labeled_by_it(tmp_path, report):
     runs = one_arm(tmp_path, "regular", REGULAR, {82: 90.0})
-    for i, method in enumerate(METHODS):
+    for i, method in enumerate(METHODS.values()):
         runs += one_arm(tmp_path, f"jepa{i}", JEPA | method, {82: 91.0})
     for run in runs[-2:]:  # --same_flop trains other numbers of steps
         change(run, "run.json", steps=800 if "same_flop" in Path(run, "args.json").read_text() else 2000)
     code, found, err = report(runs)
     assert code == 0, err
-    assert len({c["arm"] for c in found["synth"]["comparisons"]}) == len(METHODS)
+    assert list(found["synth"]["arms"]) == ["regular", *METHODS]
+    assert {c["arm"] for c in found["synth"]["comparisons"]} == METHODS.keys()
 
 
 # What else runs may differ in: the file, its new value and how the report shows both values.
@@ -168,18 +167,6 @@ def test_against_must_match_one_arm(tmp_path, report, against, count):
     assert code == 2 and not found and f"--against {against} matches {count} " in err
 
 
-def test_labels_have_the_losses_and_the_placebo_and_one_arm_is_regular(tmp_path, report):
-    clip, stp = JEPA | {"jepa_loss": "clip"}, {"stp": "geodesic", "stp_lbd": 0.02}
-    nitp = {"nitp": True, "nitp_lbd": 1.0}
-    arms = [REGULAR, REGULAR | nitp, JEPA, clip, clip | {"shuffle_pairs": True}, clip | nitp,
-            REGULAR | stp, JEPA | stp]  # fmt: skip
-    runs = [run for i, arm in enumerate(arms) for run in one_arm(tmp_path, f"a{i}", arm, {82: 90.0})]
-    assert list(report(runs)[1]["synth"]["arms"]) == [
-        "regular", "NITP λ=1", "JEPA λ=1, k=1", "JEPA clip λ=1, k=1", "JEPA clip (shuffled pairs) λ=1, k=1",
-        "JEPA clip λ=1, k=1 + NITP λ=1", "STP geodesic λ=0.02", "JEPA λ=1, k=1 + STP geodesic λ=0.02",
-    ]  # fmt: skip
-
-
 NEW_FLAGS = {"jepa_loss": "cosine", "temperature": None, "shuffle_pairs": False, "nitp": False, "gradient_stats": 0}
 
 
@@ -215,6 +202,9 @@ def test_an_arm_is_compared_with_its_own_placebo_without_correction(tmp_path, re
     assert placebo["mean"] == pytest.approx(0.75) and placebo["interval"] == pytest.approx([-1.26, 2.76], abs=0.005)
     assert (placebo["family"], placebo["p_two_sided"]) == (0, None)
     assert {c["family"] for c in synth["comparisons"] if c["score"] == "exact"} == {3}
+    for name in ("report.md", "report.html"):
+        page = " ".join(html.unescape((tmp_path / "out" / name).read_text()).split())
+        assert placebo["verdict"] in page and "+0.75 points" in placebo["verdict"]
     change(runs[-1], "run.json", device="NVIDIA H100")  # a placebo that is not compared with the reference
     assert report(runs)[1]["synth"]["placebos"] == []
 

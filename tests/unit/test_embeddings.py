@@ -1,4 +1,4 @@
-"""Figures about embeddings, each against another way to compute it; exported files; t-SNE."""
+"""Figures about embeddings, each against another way to compute it; t-SNE."""
 
 import itertools
 import json
@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from llm_jepa.cli import UsageError
 from llm_jepa.data.examples import Example, ExampleError
@@ -117,17 +116,7 @@ def test_singular_values_of_the_difference_and_their_size_relative_to_the_views(
             assert found["singular_value_mean"] == pytest.approx(values.mean(), rel=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------- export and t-SNE
-
-
-def test_export_contains_vectors_ids_and_metadata(tmp_path):
-    text, code = random_pairs(4, 3)
-    path = tmp_path / "new" / "views.safetensors"
-    embeddings.export(path, text, code.T.contiguous().T, [3, 1, 8, 9], {"layer": -1, "revision": None})
-    with safe_open(path, "pt") as file:
-        assert file.get_tensor("text").equal(text) and file.get_tensor("code").equal(code)
-        assert file.get_tensor("ids").tolist() == [3, 1, 8, 9]
-        assert file.metadata() == {"layer": "-1", "revision": "None"}
+# ---------------------------------------------------------------------------------------------------------- t-SNE
 
 
 def test_t_sne_draws_collapsed_embeddings_but_not_few_points(tmp_path):

@@ -2,32 +2,18 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_jepa.data.batching import MicroBatches
-from llm_jepa.data.segments import Item, Segment
-from llm_jepa.layouts import LAYOUTS, Collator, attention_mask, packed_rows
-
-
-def items(lengths: list[tuple[int, int, int]]) -> list[Item]:
-    """Examples with token ids 1000 · segment number + position."""
-    out, number = [], 0
-    for example in lengths:
-        segments = []
-        for kind, n in zip(("chat", "text_view", "code_view"), example, strict=True):
-            labels = np.arange(n) >= (n // 2 if kind == "chat" else n)
-            segments.append(Segment(kind, 1000 * number + np.arange(n), labels, None if kind == "chat" else n - 1))
-            number += 1
-        out.append(tuple(segments))
-    return out
+from llm_jepa.data.segments import Segment
+from llm_jepa.layouts import LAYOUTS, Collator, packed_rows
 
 
 @pytest.mark.parametrize("codes", [[0], [0, 1, 2, 3], [0, 0, 1, 0], [0, 0, 0]])
 def test_shuffled_pairs_have_the_code_of_the_next_pair_if_it_is_another_one(codes):
     """`codes`: equal numbers for equal Code views."""
-    texts = [text for _, text, _ in items(len(codes) * [(2, 3, 2)])]
+    texts = [Segment("text_view", 1000 * i + np.arange(3), np.zeros(3, dtype=bool), 2) for i, _ in enumerate(codes, 1)]
     ids = [np.array([7, code]) for code in codes]
     segments = [Segment("code_view", x, np.zeros(2, dtype=bool), 1) for x in ids]
     chat = Segment("chat", np.arange(2), np.zeros(2, dtype=bool), None)
@@ -52,25 +38,6 @@ def test_packed_rows_contain_every_segment_once_within_the_budget(lengths, token
     sums = [sum(len(s.ids) for s in row) for row in rows]
     assert max(sums) <= max(tokens_per_row, *lengths) and min(sums) > 0
     assert len(rows) <= 2 * sum(lengths) / max(tokens_per_row, *lengths) + 1
-
-
-def test_padding_of_packed_rows_is_a_segment():
-    batch = Collator("packed", pad_id=-7, tokens_per_row=16)(items([(12, 6, 3)]))
-    assert batch["position_ids"].tolist() == [[*range(12)], [*range(6), *range(3), *range(3)]]
-    assert batch["input_ids"][1, 9:].tolist() == [-7] * 3 and batch["tokens"].tolist() == [12, 6, 3, 3]
-    assert batch["boundaries"].tolist() == [0, 12, 18, 21, 24] and batch["longest"] == 12
-
-
-def test_branch_tokens_attend_to_stem_only_and_continue_its_positions():
-    chat = Segment("chat", np.arange(6), np.zeros(6, dtype=bool), view=5, stem=2, branch=2)
-    other = Segment("code_view", np.arange(3), np.zeros(3, dtype=bool), view=2)
-    batch = Collator("packed", pad_id=0, tokens_per_row=10)([(chat, other)])
-    expected = torch.block_diag(torch.ones(6, 6).tril(), torch.ones(3, 3).tril()).bool()
-    expected[4:6, 2:4] = False  # the chat after the stem
-    seen = attention_mask(batch["segment_ids"], batch["branches"])[0]
-    assert batch["mask"] == "dense" and seen.equal(expected)
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 0, 1, 2]]
-    assert batch["tokens"].tolist() == [4, 2, 3, 0]
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))

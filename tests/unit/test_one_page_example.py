@@ -1,12 +1,11 @@
 """The files in examples/: the method in one page gives the loss of finetune.py, and the Python API works."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, dry_run, message_row, write_rows
+from conftest import ROOT, column, dry_run, message_row, read_json, write_rows
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -37,9 +36,8 @@ def test_python_api_example_trains_scores_and_embeds(tmp_path: Path):
     data = tmp_path / "train.jsonl"
     data.write_text("".join(python_api.TRAIN.read_text().splitlines(keepends=True)[:16]))
     scores, views = python_api.main(str(tmp_path / "run"), data, steps=2, examples=12, max_new_tokens=4)
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["pairs"] for line in lines if "pairs" in line] == [8, 8]
+    assert read_json(tmp_path / "run" / "run.json")["status"] == "finished"
+    assert column(tmp_path / "run", "pairs") == [8, 8]
     assert set(scores) == {"dfa_equal", "exact", "startswith", "stop_rate"}
     assert all(0 <= low <= share <= high <= 1 for share, (low, high) in scores.values())
     assert views["n"] == 12 and -1 <= views["cosine"] <= 1

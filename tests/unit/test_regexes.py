@@ -64,19 +64,14 @@ def test_text_that_is_no_expression():
         assert verdict(text, "a") == "syntax", text
 
 
-def test_limit_on_states():
+def test_limit_on_states_of_an_expression_and_its_parts():
     # Whether the ninth symbol from the end is an a takes 2⁹ states, and some more before they are minimized.
     assert dfa_equal(".*a.{8}", ".*a.{8}", 1100) is True
     assert verdict(".*a.{8}", "a", 511) == "states"
     # the datasets' largest answer
     assert dfa_equal("(((dog).*(truck).*)|(ring)){6,}", "(ring|dog.*truck.*){5}(ring|dog.*truck.*)+", 3000) is True
-
-
-@pytest.mark.parametrize(
-    "text", [".*a.{8}|b", "(.*a.{8})&b", "(~(.*a.{8})b){2}", "a{0,501}", "(a{30}){30}", "a" * 501, "|".join("a" * 501)]
-)
-def test_limit_on_states_applies_to_parts(text):
-    assert verdict(text, "a", 500) == "states"
+    parts = (".*a.{8}|b", "(.*a.{8})&b", "(~(.*a.{8})b){2}", "a{0,501}", "(a{30}){30}", "a" * 501, "|".join("a" * 501))
+    assert [verdict(part, "a", 500) for part in parts] == ["states"] * 7
 
 
 def test_hostile_expressions_end_soon_with_a_verdict_or_a_reason():
@@ -177,9 +172,3 @@ def exactly(words: set[tuple]) -> str:
 @given(TREES)
 def test_language_up_to_a_length_is_the_matchers(tree):
     assert verdict(f"({written(tree)})&.{{0,{LENGTH}}}", exactly(language(tree))) is True
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.text("ab.&|~()[]^-*+?{}0123,\\", max_size=12))
-def test_any_text_gives_a_verdict_or_a_reason(text):
-    assert verdict(text, "a") in (True, False, "syntax", "states")

@@ -85,17 +85,10 @@ def test_last_or_all_answers_of_a_chat_are_labels(name, plain):
     assert CHAT.user in text.text and "two?" not in text.text and "c d" in code.text and "x y" not in code.text
 
 
-THINKS = "<think>\n\n</think>\n\n"
-ONLY_LAST_ANSWER = {  # templates
-    "ends": "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + m.content }}"
-    "{{ '<|im_end|>' if m.role == 'user' or loop.last }}\n{% endfor %}",
-    "begins": turns("\n{{ '" + THINKS + "' if m.role == 'assistant' and loop.last }}{{ m.content }}")  # as Qwen3's
-    + "{% if add_generation_prompt %}<|im_start|>assistant\n" + THINKS + "{% endif %}",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("template", ONLY_LAST_ANSWER.values(), ids=ONLY_LAST_ANSWER)
-def test_chat_whose_last_answer_is_written_differently_labels_only_that_one(template):
+def test_chat_whose_last_answer_ends_differently_labels_only_that_one():
+    """Qwen3's begins differently: see above."""
+    end = "{{ '<|im_end|>' if m.role == 'user' or loop.last }}\n"
+    template = "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + m.content }}" + end + "{% endfor %}"
     assert isinstance(with_template(template, lm_turns="all").chats([CHAT])[0], ValueError)
     assert isinstance(with_template(template).chats([CHAT])[0], Segment)
 

@@ -97,15 +97,6 @@ def test_headline_and_table_say_what_the_terms_have_learned(tmp_path, out):
     assert "<td>1 of 2</td>" in (out / "report.html").read_text()
 
 
-def test_an_arm_and_its_placebo_are_in_the_report(tmp_path, out):
-    runs = two_arms(tmp_path, EXACT, BETTER) + one_arm(tmp_path, "p", JEPA | {"shuffle_pairs": True}, EXACT)
-    assert main([*runs, "--output_dir", str(out)]) == 0
-    placebo = json.loads((out / "report.json").read_text())["datasets"][0]["placebos"][0]["verdict"]
-    (line,) = [text for text in paragraphs(out) if "minus its placebo" in text]
-    assert line.startswith("JEPA λ=1, k=1 ") and placebo in line and "+0.75 points" in placebo
-    assert placebo in html.unescape((out / "report.html").read_text())
-
-
 def test_only_the_three_files_are_written_and_repeat_byte_for_byte(tmp_path, out):
     runs = two_arms(tmp_path)
     for run in runs:

@@ -84,8 +84,13 @@ def test_loss_of_the_chat_counts_as_an_auxiliary_loss_everywhere(name):
         resolve(f"--{name}_lbd", -1)
 
 
+OUT_OF_RANGE = (
+    "--predictors 11 --last_token 0 --jepa_ratio 1.5 --lbd inf --sigreg 1 --max_steps 0 --learning_rate nan "
+    "--batch_size 0 --finetune_seed 4294967296 --adam_beta2 2 --temperature 0 --early_stopping_patience 0"
+)
 # Flags, and the flags that the message must mention (by default the first one).
 REFUSED = {
+    f"{OUT_OF_RANGE} --jepa_loss clip --eval_file e": OUT_OF_RANGE,
     "--regular --lbd 1 --infonce": "--lbd --infonce --regular",
     "--regular --reference_grad_scale": "--reference_grad_scale --regular",
     "--reference_grad_scale --grad_accum 1": "--reference_grad_scale --grad_accum",
@@ -101,15 +106,8 @@ REFUSED = {
     "--gradient_stats 10 --torch_compile": "--gradient_stats --torch_compile",
     "--gradient_stats 10 --track_flop": "--gradient_stats --track_flop",
     "--gradient_stats 10 --regular": "",
-    "--predictors 11": "",
     "--front_pred": "--front_pred --predictors",
-    "--last_token 0": "",
     "--stp geodesic --stp_max_length 1": "--stp_max_length --stp",
-    "--jepa_ratio 1.5": "",
-    "--lbd inf": "",
-    "--sigreg 1": "",
-    "--max_steps 0": "",
-    "--jepa_loss clip --temperature 0": "--temperature",
     "--train_all --lm_labels answer": "--lm_labels",
     "--use_default_data_collator --lm_labels reference": "--lm_labels --use_default_data_collator",
     "--additive_mask --layout packed": "--additive_mask --layout",
@@ -128,7 +126,6 @@ REFUSED = {
     "--eval_file e --eval_generate 2 --sample_generations 3": "--sample_generations --eval_generate",
     "--eval_file e --eval_generate 2 --task texts": "--task text",
     "--eval_file e --task text --spider_path x": "--task --spider_path --eval_generate",
-    "--eval_file e --early_stopping_patience 0": "--early_stopping_patience",
     "--run_name a --project b": "--run_name --project --report_to",
     "--eval_steps 5 --eval_file e": "",
     "--max_steps 5 --num_epochs 1": "",
@@ -137,10 +134,6 @@ REFUSED = {
     "--track_flop --torch_compile": "--track_flop --torch_compile",
     "--attn_implementation flex_attention": "--attn_implementation flex_attention",
     "--lr_scheduler_type polynomial --learning_rate 1e-8": "--lr_scheduler_type --learning_rate",
-    "--learning_rate nan": "",
-    "--batch_size 0": "",
-    "--finetune_seed 4294967296": "",
-    "--adam_beta2 2": "",
     "--report_to excel": "",
     "--optim magic": "",
     f"--model_name {ROOT} --revision abc": "--revision",
