@@ -42,9 +42,9 @@ def expected(model, renderer, example: Example, choice: str) -> float:
     return sum(logits[t - 1, ids["input_ids"][t]].item() for t in answer)
 
 
-def chosen(model, encoder, examples, choices, batch_size, tokens_per_batch=0) -> dict[int, generation.Generation]:
+def chosen(model, encoder, examples, choices, batch_size) -> dict[int, generation.Generation]:
     examples, encoded = generation.encode_choices(model.config, encoder, examples, choices, Problems())
-    batches = generation.batches(list(map(generation.forward_size, encoded)), batch_size, tokens_per_batch)
+    batches = generation.batches(list(map(generation.forward_size, encoded)), batch_size)
     with evaluate.label_logits(model, encoder.renderer.tokenizer.pad_token_id) as read:
         found = generation.respond(examples, encoded, partial(generation.choose, read, choices), batches)
         return {e.id: g for batch in found for e, g in batch}
@@ -61,28 +61,6 @@ def test_likelihoods_equal_one_forward_pass_per_choice(name, choices, plain):
         assert found[example.id].text == max(want, key=want.__getitem__)
         assert found[example.id].stop_reason is None
     assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape[1] == 3, "the hook is removed"
-
-
-@pytest.mark.parametrize("choices", [LETTERS, LONG], ids=["letters", "longer"])
-def test_batches_change_no_likelihood_and_letters_need_one_row(choices, monkeypatch):
-    model, encoder = load("llama3")
-    want = chosen(model, encoder, EXAMPLES, choices, 1)
-    shapes, forward = [], type(model).forward
-
-    def watch(self, input_ids=None, **kwargs):
-        shapes.append(tuple(input_ids.shape))
-        return forward(self, input_ids=input_ids, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", watch)
-    rows = 1 if choices == LETTERS else len(choices)  # of each example
-    for options, batches in (({"batch_size": 4}, 2), ({"batch_size": 64, "tokens_per_batch": 500}, None)):
-        shapes.clear()
-        got = chosen(model, encoder, EXAMPLES, choices, **options)
-        assert {i: g.text for i, g in got.items()} == {i: g.text for i, g in want.items()}
-        for i in got:
-            assert got[i].log_likelihoods == pytest.approx(want[i].log_likelihoods, abs=1e-4)
-        assert sum(r for r, _ in shapes) == rows * len(EXAMPLES)
-        assert len(shapes) == batches if batches else all(r * t <= 500 or r == rows for r, t in shapes)
 
 
 def evaluated(model: Path, folder: Path, *flags: object):
@@ -105,19 +83,6 @@ def test_hellaswag_from_the_command_line(tmp_path):
     assert done.code == 2 and "--max_new_tokens" in done.err
 
 
-def test_choices_of_half_precision_are_compared_by_float32_logits(tmp_path, monkeypatch):
-    def likelihoods(name: str) -> list[float]:
-        (tmp_path / name).mkdir()
-        done, rows = evaluated(MODEL, tmp_path / name, "--dtype", "bfloat16")
-        assert done.code == 0, done.err
-        return [value for row in rows for value in row["log_likelihoods"].values()]
-
-    exact = likelihoods("exact")
-    monkeypatch.setattr(generation, "float32_logits", lambda model: contextlib.nullcontext())
-    rounded = likelihoods("rounded")
-    assert exact != rounded and exact == pytest.approx(rounded, abs=0.05)
-
-
 def test_likelihoods_that_are_not_finite_are_an_error(tmp_path):
     folder, tensors = shutil.copytree(MODEL, tmp_path / "broken"), weights(MODEL)
     tensors["model.norm.weight"][0] = math.nan
@@ -137,7 +102,8 @@ def model64(tmp_path_factory) -> Path:
 
 def likelihoods(folder: Path, **flags) -> tuple[torch.Tensor, set[str]]:
     """Log-likelihoods of four letters (4 examples, 4) and the kinds of linear layers in the model."""
-    model, encoder = evaluate.load(str(folder), EvaluationSettings(dtype="float32", task="hellaswag", **flags))
+    settings = EvaluationSettings(**{"dtype": "float32", "task": "hellaswag"} | flags)
+    model, encoder = evaluate.load(str(folder), settings)
     found = chosen(model, encoder, EXAMPLES[:4], LETTERS, 2)
     kinds = {type(m).__name__ for m in model.get_decoder().modules() if "Linear" in type(m).__name__}
     return torch.tensor([list(found[e.id].log_likelihoods.values()) for e in EXAMPLES[:4]]), kinds
@@ -150,6 +116,13 @@ def test_quantized_model_gives_nearly_the_same_likelihoods(model64, flag, kind, 
     (full, _), (quantized, kinds) = likelihoods(model64), likelihoods(model64, **{flag: True})
     assert kinds == {kind}
     assert 0 < (full - quantized).square().mean().sqrt() < error * full.std()
+
+
+def test_choices_of_half_precision_are_compared_by_float32_logits(monkeypatch):
+    exact, _ = likelihoods(MODEL, dtype="bfloat16")
+    monkeypatch.setattr(generation, "float32_logits", lambda model: contextlib.nullcontext())
+    rounded, _ = likelihoods(MODEL, dtype="bfloat16")
+    assert not exact.equal(rounded) and (exact - rounded).abs().max() < 0.05
 
 
 def test_device_map_changes_nothing(model64):

@@ -121,11 +121,6 @@ def test_term_is_judged_by_the_margin_and_retrieval_of_the_last_tenth_with_enoug
     assert (found["jepa"]["collapsed"] if found else None) is expected
 
 
-def test_figures_are_means_of_enough_lines_of_the_end():
-    found = judge(history([0.0] * 990 + [5.0] * 10), 1000)
-    assert found["jepa"]["cosine"] == pytest.approx(0.2 + 5.0 * 0.1 / 10)
-
-
 def test_announced_at_the_first_tenth_from_half_on_and_not_again():
     lines = history([0.0] * 400 + [5.0] * 100 + [0.0] * 500)
     for i, line in enumerate(lines):

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, JEPA, MODEL, call, changed_copy, read_lines, snapshot, train, weights, write_rows
-from peft import AutoPeftModelForCausalLM
+from conftest import EXAMPLES, JEPA, MODEL, call, changed_copy, read_lines, snapshot, weights, write_rows
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from llm_jepa.files import read_json
 
@@ -48,19 +46,10 @@ def test_adapter_and_folder_without_evaluation_are_refused(trained, tmp_path):
         assert done.code == 2 and mentioned in done.err and not (tmp_path / "out").exists()
 
 
-def test_merged_adapter_is_that_of_merge_and_has_the_logits_of_the_run(data, tmp_path):
-    base, out = shutil.copytree(MODEL, tmp_path / "base"), tmp_path / "out"
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.resize_token_embeddings(520)  # without rows of predictor tokens, of which the adapter stores two
-    model.save_pretrained(base)
-    run = train(
-        data, tmp_path / "run", *JEPA, "--lora", "--merge", "--learning_rate", 0.01, "--max_steps", 2, model=base
-    )
+def test_exported_merged_model_is_that_of_merge(trained, tmp_path):
+    run, out = trained(*JEPA, "--plain", "--lora", "--merge", "--max_steps", 2), tmp_path / "out"
     assert call("llm_jepa.export", "merged", run, out, code=0).out.split() == [str(out)]
     assert snapshot(out) == snapshot(run / "merged")
-    loaded, merged = AutoPeftModelForCausalLM.from_pretrained(run), AutoModelForCausalLM.from_pretrained(out)
-    first, second = (m.eval()(input_ids=torch.arange(5, 60)[None]).logits[..., :522] for m in (loaded, merged))
-    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
     for refused, folder in ((run, out), (run / "merged", tmp_path / "no"), (MODEL, tmp_path / "no")):
         done = call("llm_jepa.export", "merged", refused, folder, code=2)
         assert str(out if folder == out else refused) in done.err and done.err.count("\n") == 1

@@ -263,13 +263,6 @@ def test_plain_adapter_trains_exactly_the_added_tokens(trained, tmp_path):
     assert first == second
 
 
-def test_adapter_of_a_model_whose_output_layer_has_a_bias_is_refused_with_plain(data, tmp_path):
-    biased = make_model(tmp_path / "biased", "phi", **SMALL)
-    done = start(data, tmp_path / "run", "--lora", "--plain", *JEPA, model=biased)
-    assert done.code == 2 and "--lora" in done.err and "--plain" in done.err
-    train(data, tmp_path / "run", "--lora", *JEPA, "--max_steps", 1, model=biased)
-
-
 def test_generation_config_is_corrected_or_refused_before_training(data, tmp_path):
     model = shutil.copytree(GOLDEN / "models" / "chatml", tmp_path / "model")
     config, flags = model / "generation_config.json", ("--regular", "--max_steps", 1)
@@ -283,26 +276,14 @@ def test_generation_config_is_corrected_or_refused_before_training(data, tmp_pat
     assert not (tmp_path / "refused").exists()
 
 
-def test_model_with_state_along_the_row_is_refused_unless_separate(data, tmp_path):
-    sizes = {"vocab_size": 531, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "pad_token_id": 10}
-    mamba = make_model(tmp_path / "mamba", "mamba", **sizes)
-    for flags in (JEPA, ("--regular",)):
-        done = start(data, tmp_path / "run", "--max_steps", 1, *flags, model=mamba)
-        assert done.code == 2 and "--layout separate" in done.err and not (tmp_path / "run").exists()
-    assert call("finetune", "--train_file", data, "--model_name", mamba, "--dry_run", 3, *JEPA).code == 2
-    train(data, tmp_path / "run", *JEPA, "--max_steps", 1, "--layout", "separate", model=mamba)
-
-
 # ---------------------------------------------------------------------------------------------- held-out examples
 
 
 def test_held_out_examples_are_scored_at_each_epoch(trained):
     run = trained(*JEPA, "--val_fraction", 0.25, "--num_epochs", 2, "--eval_generate", 3)
-    lines = metrics(run, "eval_loss")
-    assert len(lines) == 2 and len(metrics(run)) == 6  # 18 of 24 examples, 8 in a step
-    for line in lines:
-        assert line["eval_loss"] == pytest.approx(line["eval_lm_loss"] + line["eval_jepa_loss"], rel=1e-5)
-        assert line["eval_exact"] in (0, 1 / 3, 2 / 3, 1)
+    exact = column(run, "eval_exact")
+    assert len(exact) == 2 and len(metrics(run)) == 6  # 18 of 24 examples, 8 in a step
+    assert {*exact} <= {0, 1 / 3, 2 / 3, 1}
 
 
 def test_held_out_loss_is_that_of_one_batch_without_dropout_and_warmup(data, trained):

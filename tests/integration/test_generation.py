@@ -120,17 +120,6 @@ def test_model_whose_cache_fails_generates_without(monkeypatch):
         generation.make_plan(model, prompts, PAD)
 
 
-def test_finished_rows_leave_the_batch(monkeypatch):
-    monkeypatch.setattr(generation, "FIRST_ROUND", 2)
-    model, sizes = build("llama"), []
-    generate = model.generate
-    monkeypatch.setattr(model, "generate", lambda **k: sizes.append(len(k["input_ids"])) or generate(**k))
-    rows = generation.generate_tokens(model, PAD, STOPS, random_prompts(6), 24, generation.Plan())
-    reached = [2 * (2**i - 1) for i in range(len(sizes))]  # tokens before each round
-    assert sizes == [sum(len(row) > tokens for row in rows) for tokens in reached]
-    assert sizes[0] == 6 and sizes[-1] < 6
-
-
 LENGTHS = [5, 40, 7, 7, 100, 1, 12, 30, 7]
 
 
@@ -212,14 +201,6 @@ def test_stop_token_counts_within_max_new_tokens(stopping):
     i = next(i for i, row in enumerate(rows) if row[-1] in stops and len(row) > 1)
     for steps, reason in ((len(rows[i]), "stop"), (len(rows[i]) - 1, "length")):
         assert generated(folder, 1, steps, [EXAMPLES[i]])[0].stop_reason == reason
-
-
-def test_prompt_near_the_context_length_does_not_shorten_the_others():
-    model = build("llama")
-    short = [[*PREFIX, *range(20, 20 + n)] for n in (2, 60, 68)]
-    longest = [*PREFIX, *([30] * 118)]  # 124 of 128 tokens
-    got = generation.generate_tokens(model, PAD, [7], [*short, longest], 20, generation.Plan())
-    assert got == [one_by_one(model, p, 20, [7]) for p in short] + [one_by_one(model, longest, 4, [7])]
 
 
 @pytest.mark.parametrize("max_new_tokens", [-1, 12])

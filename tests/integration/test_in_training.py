@@ -4,19 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import (
-    JEPA,
-    call,
-    column,
-    interrupted,
-    message_row,
-    metrics,
-    read_lines,
-    same_weights,
-    start,
-    train,
-    write_rows,
-)
+from conftest import call, column, interrupted, message_row, metrics, read_lines, same_weights, start, train, write_rows
 
 import finetune
 from llm_jepa.files import read_json
@@ -87,7 +75,7 @@ def scripted(monkeypatch):
     monkeypatch.setattr(finetune.JepaTrainer, "evaluation_loop", evaluation_loop)
 
 
-@pytest.mark.parametrize("flags", [(*JEPA, "--nitp"), ("--regular", "--lora")], ids=["projector", "lora"])
+@pytest.mark.parametrize("flags", [("--predictors", 2, "--nitp"), ("--regular", "--lora")], ids=["projector", "lora"])
 def test_best_model_is_saved_and_training_stops_early_also_if_resumed(flags, scripted, data, tmp_path):
     run = train(data, tmp_path / "run", *flags, *STOPS, "--save_total_limit", 9)
     record = read_json(run / "run.json")
@@ -159,9 +147,10 @@ def test_trackers_get_settings_curves_and_tables_of_generations(data, tmp_path, 
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(f"file:{tmp_path}/mlruns")
     (tmp_path / "mixed.py").write_text("def score(generation, example):\n    return example.id == 1 or 0.5\n")
-    run = train(data, tmp_path / "run", *JEPA, "--max_steps", 2, "--eval_file", data, "--eval_strategy", "steps",
-                "--eval_steps", 1, "--sample_generations", 2, "--report_to", "tensorboard,wandb,mlflow", "--run_name",
-                "mine", "--project", "shop", "--task", "mixed.py", *NO_CHECKPOINTS)  # fmt: skip
+    run = train(data, tmp_path / "run", "--predictors", 2, "--lbd", 1, "--max_steps", 2, "--eval_file", data,
+                "--eval_strategy", "steps", "--eval_steps", 1, "--sample_generations", 2, "--report_to",
+                "tensorboard,wandb,mlflow", "--run_name", "mine", "--project", "shop", "--task", "mixed.py",
+                *NO_CHECKPOINTS)  # fmt: skip
     wandb.finish()
     wandb.teardown()  # another run reads the environment again
     curves = {key: column(run, key) for key in ("jepa_loss", "cosine_shuffled", "eval_cosine")}

@@ -144,15 +144,6 @@ def test_text_has_what_the_terms_have_learned_and_the_retrieval(run):
     assert all(text in line for text in ("2000 pairs", "0.516", "0.250", "0.0005"))
 
 
-def test_a_run_from_before_the_newer_flags_has_a_card(run):
-    settings = json.loads((run / "args.json").read_text())
-    old = {k: v for k, v in settings.items() if "nitp" not in k and k not in ("jepa_loss", "sigreg", "temperature")}
-    (run / "args.json").write_text(json.dumps(old | {"jepa_l2": True}))
-    change(run, "run.json", learned=...)
-    text = write(run).text
-    assert JEPA_LOSSES["l2"].formula in text and "| learned | not measured |" in text and "`--jepa_l2`" not in text
-
-
 @pytest.mark.parametrize(
     ("settings", "base", "text"),
     [({"model_name": "Qwen/Qwen3-0.6B", "revision": "abc"}, "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B at abc |"),
@@ -264,28 +255,21 @@ PUSH = ("--push_to_hub", "me/run")
 
 
 def test_only_listed_files_are_uploaded(run, server):
-    (run / "checkpoint-9").mkdir()
-    for name in ("checkpoint-9/config.json", "checkpoint-9/model.safetensors", "secrets.json", ".env", "notes.txt",
-                 "optimizer.pt", "eval/mine_test/untuned.json", "merged.safetensors"):  # fmt: skip
+    for folder in (run / "checkpoint-9", run / "merged"):
+        shutil.copytree(MODEL, folder)
+    for name in ("secrets.json", ".env", "notes.txt", "optimizer.pt", "eval/mine_test/untuned.json",
+                 "merged.safetensors", "adapter_config.json", "adapter_model.safetensors"):  # fmt: skip
         (run / name).write_text("secret")
+    write(run)
+    assert not server.mock_calls  # nothing is sent without --push_to_hub
     done = call("llm_jepa.model_card", run, *PUSH, code=0)
     assert done.out.splitlines() == [str(run / "README.md"), "https://hub.test/me/run"]
     assert uploaded(server) == {TEST, TRAIN} | set(
         "README.md args.json run.json metrics.jsonl config.json generation_config.json model.safetensors "
-        "tokenizer.json tokenizer_config.json chat_template.jinja".split()
+        "adapter_config.json adapter_model.safetensors tokenizer.json tokenizer_config.json chat_template.jinja".split()
     )
     assert 'from_pretrained("me/run")' in (run / "README.md").read_text()
     assert server.create_repo.call_args.kwargs["private"] is None
-
-
-def test_adapter_is_uploaded_without_merged_copy(adapter, tmp_path, server):
-    run = shutil.copytree(adapter, tmp_path / "mine")
-    shutil.copytree(MODEL, run / "merged")
-    write(run)
-    assert not server.mock_calls  # nothing is sent without --push_to_hub
-    assert call("llm_jepa.model_card", run, *PUSH).code == 0
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= uploaded(server)
-    assert not [name for name in uploaded(server) if name.startswith(("merged", "checkpoint"))]
 
 
 def test_private_creates_a_private_repository_and_refuses_a_public_one(run, server):

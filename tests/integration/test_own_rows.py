@@ -5,20 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import (
-    JEPA,
-    ROOT,
-    call,
-    column,
-    dry_run,
-    message_row,
-    predictions,
-    read_lines,
-    same_weights,
-    start,
-    train,
-    write_rows,
-)
+from conftest import ROOT, call, column, dry_run, message_row, predictions, read_lines, same_weights, train, write_rows
 
 from llm_jepa.files import read_json, sha256
 from llm_jepa.scoring import tasks
@@ -81,7 +68,7 @@ def test_file_of_chats_pairs_and_answers_trains_and_is_evaluated(tmp_path):
     rows = [*(message_row(f"q {i}", f"a {i}") for i in range(6)), *pairs, replay]
     data = write_rows(tmp_path / "mixed_train.jsonl", rows)
     sizes = ("--batch_size", 9, "--grad_accum", 1, "--num_epochs", 1, "--eval_file", data, "--eval_generate", 9)
-    run = train(data, tmp_path / "run", *JEPA, *sizes, "--jepa_ratio", 0.5, "--task", "text")
+    run = train(data, tmp_path / "run", *FLAGS, *sizes, "--jepa_ratio", 0.5, "--task", "text")
     (pairs_of_step,) = column(run, "pairs")
     assert 0 < pairs_of_step < 8 and column(run, "eval_exact")
     regular = train(data, tmp_path / "regular", "--regular", *sizes)
@@ -124,8 +111,8 @@ def test_task_file_scores_in_training_and_in_evaluation(files, runs, tmp_path):
         assert str(task) in done.err and message in done.err, done.err
     task.write_text("def score(generation, example):\n    return 2")
     tasks.file_task.cache_clear()
-    done = start(files["chats"], tmp_path / "new", *FLAGS, *flags[:4], "--task", task, code=2)
-    assert "returns 2" in done.err
+    where = ("--train_file", files["chats"], "--model_name", run, "--output_dir", tmp_path / "new")
+    assert "returns 2" in call("finetune", *where, *FLAGS, *flags[:4], "--task", task, code=2).err
     assert not (tmp_path / "new").exists()  # found before the first step
     for name in ("score.py", "processes.py"):
         flags = ("--score_gold", "--input_file", files["chats"], "--task", name)

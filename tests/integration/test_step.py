@@ -198,13 +198,3 @@ def test_compiler_gets_few_graphs_and_changes_no_number(tmp_path, monkeypatch, f
 def test_compiling_without_a_compiler_is_refused(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-compiler",))
     assert "--torch_compile" in start(data, tmp_path / "run", "--torch_compile", code=2).err
-
-
-def test_flash_kernels_get_the_boundaries_of_segments():
-    parts, batch = loaded()
-    parts.selector.attn_implementation = "flash_attention_2"
-    inputs = parts.selector._inputs(batch)
-    assert inputs["attention_mask"] is None and inputs["cu_seq_lens_q"] is inputs["cu_seq_lens_k"]
-    longest = max(len(x.ids) for item in parts.train_set.items for x in item)
-    assert inputs["max_length_q"] == inputs["cu_seq_lens_q"].diff().max() >= longest
-    assert batch["boundaries"].dtype == torch.int32 and int(batch["boundaries"][-1]) == batch["input_ids"].numel()
