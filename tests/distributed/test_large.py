@@ -87,7 +87,6 @@ def test_several_processes_train_as_one(ranks, tmp_path, data, tied, flags, coun
     same_run(one, several)
     assert column(one, "nitp_loss" if "--nitp" in flags else "jepa_loss")
     for run in (one, several):
-        assert not any("projectors" in name for name in weights(run))
         assert ("lm_head.weight" in weights(run)) == (tied not in flags)  # tied embeddings are sharded and saved once
 
 

@@ -149,14 +149,15 @@ def test_bad_example_in_any_processs_stream_is_reported_once(ranks, tmp_path, ba
     data, run = tmp_path / "rows.jsonl", tmp_path / "run"
     write_rows(data, [*EXAMPLES[:bad], {"messages": []}, *EXAMPLES[bad:]])
     where = ("--train_file", data, "--output_dir", run, "--model_name", MODEL, *JEPA)
-    flags = ("--streaming", "--max_steps", 9, "--batch_size", 1, "--grad_accum", 3)
+    flags = ("--streaming", "--max_steps", 9, "--batch_size", 1, "--grad_accum", 3, "--dataloader_num_workers", 1)
     codes, errors = ranks(2, *where, *flags)
     reason = f"{data}:{bad + 1}: "
     assert (codes, "Traceback" in errors, errors.count(f"error: {reason}")) == ([2, 2], False, 1), errors
     if bad == 1:  # among the first examples, which are checked before the run folder is made
         assert not run.exists()
         return
-    assert read_json(run / "run.json")["error"].startswith(reason)
+    record = read_json(run / "run.json")
+    assert record["status"] == "failed" and record["error"].startswith(reason) and not list(run.glob("*.safetensors"))
     codes, errors = ranks(2, *where, *flags, "--overwrite", "--skip_bad_examples")
     assert codes == [0, 0] and reason in errors
     assert read_json(run / "run.json")["skipped_examples"] == 1

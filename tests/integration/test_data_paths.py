@@ -46,21 +46,11 @@ def test_stored_segments_equal_encoded_segments_in_any_number_of_processes(data,
         assert items.lengths.tolist() == [sum(len(x.ids) for x in item) for item in encoded if item]
 
 
-def test_token_budget_changes_only_which_examples_share_a_micro_batch(trained):
-    one = trained(*JEPA, "--batch_size", 24, "--grad_accum", 1, "--max_steps", 3)
-    budget = trained(*JEPA, "--tokens_per_batch", 400, "--max_steps", 3, "--grad_accum", 99)
-    same_weights(one, budget, rtol=1e-3, atol=2e-4)  # Adam magnifies rounding errors of tiny gradients
-    assert column(budget, "loss") == pytest.approx(column(one, "loss"), rel=1e-5)
-    assert column(budget, "tokens") == column(one, "tokens")
-
-
-def test_stream_trains_on_the_same_examples_as_memory_with_and_without_workers(trained):
-    flags = (*JEPA, "--batch_size", 24, "--grad_accum", 1, "--max_steps", 3)
-    memory, stream = trained(*flags), trained(*flags, "--streaming")
-    same_weights(memory, stream, rtol=1e-3, atol=2e-5)
-    assert column(stream, "tokens") == column(memory, "tokens")
+def test_stream_makes_complete_passes_and_workers_change_nothing(trained):
+    flags = (*JEPA, "--streaming", "--batch_size", 24, "--grad_accum", 1, "--max_steps", 3)
+    stream = trained(*flags)
     assert column(stream, "epoch")[:3] == [0, 1, 2], "complete passes over the 24 examples before a step's last example"
-    same_weights(stream, trained(*flags, "--streaming", "--dataloader_num_workers", 1))
+    same_weights(stream, trained(*flags, "--dataloader_num_workers", 1))
 
 
 @pytest.mark.parametrize(
@@ -97,16 +87,6 @@ def test_processes_share_each_epoch_of_a_stream_in_another_order(data, monkeypat
     first, second = ([item for share in shares for (item,) in share[part]] for part in (slice(8), slice(8, 16)))
     every = sorted(tokens(encoder()(read_examples(str(data), Problems()))))
     assert sorted(first) == sorted(second) == every and first != second
-
-
-def test_bad_example_of_a_stream_is_reported_by_line(tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", [*EXAMPLES[:16], {"messages": []}])
-    run = tmp_path / "run"
-    done = start(data, run, *JEPA, "--streaming", "--max_steps", 9, "--dataloader_num_workers", 1)
-    record = read_json(run / "run.json")
-    assert done.code == 2 and f"{data}:17: " in done.err and "Traceback" not in done.err
-    assert record["status"] == "failed" and f"{data}:17: " in record["error"]
-    assert not list(run.glob("*.safetensors"))
 
 
 def test_stream_without_a_usable_example_ends(tmp_path):

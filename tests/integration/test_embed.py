@@ -1,5 +1,6 @@
 """Embeddings of views are what training reads, for any model, template, batch and order; and evaluate.py's files."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -67,11 +68,8 @@ def embed(model, encoder: Encoder, examples: list, batch_size: int, layer: int =
 def training_reads(model, encoder: Encoder, layout: str = "separate") -> torch.Tensor:
     """The views (2, P, D) that the JEPA loss gets."""
     batch = finetune.Collator(layout, encoder.renderer.tokenizer.pad_token_id, 256)(encoder(EXAMPLES))
-    selector = finetune.LMHeadSelector(model)
-    try:
+    with contextlib.closing(finetune.LMHeadSelector(model)) as selector:
         return selector.read(model, batch).views
-    finally:
-        selector.close()
 
 
 def close(some, others, tolerance: float = 1e-5) -> None:

@@ -55,6 +55,7 @@ def tied(tmp_path_factory) -> Path:
     [(("--regular",), ("--predictors", 2, "--lbd", 0)),
      (("--regular", "--lora"), ("--predictors", 2, "--lbd", 0, "--lora")),
      (("--regular",), (*JEPA, "--jepa_ratio", 0)),
+     (("--regular",), (*JEPA, "--jepa_ratio", 0, "--text_view", "in_chat")),
      (("--regular",), ("--lbd", 0, "--jepa_loss", "clip", "--negatives_queue", 8)),
      (("--regular",), ("--lbd", 0, "--sigreg", 0.1)),
      (("--regular",), ("--lbd", 0, "--shuffle_pairs", "--center", "--stop_gradient", "text")),
@@ -76,11 +77,13 @@ def test_zero_weight_or_ratio_changes_nothing_bit_for_bit(trained, tied, base, z
      (*JEPA, "--sigreg", 0.3, "--nitp", "--nitp_layer", 1)],
     ids=["dropout-stp-nitp", "sigreg-nitp"],
 )  # fmt: skip
-@pytest.mark.parametrize(("source", "size"), [((), (5, 2)), ((), (1, 10)), (("--streaming",), (2, 5))])
-def test_micro_batch_size_and_accumulation_change_nothing(trained, flags, source, size):
-    """Also not in the short last step of an epoch: 4 of the 24 examples."""
-    flags = (*flags, *source, "--max_steps", 3)
-    one, other = (trained(*flags, "--batch_size", b, "--grad_accum", a) for b, a in ((10, 1), size))
+@pytest.mark.parametrize(
+    "size",
+    [("--batch_size", 5, "--grad_accum", 5), ("--batch_size", 1, "--grad_accum", 24),
+     ("--batch_size", 2, "--grad_accum", 12, "--streaming"), ("--tokens_per_batch", 400, "--grad_accum", 99)],
+)  # fmt: skip
+def test_micro_batches_of_a_step_change_nothing(trained, flags, size):
+    one, other = (trained(*flags, "--max_steps", 3, *x) for x in (("--batch_size", 24, "--grad_accum", 1), size))
     same_weights(one, other, rtol=1e-3, atol=5e-5)
     for key in ("loss", "lm_loss", "jepa_loss", "sigreg_loss", "nitp_loss", "stp_loss", "grad_norm", "nitp_cosine"):
         assert column(other, key) == pytest.approx(column(one, key), rel=1e-4), key
@@ -249,7 +252,7 @@ def test_adapter_of_a_tied_model_trains_predictor_tokens_and_merges_to_the_same_
     assert predictions(run, test, tmp_path / "adapter") == predictions(run / "merged", test, tmp_path / "merged")
 
 
-def test_plain_adapter_trains_exactly_the_added_tokens(trained, tmp_path):
+def test_plain_adapter_trains_exactly_the_added_tokens(trained):
     run = trained("--plain", "--lora", *JEPA, "--merge", "--max_steps", 3)
     tokenizer = AutoTokenizer.from_pretrained(run)
     base, merged = weights(MODEL), weights(run / "merged")
@@ -258,9 +261,6 @@ def test_plain_adapter_trains_exactly_the_added_tokens(trained, tmp_path):
     for name, expected in (("lm_head.weight", labels), ("model.embed_tokens.weight", inputs)):
         changed = (base[name] != merged[name][: len(base[name])]).any(dim=1).nonzero()[:, 0].tolist()
         assert set(changed) == set(expected), name
-    test = write_rows(tmp_path / "test.jsonl", EXAMPLES[:3])
-    first, second = (predictions(m, test, tmp_path / m.name, "--plain") for m in (run, run / "merged"))
-    assert first == second
 
 
 def test_generation_config_is_corrected_or_refused_before_training(data, tmp_path):

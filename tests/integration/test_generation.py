@@ -96,12 +96,6 @@ def test_plan_leaves_out_what_changes_outputs(kind):
         assert plan.prefix.get_seq_length() == len(PREFIX), "the cache is copied, never extended"
 
 
-def test_equal_lengths_are_batched_only_if_rows_do_not_mix():
-    prompts = [[*PREFIX, n, 30] for n in range(20, 25)]  # a batch of RWKV is wrong from the second token on
-    for kind in ("rwkv", "llama"):
-        assert in_batches(build(kind), prompts, 12) == [one_by_one(build(kind), p, 12, STOPS) for p in prompts]
-
-
 def test_model_whose_cache_fails_generates_without(monkeypatch):
     model, prompts = build("llama"), random_prompts(3)
     forward = model.forward

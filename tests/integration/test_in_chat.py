@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import GOLDEN, MODEL, MODELS, call, dry_run, message_row, write_rows
-from templates import dataset, encoder, model, tokenizer
+from conftest import GOLDEN, MODELS, dry_run
+from templates import encoder, model, tokenizer
 
 from llm_jepa.data.examples import Problems, read_examples
 from llm_jepa.data.rendering import predictor_token
-from llm_jepa.data.spans import Draws
 from llm_jepa.forward import States
 from llm_jepa.layouts import LAYOUTS, Collator
 
@@ -59,21 +58,3 @@ def test_only_code_view_and_predictors_cost_tokens(k):
     assert in_chat["tokens"]["text_view"] == 5 * k and in_chat["pairs"] == 5
     assert all(in_chat["tokens"][kind] == alone["tokens"][kind] for kind in ("chat", "code_view"))
     assert abs(in_chat["jepa_loss"] - alone["jepa_loss"]) > 1e-4, "this view also attends to the system turn"
-
-
-def test_dropped_pairs_have_neither_view_nor_predictors():
-    data = dataset(EXAMPLES, encoder("llama3", predictors=2, text_view="in_chat"), Draws(seed=3, jepa_ratio=0.5))
-    drawn = data[0, range(len(data))]
-    assert {len(item) for item in drawn} == {1, 2}
-    for item, full in zip(drawn, data.items, strict=True):
-        keep = len(item) == 2
-        assert (item[0].view is not None) == (item[0].branch == 2) == keep
-        assert len(item[0].ids) == len(full[0].ids) - (0 if keep else 2)
-
-
-def test_example_with_a_text_view_of_its_own_is_refused_by_line(tmp_path):
-    row = message_row("which?", "A") | {"text": [{"role": "user", "content": "the context"}]}
-    data = write_rows(tmp_path / "rows.jsonl", [row])
-    flags = ("--train_file", data, "--model_name", MODEL, "--dry_run", 1)
-    done = call("finetune", *flags, "--text_view", "in_chat")
-    assert done.code == 2 and f"{data}:1: " in done.err and "--text_view in_chat" in done.err

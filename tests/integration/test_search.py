@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import EXAMPLES, JEPA, MODEL, call, message_row, weights, write_rows
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from synthetic_runs import change
 
 from llm_jepa.evaluation.model import weight_files
@@ -42,9 +42,8 @@ def units(run: Path, data: Path, *flags: object) -> list[np.ndarray]:
     path = run.parent / "views.safetensors"
     flags = ("--input_file", data, "--export_embeddings", path, "--overwrite", *flags)
     call("evaluate", "--model_name", run, *flags, code=0)
-    with safe_open(path, "np") as file:
-        views = [file.get_tensor(name) for name in ("text", "code")]
-    return [x / np.linalg.norm(x, axis=1, keepdims=True) for x in views]
+    views = load_file(path)
+    return [views[x] / np.linalg.norm(views[x], axis=1, keepdims=True) for x in ("text", "code")]
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -99,8 +98,7 @@ def test_questions_from_stdin_are_those_of_single_searches(run, data):
 def vectors(run: Path) -> np.ndarray:
     """The vectors of the only index of a run."""
     (path,) = (run / "index").iterdir()
-    with safe_open(path, "np") as file:
-        return file.get_tensor("vectors")
+    return load_file(path)["vectors"]
 
 
 def poison(path: Path) -> None:

