@@ -396,8 +396,8 @@ def test_split_tune_untune_scores_by_the_untuned_models_result(model, data, fini
     assert sorted(snapshot(out)) == ["metrics.json", "p.jsonl", "untuned/p.jsonl"]
 
 
-def test_untuned_model_is_not_the_base_of_the_adapter(data, tmp_path):
-    adapter, other = trained(tmp_path / "adapter", "--train_file", data, "--lora"), tmp_path / "other"
+def test_untuned_model_is_not_the_base_of_the_adapter(eight, tmp_path):
+    adapter, other = trained(tmp_path / "adapter", "--train_file", eight, "--lora"), tmp_path / "other"
     base = weights(MODEL)
     halved = base | {"lm_head.weight": base["lm_head.weight"] / 2}
     save_file(halved, shutil.copytree(MODEL, other) / "model.safetensors", {"format": "pt"})

@@ -37,14 +37,13 @@ from llm_jepa import forward
 from llm_jepa.files import read_json, sha256, write_json
 from llm_jepa.run_folder import complete_checkpoints
 
-SMALL = {"vocab_size": 531, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-         "num_attention_heads": 2}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> Path:
     """A model whose output layer is tied to its embeddings, as in small published models."""
-    return make_model(tmp_path_factory.mktemp("tied"), "llama", **SMALL, tie_word_embeddings=True)
+    sizes = {"vocab_size": 531, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2}  # fmt: skip
+    return make_model(tmp_path_factory.mktemp("tied"), "llama", **sizes, tie_word_embeddings=True)
 
 
 # ------------------------------------------------------------------------------------------------------- objective
