@@ -46,11 +46,13 @@ def test_stored_segments_equal_encoded_segments_in_any_number_of_processes(data,
         assert items.lengths.tolist() == [sum(len(x.ids) for x in item) for item in encoded if item]
 
 
-def test_stream_makes_complete_passes_and_workers_change_nothing(trained):
-    flags = (*JEPA, "--streaming", "--batch_size", 24, "--grad_accum", 1, "--max_steps", 3)
-    stream = trained(*flags)
+def test_stream_trains_on_the_same_examples_as_memory_with_and_without_workers(trained):
+    flags = (*JEPA, "--batch_size", 24, "--grad_accum", 1, "--max_steps", 3)
+    memory, stream = trained(*flags), trained(*flags, "--streaming")
+    same_weights(memory, stream, rtol=1e-3, atol=2e-5)
+    assert column(stream, "tokens") == column(memory, "tokens")
     assert column(stream, "epoch")[:3] == [0, 1, 2], "complete passes over the 24 examples before a step's last example"
-    same_weights(stream, trained(*flags, "--dataloader_num_workers", 1))
+    same_weights(stream, trained(*flags, "--streaming", "--dataloader_num_workers", 1))
 
 
 @pytest.mark.parametrize(

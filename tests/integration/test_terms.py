@@ -93,7 +93,6 @@ BY_HAND = {
     "stop-code": (PAIRS | {"stop_gradient": "code"}, jepa(stop_gradient=1)),
     "stop-text-reverse": (PAIRS | {"stop_gradient": "text", "reverse_pred": True}, jepa(stop_gradient=1)),
     "stop-code-reverse": (PAIRS | {"stop_gradient": "code", "reverse_pred": True}, jepa(stop_gradient=0)),
-    "mse": (PAIRS | {"jepa_loss": "mse"}, jepa("mse")),
     "infonce": (ONE_BATCH | {"jepa_loss": "infonce"}, jepa("infonce")),
     "clip": (ONE_BATCH | {"jepa_loss": "clip"}, jepa("clip")),
     "vicreg": (ONE_BATCH | {"jepa_loss": "vicreg"}, jepa("vicreg")),
