@@ -39,7 +39,7 @@ from typing import Any
 from llm_jepa.cli import UsageError, first_line, parse_flags
 from llm_jepa.data.examples import Problems, read_examples, require_files, split_examples
 from llm_jepa.distributed import agreed, start
-from llm_jepa.settings import Settings, check_settings, is_flash
+from llm_jepa.settings import Settings, adapter_config, check_settings
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes are fast
     start("finetune.py", lambda: require_files(check_settings(*parse_flags(Settings, __doc__))))
@@ -238,7 +238,7 @@ def load_base(s: Settings, tokenizer: Any, **options: Any) -> Any:
 
 def adapted(model: Any, s: Settings, tokenizer: Any) -> Any:
     """The model with the adapter of the flags, if they ask for one."""
-    adapter = s.model_name if s.adapter else None
+    adapter = s.model_name if adapter_config(s.model_name) else None
     return add_adapter(model, tokenizer, revision=s.revision, adapter=adapter, **s.lora_options) if s.lora else model
 
 
@@ -286,11 +286,11 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
     if s.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UsageError(f"--gradient_checkpointing: {type(model).__name__} does not support it")
     # A dense mask is quadratic in the row, so short rows are faster on a CPU; flash kernels want one long row.
-    tokens_per_row = s.tokens_per_row or (sys.maxsize if is_flash(s) else 4096 if device.type == "cuda" else 256)
-    points = losses.STP_LOSSES[s.stp_variant].points if s.stp_variant else 0
-    collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, points, s.has_nitp, s.shuffle_pairs)
+    tokens_per_row = s.tokens_per_row or (sys.maxsize if s.is_flash else 4096 if device.type == "cuda" else 256)
+    points, nitp = losses.STP_LOSSES[s.stp_variant].points if s.stp_variant else 0, "nitp" in s.chat_losses
+    collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, points, nitp, s.shuffle_pairs)
     add_projectors(model, s.projectors, s.finetune_seed)
-    layers = {"target_layer": s.nitp_layer, "targets": s.nitp_targets} if s.has_nitp else {}
+    layers = {"target_layer": s.nitp_layer, "targets": s.nitp_targets} if nitp else {}
     selector = LMHeadSelector(model, s.stp_layer if s.stp_variant else -1, **layers)
     return Parts(*data, encoder, model, selector, collator, auxiliary_terms(s))
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the reposito
 
 from llm_jepa.cli import UsageError, flag, parse_flags, run_command  # noqa: E402
 from llm_jepa.memory import MemoryFlags  # noqa: E402
+from llm_jepa.settings import adapter_config  # noqa: E402
 
 PEAK = 989.4e12  # FLOP/s, dense bfloat16
 NVLINK = 450e9  # bytes/s in each direction; data sheets add both: 900 GB/s
@@ -77,7 +78,7 @@ def work(argv: list[str] | None) -> None:
         raise UsageError("give --model_name, and with --gpus positive numbers separated by commas")
     if s.ports < 1 or s.pairs < 0 or not 0 <= s.labels <= 1:
         raise UsageError("--ports is at least 1, --pairs at least 0, and --labels from 0 to 1")
-    if s.lora or s.adapter:
+    if s.lora or adapter_config(s.model_name):
         raise UsageError("--lora, and adapters: the calculation is for full fine-tuning")
     import pandas
 

@@ -1,11 +1,13 @@
 """Writes docs/flags.md, the tables of all flags, from the settings classes: python docs/flags.py"""
 
+import dataclasses
 import sys
+import typing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the repository's own modules
 
-from llm_jepa.cli import FlagParser, flag_table  # noqa: E402
+from llm_jepa.cli import FlagParser, no_default, value_type  # noqa: E402
 from llm_jepa.evaluation.settings import EvaluationSettings  # noqa: E402
 from llm_jepa.files import write_text  # noqa: E402
 from llm_jepa.large.settings import LargeSettings  # noqa: E402
@@ -21,6 +23,27 @@ COMMANDS = {
     MemoryFlags: "python -m llm_jepa.memory",
     Preflight: "python -m llm_jepa.preflight",
 }
+
+
+def flag_table(settings: type, beyond: type | None = None) -> str:
+    """The Markdown table of a settings dataclass, without the flags that it shares with `beyond`."""
+    lines, types, group = [], typing.get_type_hints(settings), None
+    known = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(beyond)} if beyond else {}
+    groups = list(dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(settings)))
+    for f in sorted(dataclasses.fields(settings), key=lambda f: groups.index(f.metadata["group"])):
+        if known.get(f.name) == (f.default, f.metadata["help"]):
+            continue
+        if f.metadata["group"] != group:
+            group = f.metadata["group"]
+            lines += ["", f"**{group}**", "", "| flag | default | |", "|---|---|---|"]
+        _, choices = value_type(types[f.name])
+        spellings = (f"--{f.name}", *f.metadata["aliases"], *([f"--no-{f.name}"] if f.default is True else []))
+        names = ", ".join(f"`{n}`" for n in spellings)
+        values = f" ({', '.join(f'`{c}`' for c in choices)})" if choices else ""
+        default = "" if no_default(f) else f"`{f.default}`"
+        text = f"{f.metadata['help']}{values}".replace("|", "\\|")  # a bare pipe would end the cell
+        lines.append(f"| {names} | {default} | {text} |".replace("  ", " "))
+    return "\n".join(lines).strip() + "\n"
 
 
 def page() -> str:

@@ -35,12 +35,12 @@ def no_default(f: dataclasses.Field) -> bool:
     return f.default is None or f.default is False or f.default == ""
 
 
-def _value_type(annotation: Any) -> tuple[Any, tuple | None]:
+def value_type(annotation: Any) -> tuple[Any, tuple | None]:
     """(type, choices) of a flag's annotation: `int | None` → int, Literal["a", "b"] → str and its choices."""
     if typing.get_origin(annotation) is Literal:
         return str, typing.get_args(annotation)
     options = [a for a in typing.get_args(annotation) if a is not type(None)]
-    return _value_type(options[0]) if options else (annotation, None)
+    return value_type(options[0]) if options else (annotation, None)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -64,7 +64,7 @@ def build_parser(settings: type, doc: str) -> FlagParser:
     types, groups = typing.get_type_hints(settings), {}
     for f in dataclasses.fields(settings):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
-        kind, choices = _value_type(types[f.name])
+        kind, choices = value_type(types[f.name])
         shown = "" if no_default(f) else f" (default {f.default})"
         options: dict[str, Any] = {"dest": f.name, "help": (f.metadata["help"] + shown).replace("%", "%%")}
         if kind is bool and str in typing.get_args(types[f.name]):  # a switch that also accepts a value
@@ -153,27 +153,6 @@ def parse_flags(settings: type, doc: str, argv: list[str] | None = None) -> tupl
         parser.error(str(error))
     defaults = {f.name: f.default for f in dataclasses.fields(settings)}
     return settings(**(stored | given)), {name for name, value in given.items() if value != defaults[name]}
-
-
-def flag_table(settings: type, beyond: type | None = None) -> str:
-    """The Markdown table of a settings dataclass, without the flags that it shares with `beyond`."""
-    lines, types, group = [], typing.get_type_hints(settings), None
-    known = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(beyond)} if beyond else {}
-    groups = list(dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(settings)))
-    for f in sorted(dataclasses.fields(settings), key=lambda f: groups.index(f.metadata["group"])):
-        if known.get(f.name) == (f.default, f.metadata["help"]):
-            continue
-        if f.metadata["group"] != group:
-            group = f.metadata["group"]
-            lines += ["", f"**{group}**", "", "| flag | default | |", "|---|---|---|"]
-        _, choices = _value_type(types[f.name])
-        spellings = (f"--{f.name}", *f.metadata["aliases"], *([f"--no-{f.name}"] if f.default is True else []))
-        names = ", ".join(f"`{n}`" for n in spellings)
-        values = f" ({', '.join(f'`{c}`' for c in choices)})" if choices else ""
-        default = "" if no_default(f) else f"`{f.default}`"
-        text = f"{f.metadata['help']}{values}".replace("|", "\\|")  # a bare pipe would end the cell
-        lines.append(f"| {names} | {default} | {text} |".replace("  ", " "))
-    return "\n".join(lines).strip() + "\n"
 
 
 class Refusals(list):

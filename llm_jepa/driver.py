@@ -343,10 +343,8 @@ class Driver:
         for run in runs:
             for file in [run.train_file] + [run.test_file] * (run.kind != "pretrain"):
                 if not Path(file).exists():
-                    how = (
-                        f"python datasets/prepare.py {run.dataset}, or prepare.py own --name {run.dataset} for your own"
-                    )
-                    raise UsageError(f"{file} does not exist; see datasets/README.md ({how})")
+                    how = f"prepare.py {run.dataset}, or prepare.py own --name {run.dataset} for your own"
+                    raise UsageError(f"{file} does not exist; see datasets/README.md (python datasets/{how})")
         self.check_flags({run.arm: run for run in runs} if self.compares else {})
         self.starting, self.stopping = threading.Lock(), False
 

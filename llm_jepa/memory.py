@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 from llm_jepa.cli import Refusals, UsageError, flag, parse_flags, run_command
 from llm_jepa.large.settings import LargeSettings
-from llm_jepa.settings import BATCH, resolve
+from llm_jepa.settings import BATCH, adapter_config, resolve
 
 PLAN = "Memory plan"
 
@@ -56,7 +56,8 @@ def work(argv: list[str] | None) -> None:
     gpus = [int(n) if n.strip().isdigit() else 0 for n in s.gpus.split(",")]
     wrong = Refusals(given)
     wrong.refuse(not s.model_name, "--model_name is missing")
-    wrong.refuse(bool(s.adapter) and not s.lora, f"--model_name {s.model_name} is an adapter: continue it with --lora")
+    is_adapter = bool(adapter_config(s.model_name))
+    wrong.refuse(is_adapter and not s.lora, f"--model_name {s.model_name} is an adapter: continue it with --lora")
     for name in ("lora_rank", "batch_size", "max_length", "save_total_limit"):
         wrong.refuse(getattr(s, name) < 1, f"--{name} {getattr(s, name)} is not positive")
     wrong.refuse(s.tokens_per_batch < 0, f"--tokens_per_batch {s.tokens_per_batch} is negative")

@@ -70,10 +70,8 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
-        missing = "" if Path(name).exists() else "there is no such folder, and "
-        raise UsageError(
-            f"--{flag} {name}: {missing}its tokenizer cannot be loaded ({loading_reason(error)})"
-        ) from None
+        what = ("" if Path(name).exists() else "there is no such folder, and ") + "its tokenizer cannot be loaded"
+        raise UsageError(f"--{flag} {name}: {what} ({loading_reason(error)})") from None
     if not tokenizer.is_fast:
         raise UsageError(f"--{flag} {name}: its tokenizer gives no character offsets (it is not a fast tokenizer)")
     if chat_template:
@@ -136,9 +134,8 @@ def load_config(name: str, revision: str | None = None, *, trust_remote_code: bo
     """
     check_name(name)
     if (Path(name) / "adapter_config.json").is_file():
-        raise UsageError(
-            f"--model_name {name} is an adapter; merge it first: python -m llm_jepa.export merged {name} {name}/merged"
-        )
+        merge = f"python -m llm_jepa.export merged {name} {name}/merged"
+        raise UsageError(f"--model_name {name} is an adapter; merge it first: {merge}")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:

@@ -308,21 +308,15 @@ class Settings:
         return 10 if not self.lora else self.predictors if self.jepa else 0
 
     @property
-    def adapter(self) -> dict[str, Any]:
-        """The configuration of the adapter that --model_name is, which training continues; {} for another model."""
-        path = Path(self.model_name or "") / "adapter_config.json"
-        return read_json(path) if path.is_file() else {}
-
-    @property
     def base(self) -> tuple[str, str | None]:
         """Name and revision of the model without an adapter."""
-        found = self.adapter
+        found = adapter_config(self.model_name)
         return (found["base_model_name_or_path"], found.get("revision")) if found else (self.model_name, self.revision)
 
     @property
     def dropout_or_default(self) -> float:
         """The adapter's dropout: that of the flag, of the adapter that training continues, or 0.1."""
-        config = self.adapter
+        config = adapter_config(self.model_name)
         stored = config and not config.get("target_parameters")  # with these, fused experts, it is always 0
         kept = config["lora_dropout"] if stored else 0.1
         return kept if self.lora_dropout is None else self.lora_dropout
@@ -353,11 +347,6 @@ class Settings:
         return JEPA_LOSSES[self.jepa_loss_or_default].contrasts or self.center
 
     @property
-    def has_nitp(self) -> bool:
-        """Whether the --nitp loss has a weight."""
-        return "nitp" in self.chat_losses
-
-    @property
     def chat_losses(self) -> list[str]:
         """The losses of CHAT_LOSSES that are turned on and have a weight."""
         return [name for name in chosen_losses(vars(self)) if getattr(self, f"{name}_lbd") > 0]
@@ -365,7 +354,12 @@ class Settings:
     @property
     def projectors(self) -> list[str]:
         """The names of the projectors that the losses need."""
-        return ["nitp"] * self.has_nitp + ["sigreg"] * bool(self.jepa and self.sigreg)
+        return ["nitp"] * ("nitp" in self.chat_losses) + ["sigreg"] * bool(self.jepa and self.sigreg)
+
+    @property
+    def is_flash(self) -> bool:
+        """Whether attention runs in a flash kernel, which supports packed segments only in a batch of one row."""
+        return "flash" in (self.attn_implementation or "")
 
     @property
     def layout_or_default(self) -> str:
@@ -380,6 +374,12 @@ CHAT_FLAGS = {
 }
 
 
+def adapter_config(name: str | None) -> dict[str, Any]:
+    """The configuration of the adapter that a model folder contains, {} for another model."""
+    path = Path(name or "") / "adapter_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
 def chosen_losses(settings: dict[str, Any], prefix: str = "") -> list[str]:
     """The losses of CHAT_LOSSES that settings turn on, whatever their weight. `prefix`: before the settings' names."""
     return [name for name, flags in CHAT_FLAGS.items() if settings.get(f"{prefix}{flags[0]}")]  # older runs lack some
@@ -391,11 +391,6 @@ def read_settings(settings: dict[str, Any]) -> Settings:
     s = Settings(**{name: value for name, value in settings.items() if name in known})
     old = dict.fromkeys(("jepa_l2", "jepa_mse", "infonce"), False)
     return dataclasses.replace(s, jepa_loss=s.jepa_loss_or_default, **old)
-
-
-def is_flash(s: Settings) -> bool:
-    """Whether attention runs in a flash kernel, which supports packed segments only in a batch of one row."""
-    return "flash" in (s.attn_implementation or "")
 
 
 def check_data(s: Settings, r: Refusals) -> None:
@@ -459,7 +454,7 @@ def check_method(s: Settings, r: Refusals, several: bool) -> None:
         r.only_if(bool(getattr(s, first)), " ".join(others), f"only with --{first}")
     r.only_if(not s.tokens_per_batch, "batch_size", "not together with --tokens_per_batch")
     r.only_if(layout == "packed", "tokens_per_batch tokens_per_row", "only with --layout packed")
-    r.only_if(not is_flash(s), "tokens_per_row", "flash attention packs each micro-batch into one row")
+    r.only_if(not s.is_flash, "tokens_per_row", "flash attention packs each micro-batch into one row")
     r.refuse(s.additive_mask and layout != "additive", f"--additive_mask: not with --layout {layout}")
     r.refuse(layout == "additive" and not dense, f"{kernel}: not with --layout additive")
     same = f"--use_default_data_collator or --unmask_assistant_special_tokens, here --lm_labels {s.label_scope}"
@@ -484,12 +479,10 @@ def check_training(s: Settings, r: Refusals) -> None:
     """The model, the optimizer and the run."""
     r.only_if(not s.plain, "chat_template", "not with --plain")
     r.only_if(s.lora, f"{' '.join(LORA_FLAGS)} lora_dropout merge", "only with --lora")
-    if Path(s.model_name or "", "adapter_config.json").is_file():
-        merge = f"python -m llm_jepa.export merged {s.model_name} {s.model_name}/merged"
-        r.refuse(
-            not s.lora, f"--model_name {s.model_name} is an adapter: continue it with --lora, or merge it: {merge}"
-        )
-        r.only_if(False, " ".join(LORA_FLAGS), f"not with the adapter {s.model_name}, which has its own")
+    if adapter_config(name := s.model_name):
+        merge = f"python -m llm_jepa.export merged {name} {name}/merged"
+        r.refuse(not s.lora, f"--model_name {name} is an adapter: continue it with --lora, or merge it: {merge}")
+        r.only_if(False, " ".join(LORA_FLAGS), f"not with the adapter {name}, which has its own")
     r.refuse(s.lora and s.pretrain, "--lora: not with --pretrain, because the random base would not be saved")
     r.refuse(s.track_flop and s.torch_compile, "--track_flop: not with --torch_compile")
     measures = s.gradient_stats > 0 and (s.torch_compile or s.track_flop)
@@ -581,7 +574,7 @@ def resolve(s: Settings) -> Settings:
     """Fills in the defaults that depend on other flags, but for --output_dir."""
     held_out, steps = s.data_file or s.eval_file or s.val_fraction, "steps" if s.streaming else "epoch"
     eval_strategy = s.eval_strategy or (steps if held_out else "no")
-    config, own = s.adapter, {}
+    config, own = adapter_config(s.model_name), {}
     if config:  # --model_name is an adapter, which keeps its configuration
         init, whole = config["init_lora_weights"], config["modules_to_save"]
         own = {name: config[name] for name in ("lora_alpha", "use_rslora", "use_dora")} | {"lora_rank": config["r"]}

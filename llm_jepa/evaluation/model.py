@@ -16,17 +16,11 @@ from llm_jepa.data.rendering import Renderer
 from llm_jepa.data.segments import Encoder, Item, Segment
 from llm_jepa.evaluation import generation, vllm_engine
 from llm_jepa.evaluation.settings import EvaluationSettings, check_run
-from llm_jepa.files import read_json
 from llm_jepa.forward import LMHeadSelector
 from llm_jepa.layouts import Collator
 from llm_jepa.model import LOADING_ERRORS, load_adapter, load_config, load_pretrained, load_tokenizer, tokenizer_options
 from llm_jepa.scoring.tasks import find_task
-
-
-def adapter_of(name: str) -> dict[str, Any] | None:
-    """The configuration of the adapter in a model folder, if it has one."""
-    path = Path(name) / "adapter_config.json"
-    return read_json(path) if path.is_file() else None
+from llm_jepa.settings import adapter_config
 
 
 def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
@@ -35,7 +29,7 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
     Raises UsageError if it cannot be loaded, or is a run that is not finished or was trained in another format.
     """
     folder, trained = Path(name), check_run(name, s)
-    adapter = adapter_of(name)
+    adapter = adapter_config(name)
     moved = None if s.split_tune_untune else s.original_model_name  # with --split_tune_untune it is another model
     base = (moved or adapter["base_model_name_or_path"]) if adapter else name
     has_tokenizer = (folder / "tokenizer_config.json").is_file() or not folder.is_dir()
@@ -82,7 +76,7 @@ def weight_files(name: str) -> list[list[Any]]:
     They tell whether the model is still the same, without reading it. Those of an adapter's base folder follow.
     """
     files = [p for p in Path(name).glob("*model*") if p.suffix in (".safetensors", ".bin")]
-    found, adapter = sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files), adapter_of(name)
+    found, adapter = sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files), adapter_config(name)
     base = adapter and adapter["base_model_name_or_path"]
     return found + (weight_files(base) if base else [])
 

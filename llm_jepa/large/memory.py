@@ -199,7 +199,7 @@ def plan(s: LargeSettings, gpus: Sequence[int]) -> dict[str, Any]:
     states, mask = (len(layers) + 1) * tokens * config.hidden_size, 3 * tokens * min(tokens, 4096)
     logits = min(tokens, max(1, MAX_LOGITS // config.vocab_size)) * config.vocab_size
     working, on = max(layer_activations(model.get_decoder(), layers[-1], tokens), 16 * logits), []
-    nitp = nitp_activations(size, tokens // (1 + s.jepa)) if s.has_nitp else 0
+    nitp = nitp_activations(size, tokens // (1 + s.jepa)) if "nitp" in s.chat_losses else 0
     for n in gpus:
         parts = 1 if sharding == "ddp" else n
         width = 2 if parts > 1 or s.lora or s.param_dtype == "bfloat16" else 4

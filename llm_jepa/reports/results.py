@@ -103,7 +103,7 @@ def describe_method(s: Settings) -> str:
         formula = formula if isinstance(formula, str) else formula[getattr(s, name)]
         text += f"; {title} ({formula}) with weight {getattr(s, f'{name}_lbd'):g}"
         text += f", layer {getattr(s, f'{name}_layer')}" if f"{name}_layer" in CHAT_FLAGS[name] else ""
-    text += f", {s.nitp_targets} targets (a control)" if s.has_nitp and s.nitp_targets != "states" else ""
+    text += f", {s.nitp_targets} targets (a control)" if "nitp" in s.chat_losses and s.nitp_targets != "states" else ""
     return text
 
 

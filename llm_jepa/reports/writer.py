@@ -234,7 +234,7 @@ def learning_rows(table: Table) -> list[list[str]]:
     rows = [["arm", "term", "learned", *TRAINING, *TEST]]
     for label, arm in table.arms.items():
         s = read_settings(arm[0].settings)
-        for term in ["jepa"] * s.jepa + ["nitp"] * s.has_nitp:
+        for term in ["jepa"] * s.jepa + ["nitp"] * ("nitp" in s.chat_losses):
             judged = [r.learned[term] for r in arm if term in r.learned]
             share = f"{sum(not x['collapsed'] for x in judged)} of {len(judged)}" if judged else "not measured"
             values = [mean(x.get(key) for x in judged) for key in TRAINING.values()]

@@ -37,12 +37,8 @@ class Generations:
     """
 
     def __init__(self, s: Settings, renderer: Renderer, examples: list[Example], state: PartialState):
-        self.renderer, self.task, self.scored, self.shown = (
-            renderer,
-            s.scored_task,
-            s.eval_generate,
-            s.sample_generations,
-        )
+        self.renderer, self.task = renderer, s.scored_task
+        self.scored, self.shown = s.eval_generate, s.sample_generations
         self.examples = examples[: self.scored or self.shown]
         self.mine = self.examples[state.process_index :: state.num_processes]
         self.limit = generation.answer_limit(renderer, self.examples)
