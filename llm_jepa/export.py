@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jepa.cli import FlagParser, UsageError, run_command
-from llm_jepa.data.examples import Example, Problems, data_sha256, read_examples, split_examples
+from llm_jepa.data.examples import Example, Problems, data_sha256, dataset_name, read_examples, split_examples
 from llm_jepa.evaluation.settings import EvaluationSettings
 from llm_jepa.files import read_json, read_jsonl, sha256, write_json, write_text
 from llm_jepa.reports.results import score_names
@@ -186,13 +186,14 @@ def export_results(run: Path, output: Path) -> list[Path]:
         raise UsageError(f"{run} has no metrics.json and no eval/*/metrics.json of evaluate.py")
     date, results, samples = max(file.stat().st_mtime for file in files), collections.defaultdict(dict), {}
     for file in files:
-        metrics, task = read_json(file), file.parent.name
+        metrics = read_json(file)
         try:
             s, n, names = EvaluationSettings(**metrics["settings"]), metrics["n"], score_names(metrics)
         except (KeyError, TypeError) as error:
             raise UsageError(f"{file} was written by another version ({error})") from None
         if not s.model_name:
             raise UsageError(f"{file}: its predictions were made by another program (--score_only)")
+        task = dataset_name(s.input_file) if file.parent == run else file.parent.name
         s.output_file = str(file.with_name(Path(s.output_file).name))
         s.task = metrics["settings"]["task"] or metrics["task"]
         if (run / "run.json").is_file():

@@ -63,7 +63,7 @@ def sha256(text: str) -> str:
 
 def test_results_have_the_scores_and_samples_in_the_format_of_lm_eval(data, tmp_path):
     flags = ("--input_file", data, "--task", "synth", "--max_new_tokens", 3, "--max_examples", 20)
-    folder, model = tmp_path / "words", MODEL
+    folder, model = tmp_path / "base", MODEL  # the task has the name of the data
     assert call("evaluate", "--model_name", model, "--output_file", folder / "p.jsonl", *flags).code == 0
     metrics, rows = read_json(folder / "metrics.json"), read_lines(folder / "p.jsonl")
     file, sample_file = map(Path, call("llm_jepa.export", "lm_eval", folder, tmp_path / "out", code=0).out.split())
