@@ -286,7 +286,8 @@ def prepare(s: Settings, state: PartialState, load: Callable = load_on_device) -
     if s.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UsageError(f"--gradient_checkpointing: {type(model).__name__} does not support it")
     # A dense mask is quadratic in the row, so short rows are faster on a CPU; flash kernels want one long row.
-    tokens_per_row = s.tokens_per_row or (sys.maxsize if s.is_flash else 4096 if device.type == "cuda" else 256)
+    flash = "flash" in (s.attn_implementation or "")
+    tokens_per_row = s.tokens_per_row or (sys.maxsize if flash else 4096 if device.type == "cuda" else 256)
     points, nitp = losses.STP_LOSSES[s.stp_variant].points if s.stp_variant else 0, "nitp" in s.chat_losses
     collator = Collator(s.layout, tokenizer.pad_token_id, tokens_per_row, points, nitp, s.shuffle_pairs)
     add_projectors(model, s.projectors, s.finetune_seed)

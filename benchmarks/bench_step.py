@@ -348,7 +348,7 @@ def compare(
             "useful tokens/s": arm.useful / medians[name],
             "of matmul": flops(name) / medians[name] / rate,
             "MFU": peak and arm.model_flops() / medians[name] / peak,
-            "log": arm.log_seconds and np.median(arm.log_seconds) * len(arm.batches) / medians[name] or None,
+            "log": np.median(arm.log_seconds) * len(arm.batches) / medians[name] if arm.log_seconds else None,
             **({"peak MB": memory[name]} if memory else {}),
             **({"memory/tokens": memory[name] / memory["regular packed"] / tokens} if memory and usual else {}),
             **{k: v / args.steps for k, v in times[name].items()},

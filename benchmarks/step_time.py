@@ -101,7 +101,7 @@ def work(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0, or 2 for a wrong model or flag."""
-    return run_command("step_time", lambda: work(argv))
+    return run_command("step_time.py", lambda: work(argv))
 
 
 if __name__ == "__main__":

@@ -133,11 +133,6 @@ def export_retriever(run: Path, output: Path) -> list[Path]:
 # --------------------------------------------------------------------------------------------------------- lm_eval
 
 
-def text_sha256(text: str) -> str:
-    """Hexadecimal SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_samples(metrics: dict[str, Any], s: EvaluationSettings) -> tuple[list[dict[str, Any]], int]:
     """(one sample for each prediction of an evaluation with these metrics, the number of examples in its data)."""
     from llm_jepa.data.rendering import Renderer
@@ -163,11 +158,12 @@ def read_samples(metrics: dict[str, Any], s: EvaluationSettings) -> tuple[list[d
         else:
             requests, found = [(prompt, limits)], [response]
         arguments = {f"gen_args_{i}": {"arg_0": a, "arg_1": b} for i, (a, b) in enumerate(requests)}
-        hashes = {"doc": json.dumps(doc, indent=2, ensure_ascii=False), "prompt": prompt, "target": target}
+        texts = {"doc": json.dumps(doc, indent=2, ensure_ascii=False), "prompt": prompt, "target": target}
+        hashes = {f"{name}_hash": hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
         samples.append(
             {"doc_id": example.id - 1, "doc": doc, "target": target, "arguments": arguments}
             | {"resps": [[response] for response in found], "filtered_resps": found, "filter": "none"}
-            | {"metrics": scores, **{f"{name}_hash": text_sha256(text) for name, text in hashes.items()}}
+            | {"metrics": scores, **hashes}
             | {name: float(row[name]) for name in scores}
         )
         if "stop_rate" in metrics:
@@ -213,7 +209,7 @@ def export_results(run: Path, output: Path) -> list[Path]:
         results["versions"][task], results["n-shot"][task] = 1, 0
         results["higher_is_better"][task] = dict.fromkeys(names, True)
         results["n-samples"][task] = {"original": total, "effective": n}
-        results["task_hashes"][task] = text_sha256(hashes)
+        results["task_hashes"][task] = hashlib.sha256(hashes.encode()).hexdigest()
     source, model = "vllm" if s.engine == "vllm" else "hf", re.sub(r"[\"<>:/|\\?*\[\]]+", "__", s.model_name)
     written = results | {
         "config": {"model": source, "model_args": {"pretrained": s.model_name, "dtype": s.dtype},

@@ -42,7 +42,9 @@ def push(run: Path, repo: str, private: bool) -> str:
 
 
 def write_and_push(run: Path, overwrite: bool, license: str | None, push_to_hub: str | None, private: bool) -> None:
-    """Writes the card and uploads the run, if a repository is given."""
+    """Writes the card and uploads the run, if a repository is given. Raises UsageError if it has no weights."""
+    if push_to_hub and not any(run.glob("*model*.safetensors")):
+        raise UsageError(f"{run} has no model.safetensors or adapter_model.safetensors to upload")
     from llm_jepa.reports.model_card import write_card
 
     print(write_card(run, overwrite, license, push_to_hub))

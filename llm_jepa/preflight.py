@@ -215,7 +215,7 @@ def problems_of_all_nodes(problems: list[str], s: Preflight) -> list[str]:
         with contextlib.suppress(OSError):
             marker.unlink()
     if found:
-        return [f"node {node}: {problem}" for node, own in enumerate(found) for problem in json.loads(own)]
+        return [f"node {node}: {problem}" for node, text in enumerate(found) for problem in json.loads(text)]
     absent = (
         f"{s.nnodes} nodes did not connect at {address} within {s.join_limit:g} s ({reason}): run the same command on "
         "each node with its own NODE_RANK, and check that the port is open and that no other program uses it"

@@ -58,6 +58,8 @@ def report(runs: list[Path], output_dir: Path | None, against: str | None, allow
             problems += write_files(output_dir, tables, problems)
             print(headline(tables))
             print(f"written: {', '.join(str(output_dir / f'report.{end}') for end in ('md', 'json', 'html'))}")
+        elif output_dir:
+            problems.append("no run is left to compare; nothing is written")
     finally:
         for problem in problems:
             print(f"report.py: {problem}", file=sys.stderr)

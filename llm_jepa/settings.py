@@ -357,11 +357,6 @@ class Settings:
         return ["nitp"] * ("nitp" in self.chat_losses) + ["sigreg"] * bool(self.jepa and self.sigreg)
 
     @property
-    def is_flash(self) -> bool:
-        """Whether attention runs in a flash kernel, which supports packed segments only in a batch of one row."""
-        return "flash" in (self.attn_implementation or "")
-
-    @property
     def layout_or_default(self) -> str:
         """The layout that the flags ask for."""
         return self.layout or ("additive" if self.additive_mask else "packed")
@@ -454,7 +449,8 @@ def check_method(s: Settings, r: Refusals, several: bool) -> None:
         r.only_if(bool(getattr(s, first)), " ".join(others), f"only with --{first}")
     r.only_if(not s.tokens_per_batch, "batch_size", "not together with --tokens_per_batch")
     r.only_if(layout == "packed", "tokens_per_batch tokens_per_row", "only with --layout packed")
-    r.only_if(not s.is_flash, "tokens_per_row", "flash attention packs each micro-batch into one row")
+    flash = "flash" in (s.attn_implementation or "")
+    r.only_if(not flash, "tokens_per_row", "flash attention packs each micro-batch into one row")
     r.refuse(s.additive_mask and layout != "additive", f"--additive_mask: not with --layout {layout}")
     r.refuse(layout == "additive" and not dense, f"{kernel}: not with --layout additive")
     same = f"--use_default_data_collator or --unmask_assistant_special_tokens, here --lm_labels {s.label_scope}"
@@ -479,7 +475,8 @@ def check_training(s: Settings, r: Refusals) -> None:
     """The model, the optimizer and the run."""
     r.only_if(not s.plain, "chat_template", "not with --plain")
     r.only_if(s.lora, f"{' '.join(LORA_FLAGS)} lora_dropout merge", "only with --lora")
-    if adapter_config(name := s.model_name):
+    name = s.model_name
+    if adapter_config(name):
         merge = f"python -m llm_jepa.export merged {name} {name}/merged"
         r.refuse(not s.lora, f"--model_name {name} is an adapter: continue it with --lora, or merge it: {merge}")
         r.only_if(False, " ".join(LORA_FLAGS), f"not with the adapter {name}, which has its own")

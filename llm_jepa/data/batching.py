@@ -63,8 +63,9 @@ class Items(Sequence):
 
     def __init__(self, encoded: Any, rows: list[int]):
         """`encoded`: the return value of `encode_all`; `rows`: the usable rows."""
-        self._rows, self._pickled = rows, encoded.data.column("item").combine_chunks()
-        self.lengths = np.array(encoded["tokens"])[rows]  # tokens of each example
+        self._rows = np.asarray(rows, dtype=np.int64)  # an array, because counting references copies pages of a list
+        self._pickled = encoded.data.column("item").combine_chunks()
+        self.lengths = np.array(encoded["tokens"])[self._rows]  # tokens of each example
         self.longest = max(encoded["longest"], default=0)  # tokens of a segment
 
     def __len__(self) -> int:

@@ -319,7 +319,8 @@ def read_rows(path: str, columns: Sequence[str] | None = None, streaming: bool =
                 yield place, before + number, row
         except ExampleError:
             raise
-        except (*READ_ERRORS, pyarrow.ArrowException, ValueError, OverflowError) as error:
+        # KeyError: a field that occurs twice in Parquet
+        except (*READ_ERRORS, pyarrow.ArrowException, KeyError, ValueError, OverflowError) as error:
             raise ExampleError(f"{file}: cannot be read ({read_error(error)})") from None
         before += number
 

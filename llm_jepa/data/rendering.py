@@ -17,7 +17,8 @@ from llm_jepa.data.examples import Example
 CONTENT = "\ue000\ue001\ue002"  # replaces a turn's content to find where the template puts it
 PERCEPTION, END_OF_TURN = "<|perception|>", "<|eot_id|>"
 PINNED_DATE = datetime(2024, 7, 26)  # the fallback date of Llama-3.x's template
-TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # transformers' function for templates
+# A call of transformers' function for templates, with a literal format.
+TODAY = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
 MARK = "{# What the prompt depends on is fixed here, as LLM-JEPA trained the model. #}\n"
 THINKING, NO_THINKING = ("{% set enable_thinking = " + value + " %}\n" for value in ("true", "false"))
 PLAIN = f"{{{{ m.content + ('{PERCEPTION}' if m.role == 'user' else '{END_OF_TURN}') }}}}"
@@ -103,8 +104,8 @@ class Renderer:
         if "date_string" in template:
             head += f"{{% set date_string = '{PINNED_DATE:%d %b %Y}' %}}\n"
         template = TODAY.sub(lambda call: call[1] + PINNED_DATE.strftime(call[2]) + call[1], template)
-        if re.search(r"strftime_now\s*\(", template):
-            raise ValueError("it does not give strftime_now the format as a literal")
+        if re.search(r"strftime_now(?!\s+is\b)", template):
+            raise ValueError("it uses strftime_now in another way than strftime_now('FORMAT')")
         if not self._shows([user | {"content": CONTENT}, answer | {"content": "b"}], head + template):
             raise ValueError("it does not show the user turn" if template else "the tokenizer has none")
         if not self._shows([{"role": "system", "content": CONTENT}, user, answer | {"content": "b"}], head + template):

@@ -74,12 +74,14 @@ def evaluation_results(evaluations: dict[str, dict]) -> list[EvalResult]:
 def write_card(run: Path, overwrite: bool, license: str | None = None, repo: str | None = None) -> Path:
     """Writes the card. Raises UsageError if the run is unfinished, or if there is a card that was not written here."""
     path, record, s = run / "README.md", read_json(run / "run.json"), read_settings(read_json(run / "args.json"))
-    if record["status"] != "finished":
-        raise UsageError(f"{run}: {record['status']}, not finished")
+    status = record.get("status") if isinstance(record, dict) else None
+    if status != "finished":
+        raise UsageError(f"{run}: {status or 'damaged run.json'}, not finished")
     evaluations = {path.parent.name: read_json(path) for path in sorted(run.glob("eval/*/metrics.json"))}
-    if path.exists() and not overwrite and MARK not in (text := path.read_text(encoding="utf-8", errors="replace")):
-        blank = ModelCard.from_template(ModelCardData()).text.strip()  # PEFT saves it with every adapter
-        if text.split("\n---\n", 1)[-1].partition("### Framework versions")[0].strip() != blank:
+    if path.exists() and not overwrite:
+        text, blank = path.read_text(encoding="utf-8", errors="replace"), ModelCard.from_template(ModelCardData()).text
+        is_blank = text.split("\n---\n", 1)[-1].partition("### Framework versions")[0].strip() == blank.strip()
+        if not (MARK in text or is_blank):  # PEFT saves a blank card with every adapter
             raise UsageError(f"{path} exists and was not written by model_card.py; give --overwrite to replace it")
     name, base, results = run.resolve().name, hub_id(s.model_name), evaluation_results(evaluations)
     tags = {"llm-jepa": s.jepa, "lora": s.lora}

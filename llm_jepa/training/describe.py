@@ -55,7 +55,7 @@ def start_block(s: Settings, model: Any, renderer: Renderer, train_set: SegmentD
         f"labels   {row['label_text']!r}",
     ]
     if s.lm_labels == "reference" and renderer.tokenizer.pad_token_id != renderer.tokenizer.eos_token_id:
-        lines.append("note     the tokenizer has a pad token, so unlike Llama 3's its end-of-turn token is a label")
+        lines.append("note     the tokenizer has its own pad token, so unlike Llama 3's its turn end is a label")
     if s.lora and (frozen := not_adapted(model)):
         lines.insert(1, f"adapter  does not reach {', '.join(frozen)}")
     if s.jepa:

@@ -181,7 +181,7 @@ class StepTrainer(Trainer):
 
     def begin_step(self) -> None:
         """Decides whether gradients are compared in the next micro-batch that has something for each term."""
-        s = self.settings
+        s = self.settings  # compiled passes, and counters of FLOPs, do not allow a second backward pass
         every = 0 if s.torch_compile or s.track_flop else s.gradient_stats
         self._measures |= bool(s.gamma and self.terms and every and self.state.global_step % every == 0)
 

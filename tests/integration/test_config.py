@@ -12,6 +12,7 @@ from conftest import EXAMPLES, MODEL, ROOT, call, read_json, train, write_rows
 import finetune
 from llm_jepa.cli import parse_flags
 from llm_jepa.evaluation.settings import EvaluationSettings
+from llm_jepa.large.settings import LargeSettings, check_large_settings
 from llm_jepa.settings import check_settings
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -109,3 +110,10 @@ def test_recipe_trains(recipe: Path, tmp_path):
         name = line.partition(":")[0]
         assert line[0] == "#" or name in own or recorded[name] == getattr(given, name), line
     assert read_json(run / "run.json")["steps"] == 2
+
+
+def test_optimizer_that_one_gpu_resolved_is_resolved_again(tmp_path):
+    given = LargeSettings(model_name=str(ROOT / "models/tiny"), train_file="a.jsonl", optim="adamw_bnb_8bit")
+    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(given)))
+    settings, names = parse_flags(LargeSettings, "", ["--config", str(tmp_path)])
+    assert check_large_settings(settings, names, several=True).optim == "adamw_torch_fused"

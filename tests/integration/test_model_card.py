@@ -139,6 +139,9 @@ def test_text_has_what_the_terms_have_learned_and_the_retrieval(run):
     assert "JEPA term has learned" in jepa and all(f"{x:.3f}" in jepa for x in (0.75, 0.25, 0.4375, 0.125))
     assert "NITP term has not learned" in nitp and "0.0625" in nitp
     assert JEPA_LOSSES["clip"].formula in card.text and NITP_FORMULA in card.text and "placebo" in card.text
+    change(run, "args.json", regular=True)
+    change(run, "run.json", learned={"nitp": learned["nitp"]})
+    assert "| learned | the NITP term has not" in write(run, "--overwrite").text
     assert card.data.tags == ["llm-jepa", "nitp"] and "`--nitp_lbd`" in card.text
     (line,) = [line for line in card.text.splitlines() if line.startswith("mine_test, retrieval")]
     assert all(text in line for text in ("2000 pairs", "0.516", "0.250", "0.0005"))
@@ -290,6 +293,8 @@ def test_failed_upload_exits_with_1(run, server):
 @pytest.mark.parametrize("flags", [["--private"], ["--push_to_hub", "run"]], ids=" ".join)
 def test_impossible_upload_is_refused_before_anything_is_written(run, server, flags):
     assert flags[0] in refused(run, *flags)
+    (run / "model.safetensors").unlink()
+    assert "model.safetensors" in refused(run, *PUSH)
     assert not (run / "README.md").exists() and not server.mock_calls
 
 
