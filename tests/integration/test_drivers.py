@@ -58,8 +58,7 @@ def test_run_folder_names(project, arguments, variables, name):
 
 
 def test_flags_after_the_second_separator_are_for_the_other_arms(project):
-    flags = ["--", "--weight_decay", "0.1", "--", "--jepa_ratio", "0.5"]
-    done = project.run("compare", *flags, ARMS="regular jepa", **ONE)
+    done = project.run(*"compare -- --weight_decay 0.1 -- --jepa_ratio 0.5".split(), ARMS="regular jepa", **ONE)
     names = ("regular-lr1e-3-e2-s4-xd14d0b09", "jepa-lr1e-3-lbd1-k1-e2-s4-xd25239c1")
     assert done.runs == [f"runs/synth-tiny-{name}" for name in names]
     assert [resolved(argv)["jepa_ratio"] for argv in done.trained] == [1.0, 0.5]

@@ -94,6 +94,9 @@ def test_columns_that_are_not_used_are_not_read(tmp_path):
     own = pa.Table.from_pylist([message_row("u", "a")]).append_column("far", pa.array([2**55], pa.timestamp("ms")))
     parquet.write_table(own, path)
     assert [e.user for e in read(path, None)] == ["u"]
+    parquet.write_table(table.append_column("code", table["code"]), path)
+    with pytest.raises(ExampleError, match=f"{path.name}.*code"):
+        read(path)
 
 
 @pytest.fixture

@@ -141,6 +141,7 @@ def test_damaged_run_is_reported_and_skipped(tmp_path, capsys, reason):
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and runs[1] in err and reason in err
     assert "mean ± sd (n = 2)  60.00 ± 14.14" in out
+    assert main([runs[1], "--output_dir", str(tmp_path / "out")]) == 1 and capsys.readouterr().err.count("\n") == 2
 
 
 def test_each_seed_counts_once(tmp_path, capsys):
