@@ -108,9 +108,9 @@ def main() -> int:
         answers[name] = arms[name]()
 
     with torch.inference_mode():
-        times = interleave({name: partial(respond, name) for name in arms}, args.repeats)
+        times = interleave({name: partial(respond, name) for name in arms}, args.repeats, warm=("vLLM",))
     if vllm_seconds:
-        times["vLLM"] = vllm_seconds[1:]  # as the others without the first run
+        times["vLLM"] = vllm_seconds  # without its start, in which it runs the model
     seconds = {name: percentiles(own) for name, own in times.items()}
     first = next(iter(arms))  # one at a time, if it is timed
     expected, one = answers[first], seconds[first]["p50"]

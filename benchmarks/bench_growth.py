@@ -91,11 +91,9 @@ def longer(item: tuple[Segment, ...], times: int) -> tuple[Segment, ...]:
 
 def tokens(args: argparse.Namespace, folder: str) -> Sizes:
     """A step of --batch_size examples."""
-    arm, arms = arm_of("packed", args, folder, {}), {}
-    for factor in FACTORS:
-        batch = [longer(item, factor) for item in arm.batches[0]]
-        arms[arm.useful * factor // args.batch_size] = replace(arm, batches=[batch])
-    return timed_steps(args, arms)
+    shared: dict[str, Any] = {}
+    arms = [arm_of("packed", args, folder, shared, partial(longer, times=factor)) for factor in FACTORS]
+    return timed_steps(args, {arm.useful // arm.examples: arm for arm in arms})
 
 
 def width(args: argparse.Namespace, folder: str) -> Sizes:

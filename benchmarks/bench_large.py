@@ -130,7 +130,9 @@ def train_arm(name: str, args: argparse.Namespace, model: Path) -> dict[str, Any
     flags = ["--model_name", str(model), "--train_file", args.input_file, "--output_dir", str(run), *ARMS[name]]
     flags += ["--tokens_per_batch", str(args.tokens_per_batch), "--grad_accum", "1", *args.training]
     flags += ["--save_strategy", "steps", "--save_steps", str(args.steps), "--max_steps", str(2 * args.steps + 1)]
-    first, again = train(args, flags), train(args, [*flags, "--resume"])
+    first = train(args, flags)
+    print(f"{name}: {first}", file=sys.stderr, flush=True)  # the figures so far
+    again = train(args, [*flags, "--resume"])
     steps = [step for _, step in read_jsonl(run / "metrics.jsonl") if "tokens" in step]
     steps = [step for step in steps if WARM_UP < step["step"] <= args.steps]
     shutil.rmtree(run)

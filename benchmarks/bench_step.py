@@ -7,16 +7,16 @@ Arms: the reference implementation's method (three rows per example, padded to -
 all layers at every token); the additive mask, with both views of an example in one row; packed, the default; packed
 with the Text view in the chat; packed with --torch_compile; regular fine-tuning, packed; the auxiliary losses, packed;
 TRL's SFTTrainer, padded to the longest row, padding-free (a batch in one row) and packed. `statistics` is a step with
-what the Trainer computes for the log, and `log` is its share of the step's time, timed inside the step. In
-`gradient_stats 1` every step also compares gradients, so at the default --gradient_stats 100 the difference between
-these two arms is divided by 100 and by the micro-batches of a step. A step is collation, forward, backward, clipping
-and AdamW. `useful` tokens are those of chats and views without padding. `time` is relative to regular packed.
-`time/tokens` is that divided by the ratio of their useful tokens: 1 if the views cost as much per token as the chats;
-`memory/tokens` is the same for peak memory. FLOPs are torch's count for the forward and backward pass; `of matmul` is
-their rate over that of a large matrix product timed in the same run. `MFU` counts only 6 FLOPs per parameter of the
-decoder layers and useful token, and per parameter of the output layer and label, over the data sheet's dense bfloat16
-rate of an H100 or H200. After each round the table so far is written to FILE.part of --json FILE, without memory. The
-exit code is 1 if an arm failed; skipped arms do not count.
+what the Trainer computes and writes to the log, and `log` is its share of the step's time, timed inside the step. In
+`gradient_stats 1` every step also compares gradients, so at the default --gradient_stats 150 the difference between
+these two arms is divided by 150 and by the micro-batches of a step. A step is forward, backward, clipping and AdamW;
+the batches are collated before. `useful` tokens are those of chats and views without padding. `time` is relative to
+regular packed. `time/tokens` is that divided by the ratio of their useful tokens: 1 if the views cost as much per token
+as the chats; `memory/tokens` is the same for peak memory. FLOPs are torch's count for the forward and backward pass;
+`of matmul` is their rate over that of a large matrix product timed in the same run. `MFU` counts only 6 FLOPs per
+parameter of the decoder layers and useful token, and per parameter of the output layer and label, over the data sheet's
+dense bfloat16 rate of an H100 or H200. After each round the table so far is written to FILE.part of --json FILE,
+without memory. The exit code is 1 if an arm failed; skipped arms do not count.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ ARMS: dict[str, dict[str, Any]] = {  # name → settings
     "regular packed": {"regular": True},
     "clip": {"jepa_loss": "clip"},
     "clip, in_chat": {"jepa_loss": "clip", "text_view": "in_chat"},
+    "infonce": {"jepa_loss": "infonce"},
     "vicreg": {"jepa_loss": "vicreg"},
     "sigreg": {"sigreg": 0.05},
     "regular + stp": {"regular": True, "stp": "geodesic"},
@@ -95,7 +96,7 @@ PARTS = {  # of a step: beginnings of the names of torch's operators
 
 @dataclass
 class Arm:
-    """One kind of step: `batches` stores the examples of each step, `loss` collates them and runs the model."""
+    """One kind of step: `loss` is a function of the model and one of the `batches`."""
 
     model: torch.nn.Module
     batches: list[Any]
@@ -174,45 +175,48 @@ def peak_bytes() -> int:
 
 def ours(parts: finetune.Parts, s: finetune.Settings) -> Callable:
     """The loss of finetune.py."""
-    return lambda _, items: parts.objective(send_to_device(parts.collator(items), DEVICE), s.gamma)[0]
+    return lambda _, batch: parts.objective(batch, s.gamma)[0]
 
 
 def trainers(parts: finetune.Parts, s: finetune.Settings, bf16: bool, log_seconds: list[float]) -> Callable:
     """The same by the Trainer, which adds to its statistics; `log_seconds` gets the time of that."""
     make_arguments = partial(finetune.training_arguments, bf16=bf16)
     trainer = finetune.build_trainer(s, parts, PartialState(), make_arguments=make_arguments)
-    add = trainer.add_statistics
+    trainer.state.max_steps, add = sys.maxsize, trainer.add_statistics
     trainer.add_statistics = lambda *given: log_seconds.append(measure(add, *given))
 
-    def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
+    def loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         trainer.begin_step()
-        batch = send_to_device(parts.collator(items), DEVICE)
-        return trainer.compute_loss(model, batch, num_items_in_batch=batch["counts"].clamp(min=1).float())
+        value = trainer.compute_loss(model, batch, num_items_in_batch=batch["counts"].clamp(min=1).float())
+        log_seconds[-1] += measure(trainer.log, {"loss": 0.0})
+        return value
 
     return loss
 
 
-def reference_loss(pad_id: int, lbd: float, length: int) -> Callable:
-    """The same loss computed as in the reference implementation, with three rows per example, padded to a length."""
+def reference_batch(items: list[Any], pad_id: int, length: int) -> dict[str, torch.Tensor]:
+    """The examples as in the reference implementation: three rows per example, padded to a length."""
 
     def padded(values: list[np.ndarray], fill: int) -> torch.Tensor:
         rows = [F.pad(torch.tensor(v, dtype=torch.long), (0, length - len(v)), value=fill) for v in values]
         return torch.stack(rows).to(DEVICE)  # (3B, T)
 
-    def loss(model: torch.nn.Module, items: list[Any]) -> torch.Tensor:
-        segments, n = [item[kind] for kind in range(3) for item in items], len(items)
-        out = model(
-            input_ids=padded([x.ids for x in segments], pad_id),
-            attention_mask=padded([np.ones_like(x.ids) for x in segments], 0),
-            labels=padded([np.where(x.labels, x.ids, -100) for x in segments], -100),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        views = torch.tensor([segment.view for segment in segments[n:]], device=DEVICE)
-        hidden = out.hidden_states[-1][n:].float()[torch.arange(2 * n, device=DEVICE), views]  # (2B, D)
-        return out.loss + lbd * (1 - F.cosine_similarity(hidden[:n], hidden[n:], dim=-1)).mean()
+    segments = [item[kind] for kind in range(3) for item in items]
+    return {
+        "input_ids": padded([x.ids for x in segments], pad_id),
+        "attention_mask": padded([np.ones_like(x.ids) for x in segments], 0),
+        "labels": padded([np.where(x.labels, x.ids, -100) for x in segments], -100),
+        "views": torch.tensor([segment.view for segment in segments[len(items) :]], device=DEVICE),  # (2B,)
+    }
 
-    return loss
+
+def reference_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], lbd: float) -> torch.Tensor:
+    """The same loss computed as in the reference implementation: all logits, and hidden states of all layers."""
+    rows = {name: x for name, x in batch.items() if name != "views"}
+    out, views = model(**rows, output_hidden_states=True, use_cache=False), batch["views"]
+    n = len(views) // 2
+    hidden = out.hidden_states[-1][n:].float()[torch.arange(2 * n, device=DEVICE), views]  # (2B, D)
+    return out.loss + lbd * (1 - F.cosine_similarity(hidden[:n], hidden[n:], dim=-1)).mean()
 
 
 def labels(items: list[Any]) -> int:
@@ -262,8 +266,13 @@ def settings_of(name: str, args: argparse.Namespace, folder: str) -> finetune.Se
     )  # fmt: skip
 
 
-def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any]) -> Arm:
-    """The arm; arms with the same `shared` train one model. Raises ImportError, or UsageError if it cannot run."""
+def arm_of(
+    name: str, args: argparse.Namespace, folder: str, shared: dict[str, Any], change: Callable = lambda item: item
+) -> Arm:
+    """The arm; arms with the same `shared` train one model. Raises ImportError, or UsageError if it cannot run.
+
+    `change` is applied to each encoded example.
+    """
     flash = args.attn_implementation == "flash_attention_2"
     package = "trl" if name.startswith("TRL") else "flash_attn" if flash else None
     if package and importlib.util.find_spec(package) is None:
@@ -283,7 +292,8 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
         return model.train()
 
     parts = finetune.prepare(s, PartialState(), load)
-    items = parts.train_set.items = parts.train_set.items[:wanted]
+    parts.inspect(half=False)  # as in training: decides whether logits are computed in slices
+    items = parts.train_set.items = [change(item) for item in parts.train_set.items[:wanted]]
     if len(items) < wanted:
         raise SystemExit(
             f"{args.input_file}: only {len(items)} of the first {4 * wanted} examples are usable, {wanted} are needed"
@@ -292,14 +302,15 @@ def arm_of(name: str, args: argparse.Namespace, folder: str, shared: dict[str, A
         return trl_arm(name, args, parts, folder)
     if s.torch_compile:
         compile_decoder(parts.model)
-    batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
-    pad = parts.encoder.renderer.tokenizer.pad_token_id
-    bf16 = args.dtype == "bfloat16"
+    bf16, collate, loss = args.dtype == "bfloat16", parts.collator, ours(parts, s)
     log_seconds: list[float] = []
     if name == "reference layout":
-        loss = reference_loss(pad, s.lbd, args.max_length)
-    else:
-        loss = trainers(parts, s, bf16, log_seconds) if "stat" in name else ours(parts, s)
+        pad = parts.encoder.renderer.tokenizer.pad_token_id
+        collate, loss = partial(reference_batch, pad_id=pad, length=args.max_length), partial(reference_loss, lbd=s.lbd)
+    elif "stat" in name:
+        loss = trainers(parts, s, bf16, log_seconds)
+    rows = (items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size))
+    batches = [send_to_device(collate(few), DEVICE) for few in rows]
     useful = sum(len(segment.ids) for item in items for segment in item)
     arm = Arm(parts.model, batches, loss, len(items), useful, labels(items), bf16, log_seconds)
     arm.optimizer.state = shared.setdefault("moments", arm.optimizer.state)  # one copy for all arms

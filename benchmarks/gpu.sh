@@ -25,7 +25,7 @@ if [ -n "$REHEARSE" ]; then
   brief=(--max_steps 2 --batch_size 2 --grad_accum 1 --save_steps 1) rows=4 new_tokens=8 tokens=512 large_steps=3
   train=$out/train.jsonl memory=(--skip_memory)
 else
-  slower=1 shape=llama-3.2-1b large=llama-3.1-8b dtype=bfloat16 batch=${BATCH:-64} repeats=${REPEATS:-5} steps=4
+  slower=1 shape=llama-3.2-1b large=llama-3.1-8b dtype=bfloat16 batch=${BATCH:-256} repeats=${REPEATS:-5} steps=4
   few=8 # the reference computes all logits of 3 rows of 512 tokens per example, and each arm of TRL has a model of its own
   brief=(--num_epochs "${EPOCHS:-2}" --batch_size 32 --grad_accum 4 --save_steps 48)
   rows=512 new_tokens=128 tokens=4096 large_steps=8
@@ -34,7 +34,7 @@ else
 fi
 mkdir -p "$out"
 [ -z "$REHEARSE" ] || head -n 64 datasets/synth_train.jsonl >"$train"
-trap 'rm -rf "$out/work"' EXIT # the 8B model: 16 GB
+trap 'rm -rf "$out/work"' EXIT
 
 stage() { # name, seconds, command: writes OUT/name.txt
   local name=$1 limit=$2 code=0
@@ -69,12 +69,13 @@ with_shape=(bash -euc 'with_shape "$@"' bash)
 
 stage facts 20 bash -c 'nvidia-smi || [ -n "$REHEARSE" ]; "$0" -m torch.utils.collect_env' "$python"
 mapfile -t files < <(grep -rl "mark\.gpu" tests --include "test_*.py")
-stage tests 90 "$python" -m pytest -n 0 -q -m gpu "${files[@]}"
+stage tests 90 "$python" -m pytest -n 0 -v -m gpu "${files[@]}"
 bench_steps step 100 --arms "regular packed" packed "packed, in_chat" clip "clip, in_chat" "regular + nitp"
 bench_steps reference 50 --batch_size "$few" --arms "regular packed" packed "reference layout"
 stage large 120 "${with_shape[@]}" "$large" "$python" benchmarks/bench_large.py --model_name "$out/$large" \
   --work "$out/work" --input_file "$train" --arms "lora jepa" --tokens_per_batch "$tokens" --steps "$large_steps" \
   --json "$out/large.json"
+rm -rf "$out/work" # the 8B model: 16 GB
 bench_steps trl 50 --batch_size "$few" --arms "regular packed" "TRL padded" "TRL padding-free" "TRL packed"
 bench_steps compile 50 --arms "regular packed" packed "packed, compiled"
 for kernel in "${kernels[@]}"; do

@@ -37,17 +37,18 @@ def flag_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def interleave(
-    arms: dict[str, Callable[[], Any]], repeats: int, after_round: Callable[[dict[str, list[float]]], Any] | None = None
-) -> dict[str, list[float]]:
+    arms: dict[str, Callable[[], Any]], repeats: int, after_round: Callable[[dict], Any] | None = None,
+    warm: tuple[str, ...] = (),
+) -> dict[str, list[float]]:  # fmt: skip
     """Seconds of each repeat of each arm. The arms take turns, so that a slow period affects all of them.
 
-    Each arm runs once untimed. Each round has another random order, because an arm after one that needs much memory is
-    slower. `after_round` gets the seconds so far.
+    Each arm that is not in `warm` runs once untimed. Each round has another random order, because an arm after one that
+    needs much memory is slower. `after_round` gets the seconds so far.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     order = random.Random(0)
-    for arm in arms.values():
-        arm()
+    for name in arms.keys() - set(warm):
+        arms[name]()
     for _ in range(repeats):
         for name in order.sample(list(arms), len(arms)):
             seconds[name].append(measure(arms[name]))

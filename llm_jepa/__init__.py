@@ -10,6 +10,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
     # (OMP_WAIT_POLICY=PASSIVE), small models lose a fifth of their speed on two cores (benchmarks/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+# torch prefers cuDNN's attention on GPUs like the H100, which compiles itself for each new shape of a batch
+# (github.com/modelscope/FunASR/issues/3704: 1 s of a step in six). Not measured with this project yet.
+os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+
 try:
     for name in ("torch", "transformers", "accelerate", "peft", "datasets", "scipy", "pandas"):
         version(name)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm_jepa.cli import UsageError
 from llm_jepa.layouts import attention_mask
-from llm_jepa.losses import ContrastSet, lm_loss
+from llm_jepa.losses import ContrastSet, lm_loss, shuffled
 from llm_jepa.model import MAX_LOGITS, blocks_after
 
 
@@ -140,9 +140,7 @@ class LMHeadSelector:
         if states.shape[1] != hidden.shape[2]:
             sizes = f"{states.shape[1]} dimensions there, {hidden.shape[2]} before its output layer"
             raise UsageError(f"{self.target_layer.where}: the states of {self.model_name} have {sizes}")
-        if self.targets == "shuffled":  # a fixed offset could be learned, because chats have similar lengths
-            states = states[torch.randperm(len(states), generator=torch.Generator().manual_seed(0)).to(states.device)]
-        return states
+        return shuffled(states) if self.targets == "shuffled" else states
 
     def _add_output(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
         """Adds the projections to the output, where DistributedDataParallel finds which parameters were used."""

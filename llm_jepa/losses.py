@@ -39,8 +39,8 @@ def lm_loss(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor
 class ContrastSet(NamedTuple):
     """The pairs of which a contrastive loss is computed, and those that they are contrasted with.
 
-    The first P of the A pairs are those of all ranks, in rank order: each has a loss. All A are candidates; the others
-    are those of the queue.
+    The first P of the A pairs are those of all ranks, in rank order; each has a loss. The other A − P are those of the
+    queue.
     """
 
     views: torch.Tensor  # (2, A, D), with gradient only to this rank's own pairs
@@ -135,7 +135,9 @@ def jepa_loss(
     if stop_gradient is not None:
         views = torch.stack([v.detach() if i == stop_gradient else v for i, v in enumerate(views)])
     if center:
-        views = views - views[:, :total].mean(dim=1, keepdim=True)
+        centred = views - views[:, :total].mean(dim=1, keepdim=True)
+        # A view at the mean has no direction; the gradient of its cosine would be divided by a rounding error.
+        views = centred * (centred.norm(dim=-1, keepdim=True) > 1e-4 * views.norm(dim=-1, keepdim=True))
     entry = JEPA_LOSSES[name]
     loss = entry.loss(views[:, :total], others._replace(views=views), temperature or entry.temperature)
     return loss - (1 - count / total) * loss.detach(), count
@@ -223,6 +225,13 @@ def stp_loss(path: torch.Tensor, variant: str) -> tuple[torch.Tensor, int]:
 
 
 NITP_FORMULA = "1 − cos(P(h_t), sg(z_{t+1})), P a SwiGLU projector, z the hidden state of a lower layer"
+
+
+def shuffled(states: torch.Tensor) -> torch.Tensor:
+    """The rows of states (M, D) in a random order that depends only on M."""
+    # Not at a fixed offset, where chats of similar lengths have the same tokens of the chat template.
+    order = torch.randperm(len(states), generator=torch.Generator().manual_seed(0))
+    return states[order.to(states.device)]
 
 
 def nitp_loss(predicted: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -155,7 +155,7 @@ class Settings:
         "--nitp: its targets; states: of --nitp_layer; controls: a fixed random vector per token, shuffled states",
         METHOD,
     )
-    gradient_stats: int = flag(100, "log size and direction of auxiliary gradients every N steps; 0: never", RUN)
+    gradient_stats: int = flag(150, "log size and direction of auxiliary gradients every N steps; 0: never", RUN)
     lm_labels: Literal["answer", "answer_text", "all", "reference"] | None = flag(
         None, "labels of the language-model loss; default answer: the answer and its end-of-turn token", METHOD
     )
@@ -436,7 +436,8 @@ def check_method(s: Settings, r: Refusals, several: bool) -> None:
     r.refuse(losses > 1, "give one of --jepa_loss, --jepa_l2, --jepa_mse and --infonce")
     auxiliary = bool(s.jepa or s.chat_losses)
     r.refuse(s.gamma == 0 and not auxiliary, "--gamma 0: no loss is left")
-    r.only_if(auxiliary or not s.gradient_stats, "gradient_stats", "there is no auxiliary loss")
+    compares = auxiliary and s.gamma or not s.gradient_stats
+    r.only_if(bool(compares), "gradient_stats", "only with a language-model loss and an auxiliary loss")
     single, name = s.batch_size == 1 and not s.tokens_per_batch, s.jepa_loss_or_default
     contrasts = JEPA_LOSSES[name].contrasts and not s.negatives_queue
     need_other_pairs = {f"--jepa_loss {name}": contrasts, "--center": s.center, "--shuffle_pairs": s.shuffle_pairs}

@@ -73,9 +73,10 @@ class Renderer:
         # What the tokenizer puts before bare text; templates write it themselves.
         bos = tokenizer.bos_token_id
         self.prefix = tokenizer.bos_token if bos is not None and tokenizer("a").input_ids[:1] == [bos] else ""
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        special = sorted(t for t in special | set(tokenizer.all_special_tokens) if t.strip())
-        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.special_ids = {*special, *tokenizer.all_special_ids}
+        texts = sorted(t for t in {*special.values(), *tokenizer.all_special_tokens} if t.strip())
+        self.special = re.compile("|".join(map(re.escape, texts)) or "(?!)")
         self.template = template.get("default") if isinstance(template, dict) else template
         if self.plain:
             self.template = ("{{ bos_token }}" if self.prefix else "") + PLAIN
@@ -93,6 +94,7 @@ class Renderer:
                 what = f"{self.tokenizer.name_or_path}: the chat template cannot be used ({first_line(error)})"
                 raise UsageError(f"{what}; give --plain or another --chat_template") from None
         self.tokenizer.chat_template = templates | {"default": template} if isinstance(templates, dict) else template
+        self.around_views: dict[str, tuple[str, str]] = {}  # of each role: computed once, because it is always the same
         self.folds, self.assistant_first = FOLD in template, self._shows([{"role": "assistant", "content": CONTENT}])
 
     def _fixed(self, template: str, thinking: bool) -> str:
@@ -140,10 +142,13 @@ class Renderer:
         Templates may change white space in the content and open a thinking block before it. Raises ValueError if it
         cannot be located.
         """
-        content = messages[turn]["content"]
-        text, other = self._render(messages), list(messages)
-        other[turn] = messages[turn] | {"content": CONTENT}
-        front, _, after = self._render(other).partition(CONTENT)
+        role, content = messages[turn]["role"], messages[turn]["content"]
+        text, around = self._render(messages), self.around_views if len(messages) == 1 else {}
+        if role not in around:
+            other = list(messages)
+            other[turn] = messages[turn] | {"content": CONTENT}
+            around[role] = self._render(other).partition(CONTENT)[::2]
+        front, after = around[role]
         before = front if before is None else before
         start, end = len(before), len(text) - len(after)
         shown = "".join(text[start:end].split()).endswith("".join(content.split()).removeprefix("<think>"))

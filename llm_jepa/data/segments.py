@@ -101,9 +101,11 @@ def _tokenize_chats(tokenizer: Any, chats: list[Rendered]) -> Iterator[tuple[np.
     prompt into the answer.
     """
     complete = _tokenize(tokenizer, [chat.text for chat in chats])
-    prompts = _tokenize(tokenizer, [chat.text[: chat.start] for chat in chats])
-    for chat, (ids, offsets), (prompt, places) in zip(chats, complete, prompts, strict=True):
-        if not np.array_equal(ids[: len(prompt)], prompt):
+    starts = [chat.text[: chat.start] for chat in chats]
+    prompts = tokenizer(starts, add_special_tokens=False)["input_ids"] if starts else []
+    for start, chat, (ids, offsets), prompt in zip(starts, chats, complete, prompts, strict=True):
+        if ids[: len(prompt)].tolist() != prompt:
+            [(prompt, places)] = _tokenize(tokenizer, [start])
             rest, after = _tokenize_inside(tokenizer, chat.text[chat.start :])
             ids, offsets = np.concatenate([prompt, rest]), np.concatenate([places, after + chat.start])
         yield ids, offsets, len(prompt)
@@ -126,7 +128,7 @@ def content_tokens(offsets: np.ndarray, r: Rendered) -> tuple[int, int]:
     return first, stop
 
 
-def label_tokens(tokenizer: Any, scope: str, ids: np.ndarray, answers: list[tuple[int, int]]) -> np.ndarray:
+def label_tokens(renderer: Renderer, scope: str, ids: np.ndarray, answers: list[tuple[int, int]]) -> np.ndarray:
     """Which tokens (T,) are labels, by --lm_labels; `answers` are the [first, stop) tokens of the answers to learn.
 
     Raises ValueError if no special token ends an answer, or not the same one ends all of them.
@@ -135,12 +137,11 @@ def label_tokens(tokenizer: Any, scope: str, ids: np.ndarray, answers: list[tupl
     if scope == "all":
         return ~labels
     if scope == "reference":
-        return ids != tokenizer.pad_token_id
-    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+        return ids != renderer.tokenizer.pad_token_id
     ends = []
     for first, stop in answers:
         if scope == "answer":
-            end = next((t for t in range(stop, len(ids)) if int(ids[t]) in special), None)
+            end = next((t for t in range(stop, len(ids)) if int(ids[t]) in renderer.special_ids), None)
             if end is None:
                 raise ValueError("no special token ends the answer in the chat template; give --lm_labels answer_text")
             ends.append(int(ids[end]))
@@ -222,7 +223,7 @@ class Encoder:
                 raise ValueError(f"the {name} has {len(ids)} tokens: --last_token {self.last_token} is outside")
             return Segment(kind, ids, np.zeros(len(ids), dtype=bool), view)
         earlier = [content_tokens(offsets, Rendered(rendered.text, *answer)) for answer in rendered.earlier]
-        labels = label_tokens(tokenizer, self.lm_labels, ids, [*earlier, (prompt, stop)])
+        labels = label_tokens(self.renderer, self.lm_labels, ids, [*earlier, (prompt, stop)])
         turns = {"answer": (prompt, stop)}
         if rendered.user is not None:
             turns["user"] = content_tokens(offsets, Rendered(rendered.text, *rendered.user))

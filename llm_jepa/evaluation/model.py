@@ -71,11 +71,13 @@ def load(name: str, s: EvaluationSettings) -> tuple[Any, Encoder]:
 
 
 def weight_files(name: str) -> list[list[Any]]:
-    """[name, size in bytes, time of the last change in ns] of the files of a model folder's weights; [] of a hub name.
+    """[name, size in bytes, time of the last change in ns] of a model folder's weights and configurations.
 
-    They tell whether the model is still the same, without reading it. Those of an adapter's base folder follow.
+    They tell whether the model is still the same, without reading it; [] of a hub name. Those of an adapter's base
+    folder follow.
     """
     files = [p for p in Path(name).glob("*model*") if p.suffix in (".safetensors", ".bin")]
+    files += [p for p in (Path(name) / "config.json", Path(name) / "adapter_config.json") if p.is_file()]
     found, adapter = sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files), adapter_config(name)
     base = adapter and adapter["base_model_name_or_path"]
     return found + (weight_files(base) if base else [])

@@ -13,7 +13,7 @@ from llm_jepa.files import write_text
 from llm_jepa.losses import CHAT_LOSSES
 from llm_jepa.reports.results import describe_learning
 from llm_jepa.run_folder import RunFolder
-from llm_jepa.training.diagnostics import JUDGED, judge
+from llm_jepa.training.diagnostics import JUDGED, judge_at
 
 
 def computation(trainer: Any) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class MetricsCallback(TrainerCallback):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             if any(f"{term}_collapsed" in line for term in JUDGED):
-                learned = judge(state.log_history, state.max_steps)
+                learned = judge_at(state.log_history[:-1], line, state.max_steps)
                 self.run.update("running", learned=learned)
                 for term in learned:
                     if f"{term}_collapsed" in line:

@@ -106,7 +106,7 @@ def final_record(trainer: Any) -> dict[str, Any]:
     facts = {"steps": trainer.state.global_step, "tokens": int(trainer.seen_tokens), "final": final}
     if trainer.args.load_best_model_at_end:
         facts["best"] = {"step": best, trainer.args.metric_for_best_model: trainer.state.best_metric}
-    facts["learned"] = judge(trainer.state.log_history, trainer.state.max_steps)
+    facts["learned"] = judge(trainer.state.log_history, trainer.state.global_step)
     if trainer.settings.streaming:  # each process has met the bad examples of its own share
         for found in gather_object([trainer.problems.found]):
             trainer.problems.found |= found

@@ -1,5 +1,6 @@
 """Whether an auxiliary loss has learned its pairs: statistics of micro-batches, and the verdict on a run."""
 
+import math
 from typing import Any
 
 import torch
@@ -39,9 +40,11 @@ def effective_rank(vectors: torch.Tensor) -> float:
 
     It is the number of directions in which they vary (Roy and Vetterli, 2007); 0 if they are all equal.
     """
-    vectors = vectors.float()
-    singular = torch.linalg.svdvals(vectors - vectors.mean(dim=0))
-    if not singular.sum() > vectors.norm() * max(vectors.shape) * torch.finfo(vectors.dtype).eps:  # only rounding
+    vectors = vectors.cpu().double()  # on a GPU small decompositions are slow
+    centred = vectors - vectors.mean(dim=0)
+    products = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    singular = torch.linalg.eigvalsh(products).clamp(min=0).sqrt()
+    if not singular.sum() > vectors.norm() * max(vectors.shape) * torch.finfo(torch.float32).eps:  # only rounding
         return 0.0
     shares = singular / singular.sum()
     return torch.special.entr(shares).sum().exp().item()
@@ -86,22 +89,34 @@ def judged_lines(history: list[dict[str, Any]], max_steps: int, key: str, count:
     return found if n >= MIN_COUNT else []
 
 
+def retrieval_of(d: float, n: float) -> float:
+    """The probability that a Text's own Code is the nearest of n, if all cosines are normal with standard deviation 1.
+
+    ∫ φ(x − d) · Φ(x)ⁿ⁻¹ dx,   d: how far the mean cosine of pairs is above that of shuffled pairs
+    """
+    x = torch.linspace(-8, 8 + d, 4001, dtype=torch.float64)
+    density = (-((x - d) ** 2) / 2).exp() / math.sqrt(2 * math.pi)
+    return torch.trapezoid(density * torch.special.ndtr(x) ** (n - 1), x).item()
+
+
 def judge_pairs(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Whether the views tell pairs apart, from lines of judged_lines: `collapsed`, and the mean figures over all pairs.
 
-    Let c be the mean cosine of pairs, s that of shuffled pairs, and σ the standard deviation of the shuffled cosines of
-    a micro-batch. The term has not learned its pairs ("collapsed") if
+    Let c be the mean cosine of pairs, s that of shuffled pairs, σ the standard deviation of the shuffled cosines of a
+    micro-batch, r the retrieval over n pairs, and q its chance level. The term has not learned its pairs ("collapsed")
+    if r is not above chance (one-sided; 2.3 % of all runs whose retrieval is at chance are),
 
-        c − s < MARGIN · σ                   or
-        r ≤ q + 2 · sqrt(q · (1 − q) / n)    the retrieval r over n pairs is not above its chance level q (one-sided,
-                                             2.3 % of all runs whose retrieval is at chance exceed it)
+        r ≤ q + 2 · sqrt(q · (1 − q) / n),
 
-    With normal cosines of standard deviation σ, the probability that a Text's own Code is the nearest of N depends only
-    on d = (c − s) / σ. At d = 1.5 it is .55 for N = 8 and .03 for N = 2000, so a term has learned if a Text finds its
-    Code among eight in more than half of the cases. Measured d of five runs from random parameters, 1000 steps of 8
-    SYNTH pairs (experiments/plans/terms.md): l2 −.3 to −.1, placebo and sigreg 0, cosine .1 to .3, mse .1 to .3,
-    stop-gradient .4 to .8, center 1.0, vicreg 1.3 to 1.8 (λ = .1) and 3.0 to 3.5 (λ = 1), infonce 3.3 to 3.4, clip 3.8
-    to 4.4.
+    or if neither the cosines nor the retrieval reach the margin d = MARGIN:
+
+        (c − s) / σ < d   and   r < retrieval_of(d, 1 / q).
+
+    retrieval_of(1.5, 8) = .55 and retrieval_of(1.5, 2000) = .03, so a term has learned if a Text finds its Code among
+    eight in more than half of the cases. Measured (c − s) / σ and r of five runs from random parameters, 1000 steps of
+    8 SYNTH pairs (experiments/plans/terms.md): l2 −.3 to −.1 and .13; placebo and sigreg 0 and .11 to .18; cosine and
+    mse .1 to .3 and .15 to .28; center 1.0 and .35 to .50; stop-gradient .4 to .8 and .51 to .64; vicreg 1.3 to 1.8
+    and .77 to .93 (λ = .1), 3.0 to 3.5 and .99 (λ = 1); infonce 3.3 to 3.4, clip 3.8 to 4.4, both .99.
     """
     n = sum(line["pairs"] for line in lines)
 
@@ -111,7 +126,8 @@ def judge_pairs(lines: list[dict[str, Any]]) -> dict[str, Any]:
     means = {key: mean(key) for key in ("cosine", "cosine_shuffled", "retrieval", "retrieval_chance", "effective_rank")}
     c, s, r, q, _ = means.values()
     sd = mean("cosine_shuffled_sd", 2)
-    collapsed = c - s < MARGIN * sd or r <= q + 2 * (q * (1 - q) / n) ** 0.5
+    at_chance = r <= q + 2 * (q * (1 - q) / n) ** 0.5
+    collapsed = at_chance or c - s < MARGIN * sd and r < retrieval_of(MARGIN, 1 / q)
     return {"collapsed": collapsed, "pairs": n, "cosine_shuffled_sd": sd} | means
 
 
@@ -146,14 +162,20 @@ def judge(history: list[dict[str, Any]], max_steps: int) -> dict[str, dict[str, 
     return found
 
 
+def judge_at(history: list[dict[str, Any]], line: dict[str, Any], max_steps: int) -> dict[str, dict[str, Any]]:
+    """What `judge` says at a new line of the history; at the last one (train_runtime), of the steps taken."""
+    return judge([*history, line], line["step"] if "train_runtime" in line else max_steps)
+
+
 def announcements(history: list[dict[str, Any]], line: dict[str, Any], max_steps: int) -> dict[str, int]:
     """`TERM_collapsed` for each term that a new line of the history shows not to have learned, once in a history.
 
-    Terms are judged at the first line after each tenth of the steps; `judged_lines` is empty before half of the steps.
+    Terms are judged at the first line after each tenth of the steps and at the end, which --early_stopping_patience can
+    bring forward; `judged_lines` is empty before half of the steps.
     """
     before = next((x["step"] for x in reversed(history) if "label_tokens" in x), 0)
-    if line["step"] * 10 // max_steps == before * 10 // max_steps:
+    if line["step"] * 10 // max_steps == before * 10 // max_steps and "train_runtime" not in line:
         return {}
-    judged = judge([*history, line], max_steps)
+    judged = judge_at(history, line, max_steps)
     failed = [f"{term}_collapsed" for term, found in judged.items() if found["collapsed"]]
     return {key: 1 for key in failed if not any(key in line for line in history)}

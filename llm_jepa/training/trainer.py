@@ -21,7 +21,7 @@ from llm_jepa.data.examples import ExampleError
 from llm_jepa.data.segments import Item
 from llm_jepa.data.streaming import Place
 from llm_jepa.files import read_json, write_json
-from llm_jepa.losses import COUNTS, find_not_negatives, nitp_loss
+from llm_jepa.losses import COUNTS, find_not_negatives, nitp_loss, shuffled
 from llm_jepa.projectors import load_projectors, save_projectors, without_projectors
 from llm_jepa.run_folder import mark_checkpoint
 from llm_jepa.settings import Settings
@@ -201,8 +201,8 @@ class StepTrainer(Trainer):
             if torch.is_grad_enabled():
                 self._views = [torch.cat([*self._views, states.views.detach()], dim=1)[:, -VIEWS_KEPT:]]
         if "nitp" in sums:  # with the targets of other tokens
-            others = states.target.roll(max(1, len(states.target) // 3), dims=0)
-            figures["nitp_shuffled"] = len(others) - nitp_loss(states.predicted, others)[0]
+            shuffled_sum, count = nitp_loss(states.predicted, shuffled(states.target))
+            figures["nitp_shuffled"] = count - shuffled_sum
         figures |= dict(zip(COUNTS, batch["counts"], strict=True)) | dict(zip(TOKENS, batch["tokens"], strict=True))
         figures["pairs"] = torch.full_like(figures["labels"], found["pairs"])  # that loss dropout has left
         self.statistics += torch.stack([x.detach().to(self.statistics) for x in figures.values()])
@@ -233,7 +233,7 @@ class StepTrainer(Trainer):
         if "loss" in logs:
             for views in self._views:
                 if views.shape[1] > 1:
-                    figures = {"effective_rank": sum(map(diagnostics.effective_rank, views)) / 2, "ranks": 1}
+                    figures = {"effective_rank": sum(map(diagnostics.effective_rank, views.cpu())) / 2, "ranks": 1}
                     self.statistics += self.statistics.new_tensor([figures.get(n, 0) for n in self.statistics_names])
             self._views = []
             t, now = self._drain(self.statistics), time.time()
@@ -255,6 +255,7 @@ class StepTrainer(Trainer):
                     logs[f"{term.name}_lbd"] = term.weight_at(self.state.global_step, self.state.max_steps)
             if self.settings.track_flop:
                 logs["flops"] = self.state.total_flos
+        if "loss" in logs or "train_runtime" in logs:
             line = {"step": self.state.global_step} | logs
             logs |= diagnostics.announcements(self.state.log_history, line, self.state.max_steps)
         super().log(logs, start_time)

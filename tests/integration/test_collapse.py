@@ -35,7 +35,7 @@ def learned(run: Path) -> dict:
 
 def announced(run: Path) -> list[tuple[int, str]]:
     """The steps and keys of the lines of metrics.jsonl that say that a term has not learned."""
-    return [(line["step"], key) for line in metrics(run) for key in line if key.endswith("_collapsed")]
+    return [(line["step"], key) for line in metrics(run, "step") for key in line if key.endswith("_collapsed")]
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +85,29 @@ def test_resumed_run_says_the_same_and_nothing_twice(runs, tmp_path, step):
     assert announced(again) == announced(run) and learned(again) == learned(run)
 
 
+def test_run_that_stops_early_is_judged_by_the_steps_that_it_took(data, tmp_path):
+    done = start(data, tmp_path / "run", "--pretrain", "--lbd", 1, "--jepa_loss", "clip", "--shuffle_pairs",
+                 "--max_steps", 1000, "--learning_rate", 1, "--eval_file", data, "--eval_strategy", "steps",
+                 "--eval_steps", 10, "--early_stopping_patience", 1, code=0)  # fmt: skip
+    last = metrics(tmp_path / "run", "label_tokens")[-1]["step"]
+    assert last < 100 and learned(tmp_path / "run")["jepa"]["collapsed"]
+    assert announced(tmp_path / "run") == [(last, "jepa_collapsed")] and said(done.err).count("has not learned") == 1
+
+
 # ------------------------------------------------------------------------------------------------------- judgement
 
 
-def history(effects: list, every: int = 1, pairs: int = 8, sd: float = 0.1, retrieval: float = 0.9) -> list[dict]:
+def history(effects: list, every: int = 1, pairs: int = 8, sd: float = 0.1, retrieval: float = 0) -> list[dict]:
     """Lines of a training with c − s = effect · σ in each line."""
-    fixed = {"label_tokens": 9, "cosine_shuffled": 0.2, "cosine_shuffled_sd": sd, "retrieval": retrieval,
-             "pairs": pairs, "retrieval_chance": 1 / pairs, "effective_rank": 5.0}  # fmt: skip
-    return [fixed | {"step": every * (i + 1), "cosine": 0.2 + x * sd} for i, x in enumerate(effects)]
+    fixed = {"label_tokens": 9, "cosine_shuffled": 0.2, "cosine_shuffled_sd": sd, "pairs": pairs,
+             "retrieval_chance": 1 / pairs, "effective_rank": 5.0}  # fmt: skip
+    found = [{"cosine": 0.2 + x * sd, "retrieval": retrieval or (0.9 if x > MARGIN else 0.5)} for x in effects]
+    return [fixed | {"step": every * (i + 1)} | figures for i, figures in enumerate(found)]
 
 
 JUDGED = {  # the lines of a training, its steps, and whether the term has collapsed: None is too early to tell
     "below the margin": (history([MARGIN - 0.1] * 100), 100, True),
+    "below the margin, but retrieved": (history([MARGIN - 0.1] * 100, retrieval=0.56), 100, False),
     "above the margin": (history([MARGIN + 0.1] * 100), 100, False),
     "below, by a small σ": (history([MARGIN - 0.1] * 100, sd=1e-5), 100, True),
     "above, by a small σ": (history([MARGIN + 0.1] * 100, sd=1e-5), 100, False),

@@ -133,15 +133,18 @@ def test_index_is_used_until_corpus_or_model_change(what, run, tmp_path):
         assert found.lines != first.lines
 
 
-def test_weights_of_an_adapter_include_those_of_its_base(tmp_path):
+def test_weights_of_an_adapter_include_its_configuration_and_its_base(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder, name in ((base, "model"), (adapter, "adapter_model")):
         folder.mkdir()
         (folder / f"{name}.safetensors").write_bytes(b"1")
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    before = weight_files(str(adapter))
-    (base / "model.safetensors").write_bytes(b"12")
-    assert weight_files(str(adapter)) != before
+    config = {"base_model_name_or_path": str(base)}
+    changes = [(adapter / "adapter_config.json", json.dumps(config | x)) for x in ({}, {"r": 1})]
+    found = []
+    for path, text in (changes[0], (base / "model.safetensors", "12"), changes[1]):
+        path.write_text(text)
+        found.append(weight_files(str(adapter)))
+    assert found[0] != found[1] != found[2]
 
 
 def test_index_has_the_place_that_was_given_and_sides_have_their_own(run, data, tmp_path):

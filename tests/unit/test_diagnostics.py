@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from llm_jepa.training.diagnostics import PAIR_STATISTICS, effective_rank, gradient_statistics, pair_statistics
+from llm_jepa.training.diagnostics import (
+    PAIR_STATISTICS,
+    effective_rank,
+    gradient_statistics,
+    pair_statistics,
+    retrieval_of,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,6 +59,13 @@ def test_too_few_pairs_to_contrast_have_a_cosine_only(p):
     views = random(2, p, 5)
     expected = torch.cosine_similarity(*views, dim=-1).sum().item()
     assert pair_statistics(views, torch.eye(p).bool()).tolist() == [pytest.approx(expected, abs=1e-6), *[0] * 5]
+
+
+@pytest.mark.parametrize(("d", "n"), [(0, 8), (1.5, 8), (1.5, 100)])
+def test_retrieval_of_normal_cosines_equals_a_simulation(d, n):
+    cosines = random(40_000, n)
+    cosines[:, 0] += d
+    assert retrieval_of(d, n) == pytest.approx((cosines.argmax(dim=1) == 0).float().mean().item(), abs=0.01)
 
 
 def test_effective_rank_equals_its_formula():

@@ -15,6 +15,7 @@ from llm_jepa.losses import (
     jepa_loss,
     lm_loss,
     nitp_loss,
+    shuffled,
     sigreg_loss,
     stp_loss,
 )
@@ -116,6 +117,21 @@ def test_stopped_gradient_is_zero_in_that_view_and_the_same_in_the_other(name, d
     (got,), (want,) = torch.autograd.grad(total, views), torch.autograd.grad(full, views)
     assert not got[detached].any() and want[detached].any()
     torch.testing.assert_close(got[1 - detached], want[1 - detached])
+
+
+@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
+def test_centered_pairs_with_one_text_have_no_gradient_of_rounding_errors(name):
+    views = random(2, 4, 7).detach()
+    views[0] = views[0, :1] + 1e-7 * random(4, 7, seed=1).detach()
+    views.requires_grad_()
+    (gradient,) = torch.autograd.grad(jepa_loss(views, name, center=True)[0], views)
+    assert gradient.norm() < 100
+
+
+def test_shuffled_states_are_not_those_at_the_same_place_of_other_chats():
+    chats, length = 6, 220
+    place = shuffled(torch.arange(chats * length)) % length
+    assert (place == torch.arange(chats * length) % length).float().mean() < 0.02
 
 
 # ------------------------------------------------------------------------------------------ other losses, and their sum

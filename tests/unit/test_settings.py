@@ -73,11 +73,12 @@ def test_description_names_what_changes_the_loss():
 def test_loss_of_the_chat_counts_as_an_auxiliary_loss_everywhere(name):
     (title, formula), first = CHAT_LOSSES[name], CHAT_FLAGS[name][0]
     value = ["1"] if first == f"{name}_lbd" else [*formula][:1] if isinstance(formula, dict) else []
-    s = resolve("--regular", "--gamma", 0, "--gradient_stats", 1, f"--{first}", *value)
+    s = resolve("--regular", "--gradient_stats", 1, f"--{first}", *value)
     assert [term.name for term in finetune.auxiliary_terms(s)] == [name]
     assert title in describe_method(s) and name.upper() in method_name(vars(s))
     assert f"{name}_lbd" in dict(effective_settings(s)) and f"{name}_lbd" not in dict(effective_settings(resolve()))
     assert not is_regular(vars(s) | {"pretrained": False}) and set(CHAT_FLAGS[name]) <= METHOD_SETTINGS
+    assert resolve("--regular", "--gamma", 0, f"--{first}", *value)
     with pytest.raises(UsageError, match="--gamma 0"):
         resolve("--regular", "--gamma", 0, f"--{first}", *value, f"--{name}_lbd", 0)
     with pytest.raises(UsageError, match=f"--{name}_lbd -1"):
@@ -105,6 +106,7 @@ REFUSED = {
     "--gamma 0 --lbd 0 --nitp --nitp_lbd 0": "--gamma",
     "--gradient_stats 10 --torch_compile": "--gradient_stats --torch_compile",
     "--gradient_stats 10 --track_flop": "--gradient_stats --track_flop",
+    "--gradient_stats 10 --gamma 0": "--gradient_stats",
     "--gradient_stats 10 --regular": "",
     "--front_pred": "--front_pred --predictors",
     "--stp geodesic --stp_max_length 1": "--stp_max_length --stp",
