@@ -24,6 +24,8 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +177,8 @@ def main() -> None:
     if args.steps <= WARM_UP:
         parser.error(f"--steps {args.steps}: the first {WARM_UP} are not timed")
     Path(args.work).mkdir(parents=True, exist_ok=True)
-    model = base_of(args)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # this process shall use no memory of a GPU
+        model = pool.submit(base_of, args).result()
     report(args, args.input_file, [train_arm(name, args, model) for name in args.arms])
 
 

@@ -81,12 +81,13 @@ bench_steps compile 50 --arms "regular packed" packed "packed, compiled"
 for kernel in "${kernels[@]}"; do
   bench_steps "$kernel" 40 --arms "regular packed" packed --attn_implementation "$kernel"
 done
+bench_steps rows 30 --arms "regular packed" packed --tokens_per_row 1024
 resume=()
 [ ! -e "$out/scratch/args.json" ] || resume=(--resume)
 if [ ! -e "$out/scratch.txt" ] && grep -qs '"status": "finished"' "$out/scratch/run.json"; then
   touch "$out/scratch.txt" # it was cut after its last step
 fi
-stage scratch 130 "${with_shape[@]}" "$shape" "$python" finetune.py --model_name "$out/$shape" --pretrain \
+stage scratch 120 "${with_shape[@]}" "$shape" "$python" finetune.py --model_name "$out/$shape" --pretrain \
   --predictors 1 --lbd 1 --train_file "$train" --lm_labels reference --learning_rate 8e-5 --finetune_seed 82 \
   --save_strategy steps "${brief[@]}" --output_dir "$out/scratch" "${resume[@]}"
 model=$out/scratch

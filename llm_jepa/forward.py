@@ -133,8 +133,9 @@ class LMHeadSelector:
         """The targets (M, D) of --nitp for the tokens at (row, column), (M,) each."""
         if self.targets == "random":  # a fixed vector per token, so the target tells no more than the label
             if self.table is None:
-                table = torch.randn(self.vocab_size, hidden.shape[-1], generator=torch.Generator().manual_seed(0))
-                self.table = table.to(hidden)
+                generator = torch.Generator().manual_seed(0)
+                self.table = torch.randn(self.vocab_size, hidden.shape[-1], generator=generator)
+            self.table = self.table.to(hidden)
             return self.table[self.batch["input_ids"][row, column + 1]]
         states = self.target_layer.read(hidden)[row, column + 1]
         if states.shape[1] != hidden.shape[2]:
