@@ -424,8 +424,9 @@ def fine_tune(
             shown = ", ".join(f"{name} {value:.4g}" for name, value in facts["final"].items())
             best = f" (the model is that of step {facts['best']['step']})" if s.save_best else ""
             say(f"finished {facts['steps']} steps, {facts['tokens']} tokens; last logged: {shown}{best}")
+            announced = {key for line in trainer.state.log_history for key in line}
             for term, judged in facts["learned"].items():
-                if not judged["collapsed"]:  # otherwise the run has said so
+                if not judged["collapsed"] or f"{term}_collapsed" not in announced:
                     say(describe_learning(term, judged))
         state.wait_for_everyone()  # a process that leaves first would break the others' connections
 

@@ -7,7 +7,7 @@ Arms: the reference implementation's method (three rows per example, padded to -
 all layers at every token); the additive mask, with both views of an example in one row; packed, the default; packed
 with the Text view in the chat; packed with --torch_compile; regular fine-tuning, packed; the auxiliary losses, packed;
 TRL's SFTTrainer, padded to the longest row, padding-free (a batch in one row) and packed. `statistics` is a step with
-what the Trainer computes and writes to the log, and `log` is its share of the step's time, timed inside the step. In
+what the Trainer computes for the log, and `log` is its share of the step's time, timed inside the step. In
 `gradient_stats 1` every step also compares gradients, so at the default --gradient_stats 150 the difference between
 these two arms is divided by 150 and by the micro-batches of a step. A step is forward, backward, clipping and AdamW;
 the batches are collated before. `useful` tokens are those of chats and views without padding. `time` is relative to

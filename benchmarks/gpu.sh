@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Takes every measurement that needs a GPU (one H100 or H200), in at most 15 minutes (13 without vLLM), without network.
+# Takes every measurement that needs a GPU (one H100 or H200), in at most 15 minutes (14 without vLLM), without network.
 #
 #     bash benchmarks/gpu.sh [OUT [STAGE…]]
 #     REHEARSE=1 bash benchmarks/gpu.sh rehearsal        # the same stages on a CPU, with small shapes

@@ -47,8 +47,9 @@ def interleave(
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     order = random.Random(0)
-    for name in arms.keys() - set(warm):
-        arms[name]()
+    for name, arm in arms.items():
+        if name not in warm:
+            arm()
     for _ in range(repeats):
         for name in order.sample(list(arms), len(arms)):
             seconds[name].append(measure(arms[name]))

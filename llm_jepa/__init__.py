@@ -10,8 +10,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
     # (OMP_WAIT_POLICY=PASSIVE), small models lose a fifth of their speed on two cores (benchmarks/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-# torch prefers cuDNN's attention on GPUs like the H100, which compiles itself for each new shape of a batch
-# (github.com/modelscope/FunASR/issues/3704: 1 s of a step in six). Not measured with this project yet.
+# On GPUs like the H100 torch prefers cuDNN's attention, which compiles itself for each new shape of a batch. Others
+# lost 1 s in one step of six (github.com/modelscope/FunASR/issues/3704, a B200). Not measured with this project yet.
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 try:

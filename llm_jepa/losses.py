@@ -136,8 +136,10 @@ def jepa_loss(
         views = torch.stack([v.detach() if i == stop_gradient else v for i, v in enumerate(views)])
     if center:
         centred = views - views[:, :total].mean(dim=1, keepdim=True)
-        # A view at the mean has no direction; the gradient of its cosine would be divided by a rounding error.
-        views = centred * (centred.norm(dim=-1, keepdim=True) > 1e-4 * views.norm(dim=-1, keepdim=True))
+        if name in ("cosine", *TEMPERATURES):
+            # A view at the mean has no direction; the gradient of its cosine would be divided by a rounding error.
+            centred = centred * (centred.norm(dim=-1, keepdim=True) > 1e-5 * views.norm(dim=-1, keepdim=True))
+        views = centred
     entry = JEPA_LOSSES[name]
     loss = entry.loss(views[:, :total], others._replace(views=views), temperature or entry.temperature)
     return loss - (1 - count / total) * loss.detach(), count

@@ -104,7 +104,7 @@ def judge_pairs(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
     Let c be the mean cosine of pairs, s that of shuffled pairs, σ the standard deviation of the shuffled cosines of a
     micro-batch, r the retrieval over n pairs, and q its chance level. The term has not learned its pairs ("collapsed")
-    if r is not above chance (one-sided; 2.3 % of all runs whose retrieval is at chance are),
+    if r is not above chance (one-sided: 2.3 % of the runs whose retrieval is at chance pass),
 
         r ≤ q + 2 · sqrt(q · (1 − q) / n),
 

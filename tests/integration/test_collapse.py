@@ -86,12 +86,17 @@ def test_resumed_run_says_the_same_and_nothing_twice(runs, tmp_path, step):
 
 
 def test_run_that_stops_early_is_judged_by_the_steps_that_it_took(data, tmp_path):
-    done = start(data, tmp_path / "run", "--pretrain", "--lbd", 1, "--jepa_loss", "clip", "--shuffle_pairs",
-                 "--max_steps", 1000, "--learning_rate", 1, "--eval_file", data, "--eval_strategy", "steps",
-                 "--eval_steps", 10, "--early_stopping_patience", 1, code=0)  # fmt: skip
-    last = metrics(tmp_path / "run", "label_tokens")[-1]["step"]
-    assert last < 100 and learned(tmp_path / "run")["jepa"]["collapsed"]
-    assert announced(tmp_path / "run") == [(last, "jepa_collapsed")] and said(done.err).count("has not learned") == 1
+    run = tmp_path / "run"
+    done = start(data, run, "--pretrain", "--lbd", 1, "--jepa_loss", "clip", "--shuffle_pairs", "--max_steps", 1000,
+                 "--learning_rate", 1, "--eval_file", data, "--eval_strategy", "steps", "--eval_steps", 10,
+                 "--early_stopping_patience", 1, "--save_strategy", "steps", "--save_steps", 10, "--keep_checkpoints",
+                 code=0)  # fmt: skip
+    last = metrics(run, "label_tokens")[-1]["step"]
+    assert last < 100 and learned(run)["jepa"]["collapsed"]
+    assert announced(run) == [(last, "jepa_collapsed")] and said(done.err).count("has not learned") == 1
+    again = interrupted(run, last, tmp_path / "again")
+    assert said(call("finetune", "--resume", again, code=0).err).count("has not learned") == 1
+    assert learned(again) == learned(run)
 
 
 # ------------------------------------------------------------------------------------------------------- judgement

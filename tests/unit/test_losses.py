@@ -119,7 +119,7 @@ def test_stopped_gradient_is_zero_in_that_view_and_the_same_in_the_other(name, d
     torch.testing.assert_close(got[1 - detached], want[1 - detached])
 
 
-@pytest.mark.parametrize("name", sorted(JEPA_LOSSES))
+@pytest.mark.parametrize("name", ["cosine", "infonce", "clip"])
 def test_centered_pairs_with_one_text_have_no_gradient_of_rounding_errors(name):
     views = random(2, 4, 7).detach()
     views[0] = views[0, :1] + 1e-7 * random(4, 7, seed=1).detach()
