@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import os
 import subprocess
@@ -74,6 +75,7 @@ def rows(args: argparse.Namespace, folder: str) -> Sizes:
     s, state = settings_of("packed", args, folder), PartialState()
     encoder = finetune.prepare(s, state).encoder
     files = heads(args, folder)
+    gc.freeze()  # as finetune.py does
     actions = {n: partial(finetune.load_data, replace(s, train_file=file), encoder, state) for n, file in files}
     return timed(args, actions, {n: n for n in actions})
 

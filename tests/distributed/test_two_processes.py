@@ -95,12 +95,12 @@ def test_processes_agree_on_generations_the_best_model_and_the_last_step(ranks, 
 @pytest.mark.parametrize(
     "flags",
     [("clip", "--negatives_queue", 99, "--gradient_stats", 1),
-     ("infonce", "--jepa_ratio", 0.3, "--negatives_queue", 99),
-     ("vicreg", "--jepa_ratio", 0.5, "--center", "--stop_gradient", "text", "--gradient_checkpointing")],
+     ("infonce", "--gamma", 0, "--jepa_ratio", 0.3, "--negatives_queue", 99),
+     ("vicreg", "--gamma", 0, "--jepa_ratio", 0.5, "--center", "--stop_gradient", "text", "--gradient_checkpointing")],
     ids=["clip-queue-measured", "infonce-queue-dropout", "vicreg-center-dropout"],
 )  # fmt: skip
 def test_pairs_of_all_processes_are_contrasted_as_those_of_one_micro_batch(ranks, data, tmp_path, flags):
-    flags = ("--num_epochs", 3, "--gamma", 0, "--eval_file", data, "--jepa_loss", *flags)
+    flags = ("--num_epochs", 3, "--eval_file", data, "--jepa_loss", *flags)
     one, two = one_and_two(ranks, data, tmp_path, flags, [(8, 1), (4, 1)])
     same_weights(one, two, rtol=1e-3, atol=2e-4)
     for key in ("loss", "jepa_loss", "eval_jepa_loss"):
@@ -108,6 +108,7 @@ def test_pairs_of_all_processes_are_contrasted_as_those_of_one_micro_batch(ranks
     assert column(two, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-3)
     assert column(two, "pairs") == column(one, "pairs") and min(column(one, "pairs")) < 8
     assert all("effective_rank" in line for line in metrics(two, "retrieval") if "loss" in line)
+    assert bool(column(two, "jepa_grad_ratio")) == ("--gamma" not in flags)
 
 
 SMALL = {"vocab_size": 531, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
