@@ -302,5 +302,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # otherwise each collection examines all imported modules: 1 s of the start with 8000 examples
+    gc.freeze()  # otherwise each collection examines all imported modules
     sys.exit(main())

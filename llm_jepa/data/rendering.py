@@ -94,7 +94,7 @@ class Renderer:
                 what = f"{self.tokenizer.name_or_path}: the chat template cannot be used ({first_line(error)})"
                 raise UsageError(f"{what}; give --plain or another --chat_template") from None
         self.tokenizer.chat_template = templates | {"default": template} if isinstance(templates, dict) else template
-        self.around_views: dict[str, tuple[str, str]] = {}  # of each role: computed once, because it is always the same
+        self.around_views: dict[str, tuple[str, str]] = {}  # role → what the template shows before and after a view
         self.folds, self.assistant_first = FOLD in template, self._shows([{"role": "assistant", "content": CONTENT}])
 
     def _fixed(self, template: str, thinking: bool) -> str:
